@@ -1,0 +1,38 @@
+# `make` lists the targets. Everything happens inside .venv; nothing else is touched.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+DATA   ?= digits
+OUT    ?= runs/demo
+READY  := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check coverage clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+setup: $(READY)  ## make .venv and install the package with everything it needs
+
+$(READY): pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch numpy setuptools wheel ninja
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[train,dev]'
+	@touch $@
+
+demo: $(READY)  ## compare CE with CE + BSTriplet on real images (DATA=digits or a folder)
+	$(BIN)/bstriplet demo --data $(DATA) --out $(OUT)
+
+test: $(READY) check  ## set up, lint, type-check and run all tests (what CI runs)
+	$(BIN)/python -m pytest -n 2
+
+check: $(READY)  ## lint, format check and type check only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+coverage: $(READY)  ## line coverage of bstriplet_kernels
+	$(BIN)/python -m pytest tests/kernels --cov --cov-report=term-missing
+
+clean:  ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
