@@ -1,0 +1,13 @@
+"""Exact, fast batch-similarity triplet loss for PyTorch (Huang et al., Sensors 2021, 21, 764)."""
+
+from .functional import BSTripletStats, available_impls, bstriplet_loss
+from .loss import BSTripletLoss, CrossEntropyBSTripletLoss
+
+__version__ = "0.1.0"
+__all__ = [
+    "BSTripletLoss",
+    "BSTripletStats",
+    "CrossEntropyBSTripletLoss",
+    "available_impls",
+    "bstriplet_loss",
+]

@@ -1,0 +1,139 @@
+"""The hand-written backward, in one place, whatever path computes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import paths, reference
+from .spec import Rows, Spec
+
+_N_INPUTS = 6  # embeddings, ref_emb, labels, ref_labels, spec, path
+
+
+def _without_autocast(device: torch.device) -> Any:
+    """Products of a loss stay in its accumulation dtype, whatever autocast would choose."""
+    return torch.autocast(device.type, enabled=False)
+
+
+class BatchSimilarity(torch.autograd.Function):
+    """(embeddings, ref_emb, labels, ref_labels, spec, path name) -> (loss, rows, path's state).
+
+    Differentiable in `embeddings` and `ref_emb`; of the outputs, in the loss alone. Keeps the
+    inputs, Eq. 3's two means for each row and what the path asks for.
+    """
+
+    @staticmethod
+    def forward(
+        embeddings: Tensor,
+        ref_emb: Tensor | None,
+        labels: Tensor,
+        ref_labels: Tensor | None,
+        spec: Spec,
+        path: str,
+    ) -> tuple[Tensor, ...]:
+        with _without_autocast(embeddings.device):
+            loss, rows, state = paths.get(path).forward(
+                embeddings, ref_emb, labels, ref_labels, spec
+            )
+        return loss, *rows, *state
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.spec, ctx.path = inputs
+        ctx.save_for_backward(*tensors, *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * _N_INPUTS
+        saved = ctx.saved_tensors
+        compute = _gradient if torch.compiler.is_compiling() else Gradient.apply
+        grad, grad_ref = compute(grad_loss, *saved[:4], ctx.spec, ctx.path, *saved[4:])
+        return (grad, grad_ref, *(None,) * (_N_INPUTS - 2))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return _map_over_batch(BatchSimilarity, info.batch_size, in_dims, args)
+
+
+def _gradient(
+    grad_loss: Tensor,
+    embeddings: Tensor,
+    ref_emb: Tensor | None,
+    labels: Tensor,
+    ref_labels: Tensor | None,
+    spec: Spec,
+    path: str,
+    *kept: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    positive, negative, *state = kept
+    with _without_autocast(embeddings.device):
+        return paths.get(path).backward(
+            grad_loss,
+            embeddings,
+            ref_emb,
+            labels,
+            ref_labels,
+            Rows(positive, negative),
+            tuple(state),
+            spec,
+        )
+
+
+class Gradient(torch.autograd.Function):
+    """dL/df by the path that computed L. Its own derivative is the reference's, by autograd."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor | None]:
+        return _gradient(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        grad_loss, embeddings, ref_emb, labels, ref_labels, ctx.spec, _, *kept = inputs
+        ctx.n_kept = len(kept)
+        ctx.save_for_backward(grad_loss, embeddings, ref_emb, labels, ref_labels)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_loss, embeddings, ref_emb, labels, ref_labels = ctx.saved_tensors
+        sides = (embeddings,) if ref_emb is None else (embeddings, ref_emb)
+
+        def gradient(grad_loss: Tensor, rows: Tensor, columns: Tensor | None = None) -> Any:
+            grads = reference.gradient(grad_loss, rows, columns, labels, ref_labels, ctx.spec)
+            return grads[: len(sides)]
+
+        with _without_autocast(embeddings.device):
+            pull_back = torch.func.vjp(gradient, grad_loss, *sides)[1]
+            second = pull_back(upstream[: len(sides)])
+        return (*second, *(None,) * (7 + ctx.n_kept - len(second)))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return _map_over_batch(Gradient, info.batch_size, in_dims, args)
+
+
+def _map_over_batch(
+    function: type[torch.autograd.Function],
+    batch_size: int,
+    in_dims: tuple[int | None, ...],
+    args: tuple[Any, ...],
+) -> tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]:
+    """`torch.vmap` of a Function: one call for each batch, since a batch is what the loss is of."""
+    results = [
+        function.apply(
+            *(
+                a.select(d, b) if isinstance(d, int) else a
+                for a, d in zip(args, in_dims, strict=True)
+            )
+        )
+        for b in range(batch_size)
+    ]
+    stacked = tuple(
+        None if column[0] is None else torch.stack(column) for column in zip(*results, strict=True)
+    )
+    return stacked, tuple(None if column is None else 0 for column in stacked)

@@ -1,0 +1,269 @@
+"""`bstriplet_loss`: check the input, choose the path, run it."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from numbers import Real
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import paths, plan, reference
+from .autograd import BatchSimilarity
+from .spec import Rows, Spec, hinge
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_NOT_LABELS = (*_FLOATS, torch.complex32, torch.complex64, torch.complex128)
+_SIGNED = {"square": False, "signed_square": True}
+_SIGMA = {"corrected": 1.0, "printed": -1.0}
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+class BSTripletStats(NamedTuple):
+    """What the loss saw, as detached scalars on the embeddings' device (no synchronisation).
+
+    active_fraction: the share of rows with h_i > 0. positive_similarity, negative_similarity: the
+    two means of Eq. 3, averaged over the rows (an empty mean is 0), so that where every row is
+    active the mean loss is margin - positive_similarity + sigma * negative_similarity.
+    """
+
+    active_fraction: Tensor
+    positive_similarity: Tensor
+    negative_similarity: Tensor
+
+
+def bstriplet_loss(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    margin: float = 0.9,
+    similarity: str = "square",
+    eq3: str = "corrected",
+    reduction: str = "mean",
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    group: ProcessGroup | None = None,
+    impl: str = "auto",
+    eps: float = 1e-12,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, BSTripletStats]:
+    """The batch-similarity triplet loss (Huang et al., Sensors 2021, 21, 764, Eqs. 1-4).
+
+    For each row i, with s_ij the cosine similarity of rows i and j, P_i the other rows of its class
+    and Q_i the rows of other classes (a mean over nothing is 0):
+
+        l_i = max(0, margin - mean_{j in P_i} s_ij^2 + mean_{k in Q_i} s_ik^2)
+
+    Args:
+        embeddings: [N, D] float64, float32, float16 or bfloat16, any strides, any device; N >= 2.
+        labels: [N] of any integer dtype or bool, any values, on the same device.
+        margin: m of Eq. 3, in [0, 1].
+        similarity: "square", or "signed_square" for s|s| where cosines can be negative.
+        eq3: "corrected", or "printed" for the sign of the negatives' mean as typeset.
+        reduction: "mean" (Eq. 4), "sum", or "none" for the [N] values l_i.
+        ref_emb: [M, D]; compare each row with these instead of with the batch. No self-pair is
+            removed, N may then be 1, and gradient flows to both sides.
+        ref_labels: [M], the labels of `ref_emb`.
+        group: process group; the loss is that of the rows of all ranks together. Every rank must
+            call, and gets, the global loss (with "none": its own rows). The backward gives
+            world_size times the one-process gradient, because DistributedDataParallel divides by
+            world_size: parameters see exactly the gradient of one process on the whole batch.
+        impl: "auto", or one of `available_impls()`.
+        eps: a row of at most this norm is a zero row: similarity 0 to all, gradient 0.
+        return_stats: also return `BSTripletStats`.
+
+    Returns:
+        The loss, float32 for half inputs, else in the embeddings' dtype; with `return_stats` a
+        pair (loss, BSTripletStats). NaN or infinity in the embeddings, or norms whose square
+        overflows, give NaN.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is allowed.
+        RuntimeError: a named `impl` that cannot run here, saying what is missing.
+    """
+    spec = make_spec(margin, similarity, eq3, reduction, eps)
+    check_embeddings(embeddings, labels, ref_emb, ref_labels)
+    check_impl(impl)
+    labels = _as_int64(labels)
+    if group is not None:
+        loss, rows = _global_loss(embeddings, labels, ref_emb, group, spec)
+    else:
+        _check_batch(embeddings, ref_emb)
+        if ref_labels is not None:
+            ref_labels = _as_int64(ref_labels)
+        path = plan.choose(embeddings, ref_emb, spec) if impl == "auto" else impl
+        loss, positive, negative, *_ = BatchSimilarity.apply(
+            embeddings, ref_emb, labels, ref_labels, spec, path
+        )
+        rows = Rows(positive, negative)
+    return (loss, _stats(rows, spec)) if return_stats else loss
+
+
+def listed_pairs_loss(
+    embeddings: Tensor,
+    indices_tuple: tuple[Tensor, ...],
+    spec: Spec,
+    ref_emb: Tensor | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, BSTripletStats]:
+    """The loss over a miner's pairs instead of labels; see `BSTripletLoss.forward`."""
+    check_indices(indices_tuple)
+    check_embeddings(embeddings, None, ref_emb, None)
+    _check_batch(embeddings, ref_emb)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        loss, rows = reference.listed_pairs_loss(embeddings, ref_emb, indices_tuple, spec)
+    return (loss, _stats(rows, spec)) if return_stats else loss
+
+
+def available_impls() -> tuple[str, ...]:
+    """The names that `impl` can take here, beside "auto"."""
+    return tuple(name for name in paths.names() if plan.missing(name) is None)
+
+
+def make_spec(margin: float, similarity: str, eq3: str, reduction: str, eps: float = 1e-12) -> Spec:
+    """The options checked and turned into numbers."""
+    if isinstance(margin, bool) or not isinstance(margin, Real):
+        raise TypeError(f"margin must be a number in [0, 1], got {type(margin).__name__}")
+    if not 0 <= margin <= 1:
+        raise ValueError(f"margin must be in [0, 1], got {margin}")
+    if similarity not in _SIGNED:
+        raise _unknown("similarity", similarity, tuple(_SIGNED))
+    if eq3 not in _SIGMA:
+        raise _unknown("eq3", eq3, tuple(_SIGMA))
+    if reduction not in _REDUCTIONS:
+        raise _unknown("reduction", reduction, _REDUCTIONS)
+    if isinstance(eps, bool) or not isinstance(eps, Real):
+        raise TypeError(f"eps must be a positive finite number, got {type(eps).__name__}")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps must be a positive finite number, got {eps}")
+    return Spec(float(margin), _SIGMA[eq3], _SIGNED[similarity], reduction, float(eps))
+
+
+def check_impl(impl: str) -> None:
+    """Raise unless `impl` is "auto" or a path that can run here."""
+    if impl == "auto":
+        return
+    if impl not in paths.names():
+        raise _unknown("impl", impl, ("auto", *paths.names()))
+    missing = plan.missing(impl)
+    if missing is not None:
+        raise RuntimeError(
+            f"impl={impl!r} cannot run here: {missing}. "
+            f"Available: {', '.join(('auto', *available_impls()))}"
+        )
+
+
+def check_embeddings(
+    embeddings: Tensor, labels: Tensor | None, ref_emb: Tensor | None, ref_labels: Tensor | None
+) -> None:
+    """Raise unless shapes, dtypes and devices fit together; `labels` None: no labels are used."""
+    _check_matrix("embeddings", embeddings)
+    if labels is not None:
+        _check_labels("labels", labels, "embeddings", embeddings)
+        if (ref_emb is None) != (ref_labels is None):
+            given, absent = ("ref_emb", "ref_labels")[:: 1 if ref_labels is None else -1]
+            raise ValueError(f"{given} was given without {absent}; give both or neither")
+    if ref_emb is None:
+        return
+    _check_matrix("ref_emb", ref_emb)
+    if ref_emb.shape[1] != embeddings.shape[1]:
+        raise ValueError(
+            f"ref_emb must have as many columns as embeddings, {embeddings.shape[1]}, "
+            f"got shape {tuple(ref_emb.shape)}"
+        )
+    if ref_emb.device != embeddings.device:
+        raise ValueError(
+            f"ref_emb is on {ref_emb.device} and embeddings on {embeddings.device}; "
+            "move one to the other's device"
+        )
+    if ref_labels is not None:
+        _check_labels("ref_labels", ref_labels, "ref_emb", ref_emb)
+
+
+def check_indices(indices_tuple: tuple[Tensor, ...]) -> None:
+    """Raise unless the tuple holds three or four one-dimensional integer index tensors."""
+    if not isinstance(indices_tuple, tuple | list) or len(indices_tuple) not in (3, 4):
+        got = (
+            f"{len(indices_tuple)} entries"
+            if isinstance(indices_tuple, tuple | list)
+            else type(indices_tuple).__name__
+        )
+        raise ValueError(
+            "indices_tuple must be triplets (anchors, positives, negatives) or pairs "
+            f"(anchors, positives, anchors, negatives), got {got}"
+        )
+    for i, index in enumerate(indices_tuple):
+        if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
+            kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
+            raise TypeError(f"indices_tuple[{i}] must be an int64 tensor, got {kind}")
+
+
+def _check_matrix(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in _FLOATS:
+        raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {value.dtype}")
+    if value.dim() != 2 or value.shape[1] == 0:
+        raise ValueError(
+            f"{name} must have shape [N, D] with D >= 1, got shape {tuple(value.shape)}"
+        )
+
+
+def _check_labels(name: str, labels: Tensor, of: str, matrix: Tensor) -> None:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(labels).__name__}")
+    if labels.dtype in _NOT_LABELS:
+        raise TypeError(f"{name} must be of an integer dtype or bool, got {labels.dtype}")
+    if labels.dim() != 1 or labels.shape[0] != matrix.shape[0]:
+        raise ValueError(
+            f"{name} must have shape [{matrix.shape[0]}], one label for each row of {of}, "
+            f"got shape {tuple(labels.shape)}"
+        )
+    if labels.device != matrix.device:
+        raise ValueError(
+            f"{name} is on {labels.device} and {of} on {matrix.device}; "
+            "move one to the other's device"
+        )
+
+
+def _check_batch(embeddings: Tensor, ref_emb: Tensor | None) -> None:
+    n = embeddings.shape[0]
+    if n < (2 if ref_emb is None else 1):
+        raise ValueError(
+            f"embeddings has {n} row{'' if n == 1 else 's'}, and a row is compared with the others "
+            "of its batch: at least 2 are needed. Where the last batch of an epoch is the cause, "
+            "pass drop_last=True to the DataLoader"
+        )
+
+
+def _unknown(name: str, value: object, allowed: tuple[str, ...]) -> ValueError:
+    near = difflib.get_close_matches(str(value), allowed, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}{hint}")
+
+
+def _as_int64(labels: Tensor) -> Tensor:
+    return labels if labels.dtype == torch.int64 else labels.to(torch.int64)
+
+
+def _global_loss(
+    embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None, group: ProcessGroup, spec: Spec
+) -> tuple[Tensor, Rows]:
+    from .distributed import global_loss
+
+    if ref_emb is not None:
+        raise ValueError(
+            "group and ref_emb were both given: with group the rows of all ranks are the reference"
+        )
+    return global_loss(embeddings, labels, group, spec)
+
+
+def _stats(rows: Rows, spec: Spec) -> BSTripletStats:
+    positive, negative = (means.detach() for means in rows)
+    active = hinge(Rows(positive, negative), spec) > 0
+    return BSTripletStats(active.to(positive.dtype).mean(), positive.mean(), negative.mean())

@@ -1,0 +1,127 @@
+"""The loss as `nn.Module`s: drop-in criteria for a training loop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .functional import BSTripletStats, bstriplet_loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class BSTripletLoss(nn.Module):
+    """The batch-similarity triplet loss, Eqs. 1-4 of Huang et al., Sensors 2021, 21, 764.
+
+    `criterion(embeddings, labels)` with embeddings [N, D] and labels [N] returns the scalar loss.
+    Stands wherever a pytorch-metric-learning loss stands. The options are those of
+    `bstriplet_loss`; all are checked here, once.
+
+    Args:
+        margin: m of Eq. 3, in [0, 1].
+        similarity: "square" or "signed_square".
+        eq3: "corrected" or "printed".
+        reduction: "mean", "sum" or "none".
+        group: process group whose ranks' rows together are the batch.
+        impl: "auto" or one of `available_impls()`.
+        eps: a row of at most this norm is a zero row.
+        return_stats: return (loss, BSTripletStats) instead of the loss.
+    """
+
+    def __init__(
+        self,
+        margin: float = 0.9,
+        *,
+        similarity: str = "square",
+        eq3: str = "corrected",
+        reduction: str = "mean",
+        group: ProcessGroup | None = None,
+        impl: str = "auto",
+        eps: float = 1e-12,
+        return_stats: bool = False,
+    ) -> None:
+        super().__init__()
+        self._spec = functional.make_spec(margin, similarity, eq3, reduction, eps)
+        functional.check_impl(impl)
+        self.options: dict[str, Any] = {
+            "margin": margin,
+            "similarity": similarity,
+            "eq3": eq3,
+            "reduction": reduction,
+            "group": group,
+            "impl": impl,
+            "eps": eps,
+            "return_stats": return_stats,
+        }
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: tuple[Tensor, ...] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, BSTripletStats]:
+        """The loss of a batch.
+
+        embeddings [N, D], labels [N], ref_emb [M, D], ref_labels [M] as in `bstriplet_loss`.
+        indices_tuple: a miner's triplets (anchors, positives, negatives) or pairs (anchors,
+        positives, anchors, negatives), int64. The means of Eq. 3 then run over the listed pairs,
+        each as often as it is listed; labels are not used, and a row that is listed nowhere has
+        two empty means and counts as the margin.
+        """
+        if indices_tuple is not None:
+            if self.options["group"] is not None:
+                raise ValueError("indices_tuple cannot be given together with group")
+            return functional.listed_pairs_loss(
+                embeddings, indices_tuple, self._spec, ref_emb, self.options["return_stats"]
+            )
+        if labels is None:
+            raise TypeError("labels is needed where no indices_tuple is given, got None")
+        return bstriplet_loss(
+            embeddings, labels, ref_emb=ref_emb, ref_labels=ref_labels, **self.options
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class CrossEntropyBSTripletLoss(nn.Module):
+    """Eq. 7: L = L_ce + weight * L_bst, of logits and the embeddings that they were made from.
+
+    `criterion(logits, embeddings, labels)` with logits [N, C], embeddings [N, D] and labels [N]
+    integer in [0, C) returns the scalar loss, in float32 or float64. Other options are those of
+    `BSTripletLoss`; "none" and `return_stats` have no place in the sum.
+
+    Args:
+        weight: lambda of Eq. 7, a number >= 0; 1 in the paper.
+        margin: m of Eq. 3, in [0, 1].
+    """
+
+    def __init__(self, weight: float = 1.0, margin: float = 0.9, **options: Any) -> None:
+        super().__init__()
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise TypeError(f"weight must be a number >= 0, got {type(weight).__name__}")
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"weight must be a finite number >= 0, got {weight}")
+        for name, refused in (("return_stats", True), ("reduction", "none")):
+            if options.get(name) == refused:
+                raise ValueError(
+                    f"{name}={refused!r} does not fit a sum of two losses; use BSTripletLoss"
+                )
+        self.weight = float(weight)
+        self.cross_entropy = nn.CrossEntropyLoss(reduction=options.get("reduction", "mean"))
+        self.bstriplet = BSTripletLoss(margin, **options)
+
+    def forward(self, logits: Tensor, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """logits [N, C], embeddings [N, D], labels [N] integer in [0, C) -> scalar."""
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        cross_entropy = self.cross_entropy(logits.to(dtype), labels.to(torch.int64))
+        return cross_entropy + self.weight * self.bstriplet(embeddings, labels)
+
+    def extra_repr(self) -> str:
+        return f"weight={self.weight}"

@@ -1,0 +1,55 @@
+"""What every way of computing the loss is given, and the O(N) arithmetic they share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Spec(NamedTuple):
+    """The loss in numbers; option names are resolved before one is made.
+
+    margin: m of Eq. 3. sigma: +1 (corrected) or -1 (as printed), the sign of the negatives' mean.
+    signed: phi(s) = s|s| instead of s^2. reduction: "mean" (Eq. 4), "sum" or "none".
+    eps: rows of at most this norm count as zero rows.
+    """
+
+    margin: float = 0.9
+    sigma: float = 1.0
+    signed: bool = False
+    reduction: str = "mean"
+    eps: float = 1e-12
+
+
+class Rows(NamedTuple):
+    """The two means of Eq. 3 for each row, [N] each; an empty mean is 0."""
+
+    positive: Tensor
+    negative: Tensor
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 where any tensor is float64, else float32: half products have three digits."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def hinge(rows: Rows, spec: Spec) -> Tensor:
+    """h_i of Eq. 3 before max(0, .): m - positive + sigma * negative, [N]."""
+    return spec.margin - rows.positive + spec.sigma * rows.negative
+
+
+def reduce_losses(rows: Rows, spec: Spec) -> Tensor:
+    """Eq. 3's max(0, h_i), then Eq. 4's mean, the sum, or the [N] rows. NaN stays NaN."""
+    losses = torch.relu(hinge(rows, spec))
+    if spec.reduction == "mean":
+        return losses.mean()
+    return losses.sum() if spec.reduction == "sum" else losses
+
+
+def row_gradient(grad_loss: Tensor, rows: Rows, spec: Spec) -> Tensor:
+    """a_i = dL/dl_i [h_i > 0], [N]: 0 at h_i = 0 as relu's, and NaN rows count as active."""
+    n = rows.positive.shape[0]
+    upstream = grad_loss / n if spec.reduction == "mean" else grad_loss
+    return torch.where(hinge(rows, spec) <= 0, torch.zeros_like(rows.positive), upstream)
