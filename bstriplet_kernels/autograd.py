@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import paths, reference
+from . import reference
+from .paths import PATHS
 from .spec import Rows, Spec
 
 _N_INPUTS = 6  # embeddings, ref_emb, labels, ref_labels, spec, path
@@ -35,9 +36,7 @@ class BatchSimilarity(torch.autograd.Function):
         path: str,
     ) -> tuple[Tensor, ...]:
         with _without_autocast(embeddings.device):
-            loss, rows, state = paths.get(path).forward(
-                embeddings, ref_emb, labels, ref_labels, spec
-            )
+            loss, rows, state = PATHS[path].forward(embeddings, ref_emb, labels, ref_labels, spec)
         return loss, *rows, *state
 
     @staticmethod
@@ -73,7 +72,7 @@ def _gradient(
 ) -> tuple[Tensor, Tensor | None]:
     positive, negative, *state = kept
     with _without_autocast(embeddings.device):
-        return paths.get(path).backward(
+        return PATHS[path].backward(
             grad_loss,
             embeddings,
             ref_emb,

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from . import paths, plan, reference
+from . import plan, reference
 from .autograd import BatchSimilarity
+from .paths import PATHS
 from .spec import Rows, Spec, hinge
 
 if TYPE_CHECKING:
@@ -96,7 +97,11 @@ def bstriplet_loss(
         _check_batch(embeddings, ref_emb)
         if ref_labels is not None:
             ref_labels = _as_int64(ref_labels)
-        path = plan.choose(embeddings, ref_emb, spec) if impl == "auto" else impl
+        if impl == "auto":
+            path = plan.choose(embeddings, ref_emb, spec)
+        else:
+            path = impl
+            _check_taken(path, embeddings, ref_emb, spec)
         loss, positive, negative, *_ = BatchSimilarity.apply(
             embeddings, ref_emb, labels, ref_labels, spec, path
         )
@@ -122,7 +127,7 @@ def listed_pairs_loss(
 
 def available_impls() -> tuple[str, ...]:
     """The names that `impl` can take here, beside "auto"."""
-    return tuple(name for name in paths.names() if plan.missing(name) is None)
+    return tuple(name for name, path in PATHS.items() if path.missing() is None)
 
 
 def make_spec(margin: float, similarity: str, eq3: str, reduction: str, eps: float = 1e-12) -> Spec:
@@ -148,9 +153,9 @@ def check_impl(impl: str) -> None:
     """Raise unless `impl` is "auto" or a path that can run here."""
     if impl == "auto":
         return
-    if impl not in paths.names():
-        raise _unknown("impl", impl, ("auto", *paths.names()))
-    missing = plan.missing(impl)
+    if impl not in PATHS:
+        raise _unknown("impl", impl, ("auto", *PATHS))
+    missing = PATHS[impl].missing()
     if missing is not None:
         raise RuntimeError(
             f"impl={impl!r} cannot run here: {missing}. "
@@ -239,6 +244,12 @@ def _check_batch(embeddings: Tensor, ref_emb: Tensor | None) -> None:
             "of its batch: at least 2 are needed. Where the last batch of an epoch is the cause, "
             "pass drop_last=True to the DataLoader"
         )
+
+
+def _check_taken(impl: str, embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> None:
+    reason = PATHS[impl].refuses(embeddings, ref_emb, spec)
+    if reason is not None:
+        raise ValueError(f'impl={impl!r} does not take this input: {reason}; use impl="auto"')
 
 
 def _unknown(name: str, value: object, allowed: tuple[str, ...]) -> ValueError:

@@ -15,8 +15,3 @@ def eq8_flops(n: int, d: int, c: int) -> int:
 def choose(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str:
     """The path that `impl="auto"` runs for this input."""
     return "reference"
-
-
-def missing(name: str) -> str | None:
-    """What keeps the path of that name from running here, or None where nothing does."""
-    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,36 @@ class Rows(NamedTuple):
 
     positive: Tensor
     negative: Tensor
+
+
+State = tuple[Tensor, ...]
+"""What a path's backward wants kept from its forward."""
+
+
+def _nothing_missing() -> None:
+    return None
+
+
+def _refuses_nothing(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> None:
+    return None
+
+
+class Path(NamedTuple):
+    """One way of computing the loss, as functions of tensors and numbers.
+
+    forward(embeddings [N, D], ref_emb [M, D] or None, labels [N] int64, ref_labels [M] int64 or
+    None, spec) -> (loss, rows, state): the reduced loss, Eq. 3's two means for each row, and the
+    tensors that `backward` wants kept.
+    backward(grad_loss, embeddings, ref_emb, labels, ref_labels, rows, state, spec) ->
+    (gradient of the embeddings, gradient of ref_emb or None), in their dtypes.
+    missing() -> what is not installed that the path needs and how to get it, or None.
+    refuses(embeddings, ref_emb, spec) -> why the path cannot take this input, or None.
+    """
+
+    forward: Callable[..., tuple[Tensor, Rows, State]]
+    backward: Callable[..., tuple[Tensor, Tensor | None]]
+    missing: Callable[[], str | None] = _nothing_missing
+    refuses: Callable[[Tensor, Tensor | None, Spec], str | None] = _refuses_nothing
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:

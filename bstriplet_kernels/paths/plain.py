@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import reference
-from ..spec import Rows, Spec
-from . import Path, State
+from ..spec import Path, Rows, Spec, State
 
 
 def forward(
