@@ -102,6 +102,9 @@ def bstriplet_loss(
         else:
             path = impl
             _check_taken(path, embeddings, ref_emb, spec)
+        wanted = embeddings.requires_grad or (ref_emb is not None and ref_emb.requires_grad)
+        if wanted and torch.is_grad_enabled():
+            spec = spec._replace(wants_gradient=True)
         loss, positive, negative, *_ = BatchSimilarity.apply(
             embeddings, ref_emb, labels, ref_labels, spec, path
         )

@@ -14,7 +14,8 @@ class Spec(NamedTuple):
 
     margin: m of Eq. 3. sigma: +1 (corrected) or -1 (as printed), the sign of the negatives' mean.
     signed: phi(s) = s|s| instead of s^2. reduction: "mean" (Eq. 4), "sum" or "none".
-    eps: rows of at most this norm count as zero rows.
+    eps: rows of at most this norm count as zero rows. wants_gradient: whether a backward can
+    follow, so that a path may compute the gradient together with a scalar loss.
     """
 
     margin: float = 0.9
@@ -22,6 +23,7 @@ class Spec(NamedTuple):
     signed: bool = False
     reduction: str = "mean"
     eps: float = 1e-12
+    wants_gradient: bool = False
 
 
 class Rows(NamedTuple):
