@@ -1,0 +1,237 @@
+"""Reading what runs have left on disk: one run folder, or the runs of a comparison."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bstriplet.config import Scheme
+from bstriplet.errors import UserError
+from bstriplet.runs import (
+    CONFIG,
+    EMBEDDINGS,
+    ENVIRONMENT,
+    LOG,
+    METRICS,
+    PREDICTIONS,
+    read_json,
+)
+
+LOSS_NAMES = {"ce": "CE", "bst": "BST", "triplet": "Triplet", "lifted": "LS"}
+BATCH_NAMES = {"random": "RS", "mined": "DM"}
+PROBABILITY = "prob_"
+COMPARE = "compare.json"
+
+
+def scheme_label(scheme: Scheme) -> str:
+    """The scheme as Table 3 writes it: "CE+BST (DM)" for ce+bst on mined batches."""
+    loss = "+".join(LOSS_NAMES.get(part, part) for part in scheme.loss.split("+"))
+    return f"{loss} ({BATCH_NAMES.get(scheme.batches, scheme.batches)})"
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Test predictions: `labels` [N] int64, `probabilities` [N, C] float64, C `classes`."""
+
+    labels: NDArray[np.int64]
+    probabilities: NDArray[np.float64]
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Of the training images: `vectors` [N, D] float32, `labels` [N] int64, C `classes`."""
+
+    vectors: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder. `metrics` is empty until the run has finished; `log` has a dict an epoch."""
+
+    folder: Path
+    scheme: Scheme
+    seed: int
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    log: tuple[dict[str, Any], ...]
+    metrics: dict[str, Any]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run reached its end."""
+        return bool(self.metrics)
+
+    @cached_property
+    def predictions(self) -> Predictions:
+        """The test predictions of a finished run."""
+        path = self.folder / PREDICTIONS
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                reader = csv.DictReader(file)
+                columns = [name for name in reader.fieldnames or () if name.startswith(PROBABILITY)]
+                classes = tuple(name.removeprefix(PROBABILITY) for name in columns)
+                rows = [
+                    (classes.index(row["label"]), [float(row[name]) for name in columns])
+                    for row in reader
+                ]
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise _damaged(path, error) from error
+        if not rows:
+            raise _damaged(path, "it lists no image")
+        labels, probabilities = zip(*rows, strict=True)
+        return Predictions(np.array(labels, np.int64), np.array(probabilities), classes)
+
+    @cached_property
+    def embeddings(self) -> Embeddings:
+        """The embeddings of a finished run."""
+        path = self.folder / EMBEDDINGS
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                vectors, labels = stored["embeddings"], stored["labels"]
+                classes = tuple(str(name) for name in stored["classes"])
+        except (OSError, KeyError, ValueError) as error:
+            raise _damaged(path, error) from error
+        if not np.isfinite(vectors).all():
+            raise _damaged(path, "it holds NaN or infinity")
+        return Embeddings(vectors, labels, classes)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The runs of some schemes and seeds; a single run is a comparison of one.
+
+    `runs` holds those that have a folder, scheme by scheme and seed by seed.
+    """
+
+    folder: Path
+    schemes: tuple[Scheme, ...]
+    seeds: tuple[int, ...]
+    runs: tuple[Run, ...]
+
+    @property
+    def finished(self) -> list[Run]:
+        """The runs that reached their end."""
+        return [run for run in self.runs if run.finished]
+
+    def finished_of(self, scheme: Scheme) -> list[Run]:
+        """The finished runs of one scheme, by seed."""
+        return [run for run in self.finished if run.scheme == scheme]
+
+    @property
+    def baseline(self) -> Scheme | None:
+        """The first scheme that is plain cross entropy; None where there is none."""
+        return next((scheme for scheme in self.schemes if scheme.loss == "ce"), None)
+
+    def gaps(self) -> list[str]:
+        """A sentence for each run that was asked for and has not finished."""
+        found = {(run.scheme, run.seed): run for run in self.runs}
+        sentences = []
+        for scheme in self.schemes:
+            for seed in self.seeds:
+                run = found.get((scheme, seed))
+                name = f"{scheme_label(scheme)}, seed {seed}"
+                if run is None:
+                    sentences.append(f"{name}: not started")
+                elif not run.finished:
+                    sentences.append(f"{name}: not finished, {len(run.log)} epochs so far")
+        return sentences
+
+
+def read(directory: Path | str) -> Comparison:
+    """Read a compare folder (it holds compare.json) or one run folder (it holds config.json).
+
+    Raises:
+        UserError: the folder is neither, or one of its files is damaged; the message names it.
+    """
+    folder = Path(directory)
+    if (folder / COMPARE).is_file():
+        return _read_comparison(folder)
+    if (folder / CONFIG).is_file():
+        run = _read_run(folder)
+        return Comparison(folder, (run.scheme,), (run.seed,), (run,))
+    raise UserError(
+        f"{folder} is neither a run folder (config.json) nor a compare folder (compare.json)"
+    )
+
+
+def _read_run(folder: Path) -> Run:
+    config = _object(folder / CONFIG)
+    try:
+        scheme, seed = Scheme(config["loss"], config["batches"]), int(config["seed"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(folder / CONFIG, error) from error
+    return Run(
+        folder=folder,
+        scheme=scheme,
+        seed=seed,
+        config=config,
+        environment=_object_if_there(folder / ENVIRONMENT),
+        log=_read_log(folder / LOG),
+        metrics=_object_if_there(folder / METRICS),
+    )
+
+
+def _read_comparison(folder: Path) -> Comparison:
+    path = folder / COMPARE
+    asked = _object(path)
+    try:
+        schemes = tuple(Scheme.parse(text) for text in asked["schemes"])
+        seeds = tuple(int(seed) for seed in asked["seeds"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, error) from error
+    # What a run is stands in its own config.json; the names of the folders are only names.
+    found = [_read_run(config.parent) for config in sorted(folder.glob(f"runs/*/*/{CONFIG}"))]
+    wanted = [run for run in found if run.scheme in schemes and run.seed in seeds]
+    wanted.sort(key=lambda run: (schemes.index(run.scheme), seeds.index(run.seed)))
+    _refuse_doubles(wanted)
+    return Comparison(folder, schemes, seeds, tuple(wanted))
+
+
+def _refuse_doubles(runs: Sequence[Run]) -> None:
+    for one, other in pairwise(runs):
+        if (one.scheme, one.seed) == (other.scheme, other.seed):
+            raise UserError(
+                f"{one.folder} and {other.folder} hold the same scheme and seed; move one away"
+            )
+
+
+def _read_log(path: Path) -> tuple[dict[str, Any], ...]:
+    """The epochs logged so far; a last line that a kill cut in two is left out."""
+    if not path.is_file():
+        return ()
+    lines = path.read_text(encoding="utf-8").splitlines()
+    epochs = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            epochs.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise _damaged(path, f"line {number}: {error}") from error
+    return tuple(epochs)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise _damaged(path, "it is not a JSON object")
+    return value
+
+
+def _object_if_there(path: Path) -> dict[str, Any]:
+    return _object(path) if path.is_file() else {}
+
+
+def _damaged(path: Path, reason: object) -> UserError:
+    return UserError(f"{path} cannot be used ({reason}); delete its folder and run it again")

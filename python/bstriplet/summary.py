@@ -1,0 +1,277 @@
+"""Mean and spread of each scheme over its seeds, and the paired test against cross entropy."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from scipy.stats import ttest_rel
+
+from bstriplet.config import Scheme
+from bstriplet.results import Comparison, Run, scheme_label
+
+METRICS = ("accuracy", "sensitivity", "specificity", "auc")
+LEVEL = 0.05
+# Equal accuracies are quotients of integers; what is below this is the last bit of a float.
+ROUNDING = 1e-12
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation of `n` values; `sd` is None for fewer than two."""
+
+    n: int
+    mean: float | None
+    sd: float | None
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Accuracy of a scheme minus the baseline's, seed by seed, as fractions of 1.
+
+    `low` and `high` bound the 95 % confidence interval of the mean difference, `p` is that of the
+    two-sided paired t test and `p_holm` the same after Holm's adjustment for all schemes that are
+    compared with the baseline. All four are None where the test has nothing to judge by: fewer
+    than two shared seeds, or differences that are all the same.
+    """
+
+    n: int
+    difference: float | None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    p_holm: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """`better`, `worse` or `not told apart`, at 5 % of the adjusted p."""
+        if self.p_holm is None or self.difference is None or self.p_holm >= LEVEL:
+            return "not told apart"
+        return "better" if self.difference > 0 else "worse"
+
+
+@dataclass(frozen=True)
+class SchemeSummary:
+    """One scheme: its finished runs' metrics, and the test against the baseline."""
+
+    scheme: Scheme
+    n_runs: int
+    metrics: dict[str, Spread]
+    paired: PairedTest | None
+
+    @property
+    def label(self) -> str:
+        """The scheme as Table 3 writes it."""
+        return scheme_label(self.scheme)
+
+
+def summarise_schemes(comparison: Comparison) -> list[SchemeSummary]:
+    """Summaries of the finished runs, a scheme each, in the order of the comparison."""
+    baseline = comparison.baseline
+    others = [scheme for scheme in comparison.schemes if baseline and scheme != baseline]
+    tests = dict(
+        zip(
+            others,
+            _holm([_paired_test(comparison, scheme, baseline) for scheme in others if baseline]),
+            strict=True,
+        )
+    )
+    return [
+        SchemeSummary(
+            scheme=scheme,
+            n_runs=len(runs),
+            metrics={name: spread(_metric(runs, name)) for name in METRICS},
+            paired=tests.get(scheme),
+        )
+        for scheme in comparison.schemes
+        for runs in [comparison.finished_of(scheme)]
+    ]
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean and sample standard deviation of some values, of none as well."""
+    if not values:
+        return Spread(0, None, None)
+    sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return Spread(len(values), float(np.mean(values)), sd)
+
+
+def verdict_sentence(summary: SchemeSummary, baseline: Scheme) -> str:
+    """What the paired test says, in a sentence for people."""
+    test, one, other = summary.paired, summary.label, scheme_label(baseline)
+    if test is None or test.difference is None:
+        return f"{one} and {other} have no finished seed in common: nothing to compare."
+    by = f"{points(test.difference)} points of accuracy"
+    if test.n == 1:
+        return (
+            f"{one} and {other} are not told apart: {by} on the one seed that they share. "
+            "A test needs two seeds or more, and five or more to see much."
+        )
+    if test.p is None or test.p_holm is None or test.low is None or test.high is None:
+        return (
+            f"{one} and {other} are not told apart: {by} on each of {test.n} paired seeds; "
+            "without any spread there is nothing to test by."
+        )
+    adjusted = f", adjusted p {p_value(test.p_holm)}" if test.p_holm > test.p else ""
+    evidence = (
+        f"{by}, 95 % confidence interval {points(test.low)} to {points(test.high)}, "
+        f"p {p_value(test.p)}{adjusted}, {test.n} paired seeds"
+    )
+    if test.verdict == "not told apart":
+        unseen = 100 * (test.high - test.low) / 2
+        return (
+            f"{one} and {other} are not told apart: {evidence}. "
+            f"With so few and so varied seeds, less than about {unseen:.1f} points does not show."
+        )
+    return f"{one} is {test.verdict} than {other}: {evidence}."
+
+
+def text_table(comparison: Comparison) -> str:
+    """The table of a comparison, its verdicts and what is missing, as plain text."""
+    summaries = summarise_schemes(comparison)
+    header = ("Scheme", "Seeds", "ACC (%)", "SEN (%)", "SPE (%)", "AUC")
+    rows = [
+        (
+            summary.label,
+            str(summary.n_runs),
+            *(percent(summary.metrics[name]) for name in METRICS[:3]),
+            area(summary.metrics["auc"]),
+        )
+        for summary in summaries
+    ]
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in [header, tuple("-" * w for w in widths), *rows]
+    ]
+    lines += ["", *verdicts(comparison, summaries)]
+    gaps = comparison.gaps()
+    if gaps:
+        lines += ["", "Not in the table:", *(f"  {gap}" for gap in gaps)]
+    return "\n".join(lines)
+
+
+def verdicts(comparison: Comparison, summaries: Sequence[SchemeSummary]) -> list[str]:
+    """A sentence for each scheme that is compared with the baseline."""
+    if comparison.baseline is None:
+        return ["No scheme is plain cross entropy (ce): there is no baseline to compare with."]
+    return [
+        verdict_sentence(summary, comparison.baseline)
+        for summary in summaries
+        if summary.scheme != comparison.baseline
+    ]
+
+
+def runs_csv(comparison: Comparison) -> str:
+    """A row a run, unfinished ones too. Metrics are fractions of 1; empty means undefined."""
+    header = ("scheme", "loss", "batches", "seed", "finished", *METRICS, "best_epoch", "epochs")
+    return to_csv(
+        header,
+        (
+            (
+                scheme_label(run.scheme),
+                run.scheme.loss,
+                run.scheme.batches,
+                run.seed,
+                run.finished,
+                *(run.metrics.get(name) for name in (*METRICS, "best_epoch")),
+                len(run.log),
+            )
+            for run in comparison.runs
+        ),
+    )
+
+
+def schemes_csv(summaries: Sequence[SchemeSummary]) -> str:
+    """A row a scheme: means, standard deviations and the paired test, as fractions of 1."""
+    tested = ("difference", "low", "high", "p", "p_holm", "verdict")
+    header = ["scheme", "loss", "batches", "runs"]
+    header += [f"{name}_{part}" for name in METRICS for part in ("mean", "sd")]
+    header += ["paired_seeds", *tested]
+    rows = []
+    for summary in summaries:
+        row: list[Any] = [summary.label, summary.scheme.loss, summary.scheme.batches]
+        row.append(summary.n_runs)
+        for name in METRICS:
+            row += [summary.metrics[name].mean, summary.metrics[name].sd]
+        test = summary.paired
+        row += [test.n, *(getattr(test, name) for name in tested)] if test else [None] * 7
+        rows.append(row)
+    return to_csv(header, rows)
+
+
+def to_csv(header: Iterable[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Comma-separated text with a header line; None is an empty cell."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def percent(values: Spread) -> str:
+    """ "93.10 ± 0.52", from fractions of 1."""
+    return _mean_and_sd(values, 100, 2)
+
+
+def area(values: Spread) -> str:
+    """ "0.9812 ± 0.0040"."""
+    return _mean_and_sd(values, 1, 4)
+
+
+def points(difference: float) -> str:
+    """A difference of two fractions in signed percentage points: "+1.10"."""
+    return f"{100 * difference:+.2f}"
+
+
+def p_value(p: float) -> str:
+    """ "= 0.031" or, where three digits would be a bare 0, "< 0.001"."""
+    return f"= {p:.3f}" if p >= 0.001 else "< 0.001"
+
+
+def _mean_and_sd(values: Spread, scale: float, digits: int) -> str:
+    if values.mean is None:
+        return "-"
+    mean = f"{scale * values.mean:.{digits}f}"
+    return mean if values.sd is None else f"{mean} ± {scale * values.sd:.{digits}f}"
+
+
+def _metric(runs: Sequence[Run], name: str) -> list[float]:
+    values = [run.metrics.get(name) for run in runs]
+    return [value for value in values if value is not None]
+
+
+def _accuracies(comparison: Comparison, scheme: Scheme) -> dict[int, float]:
+    runs = comparison.finished_of(scheme)
+    return dict(zip((run.seed for run in runs), _metric(runs, "accuracy"), strict=True))
+
+
+def _paired_test(comparison: Comparison, scheme: Scheme, baseline: Scheme) -> PairedTest:
+    ours, theirs = _accuracies(comparison, scheme), _accuracies(comparison, baseline)
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return PairedTest(0, None)
+    differences = np.array([ours[seed] - theirs[seed] for seed in seeds])
+    mean = float(differences.mean())
+    if len(seeds) == 1 or np.ptp(differences) < ROUNDING:
+        return PairedTest(len(seeds), mean)
+    result = ttest_rel([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
+    interval = result.confidence_interval(1 - LEVEL)
+    return PairedTest(
+        len(seeds), mean, float(interval.low), float(interval.high), float(result.pvalue)
+    )
+
+
+def _holm(tests: Sequence[PairedTest]) -> list[PairedTest]:
+    """The tests with Holm's adjusted p-values: the step-down form of Bonferroni's bound."""
+    judged = sorted((test.p, index) for index, test in enumerate(tests) if test.p is not None)
+    adjusted = list(tests)
+    running = 0.0
+    for rank, (p, index) in enumerate(judged):
+        running = max(running, min(1.0, (len(judged) - rank) * p))
+        adjusted[index] = replace(tests[index], p_holm=running)
+    return adjusted

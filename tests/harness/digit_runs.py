@@ -1,0 +1,112 @@
+"""Run folders with real contents, made in a moment: small networks of scikit-learn on its digits.
+
+They stand in for training runs where only what a run leaves on disk matters. Schemes differ in
+width and step size of the network, so that their results differ as results do.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+from bstriplet.config import Scheme
+from bstriplet.metrics import classification_metrics
+from sklearn.datasets import load_digits
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import log_loss
+from sklearn.neural_network import MLPClassifier
+
+WIDTHS = {"ce": 12, "ce+bst": 24}
+STEPS = {"random": 0.02, "mined": 0.015}
+
+
+def write_comparison(
+    folder: Path, schemes: list[str], seeds: list[int], classes: tuple[str, ...] = ("0", "1", "2")
+) -> Path:
+    """A compare folder with every run finished."""
+    folder.mkdir(parents=True)
+    asked = {"schemes": schemes, "seeds": seeds}
+    (folder / "compare.json").write_text(json.dumps(asked))
+    for text in schemes:
+        scheme = Scheme.parse(text)
+        for seed in seeds:
+            write_run(folder / "runs" / scheme.slug / f"seed-{seed}", scheme, seed, classes)
+    return folder
+
+
+def write_run(
+    folder: Path, scheme: Scheme, seed: int, classes: tuple[str, ...] = ("0", "1", "2")
+) -> Path:
+    """A finished run: a network on the first len(classes) digits, 8 training images a class."""
+    folder.mkdir(parents=True)
+    digits = load_digits()
+    kept = digits.target < len(classes)
+    images, labels = digits.data[kept] / 16, digits.target[kept]
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(labels))
+    train = np.concatenate([order[labels[order] == c][:8] for c in range(len(classes))])
+    test = np.setdiff1d(order, train)
+    validation, test = test[:40], test[40:]
+
+    step = STEPS[scheme.batches]
+    network = MLPClassifier((WIDTHS[scheme.loss],), learning_rate_init=step, random_state=seed)
+    every_class, log = range(len(classes)), []
+    for epoch in range(1, 9 + seed % 3):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            network.partial_fit(images[train], labels[train], classes=every_class)
+        losses = {
+            part: log_loss(
+                labels[rows], network.predict_proba(images[rows]), labels=range(len(classes))
+            )
+            for part, rows in (("train", train), ("validation", validation))
+        }
+        log.append(
+            {
+                "epoch": epoch,
+                "train_loss": losses["train"],
+                "train_ce": losses["train"],
+                "train_bst": None,
+                "train_accuracy": network.score(images[train], labels[train]),
+                "validation_loss": losses["validation"],
+                "validation_accuracy": network.score(images[validation], labels[validation]),
+                "lr": step,
+                "seconds": 0.01,
+                "images_per_second": 2400.0,
+            }
+        )
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+
+    config = {
+        "data": "digits",
+        "backbone": "mlp",
+        "loss": scheme.loss,
+        "batches": scheme.batches,
+        "seed": seed,
+        "validation": "train",
+        "margin": 0.9,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "environment.json").write_text(json.dumps({"python": "3.11", "device": "cpu"}))
+
+    probabilities = network.predict_proba(images[test])
+    with (folder / "predictions.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "label", "predicted", *(f"prob_{name}" for name in classes)])
+        for index, row in zip(test, probabilities, strict=True):
+            names = classes[labels[index]], classes[row.argmax()]
+            writer.writerow([f"digit-{index}", *names, *row.tolist()])
+    hidden = np.maximum(images[train] @ network.coefs_[0] + network.intercepts_[0], 0)
+    np.savez(
+        folder / "embeddings.npz",
+        embeddings=hidden.astype(np.float32),
+        labels=labels[train],
+        classes=np.array(classes),
+    )
+    metrics = classification_metrics(labels[test], probabilities, classes)
+    finished = {**metrics, "best_epoch": len(log), "epochs": len(log)}
+    (folder / "metrics.json").write_text(json.dumps(finished))
+    return folder
