@@ -1,0 +1,273 @@
+"""Groups of alike samples within each class (section 2.3, steps 1 and 2).
+
+K-means in each class, made to fit image sets of any size: what it is given are at most 64 principal
+coordinates of the class, and a large class goes through mini-batches.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from numbers import Integral
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn.cluster import KMeans, MiniBatchKMeans
+from sklearn.decomposition import PCA
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import silhouette_score
+from sklearn.utils import check_scalar
+from threadpoolctl import threadpool_limits
+
+# Dimensions that K-means sees. The means of k clusters span k - 1 directions, near those of largest
+# variance (Ding & He, ICML 2004): 64 leave ample room, and the cost of K-means is linear in them.
+PCA_COMPONENTS = 64
+
+# Features of more dimensions than this are projected. With fewer, projecting costs what it saves.
+PCA_ABOVE = 4 * PCA_COMPONENTS
+
+# Samples of a class from which its principal directions are estimated: 32 for each of them, in
+# memory that does not grow with the class.
+PCA_SAMPLES = 32 * PCA_COMPONENTS
+
+# Classes of more samples go through mini-batches: some seconds a million samples, where full passes
+# over them until nothing moves would take minutes.
+MINI_BATCH_ABOVE = 20_000
+
+# Most groups a class that n_groups="auto" considers.
+MAX_AUTO_GROUPS = 8
+
+_AUTO_SAMPLES = 1000  # a silhouette compares every pair of them
+_AUTO_REFERENCES = 10
+_CHUNK_VALUES = 1 << 22  # feature values held in float64 at a time
+
+
+def mine_groups(
+    features: ArrayLike | torch.Tensor,
+    labels: ArrayLike | torch.Tensor,
+    n_groups: int | Mapping[Any, int] | Literal["auto"] = 2,
+    *,
+    seed: int = 0,
+) -> NDArray[np.int64]:
+    """Cluster the samples of each class by K-means; return the group of each sample.
+
+    Distances are Euclidean, on the features as they are: single dimensions are not rescaled.
+    Features of more than `PCA_ABOVE` dimensions are first reduced to the `PCA_COMPONENTS` principal
+    ones of the class; classes of more than `MINI_BATCH_ABOVE` samples go through `MiniBatchKMeans`.
+
+    Args:
+        features: [N, ...] real numbers, array or tensor (pixels, embeddings); taken as [N, D].
+        labels: [N] integers, bools or strings: the class of each sample.
+        n_groups: how many groups to make of each class (2 in the paper's Chest-1); or a mapping
+            that says it for each class; or `"auto"`: the number from 2 to `MAX_AUTO_GROUPS` with
+            the best mean silhouette (Rousseeuw, 1987), or 1 where Gaussian samples of the same
+            covariance can be cut as well as the class, so that it shows no clusters.
+        seed: 0 to 2³² - 1. The same input and seed give the same groups.
+
+    Returns:
+        [N] int64: ids from 0 without gaps; the groups of the first class in sorted order, then
+        those of the next; within a class in order of first appearance. A class that has fewer
+        distinct samples than groups asked for gets one group for each; no group is empty.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is allowed.
+    """
+    rows = _feature_rows(features)
+    classes, members_of = _classes(labels, len(rows))
+    wanted = _groups_wanted(n_groups, classes)
+    check_scalar(seed, "seed", Integral, min_val=0, max_val=2**32 - 1)
+    spread = _finite_spread(rows)
+    groups = np.empty(len(rows), dtype=np.int64)
+    n_found = 0
+    # K-means sums over threads in the order in which they finish. One thread gives the same bits
+    # each time.
+    with threadpool_limits(limits=1, user_api="openmp"), warnings.catch_warnings():
+        # Samples that coincide up to rounding make fewer clusters: a result here, not a fault.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for members, count in zip(members_of, wanted, strict=True):
+            clusters: NDArray[Any] | None = _one_group_each(rows, members, count or 1)
+            if clusters is None:
+                points = _principal_points(rows, members, spread, int(seed))
+                clusters = _k_means(points, count or _choose_count(points, int(seed)), int(seed))
+            within = _in_order_of_appearance(clusters)
+            groups[members] = n_found + within
+            n_found += int(within.max()) + 1
+    return groups
+
+
+def _one_group_each(
+    rows: NDArray[Any], members: NDArray[np.int64], limit: int
+) -> NDArray[np.int64] | None:
+    """A cluster for each distinct row of a class that has at most `limit` of them; else None."""
+    cluster_of: dict[bytes, int] = {}
+    clusters = []
+    for member in members:
+        row = (rows[member] + 0).tobytes()  # + 0 turns -0.0 into 0.0, which equals it
+        clusters.append(cluster_of.setdefault(row, len(cluster_of)))
+        if len(cluster_of) > limit:
+            return None
+    return np.array(clusters)
+
+
+def _principal_points(
+    rows: NDArray[Any], members: NDArray[np.int64], spread: float, seed: int
+) -> NDArray[np.float32]:
+    """[n, min(D, PCA_COMPONENTS)] coordinates of one class about its mean, in units of `spread`.
+
+    K-means depends on neither origin nor unit. Centred in float64 and of order one, float32 is
+    exact enough and far from overflow, whatever those of the features are.
+    """
+    n_dims = rows.shape[1]
+    mean = sum(chunk.sum(axis=0, dtype=np.float64) for chunk in _chunks(rows, members)) / len(
+        members
+    )
+
+    def centred(selected: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
+        for chunk in _chunks(rows, selected):
+            yield ((chunk - mean) / spread).astype(np.float32)
+
+    if n_dims <= PCA_ABOVE:
+        return np.concatenate(list(centred(members)))
+    fitted = members
+    if len(members) > PCA_SAMPLES:
+        fitted = np.random.default_rng(seed).choice(members, PCA_SAMPLES, replace=False)
+    pca = PCA(
+        min(PCA_COMPONENTS, len(fitted)),
+        copy=False,
+        svd_solver="randomized",
+        iterated_power=2,
+        random_state=seed,
+    )
+    pca.fit(np.concatenate(list(centred(fitted))))
+    return np.concatenate([pca.transform(chunk) for chunk in centred(members)])
+
+
+def _chunks(rows: NDArray[Any], selected: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
+    size = max(1, _CHUNK_VALUES // rows.shape[1])
+    for start in range(0, len(selected), size):
+        yield rows[selected[start : start + size]]
+
+
+def _k_means(points: NDArray[np.float32], count: int, seed: int) -> NDArray[Any]:
+    if count == 1:
+        return np.zeros(len(points), dtype=np.int64)
+    if len(points) > MINI_BATCH_ABOVE:
+        model = MiniBatchKMeans(count, batch_size=4096, n_init=4, random_state=seed)
+    else:
+        model = KMeans(count, n_init=4, random_state=seed)
+    return model.fit_predict(points)
+
+
+def _choose_count(points: NDArray[np.float32], seed: int) -> int:
+    """Number of clusters, 1 to MAX_AUTO_GROUPS: the best silhouette against a Gaussian null.
+
+    The silhouette alone cannot say 1: a single cloud cut in two has a positive one. As in SigClust
+    (Liu, Hayes, Nobel & Marron, JASA 2008), the best cut must beat those of Gaussian samples with
+    the covariance of the data, here by two standard deviations.
+    """
+    rng = np.random.default_rng(seed)
+    if len(points) > _AUTO_SAMPLES:
+        points = points[rng.choice(len(points), _AUTO_SAMPLES, replace=False)]
+    n = len(points)
+    if n < 3:
+        return 1
+    scores = {
+        count: _silhouette(points, count, seed)
+        for count in range(2, min(MAX_AUTO_GROUPS, n - 1) + 1)
+    }
+    best = max(scores, key=scores.__getitem__)
+    # Gaussian mixtures of the n deviations from the mean have exactly their covariance.
+    deviations = (points - points.mean(axis=0)) / np.float32(np.sqrt(n))
+    references = [
+        _silhouette(rng.standard_normal((n, n), dtype=np.float32) @ deviations, best, seed)
+        for _ in range(_AUTO_REFERENCES)
+    ]
+    return best if scores[best] > np.mean(references) + 2 * np.std(references) else 1
+
+
+def _silhouette(points: NDArray[np.float32], count: int, seed: int) -> float:
+    clusters = _k_means(points, count, seed)
+    if not 1 < len(np.unique(clusters)) < len(points):
+        return -1.0
+    return float(silhouette_score(points, clusters))
+
+
+def _in_order_of_appearance(clusters: NDArray[Any]) -> NDArray[np.int64]:
+    _, first, inverse = np.unique(clusters, return_index=True, return_inverse=True)
+    position = np.empty(len(first), dtype=np.int64)
+    position[np.argsort(first)] = np.arange(len(first))
+    return position[inverse]
+
+
+def _feature_rows(features: ArrayLike | torch.Tensor) -> NDArray[Any]:
+    """Features as [N, D], of their own dtype."""
+    if isinstance(features, torch.Tensor):
+        features = features.detach().cpu()
+        features = (features.float() if features.dtype == torch.bfloat16 else features).numpy()
+    array = np.asarray(features)
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"features has dtype {array.dtype}; it must hold real numbers")
+    if array.ndim == 0 or array.size == 0:
+        raise ValueError(f"features has shape {array.shape}; it must be [N, ...] and not empty")
+    return array.reshape(len(array), -1)
+
+
+def _finite_spread(rows: NDArray[Any]) -> float:
+    """Largest value less smallest; raises where there is none."""
+    spread = float(rows.max()) - float(rows.min())
+    if np.isfinite(spread):
+        return spread
+    bad = [i for i, row in enumerate(rows) if not np.isfinite(row).all()]
+    if bad:
+        raise ValueError(
+            f"features has NaN or infinity in {len(bad)} of {len(rows)} rows, the first is row "
+            f"{bad[0]}; K-means needs finite numbers: repair these samples or leave them out"
+        )
+    raise ValueError(f"features spans {rows.min()} to {rows.max()}, beyond float64: scale it down")
+
+
+def _classes(
+    labels: ArrayLike | torch.Tensor, n_samples: int
+) -> tuple[list[Any], list[NDArray[np.int64]]]:
+    """(classes in sorted order; the samples of each, ascending)."""
+    array = (
+        labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
+    )
+    if array.shape != (n_samples,):
+        raise ValueError(
+            f"labels has shape {array.shape}; features has {n_samples} rows, so labels must be "
+            f"({n_samples},)"
+        )
+    if array.dtype.kind not in "iubU":
+        raise TypeError(f"labels has dtype {array.dtype}; it must hold integers, bools or strings")
+    classes, index, sizes = np.unique(array, return_inverse=True, return_counts=True)
+    by_class = np.argsort(index, kind="stable")
+    return classes.tolist(), np.split(by_class, np.cumsum(sizes)[:-1])
+
+
+def _groups_wanted(
+    n_groups: int | Mapping[Any, int] | Literal["auto"], classes: list[Any]
+) -> list[int | None]:
+    """Number of groups asked for in each class; None where it is to be chosen."""
+    if isinstance(n_groups, str):
+        if n_groups != "auto":
+            raise ValueError(f'n_groups={n_groups!r} must be "auto", an integer or a mapping')
+        return [None] * len(classes)
+    if not isinstance(n_groups, Mapping):
+        return [int(check_scalar(n_groups, "n_groups", Integral, min_val=1))] * len(classes)
+    missing = [name for name in classes if name not in n_groups]
+    if missing:
+        raise ValueError(
+            f"n_groups lacks {missing}: it must give a number for each class in labels"
+        )
+    unknown = set(n_groups).difference(classes)
+    if unknown:
+        raise ValueError(
+            f"n_groups names {sorted(unknown, key=str)}, but labels has only {classes}"
+        )
+    return [
+        int(check_scalar(n_groups[name], f"n_groups[{name!r}]", Integral, min_val=1))
+        for name in classes
+    ]
