@@ -1,0 +1,56 @@
+"""Any classification model of timm, giving the embedding and the logits made from it."""
+
+from typing import NamedTuple
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from bstriplet.errors import unknown_name
+
+
+class Output(NamedTuple):
+    """logits [N, classes] and embeddings [N, D], the pooled features that feed the classifier."""
+
+    logits: Tensor
+    embeddings: Tensor
+
+
+def check_backbone(name: str) -> None:
+    """Raise an error with the nearest name if timm has no model called ``name``."""
+    if not timm.is_model(name):
+        raise unknown_name(
+            "--backbone",
+            name,
+            timm.list_models(),
+            advice="Names are those of timm.list_models()",
+        )
+
+
+class Classifier(nn.Module):
+    """A timm model on uint8 images, which it standardises with the training set's statistics.
+
+    The statistics are buffers: a state dict is all that is needed to classify new images.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: str, num_classes: int, channels: int) -> None:
+        super().__init__()
+        check_backbone(backbone)
+        self.backbone = timm.create_model(backbone, num_classes=num_classes, in_chans=channels)
+        self.register_buffer("mean", torch.zeros(channels, 1, 1))
+        self.register_buffer("std", torch.ones(channels, 1, 1))
+
+    def standardise_with(self, mean: Tensor, std: Tensor) -> None:
+        """Set the mean and standard deviation of each channel, float [C], in grey levels."""
+        self.mean.copy_(mean.view(-1, 1, 1))
+        self.std.copy_(std.view(-1, 1, 1))
+
+    def forward(self, images: Tensor) -> Output:
+        """images uint8 [N, C, H, W] -> :class:`Output`, float32."""
+        standardised = (images.to(torch.float32) - self.mean) / self.std
+        features = self.backbone.forward_features(standardised)
+        embeddings = self.backbone.forward_head(features, pre_logits=True)
+        return Output(self.backbone.get_classifier()(embeddings), embeddings)

@@ -1,0 +1,266 @@
+"""The ``bstriplet`` command: train, compare, evaluate, predict, demo."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+from bstriplet.config import (
+    Scheme,
+    TrainConfig,
+    add_options,
+    given_options,
+)
+from bstriplet.errors import UserError, one_line
+
+DEFAULT_SCHEMES = ("ce:random", "ce+bst:mined")
+DEFAULT_SEEDS = (0, 1, 2)
+
+# The commands import torch, timm and scikit-learn when they run: help and bad options are instant.
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status: 0, 2 for bad input, 130 for Ctrl-C."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        options = _parser().parse_args(given)
+        options.run_command(options)
+        sys.stdout.flush()
+    except UserError as error:
+        _say(f"bstriplet: {one_line(error)}")
+        return 2
+    except KeyboardInterrupt:
+        _say(f"bstriplet: interrupted; {_how_to_continue(given)}")
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as head, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _say(text: str) -> None:
+    """Print a line on standard error, at once."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _how_to_continue(given: list[str]) -> str:
+    """Return how a command that was interrupted is continued."""
+    command = given[0] if given else ""
+    if command in ("train", "compare"):
+        resume = [] if "--resume" in given else ["--resume"]
+        return f"continue with: bstriplet {' '.join([*given, *resume])}"
+    if command == "demo":
+        return f"continue with: bstriplet {' '.join(given)}"
+    return "nothing was written"
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="bstriplet",
+        description="Train light CNNs with cross entropy and the batch-similarity triplet loss.",
+    )
+    parser.add_argument("--version", action="version", version=version("bstriplet-kernels"))
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    train = commands.add_parser("train", help="train one model")
+    _add_output(train)
+    add_options(train)
+    train.set_defaults(run_command=_train)
+
+    compare = commands.add_parser("compare", help="train each scheme with each seed; table, report")
+    _add_output(compare)
+    compare.add_argument(
+        "--schemes",
+        nargs="+",
+        metavar="LOSS:BATCHES",
+        help=f"schemes to compare (default: {' '.join(DEFAULT_SCHEMES)})",
+    )
+    compare.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        metavar="SEED",
+        help=f"seeds of each scheme (default: {' '.join(map(str, DEFAULT_SEEDS))})",
+    )
+    add_options(compare, without=("loss", "batches", "seed"))
+    compare.set_defaults(run_command=_compare)
+
+    evaluate = commands.add_parser("evaluate", help="print the test metrics of a trained model")
+    _add_run(evaluate)
+    evaluate.add_argument(
+        "--data", help="a folder test/CLASS/* or CLASS/* (default: the test set of the run)"
+    )
+    evaluate.set_defaults(run_command=_evaluate)
+
+    predict = commands.add_parser("predict", help="classify images: a CSV of probabilities")
+    _add_run(predict)
+    predict.add_argument("images", nargs="+", type=Path, help="image files or folders")
+    predict.add_argument("--output", type=Path, help="CSV file (default: standard output)")
+    predict.set_defaults(run_command=_predict)
+
+    demo = commands.add_parser(
+        "demo", help="compare CE with CE + BST on a few images a class, in minutes"
+    )
+    demo.add_argument("--data", default="digits", help="'digits' or a folder (default: digits)")
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/demo"),
+        help="results go into a folder in this one, named after the data (default: runs/demo)",
+    )
+    demo.set_defaults(run_command=_demo)
+    return parser
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue in --out what was interrupted there"
+    )
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
+    parser.add_argument(
+        "--skip-broken", action="store_true", help="leave out images that cannot be read"
+    )
+
+
+def _train(options: argparse.Namespace) -> None:
+    from bstriplet import report
+    from bstriplet.backbones import check_backbone
+    from bstriplet.data import load_dataset, split_dataset
+    from bstriplet.runs import RunFolder, check_new
+    from bstriplet.training import train
+
+    run = RunFolder(options.out)
+    given = given_options(options)
+    if options.resume and run.started:
+        config = replace(run.config(), **given)
+        run.check_config(config)
+    else:
+        check_new(options.out)
+        config = TrainConfig(**given)
+    check_backbone(config.backbone)
+    dataset = load_dataset(config.data, config.image_size, skip_broken=config.skip_broken)
+    task = split_dataset(dataset, config)
+    for note in task.notes:
+        _say(f"note: {note}")
+    metrics = train(config, task, run)
+    print(
+        f"lowest validation loss: epoch {metrics['best_epoch']} of {metrics['epochs']}; its model "
+        "on the test set:"
+    )
+    _print_metrics(metrics)
+    print(f"run: {run.path}")
+    print(f"report: {report.build(run.path)}")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from bstriplet.compare import Plan, read_plan, started
+    from bstriplet.config import describe_difference
+    from bstriplet.runs import check_new
+
+    given = given_options(options)
+    schemes = tuple(Scheme.parse(text) for text in options.schemes or ())
+    seeds = tuple(options.seeds or ())
+    for name, values in (("--schemes", schemes), ("--seeds", seeds)):
+        if len(set(values)) < len(values):
+            raise UserError(f"{name}: one of them is given twice; give each once")
+    if options.resume and started(options.out):
+        plan = read_plan(options.out)
+        difference = describe_difference(replace(plan.config, **given), plan.config)
+        if (schemes or plan.schemes) != plan.schemes:
+            difference = f"schemes ({' '.join(map(str, plan.schemes))} there)"
+        if (seeds or plan.seeds) != plan.seeds:
+            difference = f"seeds ({' '.join(map(str, plan.seeds))} there)"
+        if difference:
+            raise UserError(
+                f"{options.out} was started with another configuration: {difference}; leave those "
+                "options as they were, or choose another --out"
+            )
+    else:
+        check_new(options.out)
+        plan = Plan(
+            config=TrainConfig(**given),
+            schemes=schemes or tuple(Scheme.parse(text) for text in DEFAULT_SCHEMES),
+            seeds=seeds or DEFAULT_SEEDS,
+        )
+    _run_plan(plan, options.out)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from bstriplet.compare import read_plan, started
+    from bstriplet.demo import demo_plan
+    from bstriplet.runs import check_new
+
+    plan = demo_plan(options.data)
+    folder = options.out / Path(plan.config.data).name
+    if not started(folder):
+        check_new(folder)
+    elif read_plan(folder) != plan:
+        raise UserError(
+            f"{folder} was started by another version or with other data; remove it, or choose "
+            "another --out"
+        )
+    _say(
+        f"{plan.config.train_per_class} images a class for training and validation, "
+        f"{len(plan.seeds)} seeds, at most {plan.config.epochs} epochs, {plan.config.image_size} x "
+        f"{plan.config.image_size} pixels, {plan.config.backbone}"
+    )
+    _run_plan(plan, folder)
+
+
+def _run_plan(plan: Any, folder: Path) -> None:
+    """Run a comparison and print its table and where its report is."""
+    from bstriplet import report
+    from bstriplet.compare import compare
+
+    started_at = time.perf_counter()
+    compare(plan, folder, _say)
+    _say(f"training and evaluation: {time.perf_counter() - started_at:.0f} s")
+    print(report.summarise(folder))
+    print(f"report: {report.build(folder)}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from bstriplet.evaluation import evaluate_run
+    from bstriplet.runs import RunFolder
+
+    metrics = evaluate_run(RunFolder(options.run), options.data, skip_broken=options.skip_broken)
+    _print_metrics(metrics)
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from bstriplet.evaluation import predict_files
+    from bstriplet.runs import RunFolder, write_atomic
+
+    table, broken = predict_files(
+        RunFolder(options.run), options.images, skip_broken=options.skip_broken
+    )
+    for line in broken:
+        _say(f"note: left out {line}")
+    if options.output:
+        write_atomic(options.output, table.encode())
+        _say(f"predictions: {options.output}")
+    else:
+        sys.stdout.write(table)
+
+
+def _print_metrics(metrics: dict[str, Any]) -> None:
+    """Print the four numbers of the paper's tables, in per cent."""
+    for name in ("accuracy", "sensitivity", "specificity", "auc"):
+        value = metrics[name]
+        print(f"  {name:<12} {'undefined' if value is None else f'{100 * value:.2f} %'}")

@@ -1,0 +1,211 @@
+"""A trained model at work: embeddings, test results, and predictions for new images."""
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from bstriplet.backbones import Classifier, Output
+from bstriplet.config import TrainConfig
+from bstriplet.data import (
+    ImageSet,
+    Task,
+    count_broken,
+    load_dataset,
+    load_test_images,
+    split_dataset,
+)
+from bstriplet.errors import UserError
+from bstriplet.images import Pixels, Unreadable, list_images, read_all
+from bstriplet.metrics import classification_metrics
+from bstriplet.runs import (
+    BEST,
+    EMBEDDINGS,
+    METRICS,
+    PREDICTIONS,
+    RunFolder,
+    write_atomic,
+    write_json,
+)
+
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model with what is needed to use it."""
+
+    model: Classifier
+    classes: tuple[str, ...]
+    config: TrainConfig
+    device: torch.device
+
+    @property
+    def channels(self) -> int:
+        """1 for grey images, 3 for RGB."""
+        return len(self.model.mean)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device called ``name``; ``auto`` is a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: cuda is not available here; use cpu or auto")
+    return torch.device(name)
+
+
+def load_trained(run: RunFolder) -> TrainedModel:
+    """Return the evaluated model of a run, that of its lowest validation loss."""
+    config = run.config()
+    checkpoint = run.load(BEST, config)
+    classes = tuple(checkpoint["classes"])
+    channels = len(checkpoint["model"]["mean"])
+    device = choose_device(config.device)
+    model = Classifier(config.backbone, len(classes), channels)
+    model.load_state_dict(checkpoint["model"])
+    return TrainedModel(model.to(device), classes, config, device)
+
+
+@torch.no_grad()
+def embed(model: Classifier, images: ImageSet, device: torch.device) -> tuple[Output, Tensor]:
+    """Return logits and embeddings of all images, in evaluation mode, and their labels."""
+    model.eval()
+    outputs, labels = [], []
+    for start in range(0, len(images), BATCH):
+        pixels, batch_labels = images.batch(range(start, min(start + BATCH, len(images))))
+        outputs.append(model(pixels.to(device)))
+        labels.append(batch_labels)
+    logits, embeddings = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+    return Output(logits, embeddings), torch.cat(labels).to(device)
+
+
+def probabilities(logits: Tensor) -> npt.NDArray[np.float64]:
+    """Return the softmax of logits [N, C] in float64."""
+    return logits.double().softmax(dim=1).cpu().numpy()
+
+
+def write_results(
+    run: RunFolder, trained: TrainedModel, task: Task, best_epoch: int, epochs: int
+) -> dict[str, Any]:
+    """Write predictions, training embeddings and, last, metrics of a run; return the metrics."""
+    output, _ = embed(trained.model, task.test, trained.device)
+    scores = probabilities(output.logits)
+    true_names = [task.classes[label] for label in task.test.labels]
+    table = predictions_csv(task.test.files, scores, task.classes, true_names)
+    write_atomic(run.path / PREDICTIONS, table.encode())
+    training, _ = embed(trained.model, task.train, trained.device)
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        embeddings=training.embeddings.float().cpu().numpy(),
+        labels=task.train.labels,
+        classes=np.array(task.classes),
+    )
+    write_atomic(run.path / EMBEDDINGS, buffer.getvalue())
+    metrics = classification_metrics(task.test.labels, scores, task.classes)
+    metrics |= {"best_epoch": best_epoch, "epochs": epochs}
+    write_json(run.path / METRICS, metrics)
+    return metrics
+
+
+def evaluate_run(run: RunFolder, data: str | None, *, skip_broken: bool) -> dict[str, Any]:
+    """Return the metrics of a run's model on its own test set, or on the test images of ``data``.
+
+    ``data``: a folder test/CLASS/* or CLASS/* with classes that the model knows.
+    """
+    trained = load_trained(run)
+    config = trained.config
+    if data is None:
+        dataset = load_dataset(config.data, config.image_size, skip_broken=config.skip_broken)
+        images = split_dataset(dataset, config).test
+    else:
+        images, _ = load_test_images(
+            data, trained.classes, config.image_size, trained.channels, skip_broken=skip_broken
+        )
+    output, _ = embed(trained.model, images, trained.device)
+    return classification_metrics(images.labels, probabilities(output.logits), trained.classes)
+
+
+def predict_files(
+    run: RunFolder, paths: Sequence[Path], *, skip_broken: bool
+) -> tuple[str, list[str]]:
+    """Return a CSV of class probabilities for image files and folders, and the unreadable files.
+
+    Columns: ``file``, ``predicted``, and ``prob_CLASS`` for each class. An image that cannot be
+    read is an error, or with ``skip_broken`` it is left out and named in the second value.
+    """
+    trained = load_trained(run)
+    files = [file for path in paths for file in _expand(path)]
+    kept: list[str] = []
+    broken: list[str] = []
+    scores: list[npt.NDArray[np.float64]] = []
+    read = zip(files, read_all(files, trained.config.image_size, trained.channels), strict=True)
+    for names, pixels in _in_batches(read, broken):
+        with torch.no_grad():
+            logits = trained.model.eval()(torch.from_numpy(pixels).to(trained.device)).logits
+        scores.append(probabilities(logits))
+        kept += names
+    if broken and not skip_broken:
+        raise UserError(
+            f"{count_broken(broken, len(files))}; mend or remove them, or leave them out with "
+            "--skip-broken"
+        )
+    if not kept:
+        raise UserError("no image could be read; give image files or folders with images")
+    return predictions_csv(kept, np.concatenate(scores), trained.classes), broken
+
+
+def predictions_csv(
+    files: Sequence[str],
+    scores: npt.NDArray[np.float64],
+    classes: Sequence[str],
+    labels: Sequence[str] | None = None,
+) -> str:
+    """Return the table file, (label,) predicted, prob_CLASS...; probabilities in full precision."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    label_column = [] if labels is None else ["label"]
+    writer.writerow(["file", *label_column, "predicted", *(f"prob_{name}" for name in classes)])
+    for number, (file, row) in enumerate(zip(files, scores, strict=True)):
+        label = [] if labels is None else [labels[number]]
+        writer.writerow([file, *label, classes[int(row.argmax())], *map(repr, row.tolist())])
+    return text.getvalue()
+
+
+def _expand(path: Path) -> list[Path]:
+    """Return the image files that a path on the command line means."""
+    if path.is_dir():
+        files = list_images(path)
+        if not files:
+            raise UserError(f"folder {path} has no images; give one that has")
+        return files
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give image files or folders with images")
+    return [path]
+
+
+def _in_batches(
+    read: Iterator[tuple[Path, Pixels | Unreadable]], broken: list[str]
+) -> Iterator[tuple[list[str], Pixels]]:
+    """Yield names and pixels [B, C, H, W] of up to ``BATCH`` images; add the others to ``broken``."""
+    names: list[str] = []
+    pixels: list[Pixels] = []
+    for path, image in read:
+        if isinstance(image, Unreadable):
+            broken.append(f"{path} ({image})")
+            continue
+        names.append(str(path))
+        pixels.append(image)
+        if len(names) == BATCH:
+            yield names, np.stack(pixels)
+            names, pixels = [], []
+    if names:
+        yield names, np.stack(pixels)

@@ -1,0 +1,192 @@
+"""Run folders: files that are whole or absent, checkpoints, the log, and one writer at a time."""
+
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from bstriplet.config import TrainConfig, describe_difference
+from bstriplet.errors import UserError, one_line
+
+LOCK = ".lock"
+CONFIG = "config.json"
+ENVIRONMENT = "environment.json"
+LOG = "log.jsonl"
+LAST = "last.pt"
+BEST = "best.pt"
+PREDICTIONS = "predictions.csv"
+EMBEDDINGS = "embeddings.npz"
+METRICS = "metrics.json"
+
+# What a run that is killed before it has written its configuration may leave behind.
+_FIRST_FILES = (LOCK, ENVIRONMENT, f".{ENVIRONMENT}.", f".{CONFIG}.")
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path``: whoever reads it meets the old file or the new one, whole."""
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Return the JSON value in ``path``; a missing or damaged file is a :class:`UserError`."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """Return the error for a file or folder that cannot be written."""
+    return UserError(
+        f"cannot write {path}: {error.strerror or one_line(error)}; choose a place that can be "
+        "written and has room"
+    )
+
+
+def check_new(path: Path) -> None:
+    """Raise unless ``path`` is absent or a folder in which nothing has been begun."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"output folder {path} is a file; choose another --out")
+    if path.is_dir() and not all(entry.name.startswith(_FIRST_FILES) for entry in path.iterdir()):
+        raise UserError(
+            f"output folder {path} already exists; continue it with --resume, or choose another "
+            "--out"
+        )
+
+
+@contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """Make the folder if need be and hold it: a second writer gets an error instead of a mixture.
+
+    The lock goes with the process, however it ends.
+    """
+    lock = FileLock(path / LOCK, timeout=0)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(
+            f"another process is writing to {path}; wait for it, or choose another --out"
+        ) from error
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write a checkpoint (tensors and plain values in dicts and lists) atomically."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Return a checkpoint on the CPU, reading tensors and plain values only, never code."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"checkpoint {path} does not exist; train the run first") from error
+    except Exception as error:  # torch.load raises whatever the damaged bytes lead it to
+        raise UserError(
+            f"checkpoint {path} is damaged ({one_line(error)[:120]}); restore it, or train the "
+            "run again into another folder"
+        ) from error
+    if not isinstance(checkpoint, dict) or "config" not in checkpoint:
+        raise UserError(f"checkpoint {path} was not written by bstriplet; use one of its runs")
+    return checkpoint
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one training run.
+
+    ``config.json`` and ``environment.json`` say what was asked for and where it ran; ``log.jsonl``
+    has a line an epoch; ``last.pt`` continues the run and ``best.pt`` is the evaluated model;
+    ``predictions.csv`` (test set), ``embeddings.npz`` (training set) and, last of all,
+    ``metrics.json`` are its results.
+    """
+
+    path: Path
+
+    @property
+    def started(self) -> bool:
+        """Whether there is a configuration to continue from."""
+        return (self.path / CONFIG).exists()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the metrics, the last file of a run, are written."""
+        return (self.path / METRICS).exists()
+
+    def config(self) -> TrainConfig:
+        """Return the run's configuration."""
+        if not self.path.is_dir():
+            raise UserError(f"run folder {self.path} does not exist; give the --out of a run")
+        if not self.started:
+            raise UserError(f"{self.path} is not a run folder (no config.json); give one")
+        values = read_json(self.path / CONFIG)
+        if not isinstance(values, dict):
+            raise UserError(f"{self.path / CONFIG} holds no configuration; restore it")
+        return TrainConfig.from_dict(values)
+
+    def check_config(self, config: TrainConfig) -> None:
+        """Raise if the run was started with another configuration."""
+        if self.started and (difference := describe_difference(config, self.config())):
+            raise UserError(
+                f"{self.path} was started with another configuration: {difference}; leave those "
+                "options as they were, or choose another --out"
+            )
+
+    def load(self, name: str, config: TrainConfig) -> dict[str, Any]:
+        """Return checkpoint ``name`` after comparing its configuration with the run's."""
+        path = self.path / name
+        checkpoint = load_checkpoint(path)
+        difference = describe_difference(config, TrainConfig.from_dict(checkpoint["config"]))
+        if difference:
+            raise UserError(
+                f"checkpoint {path} is from another configuration: {difference}; put the run's "
+                "own checkpoint back, or train again into another folder"
+            )
+        return checkpoint
+
+    def write_log(self, history: list[dict[str, Any]]) -> None:
+        """Write the log anew, without lines of an epoch that a kill cut off."""
+        lines = "".join(json.dumps(row) + "\n" for row in history)
+        write_atomic(self.path / LOG, lines.encode())
+
+    def append_log(self, row: dict[str, Any]) -> None:
+        """Add one epoch's line to the log."""
+        try:
+            with (self.path / LOG).open("a") as stream:
+                stream.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise cannot_write(self.path / LOG, error) from error
