@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_NOT_LABELS = (*_FLOATS, torch.complex32, torch.complex64, torch.complex128)
 _SIGNED = {"square": False, "signed_square": True}
 _SIGMA = {"corrected": 1.0, "printed": -1.0}
 _REDUCTIONS = ("mean", "sum", "none")
@@ -209,6 +208,15 @@ def check_indices(indices_tuple: tuple[Tensor, ...]) -> None:
         if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
             kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
             raise TypeError(f"indices_tuple[{i}] must be an int64 tensor, got {kind}")
+    partners = (0, 0, 0) if len(indices_tuple) == 3 else (0, 0, 2, 2)
+    for i, partner in enumerate(partners):
+        own, other = (indices_tuple[k].shape for k in (i, partner))
+        if own != other or len(own) != 1:
+            raise ValueError(
+                f"the index tensors of a pair must be one-dimensional and of one length: "
+                f"indices_tuple[{i}] has {own.numel()} entries "
+                f"and indices_tuple[{partner}] {other.numel()}"
+            )
 
 
 def _check_matrix(name: str, value: Tensor) -> None:
@@ -225,7 +233,7 @@ def _check_matrix(name: str, value: Tensor) -> None:
 def _check_labels(name: str, labels: Tensor, of: str, matrix: Tensor) -> None:
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(labels).__name__}")
-    if labels.dtype in _NOT_LABELS:
+    if labels.dtype.is_floating_point or labels.dtype.is_complex:
         raise TypeError(f"{name} must be of an integer dtype or bool, got {labels.dtype}")
     if labels.dim() != 1 or labels.shape[0] != matrix.shape[0]:
         raise ValueError(

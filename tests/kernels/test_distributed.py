@@ -1,0 +1,147 @@
+"""The loss of a global batch over processes equals one process's on the concatenated batch."""
+
+import socket
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from oracle import Options, batch
+
+from bstriplet_kernels import BSTripletLoss, bstriplet_loss
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run_rank(rank, world, port, body, failures):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
+    )
+    try:
+        body(rank, world)
+    except Exception:
+        failures.put(f"rank {rank}: {traceback.format_exc()}")
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def on_ranks(body, world=2):
+    """Run `body(rank, world)` in that many processes; their failures fail the test."""
+    context = mp.get_context("spawn")
+    failures = context.SimpleQueue()
+    port = free_port()
+    processes = [
+        context.Process(target=run_rank, args=(rank, world, port, body, failures))
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+        if process.exitcode is None:
+            process.kill()
+    messages = []
+    while not failures.empty():
+        messages.append(failures.get())
+    assert not messages, "\n".join(messages)
+    assert [process.exitcode for process in processes] == [0] * world
+
+
+def shards(x, labels, sizes):
+    return list(zip(x.split(sizes), labels.split(sizes), strict=True))
+
+
+def equals_one_process(rank, world):
+    for seed, sizes in enumerate([(7, 7, 7), (1, 12, 5), (0, 3, 9), (20, 1, 1)]):
+        for options in (
+            Options(),
+            Options(similarity="signed_square", reduction="sum", eq3="printed"),
+            Options(reduction="none", margin=0.5),
+        ):
+            x, labels = batch(sum(sizes), 6, 3, seed)
+            labels = labels.sort().values  # ranks that hold one class
+            whole = x.clone().requires_grad_()
+            expected, stats = bstriplet_loss(whole, labels, return_stats=True, **options.keywords)
+            upstream = torch.rand(expected.shape, dtype=torch.float64) + 0.5
+            dist.broadcast(upstream, 0)
+            expected.backward(upstream)
+            own_x, own_labels = shards(x, labels, sizes)[rank]
+            own_x = own_x.clone().requires_grad_()
+            got, got_stats = bstriplet_loss(
+                own_x, own_labels, group=dist.group.WORLD, return_stats=True, **options.keywords
+            )
+            per_row = options.reduction == "none"
+            own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+            torch.testing.assert_close(got, expected[own] if per_row else expected)
+            got.backward(upstream[own] if per_row else upstream)
+            torch.testing.assert_close(
+                own_x.grad, whole.grad[own] * (1 if per_row else world), atol=1e-12, rtol=1e-9
+            )
+            for a, b in zip(got_stats, stats, strict=True):
+                torch.testing.assert_close(a, b)
+
+
+def ddp_gets_the_one_process_gradient(rank, world):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+    alone = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+    alone.load_state_dict(model.state_dict())
+    x, labels = batch(17, 5, 3, 3, torch.float32)
+    expected = BSTripletLoss()(alone(x), labels)
+    expected.backward()
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    own_x, own_labels = shards(x, labels, (12, 5))[rank]
+    loss = BSTripletLoss(group=dist.group.WORLD)(parallel(own_x), own_labels)
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
+
+
+def errors_are_clear(rank, world):
+    x, labels = batch(4, 5, 3, rank, torch.float32)
+    group = dist.group.WORLD
+    with pytest.raises(ValueError, match=r"global batch has 1 row\(s\) over 2 ranks.*drop_last"):
+        bstriplet_loss(x[: 1 - rank], labels[: 1 - rank], group=group)
+    with pytest.raises(ValueError, match="same number of columns and dtype on every rank"):
+        bstriplet_loss(x[:, : 3 + rank], labels, group=group)
+    with pytest.raises(ValueError, match="indices_tuple cannot be given together with group"):
+        BSTripletLoss(group=group)(x, labels, (labels, labels, labels))
+    loss = bstriplet_loss(x.requires_grad_(), labels, group=group)
+    with pytest.raises(RuntimeError, match="no second derivative with group"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+def small_panels_give_the_same(rank, world):
+    import bstriplet_kernels.distributed as module
+
+    x, labels = batch(11, 5, 3, rank)
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    losses = []
+    for leaf, module._PANEL_ELEMENTS in zip(leaves, (1 << 24, 60), strict=True):
+        losses.append(bstriplet_loss(leaf, labels, group=dist.group.WORLD))
+        losses[-1].backward()
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*[leaf.grad for leaf in leaves])
+
+
+def two_rank_bodies(rank, world):
+    for body in (ddp_gets_the_one_process_gradient, errors_are_clear, small_panels_give_the_same):
+        body(rank, world)
+
+
+def test_loss_gradient_and_statistics_equal_one_process_on_three_ranks():
+    on_ranks(equals_one_process, world=3)
+
+
+def test_data_parallel_errors_and_panels_on_two_ranks():
+    on_ranks(two_rank_bodies, world=2)

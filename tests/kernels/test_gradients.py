@@ -1,0 +1,164 @@
+"""Derivatives through torch's own machinery: gradcheck, second order, torch.func, compile, AMP."""
+
+import pytest
+import torch
+from oracle import Options, batch, plain_loss, skip_if_refused
+
+from bstriplet_kernels import BSTripletLoss, bstriplet_loss
+
+
+@pytest.mark.parametrize("similarity", ["square", "signed_square"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("eq3", ["corrected", "printed"])
+def test_gradcheck_and_gradgradcheck(impl, similarity, reduction, eq3):
+    x, labels = batch(7, 4, 3, 0)
+    options = Options(similarity=similarity, reduction=reduction, eq3=eq3)
+    skip_if_refused(impl, x, options)
+
+    def loss(x):
+        return bstriplet_loss(x, labels, impl=impl, **options.keywords)
+
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(loss, (x,))
+    assert torch.autograd.gradgradcheck(loss, (x,))
+
+
+def test_gradcheck_of_both_sides(impl):
+    x, labels = batch(5, 4, 3, 0)
+    ref, ref_labels = batch(6, 4, 3, 1)
+    skip_if_refused(impl, x, Options(), ref)
+
+    def loss(x, ref):
+        return bstriplet_loss(x, labels, ref_emb=ref, ref_labels=ref_labels, impl=impl)
+
+    sides = (x.requires_grad_(), ref.requires_grad_())
+    assert torch.autograd.gradcheck(loss, sides)
+    assert torch.autograd.gradgradcheck(loss, sides)
+
+
+def test_only_the_side_that_asks_gets_a_gradient(impl):
+    x, labels = batch(5, 4, 3, 0)
+    ref, ref_labels = batch(6, 4, 3, 1)
+    skip_if_refused(impl, x, Options(), ref)
+    bstriplet_loss(
+        x.requires_grad_(), labels, ref_emb=ref, ref_labels=ref_labels, impl=impl
+    ).backward()
+    assert ref.grad is None
+    bstriplet_loss(
+        x.detach(), labels, ref_emb=ref.requires_grad_(), ref_labels=ref_labels, impl=impl
+    ).backward()
+    assert ref.grad is not None
+
+
+def test_the_two_sides_may_differ_in_dtype(impl):
+    x, labels = batch(5, 4, 3, 0, torch.float16)
+    ref, ref_labels = batch(6, 4, 3, 1, torch.float32)
+    skip_if_refused(impl, x, Options(), ref)
+    sides = x.requires_grad_(), ref.requires_grad_()
+    loss = bstriplet_loss(x, labels, ref_emb=ref, ref_labels=ref_labels, impl=impl)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert [side.grad.dtype for side in sides] == [torch.float16, torch.float32]
+
+
+def test_func_grad_and_vmap(impl):
+    x, labels = batch(9, 5, 3, 0)
+    options = Options()
+
+    def ours(x):
+        return bstriplet_loss(x, labels, impl=impl)
+
+    def plain(x):
+        return plain_loss(x, labels, options)
+
+    expected = torch.func.grad(plain)(x)
+    torch.testing.assert_close(torch.func.grad(ours)(x), expected)
+    stack = torch.stack([x, 2 * x, x.flip(0)])
+    torch.testing.assert_close(torch.vmap(ours)(stack), torch.vmap(plain)(stack))
+    torch.testing.assert_close(
+        torch.vmap(torch.func.grad(ours))(stack), torch.vmap(torch.func.grad(plain))(stack)
+    )
+
+
+def test_second_derivative_by_func_transforms(impl):
+    x, labels = batch(5, 3, 2, 0)
+    hessian = torch.func.jacrev(torch.func.grad(lambda x: bstriplet_loss(x, labels, impl=impl)))(x)
+    expected = torch.func.hessian(lambda x: plain_loss(x, labels, Options()))(x)
+    torch.testing.assert_close(hessian, expected)
+
+
+@pytest.mark.parametrize("dynamic", [False, True, None])
+def test_compiles_whole_with_static_and_dynamic_n(impl, dynamic):
+    torch.compiler.reset()
+    frames = []
+
+    def backend(graph, inputs):
+        frames.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(
+        lambda x, y: bstriplet_loss(x, y, impl=impl),
+        fullgraph=True,
+        dynamic=dynamic,
+        backend=backend,
+    )
+    for n in (12, 17, 23, 40):
+        x, labels = batch(n, 6, 3, n, torch.float32)
+        x.requires_grad_()
+        loss = compiled(x, labels)
+        eager = bstriplet_loss(x, labels, impl=impl)
+        torch.testing.assert_close(loss, eager)
+        grads = [torch.autograd.grad(loss_, x)[0] for loss_ in (loss, eager)]
+        torch.testing.assert_close(*grads)
+    assert len(frames) <= {False: 4, True: 1, None: 2}[dynamic]  # no recompile for each batch size
+
+
+def test_compiles_with_inductor_inside_a_model(impl):
+    torch.compiler.reset()
+    torch.use_deterministic_algorithms(False)
+    x, labels = batch(12, 6, 3, 0, torch.float32)
+    model = torch.nn.Linear(6, 5)
+    criterion = BSTripletLoss(impl=impl)
+
+    def step(x, labels):
+        return criterion(model(x), labels)
+
+    loss = torch.compile(step, fullgraph=True)(x, labels)
+    grads = torch.autograd.grad(loss, model.parameters())
+    expected = torch.autograd.grad(step(x, labels), model.parameters())
+    torch.testing.assert_close(loss, step(x, labels))
+    for got, want in zip(grads, expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(impl, dtype):
+    x, labels = batch(20, 30, 3, 0, dtype)
+    x.requires_grad_()
+    plain = bstriplet_loss(x, labels, impl=impl)
+    (expected,) = torch.autograd.grad(plain, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = bstriplet_loss(x, labels, impl=impl)
+        (inside,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (outside,) = torch.autograd.grad(loss, x)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, plain)
+    assert torch.equal(inside, expected)
+    assert torch.equal(outside, expected)
+
+
+def test_inference_mode_and_no_grad(impl):
+    x, labels = batch(12, 6, 3, 0)
+    expected = bstriplet_loss(x, labels, impl=impl)
+    with torch.inference_mode():
+        assert torch.equal(bstriplet_loss(x, labels, impl=impl), expected)
+    with torch.no_grad():
+        assert not bstriplet_loss(x.requires_grad_(), labels, impl=impl).requires_grad
+
+
+def test_inputs_are_left_alone(impl):
+    x, labels = batch(12, 6, 3, 0)
+    before = x.clone(), labels.clone()
+    bstriplet_loss(x.requires_grad_(), labels, impl=impl).backward()
+    assert torch.equal(x, before[0])
+    assert torch.equal(labels, before[1])
