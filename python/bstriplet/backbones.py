@@ -1,6 +1,6 @@
 """Any classification model of timm, giving the embedding and the logits made from it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -33,6 +33,7 @@ class Classifier(nn.Module):
     The statistics are buffers: a state dict is all that is needed to classify new images.
     """
 
+    backbone: Any  # timm's methods are not part of nn.Module
     mean: Tensor
     std: Tensor
 

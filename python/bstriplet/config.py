@@ -190,22 +190,22 @@ def given_options(namespace: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(namespace, name) for name in field_types() if hasattr(namespace, name)}
 
 
-def describe_difference(
-    ours: TrainConfig, theirs: TrainConfig, *, ignore: tuple[str, ...] = ()
-) -> str:
+def describe_difference(ours: TrainConfig, theirs: TrainConfig) -> str:
     """Return ``"epochs (3 here, 5 there), ..."`` for the fields that differ, or ``""``."""
     return ", ".join(
         f"{name} ({getattr(ours, name)!r} here, {getattr(theirs, name)!r} there)"
         for name in field_types()
-        if name not in ignore and getattr(ours, name) != getattr(theirs, name)
+        if getattr(ours, name) != getattr(theirs, name)
     )
 
 
-def _checked(name: str, kind: type, given: Any) -> Any:
-    """Return ``given`` as ``kind``, or raise an error that names the field and what is allowed."""
-    metadata = next(item.metadata for item in fields(TrainConfig) if item.name == name)
-    value: Any = float(given) if kind is float and type(given) is int else given
-    if type(value) is not kind:
+def _checked(name: str, kind: type, value: Any) -> Any:
+    """Return ``value`` as ``kind``, or raise an error that names the field and what is allowed."""
+    metadata = TrainConfig.__dataclass_fields__[name].metadata
+    if kind is float and type(value) is int:
+        value = float(value)
+    given = type(value)
+    if given is not kind:
         raise UserError(f"{flag(name)}: {value!r} is not of type {kind.__name__}")
     if metadata["choices"] and value not in metadata["choices"]:
         raise unknown_name(flag(name), value, metadata["choices"])

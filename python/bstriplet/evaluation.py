@@ -195,7 +195,7 @@ def _expand(path: Path) -> list[Path]:
 def _in_batches(
     read: Iterator[tuple[Path, Pixels | Unreadable]], broken: list[str]
 ) -> Iterator[tuple[list[str], Pixels]]:
-    """Yield names and pixels [B, C, H, W] of up to ``BATCH`` images; add the others to ``broken``."""
+    """Yield names and pixels [B, C, H, W], ``BATCH`` at a time; add the others to ``broken``."""
     names: list[str] = []
     pixels: list[Pixels] = []
     for path, image in read:
