@@ -1,0 +1,7 @@
+"""`python -m bstriplet_kernels` examines the installation."""
+
+import sys
+
+from .doctor import main
+
+sys.exit(main())
