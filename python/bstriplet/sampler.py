@@ -126,8 +126,11 @@ class GroupBatchSampler(Sampler[list[int]]):
         return self._steps - self._start
 
     def __iter__(self) -> Iterator[list[int]]:
-        samples, offsets = self._plan_epoch()
         self._position = self._start
+        return self._remaining_batches()
+
+    def _remaining_batches(self) -> Iterator[list[int]]:
+        samples, offsets = self._plan_epoch()
         for step in range(self._start, self._steps):
             batch = step * self.num_replicas + self.rank
             self._position = step + 1
