@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from sklearn.metrics import confusion_matrix, roc_curve
@@ -29,7 +29,7 @@ from bstriplet.results import Comparison, Predictions, Run, scheme_label
 from bstriplet.runs import write_atomic
 from bstriplet.summary import area, spread, to_csv
 
-INK, MUTED, GRID = "#1f2430", "#5c6370", "#d9dde3"
+INK, MUTED, GRID, PAPER = "#1f2430", "#5c6370", "#d9dde3", "#ffffff"
 # A hue a loss, a tone a way to draw batches: (random, mined). Blue against orange, and pale
 # against strong, stay apart in all common colour blindness and in grey print.
 SCHEME_COLOURS = {
@@ -43,6 +43,7 @@ DARK = {
     INK: "#e8eaee",
     MUTED: "#a3abb8",
     GRID: "#343a46",
+    PAPER: "#14171c",
     "#6aa5d8": "#4f8abf",
     "#1f5fa8": "#8fc6f7",
     "#ea9a55": "#c07a3a",
@@ -81,10 +82,12 @@ STYLE = {
     "ytick.color": MUTED,
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
-    "legend.frameon": False,
+    "legend.facecolor": PAPER,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.85,
     "legend.fontsize": 9,
     "lines.linewidth": 1.8,
-    "figure.facecolor": "white",
+    "figure.facecolor": PAPER,
     "figure.constrained_layout.w_pad": 0.1,
     "figure.constrained_layout.h_pad": 0.08,
     "savefig.dpi": 160,
@@ -136,7 +139,7 @@ class Picture:
 
 
 def scheme_colour(scheme: Scheme) -> str:
-    """The colour of a scheme in every picture."""
+    """The colour of a scheme in every picture; `DARK` has its counterpart on a dark page."""
     return SCHEME_COLOURS.get(scheme.loss, OTHER_COLOURS)[scheme.batches == "mined"]
 
 
@@ -172,6 +175,7 @@ def accuracies(comparison: Comparison) -> Picture:
             )
         axes.set_yticks(range(len(schemes)), [scheme_label(scheme) for scheme in schemes])
         axes.set_ylim(len(schemes) - 0.5, -0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.set_xlabel("test accuracy")
         axes.grid(axis="y", visible=False)
@@ -185,7 +189,7 @@ def accuracies(comparison: Comparison) -> Picture:
             "weights and order: the pairs of the test. The bar is the mean."
         ),
         panels=(Panel("Test accuracy, every run", draw),) if shown else (),
-        size=(5.2, 1.2 + 0.5 * len(schemes)),
+        size=(4.2, 1.1 + 0.45 * len(schemes)),
         header=("scheme", "seed", "accuracy"),
         rows=tuple(
             (scheme_label(scheme), seed, value)
@@ -441,7 +445,7 @@ def _embedding_panel(run: Run, plane: NDArray[np.float64], shares: Sequence[floa
                 color=CLASS_COLOURS[index % len(CLASS_COLOURS)],
                 markersize=marker_size,
                 markeredgewidth=0,
-                alpha=0.7,
+                alpha=0.85,
                 label=_short(name),
                 rasterized=True,  # as vectors, thousands of points weigh megabytes
             )
@@ -495,7 +499,7 @@ def _confusion_panel(
                     ha="center",
                     va="center",
                     fontsize=size,
-                    color="white" if shares[row, column] > 0.55 else INK,
+                    color=PAPER if shares[row, column] > 0.65 else INK,
                 )
         axes.grid(visible=False)
         axes.tick_params(length=0)

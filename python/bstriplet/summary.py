@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from bstriplet.results import Comparison, Run, scheme_label
 
 METRICS = ("accuracy", "sensitivity", "specificity", "auc")
 LEVEL = 0.05
+TERMINAL_WIDTH = 88
 # Equal accuracies are quotients of integers; what is below this is the last bit of a float.
 ROUNDING = 1e-12
 
@@ -108,12 +110,12 @@ def verdict_sentence(summary: SchemeSummary, baseline: Scheme) -> str:
     by = f"{points(test.difference)} points of accuracy"
     if test.n == 1:
         return (
-            f"{one} and {other} are not told apart: {by} on the one seed that they share. "
+            f"{one} is not told apart from {other}: {by} on the one seed that they share. "
             "A test needs two seeds or more, and five or more to see much."
         )
     if test.p is None or test.p_holm is None or test.low is None or test.high is None:
         return (
-            f"{one} and {other} are not told apart: {by} on each of {test.n} paired seeds; "
+            f"{one} is not told apart from {other}: {by} on each of {test.n} paired seeds; "
             "without any spread there is nothing to test by."
         )
     adjusted = f", adjusted p {p_value(test.p_holm)}" if test.p_holm > test.p else ""
@@ -124,8 +126,8 @@ def verdict_sentence(summary: SchemeSummary, baseline: Scheme) -> str:
     if test.verdict == "not told apart":
         unseen = 100 * (test.high - test.low) / 2
         return (
-            f"{one} and {other} are not told apart: {evidence}. "
-            f"With so few and so varied seeds, less than about {unseen:.1f} points does not show."
+            f"{one} is not told apart from {other}: {evidence}. "
+            f"Less than about {unseen:.1f} points cannot be told from the spread of these seeds."
         )
     return f"{one} is {test.verdict} than {other}: {evidence}."
 
@@ -148,15 +150,31 @@ def text_table(comparison: Comparison) -> str:
         "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
         for row in [header, tuple("-" * w for w in widths), *rows]
     ]
-    lines += ["", *verdicts(comparison, summaries)]
     gaps = comparison.gaps()
-    if gaps:
-        lines += ["", "Not in the table:", *(f"  {gap}" for gap in gaps)]
-    return "\n".join(lines)
+    paragraphs = [
+        "\n".join(lines),
+        *(
+            textwrap.fill(sentence, TERMINAL_WIDTH)
+            for sentence in [metrics_note(comparison), *verdicts(comparison, summaries)]
+        ),
+        "\n  ".join(["Not in the table:", *gaps]) if gaps else "",
+    ]
+    return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
+
+
+def metrics_note(comparison: Comparison) -> str:
+    """What the columns are: of the positive class, or means over classes."""
+    if not comparison.finished:
+        return "No run has finished yet."
+    positive = comparison.finished[0].metrics["positive"]
+    of = f"are those of {positive!r}" if positive else "are means over the classes"
+    return f"Mean ± standard deviation over seeds, on the test images. SEN, SPE and AUC {of}."
 
 
 def verdicts(comparison: Comparison, summaries: Sequence[SchemeSummary]) -> list[str]:
     """A sentence for each scheme that is compared with the baseline."""
+    if len(comparison.schemes) == 1:
+        return []
     if comparison.baseline is None:
         return ["No scheme is plain cross entropy (ce): there is no baseline to compare with."]
     return [

@@ -1,0 +1,264 @@
+"""The summary table of a comparison, and report.html for a comparison or a single run."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+
+from bstriplet.figures import DARK, Picture, pictures, scheme_colour
+from bstriplet.results import Comparison, Run, read, scheme_label
+from bstriplet.runs import cannot_write, write_atomic
+from bstriplet.summary import (
+    METRICS,
+    SchemeSummary,
+    Spread,
+    area,
+    metrics_note,
+    percent,
+    runs_csv,
+    schemes_csv,
+    spread,
+    summarise_schemes,
+    text_table,
+    verdicts,
+)
+
+REPORT = "report.html"
+FEW_SEEDS = 5
+
+
+def summarise(directory: Path | str) -> str:
+    """Summarise the finished runs of a compare folder.
+
+    Writes summary.csv (a row a run) and summary_by_scheme.csv (means, standard deviations and
+    the paired test; fractions of 1) into it, each atomically.
+
+    Args:
+        directory: the compare folder, finished or not.
+
+    Returns:
+        The table of mean ± sd over seeds, the verdict on each scheme against the first one that
+        is plain cross entropy, and the runs that are missing, as text for a terminal.
+
+    Raises:
+        UserError: the folder is none, cannot be written, or holds a damaged file.
+    """
+    comparison = read(directory)
+    write_atomic(comparison.folder / "summary.csv", runs_csv(comparison).encode())
+    by_scheme = schemes_csv(summarise_schemes(comparison))
+    write_atomic(comparison.folder / "summary_by_scheme.csv", by_scheme.encode())
+    return text_table(comparison)
+
+
+def build(directory: Path | str) -> Path:
+    """Draw the figures of a compare folder or of a run folder, and write its report.html.
+
+    figures/ receives each figure as PNG, SVG and CSV. The report is one file that needs nothing
+    else, neither network nor script. Runs that have not finished are named in it; a folder
+    without a finished run gets a report of what there is.
+
+    Args:
+        directory: a compare folder (compare.json) or a run folder (config.json).
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        UserError: the folder is neither, cannot be written, or holds a damaged file.
+    """
+    comparison = read(directory)
+    figures = comparison.folder / "figures"
+    try:
+        figures.mkdir(exist_ok=True)
+    except OSError as error:
+        raise cannot_write(figures, error) from error
+    drawn = pictures(comparison)
+    for picture in drawn:
+        picture.write(figures)
+    path = comparison.folder / REPORT
+    write_atomic(path, _page(comparison, drawn).encode())
+    return path
+
+
+def _page(comparison: Comparison, drawn: Sequence[Picture]) -> str:
+    environment = Environment(loader=PackageLoader("bstriplet"), autoescape=True)
+    summaries = summarise_schemes(comparison)
+    return environment.get_template("report.html.j2").render(
+        title=_title(comparison),
+        lead=_lead(comparison),
+        colours={
+            scheme_label(scheme): (scheme_colour(scheme), DARK[scheme_colour(scheme)])
+            for scheme in comparison.schemes
+        },
+        verdicts=verdicts(comparison, summaries),
+        gaps=comparison.gaps(),
+        results=[
+            {"scheme": summary.label, "seeds": summary.n_runs, "cells": _cells(summary)}
+            for summary in summaries
+        ],
+        results_note=metrics_note(comparison),
+        pictures=[_inlined(picture) for picture in drawn],
+        per_class=_per_class(comparison),
+        runs=[_run_row(run) for run in comparison.runs],
+        notes=_notes(comparison, summaries),
+        configuration=_settings(run.config for run in comparison.runs),
+        environment=_settings(run.environment for run in comparison.runs),
+    )
+
+
+def _title(comparison: Comparison) -> str:
+    names = [scheme_label(scheme) for scheme in comparison.schemes]
+    if len(names) == 1 and len(comparison.seeds) == 1:
+        return f"{names[0]}, seed {comparison.seeds[0]}"
+    return " against ".join(names) if len(names) <= 2 else f"{len(names)} training schemes"
+
+
+def _lead(comparison: Comparison) -> str:
+    parts = []
+    if comparison.runs:
+        config = comparison.runs[0].config
+        parts += [Path(str(config[name])).name for name in ("backbone", "data") if name in config]
+    if comparison.finished:
+        metrics = comparison.finished[0].metrics
+        parts.append(f"{len(metrics['per_class'])} classes, {metrics['n_images']} test images")
+    asked = len(comparison.schemes) * len(comparison.seeds)
+    parts.append(f"{len(comparison.finished)} of {asked} runs finished")
+    return " · ".join(parts)
+
+
+def _cells(summary: SchemeSummary) -> list[str]:
+    return [
+        area(summary.metrics[name]) if name == "auc" else percent(summary.metrics[name])
+        for name in METRICS
+    ]
+
+
+def _inlined(picture: Picture) -> dict[str, Any]:
+    return {
+        "title": picture.title,
+        "caption": picture.caption,
+        "panels": [
+            {
+                "title": panel.title,
+                "source": "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode(),
+            }
+            for panel, svg in zip(picture.panels, picture.panel_svgs(), strict=True)
+        ],
+    }
+
+
+def _per_class(comparison: Comparison) -> list[dict[str, Any]]:
+    if not comparison.finished:
+        return []
+    columns: tuple[tuple[str, Callable[[Spread], str]], ...] = (
+        ("sensitivity", percent),
+        ("specificity", percent),
+        ("precision", percent),
+        ("auc", area),
+    )
+    return [
+        {
+            "name": found["class"],
+            "support": found["support"],
+            "rows": [
+                {
+                    "scheme": scheme_label(scheme),
+                    "cells": [
+                        shown(_class_spread(comparison.finished_of(scheme), index, name))
+                        for name, shown in columns
+                    ],
+                }
+                for scheme in comparison.schemes
+                if comparison.finished_of(scheme)
+            ],
+        }
+        for index, found in enumerate(comparison.finished[0].metrics["per_class"])
+    ]
+
+
+def _class_spread(runs: Sequence[Run], index: int, name: str) -> Spread:
+    values = [run.metrics["per_class"][index][name] for run in runs]
+    return spread([value for value in values if value is not None])
+
+
+def _run_row(run: Run) -> dict[str, Any]:
+    return {
+        "scheme": scheme_label(run.scheme),
+        "seed": run.seed,
+        "accuracy": f"{100 * run.metrics['accuracy']:.2f}" if run.finished else "not finished",
+        "best_epoch": run.metrics.get("best_epoch", "-"),
+        "epochs": len(run.log),
+    }
+
+
+def _notes(comparison: Comparison, summaries: Sequence[SchemeSummary]) -> list[str]:
+    """What a careful reader should hold against the numbers."""
+    notes = []
+    fewest = min(summary.n_runs for summary in summaries)
+    if fewest < FEW_SEEDS:
+        notes.append(
+            f"{_count(fewest, 'finished seed')} a scheme at least. On small sets accuracy often "
+            "varies by a point or two from seed to seed, so few seeds tell little."
+        )
+    tests = [summary.paired for summary in summaries if summary.paired]
+    if tests:
+        notes.append(
+            "The test is a two-sided paired t test of accuracy over seeds, judged at 5 %. Seeds "
+            "are no new patients: the verdict is about these images, not about others."
+        )
+    if len(tests) > 1:
+        notes.append(
+            f"{len(tests)} schemes are compared with one baseline; the verdicts rest on p-values "
+            "with Holm's adjustment for that. The confidence intervals are not adjusted."
+        )
+    if any(run.config.get("validation") == "test" for run in comparison.runs):
+        notes.append(
+            "Validation images were part of the test set, as in the paper. The epoch was thus "
+            "chosen with their help, and the test numbers are too good by an unknown amount."
+        )
+    absent = _absent_classes(comparison.finished)
+    if absent:
+        notes.append(
+            f"Without test images in some run: {', '.join(absent)}. Their sensitivity and AUC are "
+            "undefined and left out of the means."
+        )
+    notes.append(
+        "Accuracy is the share of images classified right. Eq. 9 of the paper, as printed, also "
+        "counts true negatives and would exceed 1 for more than two classes."
+    )
+    return notes
+
+
+def _absent_classes(runs: Iterable[Run]) -> list[str]:
+    found = {
+        row["class"]: None for run in runs for row in run.metrics["per_class"] if not row["support"]
+    }
+    return list(found)
+
+
+def _settings(each: Iterable[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Name and value of every setting; where runs differ, all values in order of appearance."""
+    values: dict[str, dict[str, None]] = {}
+    for settings in each:
+        for name, value in _flat(settings):
+            values.setdefault(name, {})[str(value)] = None
+    return [(name, ", ".join(found)) for name, found in values.items()]
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """The leaves of nested dicts, their names joined by dots."""
+    leaves: list[tuple[str, Any]] = []
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            leaves += _flat(value, f"{prefix}{name}.")
+        else:
+            leaves.append((prefix + name, value))
+    return leaves
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
