@@ -60,8 +60,8 @@ def shards(x, labels, sizes):
     return list(zip(x.split(sizes), labels.split(sizes), strict=True))
 
 
-def equals_one_process(rank, world):
-    for seed, sizes in enumerate([(7, 7, 7), (1, 12, 5), (0, 3, 9), (20, 1, 1)]):
+def equals_one_process(rank, world, splits=((7, 7, 7), (1, 12, 5), (0, 3, 9), (20, 1, 1))):
+    for seed, sizes in enumerate(splits):
         for options in (
             Options(),
             Options(similarity="signed_square", reduction="sum", eq3="printed"),
@@ -145,3 +145,15 @@ def test_loss_gradient_and_statistics_equal_one_process_on_three_ranks():
 
 def test_data_parallel_errors_and_panels_on_two_ranks():
     on_ranks(two_rank_bodies, world=2)
+
+
+def test_a_group_of_one_is_no_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        equals_one_process(0, 1, splits=((9,), (30,)))
+        x, labels = batch(4, 5, 3, 0)
+        loss = bstriplet_loss(x.requires_grad_(), labels, group=dist.group.WORLD)
+        with pytest.raises(RuntimeError, match="no second derivative with group"):
+            torch.autograd.grad(loss, x, create_graph=True)
+    finally:
+        dist.destroy_process_group()
