@@ -1,0 +1,330 @@
+"""The summary and its paired test, the reading of run folders, and report.html."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from bstriplet import report, results, summary
+from bstriplet.config import Scheme
+from bstriplet.errors import UserError
+from digit_runs import write_comparison, write_run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+CASES = settings(derandomize=True, deadline=None, max_examples=100)
+CE, CE_MINED = Scheme("ce", "random"), Scheme("ce", "mined")
+BST, BST_MINED = Scheme("ce+bst", "random"), Scheme("ce+bst", "mined")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report") / "compare"
+    return write_comparison(folder, ["ce:random", "ce+bst:mined"], [0, 1, 2])
+
+
+@pytest.fixture
+def compare_folder(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "compare")
+
+
+def comparison_of(accuracies: dict[Scheme, dict[int, float]]) -> results.Comparison:
+    """A comparison whose runs hold nothing but an accuracy."""
+    seeds = sorted({seed for runs in accuracies.values() for seed in runs})
+    runs = [
+        results.Run(None, scheme, seed, {}, {}, (), dict.fromkeys(summary.METRICS, value))
+        for scheme, found in accuracies.items()
+        for seed, value in sorted(found.items())
+    ]
+    return results.Comparison(None, tuple(accuracies), tuple(seeds), tuple(runs))
+
+
+def paired(accuracies):
+    return [row.paired for row in summary.summarise_schemes(comparison_of(accuracies))]
+
+
+# -- the statistics
+
+
+@CASES
+@given(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 200)), min_size=2, max_size=12))
+def test_the_paired_test_equals_its_textbook_form(counts):
+    ours = {seed: a / 200 for seed, (a, _) in enumerate(counts)}
+    theirs = {seed: b / 200 for seed, (_, b) in enumerate(counts)}
+    none, test = paired({CE: theirs, BST: ours})
+    assert none is None
+    differences = np.array([a - b for a, b in counts]) / 200
+    n, mean = len(counts), differences.mean()
+    assert test.n == n
+    assert test.difference == pytest.approx(mean)
+    if len({a - b for a, b in counts}) == 1:
+        assert (test.p, test.low, test.verdict) == (None, None, "not told apart")
+        return
+    error = differences.std(ddof=1) / np.sqrt(n)
+    p = 2 * stats.t.sf(abs(mean) / error, n - 1)
+    half = stats.t.ppf(0.975, n - 1) * error
+    assert test.p == pytest.approx(p, rel=1e-6, abs=1e-12)
+    assert test.p_holm == pytest.approx(test.p)
+    assert (test.low, test.high) == pytest.approx((mean - half, mean + half))
+    if p < 0.049:
+        assert test.verdict == ("better" if mean > 0 else "worse")
+    if p > 0.051:
+        assert test.verdict == "not told apart"
+
+
+@CASES
+@given(st.permutations(range(6)), st.integers(0, 1000))
+def test_pairs_are_made_by_seed_whatever_their_order(order, start):
+    rng = np.random.default_rng(start)
+    theirs, ours = rng.uniform(size=6), rng.uniform(size=6)
+    straight = paired({CE: dict(enumerate(theirs)), BST: dict(enumerate(ours))})
+    shuffled = paired(
+        {CE: {s: theirs[s] for s in order}, BST: {s: ours[s] for s in reversed(order)}}
+    )
+    assert straight == shuffled
+
+
+def test_holm_is_the_step_down_of_bonferroni():
+    rng = np.random.default_rng(3)
+    base = rng.uniform(0.8, 0.9, 6)
+    runs = {
+        scheme: dict(enumerate(base + shift + rng.normal(0, 0.01, 6)))
+        for scheme, shift in ((CE, 0), (CE_MINED, 0.004), (BST, 0.02), (BST_MINED, 0.012))
+    }
+    tests = [test for test in paired(runs) if test]
+    low, middle, high = sorted(test.p for test in tests)
+    adjusted = sorted(test.p_holm for test in tests)
+    assert adjusted[0] == pytest.approx(min(1, 3 * low))
+    assert adjusted[1] == pytest.approx(min(1, max(3 * low, 2 * middle)))
+    assert adjusted[2] == pytest.approx(min(1, max(3 * low, 2 * middle, high)))
+
+
+def test_seeds_that_only_one_scheme_has_make_no_pair():
+    _, test = paired({CE: {0: 0.8, 1: 0.82, 5: 0.1}, BST: {0: 0.9, 1: 0.91, 7: 0.2}})
+    assert test.n == 2
+    assert test.difference == pytest.approx(0.095)
+
+
+@pytest.mark.parametrize(
+    ("ours", "words"),
+    [
+        ({7: 0.9}, "no finished seed in common"),
+        ({0: 0.9}, "one seed that they share. A test needs two seeds or more"),
+        ({0: 0.9, 1: 0.91}, "not told apart from CE (RS): +10.00 points of accuracy on each of 2"),
+        ({0: 0.9, 1: 0.92, 2: 0.9}, "CE+BST (RS) is better than CE (RS): +9.67 points"),
+        ({0: 0.7, 1: 0.72, 2: 0.7}, "CE+BST (RS) is worse than CE (RS): -10.33 points"),
+        ({0: 0.9, 1: 0.7, 2: 0.8}, "not told apart from CE (RS): -1.00 points"),
+    ],
+)
+def test_verdicts_are_plain(ours, words):
+    comparison = comparison_of({CE: {0: 0.8, 1: 0.81, 2: 0.82}, BST: ours})
+    (sentence,) = summary.verdicts(comparison, summary.summarise_schemes(comparison))
+    assert words in sentence
+
+
+def test_the_first_ce_scheme_is_the_baseline_wherever_it_stands():
+    accuracies = {BST: {0: 0.9}, CE_MINED: {0: 0.8}, CE: {0: 0.7}}
+    assert comparison_of(accuracies).baseline == CE_MINED
+    without = comparison_of({BST: {0: 0.9}, BST_MINED: {0: 0.9}})
+    assert without.baseline is None
+    (sentence,) = summary.verdicts(without, summary.summarise_schemes(without))
+    assert "no baseline" in sentence
+
+
+# -- summarise
+
+
+def test_the_table_and_its_files_hold_mean_and_sd_of_the_runs(compare_folder):
+    text = report.summarise(compare_folder)
+    metrics = [
+        json.loads(path.read_text())
+        for path in sorted(compare_folder.glob("runs/ce-random/*/metrics.json"))
+    ]
+    accuracies = [found["accuracy"] for found in metrics]
+    mean, sd = np.mean(accuracies), np.std(accuracies, ddof=1)
+    (line,) = [line for line in text.splitlines() if line.startswith("CE (RS)  ")]
+    assert f"{100 * mean:.2f} ± {100 * sd:.2f}" in line
+    assert f"{np.mean([found['auc'] for found in metrics]):.4f}" in line
+
+    with (compare_folder / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["accuracy"]) for row in rows[:3]] == accuracies
+    assert [(row["scheme"], row["seed"]) for row in rows] == [
+        (scheme, str(seed)) for scheme in ("CE (RS)", "CE+BST (DM)") for seed in range(3)
+    ]
+    with (compare_folder / "summary_by_scheme.csv").open() as file:
+        first, second = csv.DictReader(file)
+    assert float(first["accuracy_mean"]) == pytest.approx(mean)
+    assert float(first["accuracy_sd"]) == pytest.approx(sd)
+    assert first["p"] == ""
+    assert second["paired_seeds"] == "3"
+    assert second["verdict"] in text
+
+
+def test_missing_and_unfinished_runs_are_said(compare_folder):
+    shutil.rmtree(compare_folder / "runs" / "ce-random" / "seed-1")
+    (compare_folder / "runs" / "ce-bst-mined" / "seed-2" / "metrics.json").unlink()
+    text = report.summarise(compare_folder)
+    assert "CE (RS), seed 1: not started" in text
+    assert "CE+BST (DM), seed 2: not finished, 10 epochs so far" in text
+    page = report.build(compare_folder).read_text()
+    assert "CE (RS), seed 1: not started" in page
+    assert "4 of 6 runs finished" in page
+
+
+def test_a_comparison_that_has_just_begun_has_a_summary_and_a_report(tmp_path):
+    asked = {"schemes": ["ce:random", "ce+bst:mined"], "seeds": [0]}
+    (tmp_path / "compare.json").write_text(json.dumps(asked))
+    text = report.summarise(tmp_path)
+    assert "No run has finished yet." in text
+    assert "CE (RS), seed 0: not started" in text
+    assert "No run has finished yet." in report.build(tmp_path).read_text()
+
+
+def test_runs_are_known_by_their_configuration_not_by_their_folder(compare_folder):
+    before = report.summarise(compare_folder)
+    (compare_folder / "runs" / "ce-random").rename(compare_folder / "runs" / "another name")
+    assert report.summarise(compare_folder) == before
+
+
+def test_a_log_cut_in_the_middle_of_a_line_is_read_up_to_there(compare_folder):
+    run = compare_folder / "runs" / "ce-random" / "seed-0"
+    whole = len(results.read(run).runs[0].log)
+    text = (run / "log.jsonl").read_text()
+    (run / "log.jsonl").write_text(text[:-20])
+    assert len(results.read(run).runs[0].log) == whole - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("config.json", "{}", "config.json"),
+        ("config.json", "[1", "config.json"),
+        ("metrics.json", "{", "metrics.json"),
+        ("log.jsonl", "{\n{}\n", "log.jsonl.*line 1"),
+        ("predictions.csv", "", "predictions.csv"),
+        ("predictions.csv", "file,label,prob_0,prob_1,prob_2\na,9,1,0,0\n", "predictions.csv"),
+        ("embeddings.npz", "no zip", "embeddings.npz"),
+    ],
+)
+def test_a_damaged_file_is_named(compare_folder, name, content, words):
+    (compare_folder / "runs" / "ce-random" / "seed-0" / name).write_text(content)
+    with pytest.raises(UserError, match=words):
+        report.build(compare_folder)
+
+
+def test_a_folder_of_neither_kind_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"neither a run folder .* nor a compare folder"):
+        report.build(tmp_path)
+
+
+def test_two_folders_of_one_scheme_and_seed_are_refused(compare_folder):
+    runs = compare_folder / "runs" / "ce-random"
+    shutil.copytree(runs / "seed-0", runs / "copy of seed-0")
+    with pytest.raises(UserError, match="hold the same scheme and seed"):
+        report.summarise(compare_folder)
+
+
+# -- report.html
+
+
+class Page(HTMLParser):
+    """The tags left open, the text, and every address of a page."""
+
+    VOID = ("meta", "img", "br", "link")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.texts, self.tags, self.addresses, self.alternatives = [], [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        found = dict(attributes)
+        self.addresses += [found[name] for name in ("src", "href") if name in found]
+        if tag == "img":
+            self.alternatives.append(found["alt"])
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_the_report_stands_alone_and_holds_every_part(compare_folder):
+    path = report.build(compare_folder)
+    assert path == compare_folder / "report.html"
+    page = Page(path.read_text())
+    assert page.open == []
+    assert "script" not in page.tags
+    assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
+    # accuracy 1; loss curves, embeddings and confusion matrices a panel a scheme; ROC 2
+    assert len(page.alternatives) == 1 + 3 * 2 + 2
+    assert all(page.alternatives)
+    text = " ".join(" ".join(page.texts).split())
+    for words in (
+        "CE (RS) against CE+BST (DM)",
+        "6 of 6 runs finished",
+        "Class by class",
+        "How far to trust this",
+        "backbone mlp",
+        "seed 0, 1, 2",
+        "python 3.11",
+    ):
+        assert words in text
+    names = {file.name for file in (compare_folder / "figures").iterdir()}
+    for name in ("accuracy", "loss_curves", "embeddings", "confusion_matrix", "roc"):
+        assert {f"{name}.png", f"{name}.svg", f"{name}.csv"} <= names
+
+
+def test_a_single_run_has_a_report(finished, tmp_path):
+    run = shutil.copytree(finished / "runs" / "ce-bst-mined" / "seed-1", tmp_path / "run")
+    page = Page(report.build(run).read_text())
+    text = " ".join(" ".join(page.texts).split())
+    assert "CE+BST (DM), seed 1" in text
+    assert f"{100 * json.loads((run / 'metrics.json').read_text())['accuracy']:.2f}" in text
+    assert len(page.alternatives) == 3 + 2
+    assert "against CE (RS)" not in text
+
+
+def test_a_report_is_replaced_whole_and_leaves_no_other_file(tmp_path):
+    run = write_run(tmp_path / "run", CE, 0)
+    first = report.build(run).read_bytes()
+    files = sorted(run.rglob("*"))
+    assert report.build(run).read_bytes() == first
+    assert sorted(run.rglob("*")) == files
+
+
+def test_text_from_outside_is_escaped(tmp_path):
+    names = ("<script>alert(1)</script>", 'a"b', "a&b")
+    run = write_run(tmp_path / "run", CE, 0, names)
+    config = json.loads((run / "config.json").read_text())
+    config["data"] = "<b>bold</b>"
+    (run / "config.json").write_text(json.dumps(config))
+    page = Page(report.build(run).read_text())
+    assert "script" not in page.tags
+    text = "".join(page.texts)
+    assert names[0] in text
+    assert "<b>bold</b>" in text
+
+
+def test_validation_on_test_images_is_held_against_the_numbers(tmp_path):
+    run = write_run(tmp_path / "run", CE, 0)
+    assert "too good" not in report.build(run).read_text()
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"validation": "test"}))
+    assert "too good" in report.build(run).read_text()
+
+
+def test_a_place_that_cannot_be_written_is_named(compare_folder):
+    (compare_folder / "figures").write_text("a file where a folder should be")
+    with pytest.raises(UserError, match="figures"):
+        report.build(compare_folder)
