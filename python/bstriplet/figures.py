@@ -61,7 +61,7 @@ CLASS_COLOURS = (
     "#56b4e9", "#8c6bb1", "#8a8f98", "#a6761d", "#66a61e",
 )  # fmt: skip
 CLASS_MARKERS = "o^sDvP<X>"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
@@ -185,8 +185,8 @@ def accuracies(comparison: Comparison) -> Picture:
         name="accuracy",
         title="Accuracy",
         caption=(
-            "A dot is one run; a thin line joins the runs of one seed, which share split, initial "
-            "weights and order: the pairs of the test. The bar is the mean."
+            "A dot is one run; a thin line joins the runs of one seed, which share the split and "
+            "the initial weights: the pairs of the test. The bar is the mean."
         ),
         panels=(Panel("Test accuracy, every run", draw),) if shown else (),
         size=(4.2, 1.1 + 0.45 * len(schemes)),
@@ -318,7 +318,7 @@ def confusion_matrices(comparison: Comparison) -> Picture:
         if not runs:
             continue
         classes = runs[0].predictions.classes
-        counts = sum(_confusion(run.predictions) for run in runs)
+        counts = np.sum([_confusion(run.predictions) for run in runs], axis=0)
         totals = counts.sum(axis=1, keepdims=True)
         shares = np.divide(counts, totals, out=np.zeros(counts.shape), where=totals > 0)
         panels.append(_confusion_panel(scheme, classes, counts, shares, len(runs)))
