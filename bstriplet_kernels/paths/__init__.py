@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..spec import Path
-from . import plain
+from . import fused, native, plain
 
-PATHS: dict[str, Path] = {"reference": plain.PATH}
+PATHS: dict[str, Path] = {"reference": plain.PATH, "triton": fused.PATH, "native": native.PATH}
 """The paths by the name that `impl` takes, whether or not they can run here."""

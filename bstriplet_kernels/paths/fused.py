@@ -1,0 +1,462 @@
+"""impl="triton": one launch for a small batch, tiles for any other; kernels are in `tiles`.
+
+Small (at most 64 rows, own columns, scalar loss): the forward's one kernel gives loss and dL/df for
+unit upstream gradient, and the backward is one multiply. Else: norms, row sums by tiles, one small
+kernel that finishes them; the backward recomputes tiles. O(N) numbers are kept, N x M never stored.
+
+The operators are `torch.ops.bstriplet.triton_*`. Triton is imported when the first of them runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..spec import Path, Rows, Spec, State, accumulation_dtype
+
+SMALL_ROWS = 64
+MAX_PARTS = 8
+"""Among how many programs the columns of one tile of rows are shared out at most."""
+_INTERPRETER_PROCESSORS = 6  # so that small inputs share columns out there too
+_FIRST_CAPABILITY = (8, 0)  # the first with bfloat16 and tf32 products
+
+
+class Blocks(NamedTuple):
+    """How a kernel is cut: rows, columns, depth of one product, gradient columns; and its warps."""
+
+    n: int
+    m: int
+    d: int
+    v: int
+    warps: int
+    stages: int
+
+
+def small_blocks(n: int, dtype: torch.dtype) -> Blocks:
+    """Of `tiles.loss_and_gradient`, for at most `SMALL_ROWS` rows."""
+    rows, warps = (32, 4) if n <= 32 else (64, 8)
+    return Blocks(rows, rows, 32, 32, warps, 2 if dtype == torch.float64 else 3)
+
+
+def row_blocks(dtype: torch.dtype) -> Blocks:
+    """Of `tiles.row_sums`."""
+    if dtype == torch.float64:
+        return Blocks(32, 32, 32, 0, 4, 2)
+    return Blocks(64, 64, 32 if dtype == torch.float32 else 64, 0, 4, 3)
+
+
+def gradient_blocks(dtype: torch.dtype) -> Blocks:
+    """Of `tiles.tile_gradient`."""
+    if dtype == torch.float64:
+        return Blocks(32, 32, 32, 32, 4, 2)
+    if dtype == torch.float32:
+        return Blocks(64, 64, 32, 64, 8, 2)
+    return Blocks(64, 64, 64, 128, 8, 3)
+
+
+def precision(dtype: torch.dtype, small: bool = False) -> str:
+    """How Triton multiplies float32: by what torch's own products are allowed to do.
+
+    Half-precision embeddings are multiplied as they are; the word is then for their weights, which
+    `tiles` raises to tf32 where the batch is large, and to float32 where it costs nothing.
+    """
+    if dtype == torch.float64 or torch.version.hip is not None:
+        return "ieee"
+    exact = torch.get_float32_matmul_precision() == "highest"
+    return "tf32x3" if (exact if dtype == torch.float32 else small) else "tf32"
+
+
+def forward(
+    embeddings: Tensor,
+    ref_emb: Tensor | None,
+    labels: Tensor,
+    ref_labels: Tensor | None,
+    spec: Spec,
+) -> tuple[Tensor, Rows, State]:
+    """Eqs. 2-4; the state is dL/df for unit upstream gradient, or norms and the rows' weights."""
+    if _fits_one_launch(embeddings, ref_emb, spec):
+        loss, positive, negative, gradient = _small(embeddings, labels, spec, spec.wants_gradient)
+        return loss, Rows(positive, negative), (gradient,) if spec.wants_gradient else ()
+    ops = torch.ops.bstriplet
+    rows, columns = _sides(embeddings, ref_emb)
+    inverse = ops.triton_inverse_norms(rows, spec.eps)
+    inverses = (inverse,)
+    if ref_emb is not None:
+        inverses = (inverse, ops.triton_inverse_norms(columns, spec.eps))
+    loss, positive, negative, pull = ops.triton_rows(
+        rows,
+        columns,
+        labels,
+        labels if ref_labels is None else ref_labels,
+        inverse,
+        inverses[-1],
+        ref_emb is None,
+        spec.margin,
+        spec.sigma,
+        spec.signed,
+        spec.reduction,
+    )
+    return loss, Rows(positive, negative), (pull, *inverses)
+
+
+def backward(
+    grad_loss: Tensor,
+    embeddings: Tensor,
+    ref_emb: Tensor | None,
+    labels: Tensor,
+    ref_labels: Tensor | None,
+    rows: Rows,
+    state: State,
+    spec: Spec,
+) -> tuple[Tensor, Tensor | None]:
+    """dL/df of both sides, from the tiles of S anew, or by one multiply."""
+    if _fits_one_launch(embeddings, ref_emb, spec):
+        gradient = state[0] if state else _small(embeddings, labels, spec, True)[3]
+        return (gradient * grad_loss).to(embeddings.dtype), None
+    pull, inverse, *rest = state
+    f, columns = _sides(embeddings, ref_emb)
+    gradient_of = torch.ops.bstriplet.triton_gradient
+    if ref_emb is None:
+        side = (f, labels, inverse, pull)
+        return gradient_of(*side, *side, grad_loss, True, spec.signed), None
+    side = (f, labels, inverse, pull)
+    other = (columns, ref_labels, rest[0], pull.new_zeros(2, ref_emb.shape[0]))
+    return (
+        gradient_of(*side, *other, grad_loss, False, spec.signed).to(embeddings.dtype),
+        gradient_of(*other, *side, grad_loss, False, spec.signed).to(ref_emb.dtype),
+    )
+
+
+def _fits_one_launch(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> bool:
+    return ref_emb is None and spec.reduction != "none" and embeddings.shape[0] <= SMALL_ROWS
+
+
+def _small(
+    embeddings: Tensor, labels: Tensor, spec: Spec, wants_gradient: bool
+) -> tuple[Tensor, ...]:
+    return torch.ops.bstriplet.triton_loss_and_gradient(
+        embeddings,
+        labels,
+        spec.margin,
+        spec.sigma,
+        spec.signed,
+        spec.reduction == "mean",
+        spec.eps,
+        wants_gradient,
+    )
+
+
+def _sides(embeddings: Tensor, ref_emb: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows and columns in one dtype, since products take one."""
+    if ref_emb is None:
+        return embeddings, embeddings
+    if ref_emb.dtype == embeddings.dtype:
+        return embeddings, ref_emb
+    dtype = accumulation_dtype(embeddings, ref_emb)
+    return embeddings.to(dtype), ref_emb.to(dtype)
+
+
+def missing() -> str | None:
+    """What is not here that the kernels need: Triton, and a GPU or Triton's interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (on Linux: pip install triton; on Windows: triton-windows)"
+    if not (torch.cuda.is_available() or interpreted()):
+        return "it needs a GPU (on a CPU, TRITON_INTERPRET=1 runs the kernels slowly, for tests)"
+    return None
+
+
+def refuses(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str | None:
+    """Tensors that lie where no kernel runs."""
+    device = embeddings.device
+    if device.type == "cpu" and interpreted():
+        return None
+    if device.type != "cuda":
+        return f"its kernels run on GPUs, and the embeddings are on {device}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < _FIRST_CAPABILITY:
+        return "its kernels need compute capability 8.0 or later"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels on the CPU, in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "y", "yes", "t", "true", "on")
+
+
+PATH = Path(forward, backward, missing, refuses)
+
+
+@functools.cache
+def _tiles() -> ModuleType:
+    from . import tiles
+
+    return tiles
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return _INTERPRETER_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _parts(programs: int, column_tiles: int, device: torch.device) -> int:
+    """Among how many programs columns are shared out, so that few rows still fill the GPU."""
+    return max(1, min(MAX_PARTS, column_tiles, 2 * _processors(device) // programs))
+
+
+def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    if tensor.device.type == "cpu" or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def _tiles_of(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Define bstriplet::`schema`, run by the decorated function wherever its tensors are."""
+    name, arguments = schema.split("(", 1)
+    torch.library.define(f"bstriplet::{name}", "(" + arguments, tags=torch.Tag.pt2_compliant_tag)
+    return torch.library.impl(f"bstriplet::{name}", "CompositeExplicitAutograd")
+
+
+def _empty_rows(embeddings: Tensor, loss_shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss and Eq. 3's two means, to be written."""
+    n = embeddings.shape[0]
+    dtype = accumulation_dtype(embeddings)
+    return (
+        embeddings.new_empty(loss_shape, dtype=dtype),
+        embeddings.new_empty(n, dtype=dtype),
+        embeddings.new_empty(n, dtype=dtype),
+    )
+
+
+def _empty_small(embeddings: Tensor, wants_gradient: bool) -> tuple[Tensor, ...]:
+    n, d = embeddings.shape
+    gradient = embeddings.new_empty(
+        (n if wants_gradient else 0, d), dtype=accumulation_dtype(embeddings)
+    )
+    return *_empty_rows(embeddings, ()), gradient
+
+
+def _empty_finished(rows: Tensor, reduction: str) -> tuple[Tensor, ...]:
+    n = rows.shape[0]
+    pull = rows.new_empty((2, n), dtype=accumulation_dtype(rows))
+    return *_empty_rows(rows, (n,) if reduction == "none" else ()), pull
+
+
+@_operator(
+    "triton_loss_and_gradient(Tensor embeddings, Tensor labels, float margin, float sigma, "
+    "bool signed, bool mean, float eps, bool wants_gradient) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _loss_and_gradient(
+    embeddings: Tensor,
+    labels: Tensor,
+    margin: float,
+    sigma: float,
+    signed: bool,
+    mean: bool,
+    eps: float,
+    wants_gradient: bool,
+) -> tuple[Tensor, ...]:
+    """(loss, positive, negative, dL/df [N, D] for unit upstream gradient, or [0, D])."""
+    n, d = embeddings.shape
+    out = _empty_small(embeddings, wants_gradient)
+    blocks = small_blocks(n, embeddings.dtype)
+    grid = (_tiles_of(d, blocks.v) if wants_gradient else 1,)
+    with _on_device_of(embeddings):
+        _tiles().loss_and_gradient[grid](
+            embeddings,
+            labels,
+            *out,
+            n,
+            d,
+            *embeddings.stride(),
+            labels.stride(0),
+            margin,
+            eps * eps,
+            sigma,
+            int(signed),
+            int(mean),
+            int(wants_gradient),
+            PRECISION=precision(embeddings.dtype, small=True),
+            BLOCK_N=blocks.n,
+            BLOCK_D=blocks.d,
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+        )
+    return out
+
+
+@_operator("triton_inverse_norms(Tensor embeddings, float eps) -> Tensor")
+def _inverse_norms(embeddings: Tensor, eps: float) -> Tensor:
+    """1 / n_i, [N]: 0 for a zero row, NaN where n_i^2 overflows."""
+    n, d = embeddings.shape
+    inverse = embeddings.new_empty(n, dtype=accumulation_dtype(embeddings))
+    with _on_device_of(embeddings):
+        _tiles().inverse_norms[(_tiles_of(n, 16),)](
+            embeddings, inverse, n, d, *embeddings.stride(), eps * eps, BLOCK_N=16, BLOCK_D=128
+        )
+    return inverse
+
+
+@_operator(
+    "triton_rows(Tensor rows, Tensor columns, Tensor row_labels, Tensor column_labels, "
+    "Tensor row_inverse, Tensor column_inverse, bool own, float margin, float sigma, bool signed, "
+    "str reduction) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _rows(
+    rows: Tensor,
+    columns: Tensor,
+    row_labels: Tensor,
+    column_labels: Tensor,
+    row_inverse: Tensor,
+    column_inverse: Tensor,
+    own: bool,
+    margin: float,
+    sigma: float,
+    signed: bool,
+    reduction: str,
+) -> tuple[Tensor, ...]:
+    """(loss, positive, negative, pull [2, N]); `own`: the columns are the rows themselves."""
+    n, d = rows.shape
+    m = columns.shape[0]
+    blocks = row_blocks(rows.dtype)
+    row_tiles = _tiles_of(n, blocks.n)
+    parts = _parts(row_tiles, _tiles_of(m, blocks.m), rows.device)
+    sums = row_inverse.new_empty(2, parts, n)
+    counts = rows.new_empty((parts, n), dtype=torch.int32)
+    out = _empty_finished(rows, reduction)
+    with _on_device_of(rows):
+        _tiles().row_sums[row_tiles, parts](
+            rows,
+            columns,
+            row_labels,
+            column_labels,
+            row_inverse,
+            column_inverse,
+            sums,
+            counts,
+            n,
+            m,
+            d,
+            *rows.stride(),
+            *columns.stride(),
+            row_labels.stride(0),
+            column_labels.stride(0),
+            int(own),
+            int(signed),
+            PRECISION=precision(rows.dtype),
+            BLOCK_N=blocks.n,
+            BLOCK_M=blocks.m,
+            BLOCK_D=blocks.d,
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+        )
+        _tiles().finish_rows[(1,)](
+            sums,
+            counts,
+            *out,
+            n,
+            m,
+            parts,
+            int(own),
+            margin,
+            sigma,
+            REDUCTION=reduction,
+            MAX_PARTS=MAX_PARTS,
+            BLOCK_N=512,
+            num_warps=8,
+        )
+    return out
+
+
+@_operator(
+    "triton_gradient(Tensor rows, Tensor row_labels, Tensor row_inverse, Tensor row_pull, "
+    "Tensor columns, Tensor column_labels, Tensor column_inverse, Tensor column_pull, "
+    "Tensor upstream, bool own, bool signed) -> Tensor"
+)
+def _gradient(
+    rows: Tensor,
+    row_labels: Tensor,
+    row_inverse: Tensor,
+    row_pull: Tensor,
+    columns: Tensor,
+    column_labels: Tensor,
+    column_inverse: Tensor,
+    column_pull: Tensor,
+    upstream: Tensor,
+    own: bool,
+    signed: bool,
+) -> Tensor:
+    """The gradient of `rows`, [N, D] in their dtype, given dL/dL or, for each row, dL/dl_i."""
+    n, d = rows.shape
+    m = columns.shape[0]
+    blocks = gradient_blocks(rows.dtype)
+    row_tiles, slices = _tiles_of(n, blocks.n), _tiles_of(d, blocks.v)
+    parts = _parts(row_tiles * slices, _tiles_of(m, blocks.m), rows.device)
+    dtype = rows.dtype if parts == 1 else row_inverse.dtype
+    partial = rows.new_empty((parts, n, d), dtype=dtype)
+    with _on_device_of(rows):
+        _tiles().tile_gradient[row_tiles, slices, parts](
+            rows,
+            columns,
+            row_labels,
+            column_labels,
+            row_inverse,
+            column_inverse,
+            row_pull,
+            column_pull,
+            upstream,
+            partial,
+            n,
+            m,
+            d,
+            *rows.stride(),
+            *columns.stride(),
+            row_labels.stride(0),
+            column_labels.stride(0),
+            upstream.stride(0) if upstream.dim() else 0,
+            int(own),
+            int(signed),
+            PRECISION=precision(rows.dtype),
+            BLOCK_N=blocks.n,
+            BLOCK_M=blocks.m,
+            BLOCK_D=blocks.d,
+            BLOCK_V=blocks.v,
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+        )
+    return partial.view(n, d) if parts == 1 else partial.sum(dim=0).to(rows.dtype)
+
+
+@torch.library.register_fake("bstriplet::triton_loss_and_gradient")
+def _fake_loss_and_gradient(
+    embeddings: Tensor, labels: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
+    return _empty_small(embeddings, options[-1])
+
+
+@torch.library.register_fake("bstriplet::triton_inverse_norms")
+def _fake_inverse_norms(embeddings: Tensor, eps: float) -> Tensor:
+    return embeddings.new_empty(embeddings.shape[0], dtype=accumulation_dtype(embeddings))
+
+
+@torch.library.register_fake("bstriplet::triton_rows")
+def _fake_rows(rows: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _empty_finished(rows, rest[-1])
+
+
+@torch.library.register_fake("bstriplet::triton_gradient")
+def _fake_gradient(rows: Tensor, *rest: Any) -> Tensor:
+    return rows.new_empty(rows.shape)
