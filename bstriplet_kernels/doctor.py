@@ -10,7 +10,7 @@ import time
 import torch
 from torch import Tensor
 
-from .functional import bstriplet_loss
+from .loss import BSTripletLoss
 from .paths import PATHS
 from .spec import Spec
 
@@ -57,7 +57,7 @@ def _examine(impl: str, device: torch.device) -> tuple[str, bool]:
 
 def _run(x: Tensor, labels: Tensor, impl: str) -> tuple[Tensor, Tensor]:
     x = x.detach().requires_grad_()
-    loss = bstriplet_loss(x, labels, impl=impl)
+    loss = BSTripletLoss(impl=impl)(x, labels)
     (grad,) = torch.autograd.grad(loss, x)
     return loss.detach(), grad
 

@@ -87,44 +87,61 @@ def bstriplet_loss(
         RuntimeError: a named `impl` that cannot run here, saying what is missing.
     """
     spec = make_spec(margin, similarity, eq3, reduction, eps)
-    check_embeddings(embeddings, labels, ref_emb, ref_labels)
     check_impl(impl)
-    labels = _as_int64(labels)
-    if group is not None:
-        loss, rows = _global_loss(embeddings, labels, ref_emb, group, spec)
-    else:
-        _check_batch(embeddings, ref_emb)
-        if ref_labels is not None:
-            ref_labels = _as_int64(ref_labels)
-        if impl == "auto":
-            path = plan.choose(embeddings, ref_emb, spec)
-        else:
-            path = impl
-            _check_taken(path, embeddings, ref_emb, spec)
-        wanted = embeddings.requires_grad or (ref_emb is not None and ref_emb.requires_grad)
-        if wanted and torch.is_grad_enabled():
-            spec = spec._replace(wants_gradient=True)
-        loss, positive, negative, *_ = BatchSimilarity.apply(
-            embeddings, ref_emb, labels, ref_labels, spec, path
-        )
-        rows = Rows(positive, negative)
-    return (loss, _stats(rows, spec)) if return_stats else loss
+    target = Target(spec, impl, group, return_stats)
+    return compute(embeddings, labels, target, ref_emb, ref_labels)
 
 
-def listed_pairs_loss(
+class Target(NamedTuple):
+    """The checked options of a loss: what to compute, by which path, for which batch."""
+
+    spec: Spec
+    impl: str
+    group: ProcessGroup | None
+    return_stats: bool
+
+
+def compute(
+    embeddings: Tensor,
+    labels: Tensor,
+    target: Target,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+) -> Tensor | tuple[Tensor, BSTripletStats]:
+    """`bstriplet_loss` for options that have been checked: check the tensors, plan, run."""
+    check_embeddings(embeddings, labels, ref_emb, ref_labels)
+    spec, labels = target.spec, _as_int64(labels)
+    if target.group is not None:
+        loss, rows = _global_loss(embeddings, labels, ref_emb, target.group, spec)
+        return (loss, _stats(rows, spec)) if target.return_stats else loss
+    _check_batch(embeddings, ref_emb)
+    if ref_labels is not None:
+        ref_labels = _as_int64(ref_labels)
+    path = _path(target.impl, embeddings, ref_emb, spec)
+    wanted = embeddings.requires_grad or (ref_emb is not None and ref_emb.requires_grad)
+    if wanted and torch.is_grad_enabled():
+        spec = spec._replace(wants_gradient=True)
+    outputs = BatchSimilarity.apply(embeddings, ref_emb, labels, ref_labels, spec, path)
+    if target.return_stats:
+        return outputs[0], _stats(Rows(outputs[1], outputs[2]), spec)
+    return outputs[0]
+
+
+def compute_listed(
     embeddings: Tensor,
     indices_tuple: tuple[Tensor, ...],
-    spec: Spec,
+    target: Target,
     ref_emb: Tensor | None = None,
-    return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, BSTripletStats]:
     """The loss over a miner's pairs instead of labels; see `BSTripletLoss.forward`."""
+    if target.group is not None:
+        raise ValueError("indices_tuple cannot be given together with group")
     check_indices(indices_tuple)
     check_embeddings(embeddings, None, ref_emb, None)
     _check_batch(embeddings, ref_emb)
     with torch.autocast(embeddings.device.type, enabled=False):
-        loss, rows = reference.listed_pairs_loss(embeddings, ref_emb, indices_tuple, spec)
-    return (loss, _stats(rows, spec)) if return_stats else loss
+        loss, rows = reference.listed_pairs_loss(embeddings, ref_emb, indices_tuple, target.spec)
+    return (loss, _stats(rows, target.spec)) if target.return_stats else loss
 
 
 def available_impls() -> tuple[str, ...]:
@@ -257,10 +274,14 @@ def _check_batch(embeddings: Tensor, ref_emb: Tensor | None) -> None:
         )
 
 
-def _check_taken(impl: str, embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> None:
+def _path(impl: str, embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str:
+    """The path that `impl` means for this input."""
+    if impl == "auto":
+        return plan.choose(embeddings, ref_emb, spec)
     reason = PATHS[impl].refuses(embeddings, ref_emb, spec)
     if reason is not None:
         raise ValueError(f'impl={impl!r} does not take this input: {reason}; use impl="auto"')
+    return impl
 
 
 def _unknown(name: str, value: object, allowed: tuple[str, ...]) -> ValueError:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .functional import BSTripletStats, bstriplet_loss
+from .functional import BSTripletStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -45,18 +45,9 @@ class BSTripletLoss(nn.Module):
         return_stats: bool = False,
     ) -> None:
         super().__init__()
-        self._spec = functional.make_spec(margin, similarity, eq3, reduction, eps)
         functional.check_impl(impl)
-        self.options: dict[str, Any] = {
-            "margin": margin,
-            "similarity": similarity,
-            "eq3": eq3,
-            "reduction": reduction,
-            "group": group,
-            "impl": impl,
-            "eps": eps,
-            "return_stats": return_stats,
-        }
+        spec = functional.make_spec(margin, similarity, eq3, reduction, eps)
+        self._target = functional.Target(spec, impl, group, return_stats)
 
     def forward(
         self,
@@ -75,19 +66,19 @@ class BSTripletLoss(nn.Module):
         two empty means and counts as the margin.
         """
         if indices_tuple is not None:
-            if self.options["group"] is not None:
-                raise ValueError("indices_tuple cannot be given together with group")
-            return functional.listed_pairs_loss(
-                embeddings, indices_tuple, self._spec, ref_emb, self.options["return_stats"]
-            )
+            return functional.compute_listed(embeddings, indices_tuple, self._target, ref_emb)
         if labels is None:
             raise TypeError("labels is needed where no indices_tuple is given, got None")
-        return bstriplet_loss(
-            embeddings, labels, ref_emb=ref_emb, ref_labels=ref_labels, **self.options
-        )
+        return functional.compute(embeddings, labels, self._target, ref_emb, ref_labels)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        spec, impl, group, _ = self._target
+        distributed = "" if group is None else ", group=..."
+        return (
+            f"margin={spec.margin}, similarity={'signed_square' if spec.signed else 'square'}, "
+            f"eq3={'corrected' if spec.sigma > 0 else 'printed'}, reduction={spec.reduction}, "
+            f"impl={impl}{distributed}"
+        )
 
 
 class CrossEntropyBSTripletLoss(nn.Module):
