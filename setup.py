@@ -1,5 +1,142 @@
-"""Build script; everything declarative is in pyproject.toml."""
+"""Builds the native operator of csrc/ where there is a compiler; the rest is in pyproject.toml.
 
-from setuptools import setup
+BSTRIPLET_NATIVE decides what is tried: `0` nothing, `cpu` the C++ part, `cuda`, `1` or unset the
+C++ and the CUDA part. What is left out is said in one line; an install never fails for want of a
+compiler. The libraries use torch's stable ABI and no Python API: one build serves every torch from
+2.11 on and every Python from 3.10 on. torch is looked for, never imported, and nothing asks which
+GPU is here. Objects stay in build/native, so that only what changed is compiled again.
+"""
 
-setup()
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+WINDOWS = os.name == "nt"
+X86 = platform.machine().lower() in ("x86_64", "amd64") and sys.platform != "darwin"
+MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000")]  # 2.11
+if X86:
+    MACROS.append(("BSTRIPLET_X86_KERNELS", None))
+
+if WINDOWS:
+    FLAGS = ["/std:c++17", "/O2", "/EHsc"]
+    KERNEL_FLAGS = {"csrc/cpu_avx2.cpp": ["/arch:AVX2"], "csrc/cpu_avx512.cpp": ["/arch:AVX512"]}
+else:
+    FLAGS = [
+        *("-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall"),
+        *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+        "-Wno-psabi",  # vectors are passed to inlined functions only
+    ]
+    KERNEL_FLAGS = {
+        "csrc/cpu_avx2.cpp": ["-mavx2", "-mfma"],
+        "csrc/cpu_avx512.cpp": [
+            *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
+        ],
+    }
+
+
+def torch_folder() -> Path | None:
+    """Where torch is installed.
+
+    Under build isolation it cannot be imported, but the environment that pip installs into still
+    has it, and the interpreter is the same.
+    """
+    spec = importlib.util.find_spec("torch")
+    places = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
+    places += [Path(sysconfig.get_path(name)) / "torch" for name in ("purelib", "platlib")]
+    return next((p for p in places if (p / "include/torch/csrc/stable").is_dir()), None)
+
+
+def left_out(part: str, reason: str) -> None:
+    """Say in one line what is not built."""
+    print(f"bstriplet-kernels: {part} left out: {reason}", file=sys.stderr, flush=True)
+
+
+def extensions() -> list[Extension]:
+    """What there is everything to try building with."""
+    wanted = os.environ.get("BSTRIPLET_NATIVE", "1")
+    if wanted not in ("0", "1", "cpu", "cuda"):
+        sys.exit(f"BSTRIPLET_NATIVE must be 0, 1, cpu or cuda, got {wanted!r}")
+    if wanted == "0":
+        left_out("native operator", "BSTRIPLET_NATIVE=0")
+        return []
+    torch = torch_folder()
+    if torch is None:
+        left_out("native operator", "no torch >= 2.11 in this environment to build against")
+        return []
+    common = {
+        "include_dirs": [str(torch / "include")],
+        "library_dirs": [str(torch / "lib")],
+        "define_macros": MACROS,
+        "py_limited_api": True,
+        "optional": True,
+    }
+    cpu = ["csrc/operator.cpp", "csrc/cpu.cpp", "csrc/cpu_baseline.cpp"]
+    found = [
+        Extension(
+            "bstriplet_kernels._native",
+            sources=cpu + (sorted(KERNEL_FLAGS) if X86 else []),
+            libraries=["torch_cpu", "c10"],
+            **common,
+        )
+    ]
+    return found
+
+
+class BuildNative(build_ext):
+    """Each source with its own flags, side by side, and again only when it or a header changed."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build `ext`, or say why it is left out."""
+        try:
+            with ThreadPoolExecutor() as pool:
+                objects = list(pool.map(lambda source: self.compiled(source, ext), ext.sources))
+            target = Path(self.get_ext_fullpath(ext.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.compiler.link_shared_object(
+                objects,
+                str(target),
+                libraries=ext.libraries,
+                library_dirs=ext.library_dirs,
+                target_lang="c++",
+            )
+        except Exception as error:  # whatever a missing or old compiler comes to
+            left_out(ext.name, " ".join(str(error).split()) or type(error).__name__)
+
+    def compiled(self, source: str, ext: Extension) -> str:
+        """The object file of a source."""
+        (target,) = self.compiler.object_filenames([source], output_dir="build/native")
+        inputs = [Path(source), Path(__file__), *Path("csrc").glob("*.h")]
+        if not newer(Path(target), inputs):
+            self.compiler.compile(
+                [source],
+                output_dir="build/native",
+                macros=ext.define_macros,
+                include_dirs=ext.include_dirs,
+                extra_postargs=FLAGS + KERNEL_FLAGS.get(source, []),
+            )
+        return target
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        """None: torch loads the library, Python does not import it."""
+        return []
+
+
+def newer(target: Path, inputs: list[Path]) -> bool:
+    """Whether the target is there and no input was changed after it was made."""
+    return target.exists() and all(i.stat().st_mtime < target.stat().st_mtime for i in inputs)
+
+
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildNative},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

@@ -1,0 +1,445 @@
+// batch_similarity on the CPU: Eqs. 3 and 4 and their gradient in one call.
+//
+// S is computed once, as raw dot products: with N rows and M columns (M = N and half of it without
+// ref_emb) N M D multiply-adds. One sweep over S gives every row's sums; a second turns it in place
+// into the weights w_ij phi'(s_ij) / |f_j|; one product with the embeddings, another N M D
+// multiply-adds, is the gradient. Large batches are bound by these products, small ones by the
+// calls around them. Every number is computed by one thread in one order, so the bits depend on
+// neither the number of threads nor on chance.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "kernels.h"
+#include "operator.h"
+
+namespace bstriplet {
+namespace {
+
+enum class InstructionSet { baseline, avx2, avx512 };
+
+#if defined(BSTRIPLET_X86_KERNELS)
+bool supports(InstructionSet set) {
+  if (set == InstructionSet::avx512) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  }
+  return set == InstructionSet::baseline ||
+         (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
+}
+
+// The widest that the processor has; BSTRIPLET_INSTRUCTION_SET can ask for a narrower one, for the
+// same bits on different processors.
+InstructionSet choose_instruction_set() {
+  const char* wanted = std::getenv("BSTRIPLET_INSTRUCTION_SET");
+  const std::string limit = wanted == nullptr ? "avx512" : wanted;
+  if (limit == "avx512" && supports(InstructionSet::avx512)) return InstructionSet::avx512;
+  if (limit != "baseline" && supports(InstructionSet::avx2)) return InstructionSet::avx2;
+  return InstructionSet::baseline;
+}
+#else
+InstructionSet choose_instruction_set() { return InstructionSet::baseline; }
+#endif
+
+InstructionSet instruction_set() {
+  static const InstructionSet chosen = choose_instruction_set();
+  return chosen;
+}
+
+template <class T>
+const Kernels<T>& kernels() {
+  constexpr bool single = std::is_same_v<T, float>;
+#if defined(BSTRIPLET_X86_KERNELS)
+  if (instruction_set() == InstructionSet::avx512) {
+    if constexpr (single) return avx512::float_kernels();
+    else return avx512::double_kernels();
+  }
+  if (instruction_set() == InstructionSet::avx2) {
+    if constexpr (single) return avx2::float_kernels();
+    else return avx2::double_kernels();
+  }
+#endif
+  if constexpr (single) return baseline::float_kernels();
+  else return baseline::double_kernels();
+}
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Units per thread for which starting a thread pays: a few microseconds of multiply-adds.
+int64_t grain(int64_t multiply_adds_per_unit) {
+  return std::max<int64_t>(1, (int64_t{1} << 18) / std::max<int64_t>(1, multiply_adds_per_unit));
+}
+
+// Memory of one thread, kept for its next call, cache-line aligned.
+template <class T>
+T* thread_scratch(int64_t n) {
+  thread_local std::unique_ptr<T[]> memory;
+  thread_local int64_t size = 0;
+  constexpr int64_t line = 64 / sizeof(T);
+  if (size < n + line) {
+    memory.reset();
+    size = 0;
+    memory.reset(new T[n + line]);
+    size = n + line;
+  }
+  const auto address = reinterpret_cast<uintptr_t>(memory.get());
+  return memory.get() + (round_up(address, 64) - address) / sizeof(T);
+}
+
+// A [rows, columns] float scratch whose rows are padded for whole vectors. An odd number of cache
+// lines between rows keeps them from falling into the same few sets of the cache.
+template <class T>
+struct Scratch {
+  Tensor owner;
+  T* data;
+  int64_t stride;
+
+  Scratch(int64_t rows, int64_t columns, const Inputs& in)
+      : owner(empty_vector(checked_product(rows, padded_stride(columns)), in.accumulation,
+                           in.embeddings)),
+        data(static_cast<T*>(owner.mutable_data_ptr())),
+        stride(padded_stride(columns)) {}
+
+  T* row(int64_t i) const { return data + i * stride; }
+
+  static int64_t padded_stride(int64_t columns) {
+    STD_TORCH_CHECK(columns < std::numeric_limits<int64_t>::max() / 64, "too many rows: ", columns);
+    const int64_t padded = round_up(columns, kPad);
+    return padded % (2 * kPad) == 0 ? padded + kPad : padded;
+  }
+};
+
+// One element of a strided tensor after another, as T.
+template <class From, class T>
+void gather(const void* data, int64_t n, int64_t stride, T* to) {
+  const From* from = static_cast<const From*>(data);
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i * stride]);
+}
+
+using Widen = void (*)(const uint16_t*, float*, int64_t);
+
+template <class T>
+void gather_half(Widen widen, const void* data, int64_t n, int64_t stride, T* to) {
+  constexpr int64_t piece = 256;
+  uint16_t halves[piece];
+  float floats[piece];
+  for (int64_t k = 0; k < n; k += piece) {
+    const int64_t m = std::min(piece, n - k);
+    const uint16_t* from = static_cast<const uint16_t*>(data) + k * stride;
+    if (stride != 1) gather<uint16_t>(from, m, stride, halves);
+    widen(stride == 1 ? from : halves, floats, m);
+    std::copy(floats, floats + m, to + k);
+  }
+}
+
+// A tensor's rows as T: its own memory where that is already unit-stride T, else a copy.
+template <class T>
+class Rows {
+ public:
+  Rows(const Tensor& tensor, const Inputs& in) {
+    const int64_t n = tensor.size(0), d = tensor.size(1);
+    const int64_t row_stride = tensor.stride(0), stride = tensor.stride(1);
+    if (tensor.scalar_type() == in.accumulation && (stride == 1 || d == 1)) {
+      matrix_ = {static_cast<const T*>(tensor.const_data_ptr()), n, d, row_stride};
+      return;
+    }
+    copy_ = empty_matrix(n, d, in.accumulation, tensor);
+    T* to = static_cast<T*>(copy_->mutable_data_ptr());
+    matrix_ = {to, n, d, d};
+    const char* from = static_cast<const char*>(tensor.const_data_ptr());
+    const int64_t row_bytes = row_stride * static_cast<int64_t>(tensor.element_size());
+    const ScalarType dtype = tensor.scalar_type();
+    torch::stable::parallel_for(0, n, grain(4 * d), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        copy_row(dtype, from + i * row_bytes, d, stride, to + i * d);
+      }
+    });
+  }
+
+  const Matrix<T>& matrix() const { return matrix_; }
+
+ private:
+  static void copy_row(ScalarType dtype, const void* from, int64_t n, int64_t stride, T* to) {
+    const Kernels<float>& widen = kernels<float>();
+    switch (dtype) {
+      case ScalarType::Double:
+        return gather<double>(from, n, stride, to);
+      case ScalarType::Float:
+        return gather<float>(from, n, stride, to);
+      case ScalarType::Half:
+        return gather_half(widen.widen_float16, from, n, stride, to);
+      default:
+        return gather_half(widen.widen_bfloat16, from, n, stride, to);
+    }
+  }
+
+  std::optional<Tensor> copy_;
+  Matrix<T> matrix_;
+};
+
+// One `Side` of the loss and the memory of its arrays, one after the other.
+template <class T>
+struct SideArrays {
+  std::vector<T> numbers;
+  std::vector<Class<T>> labels;
+  std::vector<T> along;  // sum_j w_ij phi'(s_ij) s_ij
+  Side<T> side;
+
+  explicit SideArrays(int64_t n) {
+    const int64_t padded = round_up(n, kPad);
+    numbers.assign(3 * padded, T(0));
+    labels.assign(padded, Class<T>(-1));
+    along.assign(n, T(0));
+    side = {numbers.data(), labels.data(), numbers.data() + padded, numbers.data() + 2 * padded};
+  }
+};
+
+// The classes of the columns in ascending order with each one's number of columns.
+class Classes {
+ public:
+  explicit Classes(const Tensor& labels) : values_(read(labels)) {
+    std::sort(values_.begin(), values_.end());
+    for (size_t i = 0; i < values_.size(); ++i) {
+      if (i == 0 || values_[i] != values_[i - 1]) {
+        starts_.push_back(static_cast<int64_t>(i));
+      }
+    }
+    for (size_t c = 0; c < starts_.size(); ++c) values_[c] = values_[starts_[c]];
+    starts_.push_back(static_cast<int64_t>(values_.size()));
+    values_.resize(starts_.size() - 1);
+  }
+
+  // Each label's place among the classes; one past the last where no column has it.
+  template <class C>
+  void number(const Tensor& labels, C* to) const {
+    for (int64_t label : read(labels)) {
+      const auto at = std::lower_bound(values_.begin(), values_.end(), label);
+      *to++ = static_cast<C>(at != values_.end() && *at == label ? at - values_.begin()
+                                                                 : values_.size());
+    }
+  }
+
+  int64_t members(int64_t number) const {
+    return number < static_cast<int64_t>(values_.size()) ? starts_[number + 1] - starts_[number]
+                                                         : 0;
+  }
+
+ private:
+  static std::vector<int64_t> read(const Tensor& labels) {
+    std::vector<int64_t> values(labels.size(0));
+    gather<int64_t>(labels.const_data_ptr(), labels.size(0), labels.stride(0), values.data());
+    return values;
+  }
+
+  std::vector<int64_t> values_;
+  std::vector<int64_t> starts_;
+};
+
+// 1 / |f_i| in place of |f_i|^2. An overflow becomes NaN: 1 / inf = 0 would hide it.
+template <class T>
+void invert_norms(T* squared, int64_t n, T squared_eps) {
+  for (int64_t i = 0; i < n; ++i) {
+    const T value = squared[i];
+    squared[i] = value <= squared_eps ? T(0)
+                 : value == std::numeric_limits<T>::infinity()
+                     ? std::numeric_limits<T>::quiet_NaN()
+                     : T(1) / std::sqrt(value);
+  }
+}
+
+template <class T>
+class Batch {
+ public:
+  Batch(const Inputs& in, const Options& options)
+      : in_(in),
+        options_(options),
+        rows_(in.embeddings, in),
+        own_(in.rows()),
+        s_(in.rows(), in.columns(), in),
+        classes_(in.ref_labels ? *in.ref_labels : in.labels) {
+    classes_.number(in.labels, own_.side.label);
+    if (in.ref_emb) {
+      ref_rows_.emplace(*in.ref_emb, in);
+      ref_.emplace(in.columns());
+      classes_.number(*in.ref_labels, ref_->side.label);
+      if (options.gradient) mirror_.emplace(in.columns(), in.rows(), in);
+    }
+  }
+
+  Results run() {
+    const int64_t n = in_.rows();
+    Tensor loss = empty_scalar(in_.accumulation, in_.embeddings);
+    Tensor positive = empty_vector(n, in_.accumulation, in_.embeddings);
+    Tensor negative = empty_vector(n, in_.accumulation, in_.embeddings);
+    similarities();
+    T* const positives = static_cast<T*>(positive.mutable_data_ptr());
+    T* const negatives = static_cast<T*>(negative.mutable_data_ptr());
+    row_means(positives, negatives);
+    const bool any_active = hinge(positives, negatives, static_cast<T*>(loss.mutable_data_ptr()));
+    if (!options_.gradient) return {loss, positive, negative, nothing(), nothing()};
+    Tensor grad = gradient(in_.embeddings, any_active, s_, matrix(), columns(), own_, other());
+    Tensor grad_ref = in_.ref_emb ? gradient(*in_.ref_emb, any_active, *mirror_, columns(),
+                                             matrix(), *ref_, own_)
+                                  : nothing();
+    return {loss, positive, negative, grad, grad_ref};
+  }
+
+ private:
+  const Matrix<T>& matrix() const { return rows_.matrix(); }
+  const Matrix<T>& columns() const { return ref_rows_ ? ref_rows_->matrix() : rows_.matrix(); }
+  SideArrays<T>& other() { return ref_ ? *ref_ : own_; }
+  Tensor nothing() const { return empty_vector(0, in_.accumulation, in_.embeddings); }
+
+  // S as raw products, its transpose where it is needed, and every 1 / |f_i|.
+  void similarities() {
+    const Kernels<T>& k = kernels<T>();
+    const T squared_eps = static_cast<T>(options_.eps * options_.eps);
+    const bool symmetric = !in_.ref_emb;
+    const int64_t count = tiles(in_.rows(), in_.columns(), symmetric);
+    T* const mirror = symmetric ? s_.data : mirror_ ? mirror_->data : nullptr;
+    const int64_t mirror_stride = symmetric ? s_.stride : mirror_ ? mirror_->stride : 0;
+    T* const squared = symmetric ? own_.side.inverse : nullptr;
+    torch::stable::parallel_for(0, count, grain(kBlock * kBlock * in_.depth()),
+                                [&](int64_t begin, int64_t end) {
+                                  k.dots(matrix(), columns(), s_.data, s_.stride, mirror,
+                                         mirror_stride, squared, begin, end);
+                                });
+    if (!symmetric) {
+      squared_norms(matrix(), own_);
+      squared_norms(columns(), *ref_);
+      invert_norms(ref_->side.inverse, in_.columns(), squared_eps);
+    }
+    invert_norms(own_.side.inverse, in_.rows(), squared_eps);
+  }
+
+  void squared_norms(const Matrix<T>& matrix, SideArrays<T>& to) {
+    torch::stable::parallel_for(0, matrix.rows, grain(matrix.columns),
+                                [&](int64_t begin, int64_t end) {
+                                  kernels<T>().squared_norms(matrix, to.side.inverse, begin, end);
+                                });
+  }
+
+  int64_t positives_of(int64_t i) const {
+    return classes_.members(own_.side.label[i]) - (in_.ref_emb ? 0 : 1);
+  }
+
+  int64_t negatives_of(int64_t i) const {
+    return in_.columns() - classes_.members(own_.side.label[i]);
+  }
+
+  // Eq. 3's two means for each row.
+  void row_means(T* positive, T* negative) {
+    const Kernels<T>& k = kernels<T>();
+    const int64_t m = in_.columns(), padded = round_up(m, kPad);
+    const Side<T>& columns = other().side;
+    torch::stable::parallel_for(0, in_.rows(), grain(4 * m), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        std::fill(s_.row(i) + m, s_.row(i) + padded, T(0));
+        k.row_sums(s_.row(i), own_.side.inverse[i], own_.side.label[i], columns, padded,
+                   {options_.is_signed}, positive + i, negative + i);
+        positive[i] /= static_cast<T>(std::max<int64_t>(1, positives_of(i)));
+        negative[i] /= static_cast<T>(std::max<int64_t>(1, negatives_of(i)));
+      }
+    });
+  }
+
+  // Eq. 4, and every row's a_i = dL/dl_i [h_i > 0] divided by its counts; NaN counts as active.
+  // Returns whether any row is.
+  bool hinge(const T* positive, const T* negative, T* loss) {
+    const T* upstream = in_.upstream ? static_cast<const T*>(in_.upstream->const_data_ptr())
+                                     : nullptr;
+    const int64_t stride = in_.upstream ? in_.upstream->stride(0) : 0;
+    const T margin = static_cast<T>(options_.margin), sigma = static_cast<T>(options_.sigma);
+    const double scale = options_.mean ? 1.0 / static_cast<double>(in_.rows()) : 1.0;
+    double total = 0;
+    bool any_active = false;
+    for (int64_t i = 0; i < in_.rows(); ++i) {
+      const T h = margin - positive[i] + sigma * negative[i];
+      if (h <= 0) continue;
+      any_active = true;
+      total += static_cast<double>(h);
+      const T a = upstream == nullptr ? static_cast<T>(scale) : upstream[i * stride];
+      const int64_t positives = positives_of(i), negatives = negatives_of(i);
+      if (positives > 0) own_.side.per_positive[i] = a / static_cast<T>(positives);
+      if (negatives > 0) own_.side.per_negative[i] = sigma * a / static_cast<T>(negatives);
+    }
+    *loss = static_cast<T>(scale * total);
+    return any_active;
+  }
+
+  // dL/df of one side; s, which has its rows, is used up.
+  Tensor gradient(const Tensor& of, bool any_active, const Scratch<T>& s, const Matrix<T>& rows,
+                  const Matrix<T>& columns, SideArrays<T>& row_side, SideArrays<T>& column_side) {
+    const Kernels<T>& k = kernels<T>();
+    const int64_t m = columns.rows, padded = round_up(m, kPad);
+    Tensor result = empty_matrix(rows.rows, rows.columns, in_.accumulation, of);
+    T* const to = static_cast<T*>(result.mutable_data_ptr());
+    if (!any_active) {  // exactly zero, and late in training not rare
+      std::fill(to, to + rows.rows * rows.columns, T(0));
+      return result;
+    }
+    torch::stable::parallel_for(0, rows.rows, grain(8 * m), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        std::fill(s.row(i) + m, s.row(i) + padded, T(0));
+        row_side.along[i] = k.row_weights(s.row(i), row_side.side, i, column_side.side, padded,
+                                          {options_.is_signed});
+      }
+    });
+    const int64_t groups = (rows.rows + kRowGroup - 1) / kRowGroup;
+    const int64_t panels = (rows.columns + k.panel - 1) / k.panel;
+    const int64_t work = std::min(rows.rows, kRowGroup) * k.panel * m;
+    torch::stable::parallel_for(0, groups * panels, grain(work), [&](int64_t begin, int64_t end) {
+      k.product(s.data, s.stride, columns, rows, row_side.side.inverse, row_side.along.data(), to,
+                thread_scratch<T>(checked_product(m, k.panel)), begin, end);
+    });
+    return result;
+  }
+
+  const Inputs& in_;
+  const Options& options_;
+  Rows<T> rows_;
+  std::optional<Rows<T>> ref_rows_;
+  SideArrays<T> own_;
+  std::optional<SideArrays<T>> ref_;
+  Scratch<T> s_;
+  std::optional<Scratch<T>> mirror_;
+  Classes classes_;
+};
+
+Results batch_similarity(Tensor embeddings, std::optional<Tensor> ref_emb, Tensor labels,
+                         std::optional<Tensor> ref_labels, std::optional<Tensor> upstream,
+                         double margin, double sigma, bool is_signed, double eps, bool mean,
+                         bool gradient) {
+  const Inputs in = checked(embeddings, ref_emb, labels, ref_labels, upstream);
+  const Options options{margin, sigma, is_signed, eps, mean, gradient};
+  return in.accumulation == ScalarType::Double ? Batch<double>(in, options).run()
+                                               : Batch<float>(in, options).run();
+}
+
+std::string instruction_set_name() {
+  switch (instruction_set()) {
+    case InstructionSet::avx512:
+      return "avx512";
+    case InstructionSet::avx2:
+      return "avx2";
+    default:
+      return "baseline";
+  }
+}
+
+}  // namespace
+}  // namespace bstriplet
+
+STABLE_TORCH_LIBRARY_IMPL(bstriplet, CPU, library) {
+  library.impl("batch_similarity", TORCH_BOX(&bstriplet::batch_similarity));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bstriplet, CompositeExplicitAutograd, library) {
+  library.impl("instruction_set", TORCH_BOX(&bstriplet::instruction_set_name));
+}

@@ -1,0 +1,107 @@
+#include "operator.h"
+
+#include <limits>
+#include <utility>
+
+namespace bstriplet {
+namespace {
+
+void check_matrix(const char* name, const Tensor& matrix) {
+  const ScalarType dtype = matrix.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
+                      dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+                  name, " must be float64, float32, float16 or bfloat16, got ",
+                  torch::headeronly::toString(dtype));
+  STD_TORCH_CHECK(matrix.dim() == 2, name, " must have 2 dimensions, got ", matrix.dim());
+  STD_TORCH_CHECK(matrix.size(0) >= 1 && matrix.size(1) >= 1, name,
+                  " must have at least one row and one column, got shape [", matrix.size(0), ", ",
+                  matrix.size(1), "]");
+}
+
+void check_vector(const char* name, const Tensor& vector, ScalarType dtype, int64_t n) {
+  STD_TORCH_CHECK(vector.scalar_type() == dtype, name, " must be ",
+                  torch::headeronly::toString(dtype), ", got ",
+                  torch::headeronly::toString(vector.scalar_type()));
+  STD_TORCH_CHECK(vector.dim() == 1 && vector.size(0) == n, name, " must have shape [", n,
+                  "], got ", vector.dim(), " dimensions of ", vector.numel(), " elements");
+}
+
+void check_device(const char* name, const Tensor& tensor, const Tensor& embeddings) {
+  STD_TORCH_CHECK(tensor.device() == embeddings.device(), name,
+                  " must be on the device of embeddings");
+}
+
+Tensor empty_strided(int64_t dimensions, const int64_t* sizes, const int64_t* strides,
+                     ScalarType dtype, const Tensor& like) {
+  int32_t device_type = 0, device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dimensions, sizes, strides,
+      dtype == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
+      device_type, device_index, &made));
+  return Tensor(made);
+}
+
+}  // namespace
+
+Inputs checked(Tensor embeddings, std::optional<Tensor> ref_emb, Tensor labels,
+               std::optional<Tensor> ref_labels, std::optional<Tensor> upstream) {
+  check_matrix("embeddings", embeddings);
+  const int64_t rows = embeddings.size(0);
+  ScalarType accumulation = embeddings.scalar_type();
+  check_vector("labels", labels, ScalarType::Long, rows);
+  check_device("labels", labels, embeddings);
+  STD_TORCH_CHECK(ref_emb.has_value() == ref_labels.has_value(),
+                  "ref_emb and ref_labels must be given both or neither");
+  if (ref_emb) {
+    check_matrix("ref_emb", *ref_emb);
+    check_device("ref_emb", *ref_emb, embeddings);
+    STD_TORCH_CHECK(ref_emb->size(1) == embeddings.size(1), "ref_emb must have ",
+                    embeddings.size(1), " columns as embeddings has, got ", ref_emb->size(1));
+    check_vector("ref_labels", *ref_labels, ScalarType::Long, ref_emb->size(0));
+    check_device("ref_labels", *ref_labels, embeddings);
+    if (ref_emb->scalar_type() == ScalarType::Double) accumulation = ScalarType::Double;
+  }
+  if (accumulation != ScalarType::Double) accumulation = ScalarType::Float;
+  if (upstream) {
+    check_vector("upstream", *upstream, accumulation, rows);
+    check_device("upstream", *upstream, embeddings);
+  }
+  return {std::move(embeddings), std::move(ref_emb),  std::move(labels),
+          std::move(ref_labels), std::move(upstream), accumulation};
+}
+
+Tensor empty_scalar(ScalarType dtype, const Tensor& like) {
+  return empty_strided(0, nullptr, nullptr, dtype, like);
+}
+
+Tensor empty_vector(int64_t n, ScalarType dtype, const Tensor& like) {
+  const int64_t stride = 1;
+  return empty_strided(1, &n, &stride, dtype, like);
+}
+
+Tensor empty_matrix(int64_t rows, int64_t columns, ScalarType dtype, const Tensor& like) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  checked_product(rows, columns);
+  return empty_strided(2, sizes, strides, dtype, like);
+}
+
+int64_t checked_product(int64_t rows, int64_t columns) {
+  // An expanded tensor of one element can have any shape at all.
+  STD_TORCH_CHECK(rows <= std::numeric_limits<int64_t>::max() / 64 / columns, "a matrix of ", rows,
+                  " x ", columns, " numbers is beyond what can be addressed");
+  return rows * columns;
+}
+
+}  // namespace bstriplet
+
+STABLE_TORCH_LIBRARY(bstriplet, library) {
+  library.def(
+      "batch_similarity(Tensor embeddings, Tensor? ref_emb, Tensor labels, Tensor? ref_labels, "
+      "Tensor? upstream, float margin, float sigma, bool signed, float eps, bool mean, "
+      "bool gradient) -> (Tensor loss, Tensor positive, Tensor negative, Tensor grad, "
+      "Tensor grad_ref)");
+  library.def("instruction_set() -> str");
+}

@@ -1,0 +1,58 @@
+// The schema of torch.ops.bstriplet.batch_similarity, and the check of what a caller passes: after
+// `checked` a kernel may follow every pointer it is given.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+namespace bstriplet {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// loss [], positive [N], negative [N], grad [N, D], grad_ref [M, D]; a gradient that was not asked
+// for, or has no ref_emb to be of, is [0].
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Eq. 3's numbers and what to compute. The loss is the mean, or else the sum, of max(0, h_i) over
+// the rows; a row's dL/dl_i is upstream's where that is given, else the one that the loss implies.
+struct Options {
+  double margin;
+  double sigma;
+  bool is_signed;
+  double eps;
+  bool mean;
+  bool gradient;
+};
+
+struct Inputs {
+  Tensor embeddings;                  // [N, D]
+  std::optional<Tensor> ref_emb;      // [M, D]
+  Tensor labels;                      // [N] int64
+  std::optional<Tensor> ref_labels;   // [M] int64
+  std::optional<Tensor> upstream;     // [N] of the accumulation dtype
+  ScalarType accumulation;            // Double where an embedding is, else Float
+
+  int64_t rows() const { return embeddings.size(0); }
+  int64_t depth() const { return embeddings.size(1); }
+  int64_t columns() const { return ref_emb ? ref_emb->size(0) : rows(); }
+};
+
+// Throws std::runtime_error, naming the argument and what is allowed, unless everything fits.
+Inputs checked(Tensor embeddings, std::optional<Tensor> ref_emb, Tensor labels,
+               std::optional<Tensor> ref_labels, std::optional<Tensor> upstream);
+
+// An uninitialised tensor of zero, one or two dimensions, on the device of `like`.
+Tensor empty_scalar(ScalarType dtype, const Tensor& like);
+Tensor empty_vector(int64_t n, ScalarType dtype, const Tensor& like);
+Tensor empty_matrix(int64_t rows, int64_t columns, ScalarType dtype, const Tensor& like);
+
+// Elements of a scratch of `rows` x `columns` numbers, or an error where int64 cannot count them.
+int64_t checked_product(int64_t rows, int64_t columns);
+
+}  // namespace bstriplet
