@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from ..spec import Path
-from . import fused, native, plain
+from . import fused, gram, native, plain
 
-PATHS: dict[str, Path] = {"reference": plain.PATH, "triton": fused.PATH, "native": native.PATH}
+PATHS: dict[str, Path] = {
+    "reference": plain.PATH,
+    "triton": fused.PATH,
+    "native": native.PATH,
+    "gram": gram.PATH,
+}
 """The paths by the name that `impl` takes, whether or not they can run here."""

@@ -1,0 +1,488 @@
+"""The second-moment path where sizes can be read: on the CPU, class by class.
+
+Rows and columns are put in class order, classes by size, so that classes of equal size stand in one
+run. A run is either one large class, served by its moment matrix, or equally many members a class,
+served by the [m, m] blocks of S in one batched product; every row also meets the moments of all
+others. Everything streams through panels of rows that stay in cache: beyond the inputs and the
+gradient, memory is the moment matrices of large classes (at most a copy of the embeddings, half of
+one at D <= 128) and O(N).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..spec import accumulation_dtype
+from .second_moments import (
+    add_moment,
+    class_weights,
+    half_matrices,
+    inverse_norms,
+    others_share,
+    own_share,
+    quadratic_forms,
+    symmetric,
+    through_normalisation,
+)
+
+PANEL_BYTES = 1 << 20  # of unit rows: what meets them then stays in the second-level cache
+SMALLEST_MOMENT = 256  # a smaller class costs less as a block than the operator calls of a matrix
+
+
+class Run(NamedTuple):
+    """`classes` consecutive classes of n rows and m columns each, in class order.
+
+    p, q: weights of Eq. 3 for a row. slot: the moment matrix of the one class, or None for blocks.
+    """
+
+    row: int
+    n: int
+    column: int
+    m: int
+    classes: int
+    p: float
+    q: float
+    slot: int | None
+
+    def swapped(self) -> Run:
+        """The run as its columns see it."""
+        return self._replace(row=self.column, n=self.m, column=self.row, m=self.n)
+
+
+class Side(NamedTuple):
+    """Embeddings [N, D] in class order: row k of the side is embeddings[order[k]].
+
+    inverse: 1 / norm in class order, in the accumulation dtype.
+    """
+
+    embeddings: Tensor
+    order: Tensor
+    inverse: Tensor
+
+    def units(self, start: int, stop: int) -> Tensor:
+        """Unit rows [stop - start, D], a fresh tensor."""
+        rows = self.embeddings.index_select(0, self.order[start:stop])
+        return rows.to(self.inverse.dtype).mul_(self.inverse[start:stop, None])
+
+    def panels(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Ranges of rows from start to stop, each a panel."""
+        step = panel_rows(self.embeddings.shape[1])
+        return ((k, min(k + step, stop)) for k in range(start, stop, step))
+
+
+class Moments(NamedTuple):
+    """Moment matrices of the columns in the accumulation dtype.
+
+    small: [2, D, D], the sum of T_c over the classes without a slot, and of q_c T_c.
+    slots: [floor(M / smallest_moment(D)) + 1, D, D], T_c of the classes that have one, in class
+    order; the rest is not written.
+    """
+
+    small: Tensor
+    slots: Tensor
+
+
+def panel_rows(d: int) -> int:
+    """Rows of a panel of D columns."""
+    return max(256, PANEL_BYTES // (4 * d))
+
+
+def smallest_moment(d: int) -> int:
+    """Columns from which a class is served by its moment matrix: its block would cost more."""
+    return max(d, SMALLEST_MOMENT)
+
+
+def class_order(labels: Tensor, ref_labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(order [N] of the rows, order [M] of the columns, table [K, 3]); int64.
+
+    A line (n, m, k) of the table: the next k classes have n rows and m columns each. Classes are in
+    the order of m, then n; within a class, rows keep their order.
+    """
+    together = labels if ref_labels is None else torch.cat((labels, ref_labels))
+    _, ids, m = torch.unique(together, return_inverse=True, return_counts=True)
+    n = m
+    if ref_labels is not None:
+        n = torch.bincount(ids[: len(labels)], minlength=len(m))
+        m = m - n
+    by_size = n.argsort(stable=True)
+    by_size = by_size[m[by_size].argsort(stable=True)]
+    rank = torch.empty_like(by_size).scatter_(0, by_size, torch.arange(len(by_size)))
+    sizes = torch.stack((n[by_size], m[by_size]), dim=1)
+    sizes, k = torch.unique_consecutive(sizes, dim=0, return_counts=True)
+    ranks = rank[ids].split((len(labels), len(ids) - len(labels)))
+    row_order, column_order = (r.sort(stable=True).indices for r in ranks)
+    return row_order, column_order, torch.cat((sizes, k[:, None]), dim=1)
+
+
+def make_runs(table: Tensor, d: int, own: bool) -> list[Run]:
+    """The runs of a class table; a class with most of the columns always has a slot.
+
+    T - T_c of that class would cancel; with a slot its others are summed without it.
+    """
+    columns = int((table[:, 1] * table[:, 2]).sum())
+    p, q = (w.tolist() for w in class_weights(table[:, 1], columns, own))
+    runs, row, column, slot = [], 0, 0, 0
+    for i, (n, m, k) in enumerate(table.tolist()):
+        has_slot = m >= smallest_moment(d) or 2 * m > columns
+        for _ in range(k if has_slot else 1):
+            classes = 1 if has_slot else k
+            runs.append(Run(row, n, column, m, classes, p[i], q[i], slot if has_slot else None))
+            row, column, slot = row + n * classes, column + m * classes, slot + has_slot
+    return runs
+
+
+def table_capacity(n: int, m: int | None) -> int:
+    """Lines that a class table can have: distinct sizes of N rows, or pairs with M columns.
+
+    k distinct sizes have k (k + 1) / 2 rows or more, so k < sqrt(2 N) <= 64 + N / 128; said
+    without a root, for symbolic N.
+    """
+    return 65 + n // 128 if m is None else n + m
+
+
+def slot_capacity(m: int, d: int) -> int:
+    """Moment matrices that M columns can need."""
+    return m // smallest_moment(d) + 1
+
+
+def forward(
+    embeddings: Tensor,
+    ref_emb: Tensor | None,
+    labels: Tensor,
+    ref_labels: Tensor | None,
+    eps: float,
+) -> list[Tensor]:
+    """[positive [N], negative [N], *state]: the two means of Eq. 3, and what `gradients` wants."""
+    own = ref_emb is None
+    row_order, column_order, table = class_order(labels, ref_labels)
+    if ref_emb is None:
+        dtype, capacity = accumulation_dtype(embeddings), table_capacity(len(embeddings), None)
+        rows = columns = make_side(embeddings, row_order, eps, dtype)
+        sides: tuple[Side, ...] = (rows,)
+    else:
+        dtype = accumulation_dtype(embeddings, ref_emb)
+        capacity = table_capacity(len(embeddings), len(ref_emb))
+        rows = make_side(embeddings, row_order, eps, dtype)
+        columns = make_side(ref_emb, column_order, eps, dtype)
+        sides = (rows, columns)
+    runs = make_runs(table, embeddings.shape[1], own)
+    moments = column_moments(columns, runs)
+    positive, negative = means(rows, columns, runs, moments, own)
+    kept = table.new_zeros(capacity, 3)
+    kept[: len(table)] = table
+    return [positive, negative, kept, *moments, *(t for s in sides for t in (s.order, s.inverse))]
+
+
+def make_side(embeddings: Tensor, order: Tensor, eps: float, dtype: torch.dtype) -> Side:
+    """The side of these embeddings in this order."""
+    return Side(embeddings, order, inverse_norms(embeddings, eps, dtype)[order])
+
+
+def column_moments(columns: Side, runs: list[Run]) -> Moments:
+    """T_c of every class with a slot; of the others, the sums of T_c and q_c T_c."""
+    m, d = columns.embeddings.shape
+    small = torch.zeros(2, d, d, dtype=torch.float64)
+    slots = columns.inverse.new_empty(slot_capacity(m, d), d, d)
+    for run in runs:
+        moment = range_moment(columns, run.column, run.column + run.m * run.classes)
+        if run.slot is not None:
+            slots[run.slot] = moment
+        else:
+            small[0] += moment
+            small[1] += run.q * moment
+    return Moments(small.to(slots.dtype), slots)
+
+
+def range_moment(side: Side, start: int, stop: int, weights: Tensor | None = None) -> Tensor:
+    """sum_j w_j u_j u_j^T over a range of a side, [D, D] in float64; weights [N] None: ones.
+
+    Panels are multiplied in the accumulation dtype and added up in float64: the error does not grow
+    with the number of panels.
+    """
+    d = side.embeddings.shape[1]
+    total = torch.zeros(d, d, dtype=torch.float64)
+    for a, b in side.panels(start, stop):
+        unit = side.units(a, b)
+        add_moment(total, unit if weights is None else unit * weights[a:b, None], unit)
+    return symmetric(total)
+
+
+class Complements:
+    """Sums of matrices over all classes but one, without cancellation, in float64.
+
+    A class with most of the columns is left out of the running sum and added back for the others:
+    subtracting any other class then takes away at most what stays.
+    """
+
+    def __init__(self, small: Tensor, dominating: int | None) -> None:
+        self.rest = small.double()
+        self.dominating = dominating
+        self.large = torch.zeros_like(self.rest)
+
+    def add(self, slot: int, matrix: Tensor, scale: float = 1.0) -> None:
+        """Add the matrix of a slot."""
+        (self.large if slot == self.dominating else self.rest).add_(matrix, alpha=scale)
+
+    def total(self) -> Tensor:
+        """The sum over all classes."""
+        return self.rest + self.large
+
+    def without(self, slot: int, matrix: Tensor, scale: float = 1.0) -> Tensor:
+        """The sum over all classes but that of a slot, whose matrix this is."""
+        return self.rest if slot == self.dominating else self.total() - scale * matrix
+
+
+def dominating_slot(runs: list[Run], columns: int) -> int | None:
+    """The slot of the class with more than half of the columns, if there is one."""
+    return next((r.slot for r in runs if 2 * r.m > columns), None)
+
+
+def means(
+    rows: Side, columns: Side, runs: list[Run], moments: Moments, own: bool
+) -> tuple[Tensor, Tensor]:
+    """The two means of Eq. 3 for each row, [N] each in the rows' given order."""
+    dtype = rows.inverse.dtype
+    complements = moment_complements(moments, runs, len(columns.order))
+    total = half_matrices((complements.total().to(dtype),))
+    positive, negative = torch.empty_like(rows.inverse), torch.empty_like(rows.inverse)
+    self_sums = (rows.inverse != 0).to(dtype) if own else torch.zeros_like(rows.inverse)  # |u|^4
+    for run in runs:
+        if run.slot is None:
+            for tile in tiles(run, rows, columns):
+                own_sums = block_sums(tile, columns, own)
+                all_sums = quadratic_forms(tile.unit, total, 1)[:, 0]
+                positive[tile.rows] = run.p * own_sums
+                negative[tile.rows] = run.q * (all_sums - own_sums - self_sums[tile.rows])
+            continue
+        matrix = moments.slots[run.slot]
+        pair = half_matrices((matrix, complements.without(run.slot, matrix).to(dtype)))
+        for tile in tiles(run, rows, columns):
+            own_sums, other_sums = quadratic_forms(tile.unit, pair, 2).unbind(1)
+            positive[tile.rows] = run.p * (own_sums - self_sums[tile.rows])
+            negative[tile.rows] = run.q * other_sums
+    given = [torch.empty_like(t).index_copy_(0, rows.order, t) for t in (positive, negative)]
+    return given[0], given[1]
+
+
+class Tile(NamedTuple):
+    """Rows of whole classes of a run, or of a part of one class.
+
+    unit: [classes * n, D]; rows: their range; column, m: the first column of the first class, and
+    the columns of each class.
+    """
+
+    unit: Tensor
+    rows: slice
+    classes: int
+    column: int
+    m: int
+
+
+def tiles(run: Run, rows: Side, columns: Side) -> Iterator[Tile]:
+    """The rows of a run, as many whole classes at once as fit a panel."""
+    count = max(1, panel_rows(rows.embeddings.shape[1]) // max(run.n, run.m))
+    for first in range(0, run.classes, count):
+        classes = min(count, run.classes - first)
+        start = run.row + first * run.n
+        for a, b in rows.panels(start, start + classes * run.n):
+            column = run.column + first * run.m
+            yield Tile(rows.units(a, b), slice(a, b), classes, column, run.m)
+
+
+def column_blocks(tile: Tile, columns: Side, own: bool) -> Iterator[tuple[slice, Tensor]]:
+    """The columns of a tile's classes: (their range, unit rows [classes, m, D]), by panels.
+
+    More than one panel only where the tile has a single class; none where a row of the batch is
+    alone in its class.
+    """
+    if tile.m <= own:
+        return
+    for a, b in columns.panels(tile.column, tile.column + tile.classes * tile.m):
+        shared = own and tile.rows == slice(a, b)
+        unit = tile.unit if shared else columns.units(a, b)
+        yield slice(a, b), unit.unflatten(0, (tile.classes, -1))
+
+
+def block_sums(tile: Tile, columns: Side, own: bool) -> Tensor:
+    """sum_j s_ij^2 over the members of each row's class, without the row itself; [rows]."""
+    unit = tile.unit.unflatten(0, (tile.classes, -1))
+    sums = unit.new_zeros(unit.shape[:2])
+    for at, members in column_blocks(tile, columns, own):
+        similarity = unit @ members.mT
+        if own and at == tile.rows:
+            similarity.diagonal(dim1=1, dim2=2).zero_()
+        sums += similarity.square_().sum(2)
+    return sums.flatten()
+
+
+def moment_complements(moments: Moments, runs: list[Run], columns: int) -> Complements:
+    """Sums of T_c over all classes but one."""
+    complements = Complements(moments.small[0], dominating_slot(runs, columns))
+    for run in runs:
+        if run.slot is not None:
+            complements.add(run.slot, moments.slots[run.slot])
+    return complements
+
+
+def gradients(
+    a: Tensor, embeddings: Tensor, ref_emb: Tensor | None, state: list[Tensor], sigma: float
+) -> list[Tensor]:
+    """[dL/d(embeddings)], and dL/d(ref_emb) where given, for a = dL/dl [h > 0], [N]."""
+    own = ref_emb is None
+    table, small, slots, *orders = state
+    moments = Moments(small, slots)
+    rows = Side(embeddings, *orders[:2])
+    columns = rows if ref_emb is None else Side(ref_emb, *orders[2:])
+    runs = make_runs(table[: int((table[:, 2] > 0).sum())], embeddings.shape[1], own)
+    a = a[rows.order]
+    moved = moment_complements(moments, runs, len(columns.order))
+    served = Served(rows, a, runs, moments if own else None, len(columns.order))
+
+    def row_share(run: Run) -> Tensor:
+        if run.slot is None:
+            return 2 * sigma * run.q * moved.total()
+        matrix = slots[run.slot]
+        return own_share(matrix, moved.without(run.slot, matrix), run.p, run.q, sigma)
+
+    def column_share(run: Run) -> Tensor:
+        if run.slot is None:
+            return 2 * sigma * served.complements.total()
+        matrix, scale = served.slots[run.slot]
+        others = served.complements.without(run.slot, matrix, run.q * scale)
+        return others_share(scale * matrix, others, run.p, sigma)
+
+    if own:
+        return [side_gradient(rows, rows, runs, Weights(a, a), row_share, column_share, sigma)]
+    swapped = [run.swapped() for run in runs]
+    return [
+        side_gradient(rows, columns, runs, Weights(a, None), row_share, None, sigma),
+        side_gradient(columns, rows, swapped, Weights(None, a), None, column_share, sigma),
+    ]
+
+
+class Served:
+    """What the rows of which a column is a column make of it: q_c A_c summed, and each slot's A_c.
+
+    slots: (matrix, scale) with A_c = scale * matrix. Where all rows of a class have one weight a,
+    A_c is a T_c, and no product is needed (`moments` of the rows given).
+    """
+
+    def __init__(
+        self, rows: Side, a: Tensor, runs: list[Run], moments: Moments | None, columns: int
+    ) -> None:
+        d = rows.embeddings.shape[1]
+        self.slots: dict[int, tuple[Tensor, float]] = {}
+        blocks = [run for run in runs if run.slot is None]
+        n_small = sum(run.n * run.classes for run in blocks)
+        level = None if moments is None else common_value(a[:n_small])
+        if moments is not None and level is not None:
+            small = level * moments.small[1].double()
+        else:
+            small = torch.zeros(d, d, dtype=torch.float64)
+            for run in blocks:
+                small += run.q * range_moment(rows, run.row, run.row + run.n * run.classes, a)
+        self.complements = Complements(small, dominating_slot(runs, columns))
+        for run in runs:
+            if run.slot is None:
+                continue
+            level = None if moments is None else common_value(a[run.row : run.row + run.n])
+            if moments is not None and level is not None:
+                matrix, scale = moments.slots[run.slot], level
+            else:
+                exact = range_moment(rows, run.row, run.row + run.n, a)
+                matrix, scale = exact.to(rows.inverse.dtype), 1.0
+            self.slots[run.slot] = matrix, scale
+            self.complements.add(run.slot, matrix, run.q * scale)
+
+
+def common_value(a: Tensor) -> float | None:
+    """The number that all entries of `a` are (0 where there are none), or None."""
+    if not len(a):
+        return 0.0
+    low, high = a.aminmax()
+    return low.item() if bool(low == high) else None
+
+
+class Weights(NamedTuple):
+    """a in class order for the rows of a side, and for the columns that they meet; None: no share.
+
+    w_ij of a pair is their sum.
+    """
+
+    rows: Tensor | None
+    columns: Tensor | None
+
+    def of_pairs(self, rows: slice, columns: slice, classes: int) -> Tensor:
+        """The weights of the blocks, to be broadcast over [classes, n, m]."""
+        parts = []
+        if self.rows is not None:
+            parts.append(self.rows[rows].view(classes, -1, 1))
+        if self.columns is not None:
+            parts.append(self.columns[columns].view(classes, 1, -1))
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+Share = Callable[[Run], Tensor]
+
+
+def side_gradient(
+    rows: Side,
+    columns: Side,
+    runs: list[Run],
+    weights: Weights,
+    row_share: Share | None,
+    column_share: Share | None,
+    sigma: float,
+) -> Tensor:
+    """dL/d(embeddings of `rows`), [N, D] in their dtype and given order."""
+    gradient = torch.empty_like(rows.embeddings, memory_format=torch.contiguous_format)
+    for run in runs:
+        if not run.n:
+            continue
+        span = slice(run.row, run.row + run.n * run.classes)
+        level = 0.0 if weights.rows is None else common_value(weights.rows[span])
+        operator = run_operator(run, level, row_share, column_share).to(rows.inverse.dtype)
+        for tile in tiles(run, rows, columns):
+            a = None if level is not None or weights.rows is None else weights.rows[tile.rows]
+            v = apply_operator(tile.unit, operator, a)
+            if run.slot is None:
+                add_blocks(v, tile, columns, weights, -2 * (run.p + sigma * run.q))
+            v = through_normalisation(v, tile.unit, rows.inverse[tile.rows])
+            gradient.index_copy_(0, rows.order[tile.rows], v.to(gradient.dtype))
+    return gradient
+
+
+def run_operator(
+    run: Run, level: float | None, row_share: Share | None, column_share: Share | None
+) -> Tensor:
+    """level K + B, [D, D], where the rows of a run have one weight; else K and B, [D, 2 D]."""
+    shares = [share(run) for share in (row_share, column_share) if share is not None]
+    if level is None:
+        return torch.cat(shares, dim=1)
+    if row_share is not None:
+        shares[0] = level * shares[0]
+    return shares[0] if len(shares) == 1 else shares[0] + shares[1]
+
+
+def apply_operator(unit: Tensor, operator: Tensor, a: Tensor | None) -> Tensor:
+    """dL/df^ of rows by `run_operator`: (level K + B) u, or K (a u) + B u; [n, D]."""
+    v = unit @ operator
+    if a is None:
+        return v
+    row_share, *column_share = v.split(unit.shape[1], dim=1)
+    row_share.mul_(a[:, None])
+    return torch.add(row_share, column_share[0]) if column_share else row_share
+
+
+def add_blocks(v: Tensor, tile: Tile, columns: Side, weights: Weights, scale: float) -> None:
+    """Add scale * sum_j w_ij s_ij u_j over the members of each row's class to v [rows, D]."""
+    own = weights.rows is not None and weights.columns is not None
+    unit = tile.unit.unflatten(0, (tile.classes, -1))
+    target = v.unflatten(0, (tile.classes, -1))
+    for at, members in column_blocks(tile, columns, own):
+        similarity = (unit @ members.mT).mul_(weights.of_pairs(tile.rows, at, tile.classes))
+        target.baddbmm_(similarity, members, alpha=scale)
