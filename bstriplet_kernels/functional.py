@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import plan, reference
-from .autograd import BatchSimilarity
+from .autograd import batch_similarity
 from .paths import PATHS
 from .spec import Rows, Spec, hinge
 
@@ -121,7 +121,7 @@ def compute(
     wanted = embeddings.requires_grad or (ref_emb is not None and ref_emb.requires_grad)
     if wanted and torch.is_grad_enabled():
         spec = spec._replace(wants_gradient=True)
-    outputs = BatchSimilarity.apply(embeddings, ref_emb, labels, ref_labels, spec, path)
+    outputs = batch_similarity(embeddings, ref_emb, labels, ref_labels, spec, path)
     if target.return_stats:
         return outputs[0], _stats(Rows(outputs[1], outputs[2]), spec)
     return outputs[0]
