@@ -148,6 +148,17 @@ def test_lifting_in_numbers():
     assert of_sizes([1, 17, 82], 6).ratios == [1, 1, 4]
 
 
+@pytest.mark.parametrize("parts", [(6, 7, 6, 7, 6), (11, 10, 10, 11, 6), (8, 13, 10, 13, 12)])
+def test_shares_that_need_foresight(parts):
+    # Nearly every group is in nearly every batch: earliest deadlines alone, and even with overlaps
+    # (the first two PD² rules), leave some group a whole sample behind.
+    sizes = [40 * part for part in parts]
+    shares = [Fraction(4 * part, sum(parts)) for part in parts]
+    for seed in range(5):
+        batches = list(of_sizes(sizes, 4, min_per_group=0, seed=seed))
+        assert_keeps_shares(counts_of(batches, np.repeat(range(5), sizes)), shares)
+
+
 def test_shares_of_many_heavy_groups_over_long_epochs():
     rng = np.random.default_rng(5)
     for _ in range(40):
