@@ -201,8 +201,8 @@ def _notes(comparison: Comparison, summaries: Sequence[SchemeSummary]) -> list[s
     fewest = min(summary.n_runs for summary in summaries)
     if fewest < FEW_SEEDS:
         notes.append(
-            f"{_count(fewest, 'finished seed')} a scheme at least. On small sets accuracy often "
-            "varies by a point or two from seed to seed, so few seeds tell little."
+            f"Means rest on as few as {_count(fewest, 'finished seed')}. On small sets accuracy "
+            "often varies by a point or two from seed to seed, so few seeds tell little."
         )
     tests = [summary.paired for summary in summaries if summary.paired]
     if tests:
