@@ -1,0 +1,107 @@
+"""What is measured on: one case is one input and one operation, made from numbers alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import truth
+
+FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"
+TRAINING_STEP = "training step"
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_SEED = 20210122
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input, one operation, one number of threads.
+
+    n, d, c: rows, embedding dimension, classes. balance: "even", "zipf" (class k has a share of
+    1/k) or "dominant" (class 0 holds 99 % of the rows). active: the share of rows with h_i > 0,
+    set through the margin; None leaves the margin at 0.9. backbone: a timm model; the case is then
+    its training step on n images of 1 x 128 x 128.
+    """
+
+    n: int
+    d: int
+    c: int
+    dtype: str = "float32"
+    operation: str = FORWARD_BACKWARD
+    threads: int = torch.get_num_threads()
+    balance: str = "even"
+    active: float | None = None
+    backbone: str = ""
+    device: str = "cpu"
+
+    @property
+    def embedding_bytes(self) -> int:
+        return self.n * self.d * DTYPES[self.dtype].itemsize
+
+    def __str__(self) -> str:
+        what = self.backbone or f"D={self.d:,} C={self.c:,}"
+        more = "".join(
+            f", {text}"
+            for text, shown in (
+                (self.balance, self.balance != "even"),
+                (f"active {self.active}", self.active is not None),
+            )
+            if shown
+        )
+        return f"N={self.n:,} {what} {self.dtype} {self.operation}, {self.threads} threads{more}"
+
+
+class Problem(NamedTuple):
+    """A case made real: x [N, D] of the case's dtype, labels [N] int64, the margin."""
+
+    case: Case
+    x: Tensor
+    labels: Tensor
+    margin: float
+
+
+def make_problem(case: Case) -> Problem:
+    """Random embeddings that lean towards their class's direction; the same for the same case.
+
+    The rows of a class have a cosine of about 1/2 with each other and of about 0 with the rest.
+    """
+    generator = torch.Generator().manual_seed(_SEED)
+    labels = _labels(case, generator)
+    x = torch.randn(case.n, case.d, generator=generator)
+    x += torch.randn(case.c, case.d, generator=generator)[labels]
+    x = x.to(case.device, DTYPES[case.dtype])
+    labels = labels.to(case.device)
+    margin = 0.9 if case.active is None else _margin(x, labels, case.active)
+    x.requires_grad_(case.operation == FORWARD_BACKWARD)
+    return Problem(case, x, labels, margin)
+
+
+def _labels(case: Case, generator: torch.Generator) -> Tensor:
+    """[N] in shuffled order; every class has a member where there are rows enough."""
+    if case.balance == "even":
+        labels = torch.arange(case.n) % case.c
+    else:
+        if case.balance == "zipf":
+            shares = 1 / torch.arange(1, case.c + 1, dtype=torch.float64)
+        else:
+            shares = torch.full((case.c,), 0.01 / max(1, case.c - 1), dtype=torch.float64)
+            shares[0] = 0.99
+        labels = torch.multinomial(shares, case.n, replacement=True, generator=generator)
+        labels[: case.c] = torch.arange(case.c)[: case.n]
+    return labels[torch.randperm(case.n, generator=generator)]
+
+
+def _margin(x: Tensor, labels: Tensor, active: float) -> float:
+    """The margin with which that share of the rows has h_i > 0."""
+    if active in (0, 1):
+        return active
+    positive, negative = truth.row_means(truth.unit_rows(x), labels)
+    return (positive - negative).quantile(active).clamp(0, 1).item()

@@ -1,0 +1,115 @@
+"""The machine that a row was measured on, and what it can do at best."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import platform
+import re
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+_PACKAGES = ("torch", "triton", "numpy", "pytorch-metric-learning", "timm")
+_MEASURED_PATHS = ("bench", "bstriplet_kernels", "csrc")
+
+
+class Limits(NamedTuple):
+    """The best measured rates: of products in a dtype, FLOP/s, and of streaming memory, bytes/s."""
+
+    gemm: float
+    bandwidth: float
+
+
+def device_name(device: str) -> str:
+    """What a person calls the device."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{_processor()}, {_cores()} cores"
+
+
+def device_slug(device: str) -> str:
+    """The folder of this device's results."""
+    return f"{device}-" + re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+
+
+def versions() -> str:
+    """Python and the packages that were timed, "name version" with "; " between."""
+    found = [f"python {platform.python_version()}"]
+    for package in _PACKAGES:
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "; ".join(found)
+
+
+def commit() -> str:
+    """The commit that was measured; "+" where what is measured differs from it."""
+    try:
+        head = _git("rev-parse", "--short=10", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", *_MEASURED_PATHS)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if changed else "")
+
+
+@functools.cache
+def limits(device: str, dtype: torch.dtype, threads: int) -> Limits:
+    """Measured here and now: the best of a few square products, and of a sum of two arrays."""
+    torch.set_num_threads(threads)
+    gemm = 0.0
+    for size in (1024, 2048) if device == "cpu" else (4096, 8192):
+        a = torch.randn(size, size, device=device).to(dtype)
+        out = torch.empty_like(a)
+        gemm = max(gemm, 2 * size**3 / _median_seconds(lambda a=a, o=out: torch.mm(a, a, out=o)))
+    a, b = (torch.randn(1 << (24 if device == "cpu" else 27), device=device) for _ in range(2))
+    out = torch.empty_like(a)
+    seconds = _median_seconds(lambda: torch.add(a, b, out=out))
+    return Limits(gemm, 3 * a.nbytes / seconds)
+
+
+def second_level_cache(device: str) -> int:
+    """Bytes of a GPU's L2."""
+    return torch.cuda.get_device_properties(device).L2_cache_size
+
+
+def _median_seconds(call: object) -> float:
+    assert callable(call)
+    samples = []
+    for _ in range(6):
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        samples.append(time.perf_counter() - start)
+    return statistics.median(samples[1:])
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ("git", "-C", str(ROOT), *arguments), check=True, capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _cores() -> int:
+    import os
+
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

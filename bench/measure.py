@@ -1,0 +1,258 @@
+"""One case: examine every provider, judge it, time in turns those that passed, make the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import cycle
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bstriplet_kernels import plan
+from bstriplet_kernels.functional import make_spec
+
+from . import costs, machine, steps, timing
+from .cases import DTYPES, Case, Problem, make_problem
+from .counting import Memory, Operations, peak_memory
+from .gate import Errors, Gate
+from .providers import COMPILED, OURS, Provider, Step, providers
+from .table import EAGER, GRAPH, OK, Row
+
+OUT_OF_MEMORY = "out of memory"
+CALL_LIMIT_S = 60.0
+COMPILE_LIMIT_S = 300.0
+_FREE_CALL_S = 3.0
+_MOST_BUFFERS = 512
+
+
+class Job(NamedTuple):
+    """One case for one worker. skip: providers that are not tried, and what their rows say."""
+
+    suite: str
+    case: Case
+    names: tuple[str, ...]
+    skip: dict[str, str]
+    budget: timing.Budget
+
+
+class Starting(NamedTuple):
+    """Sent before anything that may not return: who, and after how many seconds to give up."""
+
+    provider: str
+    limit_s: float
+
+
+@dataclass
+class _Candidate:
+    """A provider on its way to a row."""
+
+    provider: Provider
+    row: Row
+    step: Step | None = None
+    call_s: float = 0.0
+    outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def measure(job: Job, tell: Callable[[Starting], None]) -> list[Row]:
+    """A row for each provider of the job, in its order."""
+    torch.set_num_threads(job.case.threads)
+    make = steps.make_problem if job.case.backbone else make_problem
+    known = steps.providers() if job.case.backbone else providers()
+    problem = make(job.case)
+    gate = Gate(problem)
+    blank = _blank_row(job)
+    candidates = [
+        _Candidate(known[name], replace(blank, provider=name, group=known[name].group))
+        for name in job.names
+    ]
+    flops: dict[str, int] = {}
+    for candidate in candidates:
+        name = candidate.provider.name
+        reason = job.skip.get(name) or _not_installed(candidate.provider)
+        if reason is None:
+            limit = COMPILE_LIMIT_S if candidate.provider.group == COMPILED else CALL_LIMIT_S
+            tell(Starting(name, limit))
+            try:
+                reason = _examine(candidate, problem, gate, flops)
+            except Exception as error:
+                reason = _failure(error)
+        candidate.row = replace(candidate.row, status=reason or OK)
+    _time(candidates, problem, job.budget, tell)
+    return [row for candidate in candidates for row in _rows(candidate)]
+
+
+def _examine(
+    candidate: _Candidate, problem: Problem, gate: Gate, flops: dict[str, int]
+) -> str | None:
+    """One warm call, counted, its memory measured, its result judged; why it is refused, or None.
+
+    A first call of more than 3 s is not repeated for being cold.
+    """
+    provider, case = candidate.provider, problem.case
+    candidate.step = step = provider.make(problem)
+    is_compiled = provider.group == COMPILED
+    seconds = timing.seconds_once(lambda: step(problem.x, problem.labels), case.device)
+    operations = Operations()
+
+    def call() -> Any:
+        if is_compiled:
+            return step(problem.x, problem.labels)
+        with operations:
+            return step(problem.x, problem.labels)
+
+    (loss, gradient), memory = peak_memory(call, case.device)
+    errors = gate.judge(provider, loss, gradient)
+    del loss, gradient
+    if seconds < _FREE_CALL_S or is_compiled:
+        seconds = timing.seconds_once(lambda: step(problem.x, problem.labels), case.device)
+    candidate.call_s = seconds
+    path = _path(provider, problem)
+    if is_compiled:
+        count = (flops.get(provider.base), None)
+    elif operations.opaque:
+        count = costs.path_cost(path, case, problem.labels) or (None, None)
+    else:
+        count = (operations.flops, operations.bytes)
+    if count[0] is not None:
+        flops[provider.name] = count[0]
+    candidate.row = _examined(candidate.row, problem, gate, errors, memory)
+    candidate.row = replace(candidate.row, path=path, flops=count[0], bytes=count[1])
+    return _refusal(errors, problem)
+
+
+def _refusal(errors: Errors, problem: Problem) -> str | None:
+    reason = errors.reason_to_refuse(problem.x.dtype)
+    return None if reason is None else f"wrong: {reason}"
+
+
+def _examined(row: Row, problem: Problem, gate: Gate, errors: Errors, memory: Memory) -> Row:
+    return replace(
+        row,
+        margin=problem.margin,
+        active_share=None if problem.case.backbone else gate.truth.active,
+        loss_error=errors.loss,
+        gradient_error=errors.gradient,
+        peak_bytes=memory.allocator,
+        resident_bytes=memory.resident,
+    )
+
+
+def _time(
+    candidates: list[_Candidate],
+    problem: Problem,
+    budget: timing.Budget,
+    tell: Callable[[Starting], None],
+) -> None:
+    """Samples of all candidates that passed, taken in turns; written into their rows."""
+    passed = {c.provider.name: c for c in candidates if c.row.status == OK}
+    if not passed:
+        return
+    for mode in (EAGER, GRAPH) if problem.case.device == "cuda" else (EAGER,):
+        turns = {}
+        for name, candidate in passed.items():
+            assert candidate.step is not None
+            tell(Starting(name, CALL_LIMIT_S))
+            try:
+                turns[name] = _turn(candidate.step, problem, mode)
+            except RuntimeError as error:  # what cannot be captured, above all
+                candidate.outcomes[mode] = {"status": _failure(error)}
+        tell(Starting("", _timing_limit(list(passed.values()), budget)))
+        samples = timing.interleave(turns, {n: passed[n].call_s for n in turns}, budget)
+        for name in turns:
+            passed[name].outcomes[mode] = _quantiles(samples[name])
+
+
+def _turn(step: Step, problem: Problem, mode: str) -> timing.Turn:
+    if problem.case.device != "cuda":
+        return timing.cpu_turn(lambda: step(problem.x, problem.labels))
+    calls = [lambda x=x: step(x, problem.labels) for x in _rotated(problem)]
+    return timing.graph_turn(calls) if mode == GRAPH else timing.cuda_turn(cycle(calls))
+
+
+def _rotated(problem: Problem) -> Iterator[Tensor]:
+    """Copies of the embeddings, twice as many bytes as the second-level cache holds."""
+    cache = machine.second_level_cache(problem.case.device)
+    n = min(_MOST_BUFFERS, 2 * cache // max(1, problem.x.nbytes) + 1)
+    wanted = problem.x.requires_grad
+    return (problem.x.detach().clone().requires_grad_(wanted) for _ in range(n))
+
+
+def _rows(candidate: _Candidate) -> Iterator[Row]:
+    if not candidate.outcomes:
+        yield candidate.row
+    for mode, outcome in candidate.outcomes.items():
+        row = replace(candidate.row, mode=mode, **outcome)
+        if row.p50_ms is not None and row.flops is not None and row.gemm_flops_s is not None:
+            row = replace(row, gemm_share=row.flops / (row.ms * 1e-3) / row.gemm_flops_s)
+        if row.p50_ms is not None and row.bytes is not None and row.bandwidth_bytes_s is not None:
+            row = replace(row, bandwidth_share=row.bytes / (row.ms * 1e-3) / row.bandwidth_bytes_s)
+        yield row
+
+
+def _quantiles(samples: list[float]) -> dict[str, Any]:
+    low, middle, high = (1e3 * np.quantile(samples, (0.2, 0.5, 0.8))).tolist()
+    return {"p20_ms": low, "p50_ms": middle, "p80_ms": high, "repeats": len(samples)}
+
+
+def _timing_limit(passed: list[_Candidate], budget: timing.Budget) -> float:
+    """Generous: every call passed within its limit once already."""
+    expected = sum((budget.samples(c.call_s) + 1) * c.call_s + budget.seconds for c in passed)
+    return CALL_LIMIT_S + 5 * expected
+
+
+def _path(provider: Provider, problem: Problem) -> str:
+    """What one of our providers runs for this input; "" for the others."""
+    if provider.group != OURS or problem.case.backbone:
+        return ""
+    if provider.name != "auto":
+        return provider.name
+    spec = make_spec(problem.margin, "square", "corrected", "mean")
+    return plan.choose(problem.x, None, spec)
+
+
+def _not_installed(provider: Provider) -> str | None:
+    return None if provider.missing is None else f"not installed: {provider.missing}"
+
+
+def _failure(error: Exception) -> str:
+    """One line that says why there is no time."""
+    text = str(error).strip().splitlines() or [type(error).__name__]
+    is_memory = isinstance(error, torch.cuda.OutOfMemoryError | MemoryError)
+    if is_memory or any(word in text[0] for word in ("can't allocate memory", "bad_alloc")):
+        return OUT_OF_MEMORY
+    return f"{type(error).__name__}: {text[0][:160]}"
+
+
+def _blank_row(job: Job) -> Row:
+    case = job.case
+    limits = machine.limits(case.device, DTYPES[case.dtype], case.threads)
+    return Row(
+        suite=job.suite,
+        provider="",
+        group="",
+        operation=case.operation,
+        mode=EAGER,
+        dtype=case.dtype,
+        n=case.n,
+        d=case.d,
+        c=case.c,
+        threads=case.threads,
+        balance=case.balance,
+        backbone=case.backbone,
+        status="",
+        device=machine.device_name(case.device),
+        commit="",
+        versions=machine.versions(),
+        active=case.active,
+        eq8_flops=costs.eq8_flops(case),
+        gemm_flops_s=limits.gemm,
+        bandwidth_bytes_s=limits.bandwidth,
+    )
+
+
+def failed_row(job: Job, name: str, group: str, status: str) -> Row:
+    """The row of a provider that took its process with it."""
+    return replace(_blank_row(job), provider=name, group=group, status=status)
