@@ -1,0 +1,436 @@
+"""The command line: what a person gets wrong is one clear line; evaluate and predict."""
+
+import csv
+import io
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bstriplet.config import TrainConfig
+from bstriplet.data import load_dataset, split_dataset
+from bstriplet.runs import RunFolder, load_checkpoint, save_checkpoint
+from bstriplet.training import train
+from conftest import TINY, MakeTree, Outcome, Run, snapshot, tiny_flags
+from PIL import Image
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+TREE_FLAGS = tiny_flags(train_per_class=0, epochs=1)
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run on digits."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = TrainConfig(**TINY | {"epochs": 1})  # type: ignore[arg-type]
+    task = split_dataset(load_dataset("digits", config.image_size), config)
+    train(config, task, RunFolder(folder / "run"))
+    return folder
+
+
+def one_clear_line(outcome: Outcome, *words: object) -> None:
+    """The outcome is status 2 and one line that has all ``words``."""
+    assert outcome.status == 2
+    assert outcome.out == ""
+    assert outcome.err.startswith("bstriplet: ")
+    assert outcome.err.count("\n") == 1
+    assert outcome.err.endswith("\n")
+    assert "Traceback" not in outcome.err
+    for word in words:
+        assert str(word) in outcome.err
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+def empty(root: Path) -> tuple[str, ...]:
+    shutil.rmtree(root)
+    root.mkdir()
+    return (str(root), "is empty", "train/CLASS/*")
+
+
+def missing(root: Path) -> tuple[str, ...]:
+    shutil.rmtree(root)
+    return (str(root), "does not exist", "--data")
+
+
+def without_train(root: Path) -> tuple[str, ...]:
+    (root / "train").rename(root / "training")
+    return (str(root), "no folder 'train'", "train/CLASS/*")
+
+
+def without_classes(root: Path) -> tuple[str, ...]:
+    shutil.rmtree(root / "train")
+    (root / "train").mkdir()
+    return (str(root / "train"), "no class folders", "train/CLASS/*")
+
+
+def class_without_images(root: Path) -> tuple[str, ...]:
+    (root / "train/zebra").mkdir()
+    (root / "train/zebra/notes.txt").write_text("none yet")
+    return (str(root / "train/zebra"), "no images", "fill it or remove it")
+
+
+def one_class(root: Path) -> tuple[str, ...]:
+    shutil.rmtree(root / "train/class_1")
+    return (str(root / "train"), "one class only", "'class_0'", "add a folder")
+
+
+def truncated(root: Path) -> tuple[str, ...]:
+    file = root / "train/class_1/3.png"
+    file.write_bytes(file.read_bytes()[:-40])
+    return ("1 of 24 images", "train/class_1/3.png", str(root), "--skip-broken")
+
+
+def text_named_png(root: Path) -> tuple[str, ...]:
+    (root / "test/class_0/1.png").write_text("hello")
+    return ("1 of 24 images", "test/class_0/1.png (not an image)", str(root), "--skip-broken")
+
+
+def unknown_test_class(root: Path) -> tuple[str, ...]:
+    (root / "test/class_1").rename(root / "test/class_9")
+    return (str(root / "test/class_9"), "training classes", "class_0, class_1", "rename or remove")
+
+
+def damaged_manifest(root: Path) -> tuple[str, ...]:
+    (root / "manifest.csv").write_bytes(b"file,patient\n\xff\xfe\n")
+    return (str(root / "manifest.csv"), "mend or remove it")
+
+
+def too_few(root: Path) -> tuple[str, ...]:
+    for file in sorted((root / "train/class_1").iterdir())[1:]:
+        file.unlink()
+    return ("class 'class_1' has 1 image", "2 or more")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        empty,
+        missing,
+        without_train,
+        without_classes,
+        class_without_images,
+        one_class,
+        truncated,
+        text_named_png,
+        unknown_test_class,
+        damaged_manifest,
+        too_few,
+    ],
+    ids=lambda spoil: spoil.__name__,
+)
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_bad_data(
+    tmp_path: Path,
+    make_tree: MakeTree,
+    bstriplet: Run,
+    earlier: Path,
+    command: str,
+    spoil: Callable[[Path], tuple[str, ...]],
+) -> None:
+    root = make_tree()
+    words = spoil(root)
+    before = snapshot(earlier)
+    out = earlier / "new"
+    one_clear_line(bstriplet(command, *TREE_FLAGS, "--data", root, "--out", out), *words)
+    assert snapshot(earlier) == before
+    assert not out.exists()
+
+
+def test_broken_images_are_skipped_by_choice_named_and_counted(
+    tmp_path: Path, make_tree: MakeTree, bstriplet: Run
+) -> None:
+    root = make_tree()
+    truncated(root)
+    text_named_png(root)
+    out = tmp_path / "run"
+    outcome = bstriplet("train", *TREE_FLAGS, "--data", root, "--out", out, "--skip-broken")
+    assert outcome.status == 0
+    assert "note: 2 images that cannot be read were left out" in outcome.err
+    notes = json.loads((out / "environment.json").read_text())["data"]["notes"]
+    assert "train/class_1/3.png" in notes[0]
+    assert "test/class_0/1.png" in notes[0]
+
+
+# --- output folders, names and options ----------------------------------------------------------
+
+
+def test_an_existing_run_folder_is_not_touched(bstriplet: Run, earlier: Path) -> None:
+    before = snapshot(earlier)
+    for command in ("train", "compare"):
+        outcome = bstriplet(command, *tiny_flags(), "--out", earlier / "run")
+        one_clear_line(outcome, earlier / "run", "already exists", "--resume", "another --out")
+    assert snapshot(earlier) == before
+
+
+@pytest.mark.parametrize("where", ["file", "below_a_file", "/proc/bstriplet/run"])
+@pytest.mark.parametrize("command", ["train", "compare", "demo"])
+def test_an_unwritable_output_folder(
+    tmp_path: Path, bstriplet: Run, command: str, where: str
+) -> None:
+    (tmp_path / "file").write_text("precious")
+    out = {"file": tmp_path / "file", "below_a_file": tmp_path / "file/run"}.get(where, Path(where))
+    flags = [] if command == "demo" else tiny_flags()
+    one_clear_line_at_the_end(bstriplet(command, *flags, "--out", out), out)
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def one_clear_line_at_the_end(outcome: Outcome, *words: object) -> None:
+    """As ``one_clear_line``, after what a demo says of its setting."""
+    lines = outcome.err.splitlines(keepends=True)
+    one_clear_line(Outcome(outcome.status, outcome.out, lines[-1]), *words)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--backbone", "mobilnetv3_small_100"], ["--backbone", "'mobilenetv3_small_100'", "timm"]),
+        (["--loss", "ce+bts"], ["--loss", "did you mean 'ce+bst'", "ce, ce+bst"]),
+        (["--batches", "minde"], ["--batches", "did you mean 'mined'"]),
+        (["--epochs", "many"], ["--epochs", "many"]),
+        (["--margin", "2"], ["--margin", "2.0", "at least 0 and at most 1"]),
+        (["--epoch-count", "3"], ["--epoch-count", "--help"]),
+        (["--train-per-class", "1000"], ["--train-per-class", "1000", "class '0'"]),
+    ],
+)
+def test_bad_options(tmp_path: Path, bstriplet: Run, flags: list[str], words: list[str]) -> None:
+    out = tmp_path / "run"
+    one_clear_line(bstriplet("train", *tiny_flags(), *flags, "--out", out), *words)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--schemes", "ce+bts:mined"], ["ce+bts:mined", "did you mean 'ce+bst'"]),
+        (["--schemes", "ce"], ["scheme 'ce'", "LOSS:BATCHES"]),
+        (["--schemes", "ce:mined", "ce:mined"], ["--schemes", "twice"]),
+        (["--seeds", "1", "1"], ["--seeds", "twice"]),
+        (["--seeds", "-1"], ["--seed", "-1"]),
+        (["--backbone", "nothing_like_it"], ["--backbone", "timm.list_models()"]),
+    ],
+)
+def test_bad_comparisons(
+    tmp_path: Path, bstriplet: Run, flags: list[str], words: list[str]
+) -> None:
+    out = tmp_path / "compare"
+    one_clear_line(bstriplet("compare", *tiny_flags(), "--out", out, *flags), *words)
+    assert not out.exists()
+
+
+def test_no_command_and_an_unknown_one(bstriplet: Run) -> None:
+    one_clear_line(bstriplet(), "COMMAND", "--help")
+    one_clear_line(bstriplet("trian"), "trian", "train", "--help")
+
+
+def test_the_installed_command_ends_like_main(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bstriplet", "train", "--loss", "bts", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    one_clear_line(Outcome(done.returncode, done.stdout, done.stderr), "--loss", "'bts'")
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_copy(earlier: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run that a test may spoil."""
+    shutil.copytree(earlier / "run", tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def unfinished(run: Path) -> Path:
+    (run / "metrics.json").unlink()
+    return run
+
+
+@pytest.mark.parametrize("spoil", ["cut", "noise", "empty", "other", "pickle"])
+def test_a_corrupted_checkpoint(run_copy: Path, bstriplet: Run, spoil: str) -> None:
+    import torch
+
+    unfinished(run_copy)
+    for name in ("last.pt", "best.pt"):
+        whole = (run_copy / name).read_bytes()
+        spoiled = {
+            "cut": whole[: len(whole) // 2],
+            "noise": b"\x00\x01" * 500,
+            "empty": b"",
+        }.get(spoil)
+        if spoiled is not None:
+            (run_copy / name).write_bytes(spoiled)
+        elif spoil == "other":
+            save_checkpoint(run_copy / name, {"weights": torch.zeros(3)})
+        else:  # code in a pickle is not run: weights_only refuses it
+            torch.save({"config": Path("x")}, run_copy / name)
+    before = snapshot(run_copy)
+    resumed = bstriplet("train", "--out", run_copy, "--resume")
+    one_clear_line(resumed, run_copy / "last.pt")
+    one_clear_line(bstriplet("evaluate", "--run", run_copy), run_copy / "best.pt")
+    assert snapshot(run_copy) == before
+
+
+def test_a_checkpoint_from_another_configuration(run_copy: Path, bstriplet: Run) -> None:
+    unfinished(run_copy)
+    for name in ("last.pt", "best.pt"):
+        checkpoint = load_checkpoint(run_copy / name)
+        checkpoint["config"]["margin"] = 0.5
+        save_checkpoint(run_copy / name, checkpoint)
+    before = snapshot(run_copy)
+    words = ("another configuration", "margin (0.9 here, 0.5 there)")
+    one_clear_line(bstriplet("train", "--out", run_copy, "--resume"), run_copy / "last.pt", *words)
+    one_clear_line(bstriplet("evaluate", "--run", run_copy), run_copy / "best.pt", *words)
+    assert snapshot(run_copy) == before
+
+
+def test_resuming_with_other_options_is_refused(run_copy: Path, bstriplet: Run) -> None:
+    before = snapshot(run_copy)
+    outcome = bstriplet("train", "--out", run_copy, "--resume", "--margin", "0.5", "--seed", "1")
+    one_clear_line(outcome, run_copy, "margin (0.5 here, 0.9 there)", "seed (1 here, 0 there)")
+    assert snapshot(run_copy) == before
+
+
+def test_resuming_on_changed_images_is_refused(
+    tmp_path: Path, make_tree: MakeTree, bstriplet: Run
+) -> None:
+    root, out = make_tree(), tmp_path / "run"
+    assert bstriplet("train", *TREE_FLAGS, "--data", root, "--out", out).status == 0
+    (root / "train/class_0/0.png").unlink()
+    before = snapshot(out)
+    one_clear_line(bstriplet("train", "--out", out, "--resume"), "images have changed", out)
+    assert snapshot(out) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"marginn": 1}', b"\xff"])
+def test_a_damaged_config(run_copy: Path, bstriplet: Run, content: bytes) -> None:
+    (run_copy / "config.json").write_bytes(content)
+    one_clear_line(bstriplet("train", "--out", run_copy, "--resume"))
+    one_clear_line(bstriplet("evaluate", "--run", run_copy))
+
+
+def test_a_folder_of_other_things_is_not_resumed_into(tmp_path: Path, bstriplet: Run) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/holiday.txt").write_text("sun")
+    before = snapshot(tmp_path)
+    outcome = bstriplet("train", *tiny_flags(), "--out", tmp_path / "photos", "--resume")
+    one_clear_line(outcome, tmp_path / "photos", "already exists")
+    assert snapshot(tmp_path) == before
+
+
+# --- evaluate and predict -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["predict", "image.png"]])
+def test_no_run_no_model(tmp_path: Path, bstriplet: Run, command: list[str]) -> None:
+    one_clear_line(bstriplet(*command, "--run", tmp_path / "no"), tmp_path / "no", "not exist")
+    one_clear_line(bstriplet(*command, "--run", tmp_path), tmp_path, "not a run folder")
+
+
+def test_evaluate_gives_the_metrics_of_the_run(bstriplet: Run, earlier: Path) -> None:
+    metrics = json.loads((earlier / "run/metrics.json").read_text())
+    outcome = bstriplet("evaluate", "--run", earlier / "run")
+    assert outcome.status == 0
+    for name in ("accuracy", "sensitivity", "specificity", "auc"):
+        assert f"{100 * metrics[name]:.2f} %" in outcome.out
+
+
+@pytest.fixture
+def tree_run(tmp_path: Path, make_tree: MakeTree, bstriplet: Run) -> tuple[Path, Path]:
+    """A run on a tree, and the tree."""
+    root = make_tree(train=10, test=6)
+    out = tmp_path / "run"
+    assert bstriplet("train", *TREE_FLAGS, "--data", root, "--out", out).status == 0
+    return out, root
+
+
+def test_evaluate_on_a_folder(tree_run: tuple[Path, Path], bstriplet: Run) -> None:
+    run, root = tree_run
+    own = bstriplet("evaluate", "--run", run)
+    assert own.status == 0
+    for data in (root, root / "test"):
+        assert bstriplet("evaluate", "--run", run, "--data", data).out == own.out
+    (root / "test/class_1").rename(root / "test/other")
+    one_clear_line(bstriplet("evaluate", "--run", run, "--data", root), root / "test/other")
+    one_clear_line(bstriplet("evaluate", "--run", run, "--data", root / "no"), root / "no")
+
+
+def test_predict_gives_the_probabilities_of_the_run(
+    tree_run: tuple[Path, Path], bstriplet: Run, tmp_path: Path
+) -> None:
+    run, root = tree_run
+    table = tmp_path / "out.csv"
+    printed = bstriplet("predict", "--run", run, root / "test")
+    assert printed.status == 0
+    stored = bstriplet("predict", "--run", run, root / "test", "--output", table)
+    assert (stored.status, stored.out) == (0, "")
+    assert table.read_text() == printed.out
+    rows = list(csv.DictReader(io.StringIO(printed.out)))
+    with (run / "predictions.csv").open(newline="") as stream:
+        tested = list(csv.DictReader(stream))
+    assert [row["file"] for row in rows] == [str(root / row["file"]) for row in tested]
+    for row, test in zip(rows, tested, strict=True):
+        assert list(row) == ["file", "predicted", "prob_class_0", "prob_class_1"]
+        assert row["predicted"] == test["predicted"]
+        for name in ("prob_class_0", "prob_class_1"):
+            assert float(row[name]) == pytest.approx(float(test[name]), abs=1e-6)
+    single = bstriplet("predict", "--run", run, root / "test/class_1/2.png")
+    assert len(single.out.splitlines()) == 2
+
+
+def test_predict_takes_colour_for_a_grey_model(
+    tree_run: tuple[Path, Path], bstriplet: Run, tmp_path: Path
+) -> None:
+    run, root = tree_run
+    with Image.open(root / "test/class_1/2.png") as image:
+        image.convert("RGB").save(tmp_path / "colour.png")
+    lines = [
+        bstriplet("predict", "--run", run, path).out.splitlines()[1].split(",")[1:]
+        for path in (root / "test/class_1/2.png", tmp_path / "colour.png")
+    ]
+    assert lines[0] == lines[1]
+
+
+def test_predict_names_broken_and_missing_images(
+    tree_run: tuple[Path, Path], bstriplet: Run, tmp_path: Path
+) -> None:
+    run, root = tree_run
+    bad = root / "test/class_0/0.png"
+    bad.write_bytes(bad.read_bytes()[:50])
+    table = tmp_path / "out.csv"
+    table.write_text("precious")
+    outcome = bstriplet("predict", "--run", run, root / "test", "--output", table)
+    one_clear_line(outcome, "1 of 12 images", bad, "--skip-broken")
+    assert table.read_text() == "precious"
+    skipped = bstriplet("predict", "--run", run, root / "test", "--skip-broken")
+    assert skipped.status == 0
+    assert len(skipped.out.splitlines()) == 12
+    assert str(bad) in skipped.err
+    one_clear_line(bstriplet("predict", "--run", run, bad, "--skip-broken"), "no image")
+    one_clear_line(bstriplet("predict", "--run", run, tmp_path / "no.png"), "no.png", "not exist")
+    (tmp_path / "void").mkdir()
+    one_clear_line(bstriplet("predict", "--run", run, tmp_path / "void"), "void", "no images")
+    unwritable = bstriplet(
+        "predict", "--run", run, root / "test/class_1", "--output", table / "below.csv"
+    )
+    one_clear_line(unwritable, table / "below.csv", "cannot write")
+
+
+def test_class_names_with_commas_and_quotes_survive(
+    tmp_path: Path, make_tree: MakeTree, bstriplet: Run
+) -> None:
+    root = make_tree()
+    for part in ("train", "test"):
+        (root / part / "class_0").rename(root / part / 'odd, "name"')
+    out = tmp_path / "run"
+    assert bstriplet("train", *TREE_FLAGS, "--data", root, "--out", out).status == 0
+    with (out / "predictions.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["label"] for row in rows} == {'odd, "name"', "class_1"}
+    assert 'prob_odd, "name"' in rows[0]
+    with np.load(out / "embeddings.npz") as saved:
+        assert 'odd, "name"' in saved["classes"]

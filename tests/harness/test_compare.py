@@ -1,0 +1,135 @@
+"""Comparisons: the folder, resuming, and the demo's plan."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from bstriplet import compare as compare_module
+from bstriplet.compare import Plan, compare, read_plan, run_folder
+from bstriplet.config import Scheme, TrainConfig
+from bstriplet.demo import demo_plan
+from bstriplet.runs import RunFolder
+from conftest import MakeTree, Run, snapshot, tiny_flags
+
+SCHEMES = (Scheme("ce", "random"), Scheme("ce+bst", "mined"))
+
+
+def test_a_comparison_leaves_runs_table_and_report(tmp_path: Path, bstriplet: Run) -> None:
+    out = tmp_path / "compare"
+    outcome = bstriplet("compare", *tiny_flags(epochs=2), "--seeds", 0, 1, "--out", out)
+    assert outcome.status == 0
+    assert "CE (RS)" in outcome.out
+    assert "CE+BST (DM)" in outcome.out
+    assert outcome.out.splitlines()[-1] == f"report: {out / 'report.html'}"
+    assert (out / "report.html").stat().st_size > 1000
+    assert (out / "summary.csv").exists()
+    stored = json.loads((out / "compare.json").read_text())
+    assert stored["schemes"] == ["ce:random", "ce+bst:mined"]
+    assert stored["seeds"] == [0, 1]
+    for scheme in SCHEMES:
+        for seed in (0, 1):
+            run = RunFolder(run_folder(out, scheme, seed))
+            assert run.finished
+            config = run.config()
+            assert (config.loss, config.batches, config.seed) == (
+                scheme.loss, scheme.batches, seed,
+            )  # fmt: skip
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_resume_trains_only_what_is_missing(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(replace(tiny, epochs=1), SCHEMES, (0, 1))
+    said: list[str] = []
+    compare(plan, tmp_path / "whole", said.append)
+    assert [line[:5] for line in said] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
+
+    finished_runs = 0
+    train = compare_module.train
+
+    def cut_after_two(*arguments: object) -> object:
+        nonlocal finished_runs
+        if finished_runs == 2:
+            raise KeyboardInterrupt
+        finished_runs += 1
+        return train(*arguments)  # type: ignore[arg-type]
+
+    out = tmp_path / "cut"
+    monkeypatch.setattr(compare_module, "train", cut_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        compare(plan, out, said.append)
+    monkeypatch.setattr(compare_module, "train", train)
+    # Seed by seed: what a cut comparison has are pairs.
+    assert RunFolder(run_folder(out, SCHEMES[0], 0)).finished
+    assert RunFolder(run_folder(out, SCHEMES[1], 0)).finished
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("seed-0/*.*")}
+    compare(plan, out, said.append)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("seed-0/*.*")} == times
+    for name in ("predictions.csv", "metrics.json", "embeddings.npz", "best.pt"):
+        for path in (tmp_path / "whole").rglob(name):
+            assert path.read_bytes() == (out / path.relative_to(tmp_path / "whole")).read_bytes()
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--epochs", "3"], "epochs (3 here, 2 there)"),
+        (["--seeds", "0", "1"], "seeds (0 there)"),
+        (["--schemes", "ce:random", "ce:mined"], "schemes (ce:random ce+bst:mined there)"),
+    ],
+)
+def test_another_plan_is_not_mixed_in(
+    tmp_path: Path, bstriplet: Run, changes: list[str], message: str
+) -> None:
+    out = tmp_path / "compare"
+    assert bstriplet("compare", *tiny_flags(epochs=2), "--seeds", 0, "--out", out).status == 0
+    before = snapshot(out)
+    outcome = bstriplet("compare", "--out", out, "--resume", *changes)
+    assert outcome.status == 2
+    assert message in outcome.err
+    assert snapshot(out) == before
+
+
+def test_plans_survive_the_file(tiny: TrainConfig, tmp_path: Path) -> None:
+    plan = Plan(tiny, SCHEMES, (3, 1))
+    (tmp_path / "compare.json").write_text(json.dumps(plan.to_dict()))
+    assert read_plan(tmp_path) == plan
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_demo_works_when_typed_again(
+    tmp_path: Path, bstriplet: Run, monkeypatch: pytest.MonkeyPatch, make_tree: MakeTree
+) -> None:
+    def small(data: str) -> Plan:
+        plan = demo_plan(data)
+        config = replace(
+            plan.config, backbone="test_efficientnet", epochs=1, image_size=32, train_per_class=4,
+            batch_size=24, validation_fraction=0.34,
+        )  # fmt: skip
+        return replace(plan, config=config, seeds=(0,))
+
+    monkeypatch.setattr("bstriplet.demo.demo_plan", small)
+    out = tmp_path / "demo"
+    first = bstriplet("demo", "--out", out)
+    assert first.status == 0
+    assert first.out.splitlines()[-1] == f"report: {out / 'digits' / 'report.html'}"
+    second = bstriplet("demo", "--out", out)
+    assert (second.status, second.out) == (0, first.out)
+    tree = bstriplet("demo", "--out", out, "--data", make_tree(train=6, test=3))
+    assert tree.status == 0
+    assert tree.out.splitlines()[-1] == f"report: {out / 'data' / 'report.html'}"
+    assert (out / "data" / "summary.csv").exists()
+
+
+@pytest.mark.parametrize("data", ["digits", "some/tree"])
+def test_the_demo_compares_pairs_in_a_small_sample(data: str) -> None:
+    plan = demo_plan(data)
+    assert len(plan.seeds) >= 3
+    assert plan.schemes == SCHEMES
+    assert 10 <= plan.config.train_per_class <= 20
+    assert plan.config.backbone == "mobilenetv3_small_100"
+    configs = {replace(config, loss="ce", batches="random", seed=0) for _, config in plan.runs()}
+    assert configs == {plan.config}

@@ -1,0 +1,163 @@
+"""The configuration: section 3.1 by default, the same as command line, as file and as object."""
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+from bstriplet.config import (
+    BATCHES,
+    LOSSES,
+    Scheme,
+    TrainConfig,
+    add_options,
+    describe_difference,
+    given_options,
+)
+from bstriplet.errors import UserError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+configurations = st.builds(
+    TrainConfig,
+    data=st.sampled_from(["digits", "some/folder", "/a b/ü"]),
+    image_size=st.integers(8, 300),
+    train_per_class=st.integers(0, 100),
+    validation=st.sampled_from(["train", "test"]),
+    validation_fraction=st.floats(0.01, 0.5),
+    skip_broken=st.booleans(),
+    loss=st.sampled_from(LOSSES),
+    bst_weight=st.floats(0, 1e3),
+    margin=st.floats(0, 1),
+    batches=st.sampled_from(BATCHES),
+    batch_size=st.integers(2, 5000),
+    lr=st.floats(1e-8, 1),
+    epochs=st.integers(1, 1000),
+    seed=st.integers(0, 2**31 - 1),
+)
+
+
+def parsed(words: list[str]) -> TrainConfig:
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    return TrainConfig(**given_options(parser.parse_args(words)))
+
+
+def words_of(config: TrainConfig) -> list[str]:
+    words = []
+    for name, value in config.to_dict().items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words += [flag] if value else []
+        else:
+            words.append(f"{flag}={value!r}" if isinstance(value, float) else f"{flag}={value}")
+    return words
+
+
+@given(configurations)
+@settings(derandomize=True, deadline=None)
+def test_file_and_command_line_give_the_configuration_back(config: TrainConfig) -> None:
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert parsed(words_of(config)) == config
+
+
+def test_defaults_are_section_3_1_of_the_paper() -> None:
+    config = TrainConfig(data="folder")
+    assert config.image_size == 128
+    assert (config.lr, config.lr_patience, config.lr_factor, config.lr_floor) == (
+        1e-3, 20, 0.3, 1e-8,
+    )  # fmt: skip
+    assert (config.epochs, config.stop_patience, config.stop_delta) == (400, 30, 1e-4)
+    assert (config.batch_size, config.bst_weight) == (36, 1.0)
+    assert config.validation == "train"
+    assert config == parsed(["--data", "folder"])
+
+
+def test_every_field_has_help_and_a_flag() -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    text = parser.format_help()
+    for item in fields(TrainConfig):
+        assert "--" + item.name.replace("_", "-") in text
+        assert len(item.metadata["help"]) > 10
+
+
+def test_only_typed_options_are_given() -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser, without=("loss",))
+    assert given_options(parser.parse_args(["--lr", "0.1"])) == {"lr": 0.1}
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--loss", "ce"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("margin", -0.1),
+        ("margin", 1.1),
+        ("bst_weight", -1.0),
+        ("bst_weight", float("inf")),
+        ("lr", float("nan")),
+        ("lr", 0.0),
+        ("batch_size", 1),
+        ("epochs", 0),
+        ("epochs", "3"),
+        ("epochs", 3.0),
+        ("seed", -1),
+        ("test_fraction", 0.0),
+        ("validation_fraction", 0.6),
+        ("skip_broken", 1),
+        ("image_size", 7),
+        ("validation", "tests"),
+    ],
+)
+def test_a_value_out_of_range_is_named(name: str, value: object) -> None:
+    with pytest.raises(UserError) as raised:
+        TrainConfig(**{name: value})  # type: ignore[arg-type]
+    assert "--" + name.replace("_", "-") in str(raised.value)
+    assert str(value) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "nearest"),
+    [("loss", "ce+bts", "ce+bst"), ("batches", "mine", "mined"), ("device", "cud", "cuda")],
+)
+def test_an_unknown_name_gets_the_nearest_suggested(name: str, value: str, nearest: str) -> None:
+    with pytest.raises(UserError, match=f"did you mean '{nearest.replace('+', '[+]')}'"):
+        TrainConfig(**{name: value})  # type: ignore[arg-type]
+
+
+def test_an_unknown_field_of_a_file_is_an_error() -> None:
+    with pytest.raises(UserError, match="did you mean 'margin'"):
+        TrainConfig.from_dict({"margins": 0.9})
+
+
+@given(st.sampled_from(LOSSES), st.sampled_from(BATCHES))
+@settings(derandomize=True)
+def test_schemes_read_as_they_are_written(loss: str, batches: str) -> None:
+    scheme = Scheme(loss, batches)
+    assert Scheme.parse(str(scheme)) == scheme
+
+
+def test_slugs_are_distinct_and_plain() -> None:
+    slugs = {Scheme(loss, batches).slug for loss in LOSSES for batches in BATCHES}
+    assert len(slugs) == len(LOSSES) * len(BATCHES)
+    assert all(slug.replace("-", "").isalnum() for slug in slugs)
+
+
+@pytest.mark.parametrize("text", ["ce", "ce:mind", "bst:mined", ""])
+def test_a_bad_scheme_is_named(text: str) -> None:
+    with pytest.raises(UserError, match=f"scheme '{text}'"):
+        Scheme.parse(text)
+
+
+def test_difference_names_fields_and_both_values() -> None:
+    difference = describe_difference(TrainConfig(epochs=3, lr=0.1), TrainConfig(epochs=5, lr=0.1))
+    assert difference == "epochs (3 here, 5 there)"
+
+
+def test_importing_the_package_and_its_configuration_is_light() -> None:
+    code = "import sys, bstriplet, bstriplet.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,286 @@
+"""Finding and splitting images: every class on every side, no patient on two of them."""
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bstriplet.config import TrainConfig
+from bstriplet.data import (
+    Dataset,
+    ImageSet,
+    Task,
+    load_dataset,
+    load_test_images,
+    split_dataset,
+)
+from bstriplet.errors import UserError
+from conftest import MakeTree
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
+
+
+def synthetic(counts: list[int], patients: np.ndarray | None, n_test: int = 0) -> Dataset:
+    """A dataset whose images hold nothing but their number, ``counts`` of each class."""
+    labels = np.repeat(np.arange(len(counts)), counts)
+    n = len(labels)
+    images = ImageSet(
+        pixels=np.arange(n, dtype=np.uint8).reshape(n, 1, 1, 1),
+        rows=np.arange(n),
+        labels=labels,
+        files=tuple(f"{i}.png" for i in range(n)),
+    )
+    classes = tuple(f"c{i}" for i in range(len(counts)))
+    is_test = None
+    if n_test:
+        is_test = np.zeros(n, dtype=bool)
+        for label in range(len(counts)):
+            is_test[np.flatnonzero(labels == label)[:n_test]] = True
+    return Dataset(classes, images, is_test, patients, broken=(), key="key")
+
+
+def parts(task: Task) -> dict[str, set[int]]:
+    return {name: set(getattr(task, name).rows) for name in ("train", "validation", "test")}
+
+
+def check_parts(dataset: Dataset, task: Task) -> None:
+    """Parts are disjoint, consistent with the whole, and hold every class."""
+    rows = parts(task)
+    assert not rows["train"] & rows["validation"]
+    assert not rows["train"] & rows["test"]
+    assert not rows["validation"] & rows["test"]
+    for name in rows:
+        part = getattr(task, name)
+        assert set(part.labels) == set(range(len(dataset.classes))), name
+        np.testing.assert_array_equal(part.labels, dataset.images.labels[part.rows])
+        assert part.files == tuple(dataset.images.files[row] for row in part.rows)
+
+
+@given(
+    counts=st.lists(st.integers(4, 40), min_size=2, max_size=6),
+    test_fraction=st.floats(0.05, 0.5),
+    validation_fraction=st.floats(0.05, 0.5),
+    own_test=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(derandomize=True, deadline=None)
+def test_images_are_split_by_class(
+    counts: list[int],
+    test_fraction: float,
+    validation_fraction: float,
+    own_test: bool,
+    seed: int,
+) -> None:
+    dataset = synthetic(counts, None, n_test=2 if own_test else 0)
+    config = TrainConfig(
+        test_fraction=test_fraction, validation_fraction=validation_fraction, seed=seed
+    )
+    task = split_dataset(dataset, config)
+    check_parts(dataset, task)
+    assert len(task.train) + len(task.validation) + len(task.test) == sum(counts)
+    for label, count in enumerate(counts):
+        tested = np.sum(task.test.labels == label)
+        assert tested == 2 if own_test else abs(tested - test_fraction * count) <= 1
+        held_out = np.sum(task.validation.labels == label)
+        assert abs(held_out - validation_fraction * (count - tested)) <= 1
+    for loss, batches in (("ce+bst", "mined"), ("ce", "mined")):
+        assert parts(split_dataset(dataset, replace(config, loss=loss, batches=batches))) == parts(
+            task
+        )
+
+
+@given(
+    seed=st.integers(0, 1000),
+    sizes=st.lists(st.integers(1, 4), min_size=30, max_size=60),
+    fraction=st.floats(0.1, 0.4),
+)
+@settings(derandomize=True, deadline=None, max_examples=50)
+def test_no_patient_is_on_two_sides(seed: int, sizes: list[int], fraction: float) -> None:
+    generator = np.random.default_rng(seed)
+    patients = np.repeat(np.arange(len(sizes)), sizes)
+    patient_class = generator.permutation(np.arange(len(sizes)) % 2)
+    order = np.argsort(patient_class[patients], kind="stable")
+    counts = np.bincount(patient_class[patients]).tolist()
+    dataset = synthetic(counts, patients[order])
+    task = split_dataset(
+        dataset, TrainConfig(test_fraction=fraction, validation_fraction=fraction, seed=seed)
+    )
+    check_parts(dataset, task)
+    assert dataset.patients is not None
+    of = {name: {dataset.patients[row] for row in rows} for name, rows in parts(task).items()}
+    assert not of["train"] & of["validation"]
+    assert not of["train"] & of["test"]
+    assert not of["validation"] & of["test"]
+    assert task.notes == ()
+
+
+def test_too_few_patients_are_split_by_image_and_a_note_says_so() -> None:
+    dataset = synthetic([10, 10], np.array([0] * 10 + list(range(1, 11))))
+    task = split_dataset(dataset, TrainConfig())
+    check_parts(dataset, task)
+    assert ["by image, not by patient" in note for note in task.notes] == [True, True]
+
+
+@given(per_class=st.integers(2, 10), seed=st.integers(0, 100))
+@settings(derandomize=True, deadline=None, max_examples=30)
+def test_train_per_class_keeps_so_many_and_leaves_the_test_set(per_class: int, seed: int) -> None:
+    dataset = synthetic([20, 31, 15], None)
+    config = TrainConfig(seed=seed)
+    few = split_dataset(dataset, replace(config, train_per_class=per_class))
+    check_parts(dataset, few)
+    kept = np.concatenate([few.train.labels, few.validation.labels])
+    np.testing.assert_array_equal(np.bincount(kept), [per_class] * 3)
+    assert parts(few)["test"] == parts(split_dataset(dataset, config))["test"]
+
+
+def test_seeds_give_different_splits() -> None:
+    dataset = synthetic([50, 50], None)
+    splits = {tuple(sorted(parts(split_dataset(dataset, TrainConfig(seed=s)))["test"])) for s in
+              range(10)}  # fmt: skip
+    assert len(splits) == 10
+
+
+def test_validation_from_test_repeats_the_paper() -> None:
+    dataset = synthetic([20, 20], None, n_test=8)
+    task = split_dataset(dataset, TrainConfig(validation="test", validation_fraction=0.25))
+    rows = parts(task)
+    assert rows["validation"] < rows["test"]
+    assert (len(task.validation), len(task.test), len(task.train)) == (4, 16, 24)
+
+
+@pytest.mark.parametrize(
+    ("counts", "changes", "message"),
+    [
+        ([5, 1], {}, "class 'c1' has 1 image"),
+        ([5, 2], {}, "class 'c1' has 1 image"),
+        ([9, 4], {"train_per_class": 5}, "class 'c1' has 3 training images"),
+    ],
+)
+def test_too_few_images_name_the_class(
+    counts: list[int], changes: dict[str, int], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        split_dataset(synthetic(counts, None), TrainConfig(**changes))  # type: ignore[arg-type]
+
+
+def test_digits_are_scikit_learns() -> None:
+    dataset = load_dataset("digits", 32)
+    assert dataset.images.pixels.shape == (1797, 1, 32, 32)
+    assert dataset.images.pixels.dtype == np.uint8
+    assert dataset.images.pixels.max() > 250
+    assert dataset.classes == tuple("0123456789")
+    assert np.bincount(dataset.images.labels).min() >= 170
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_a_tree_is_read_as_it_lies(make_tree: MakeTree, colour: bool) -> None:
+    root = make_tree(classes=3, colour=colour)
+    dataset = load_dataset(str(root), 32)
+    assert dataset.classes == ("class_0", "class_1", "class_2")
+    assert dataset.images.pixels.shape == (3 * 12, 3 if colour else 1, 32, 32)
+    assert dataset.is_test is not None
+    for file, label, tested in zip(
+        dataset.images.files, dataset.images.labels, dataset.is_test, strict=True
+    ):
+        assert file.startswith(f"{'test' if tested else 'train'}/class_{label}/")
+    task = split_dataset(dataset, TrainConfig())
+    assert set(task.test.files) == {file for file in dataset.images.files if file[:4] == "test"}
+
+
+def test_a_batch_holds_the_images_asked_for(make_tree: MakeTree) -> None:
+    images = load_dataset(str(make_tree(classes=3)), 32).images.take(np.array([30, 2, 17]))
+    pixels, labels = images.batch([2, 0])
+    np.testing.assert_array_equal(pixels.numpy(), images.pixels[[17, 30]])
+    np.testing.assert_array_equal(labels.numpy(), images.labels[[2, 0]])
+
+
+def test_without_a_test_folder_a_part_of_each_class_tests(make_tree: MakeTree) -> None:
+    dataset = load_dataset(str(make_tree(train=10)), 32)
+    assert dataset.is_test is None
+    assert split_dataset(dataset, TrainConfig()).summary()["images"] == {
+        "train": {"class_0": 6, "class_1": 6},
+        "validation": {"class_0": 2, "class_1": 2},
+        "test": {"class_0": 2, "class_1": 2},
+    }
+
+
+def test_a_manifest_names_patients(make_tree: MakeTree) -> None:
+    root = make_tree(train=12)
+    with (root / "manifest.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["patient", "file"])
+        for label in range(2):
+            for number in range(10):  # the last two of each class are not listed
+                writer.writerow([f"p{number // 2}", f"train/class_{label}/{number}.png"])
+    dataset = load_dataset(str(root), 32)
+    assert dataset.patients is not None
+    patient_of = dict(zip(dataset.images.files, dataset.patients, strict=True))
+    assert patient_of["train/class_0/0.png"] == patient_of["train/class_1/1.png"]
+    assert patient_of["train/class_0/0.png"] != patient_of["train/class_0/2.png"]
+    assert len(set(dataset.patients)) == 5 + 4
+
+
+def test_broken_images_are_all_named_and_left_out_by_choice(make_tree: MakeTree) -> None:
+    root = make_tree(train=6)
+    (root / "train/class_1/2.png").write_text("no image")
+    (root / "train/class_0/5.png").write_bytes((root / "train/class_0/4.png").read_bytes()[:60])
+    for _ in range(2):  # the second time from the cache
+        with pytest.raises(UserError, match="2 of 12 images cannot be read") as raised:
+            load_dataset(str(root), 32)
+        assert "train/class_0/5.png" in str(raised.value)
+        assert "train/class_1/2.png (not an image)" in str(raised.value)
+        assert "--skip-broken" in str(raised.value)
+    dataset = load_dataset(str(root), 32, skip_broken=True)
+    assert len(dataset.images) == 10
+    assert len(dataset.broken) == 2
+    assert not {"train/class_1/2.png", "train/class_0/5.png"} & set(dataset.images.files)
+    assert "2 images that cannot be read" in split_dataset(dataset, TrainConfig()).notes[0]
+    np.testing.assert_array_equal(
+        dataset.images.labels, [int(file[12]) for file in dataset.images.files[:]]
+    )
+
+
+def test_fingerprint_tells_images_and_splits_apart(make_tree: MakeTree) -> None:
+    root = make_tree()
+    config = TrainConfig()
+
+    def fingerprint(config: TrainConfig) -> str:
+        return split_dataset(load_dataset(str(root), 32), config).summary()["fingerprint"]
+
+    first = fingerprint(config)
+    assert fingerprint(config) == first
+    assert fingerprint(replace(config, seed=1)) != first
+    (root / "train/class_1/2.png").write_bytes((root / "train/class_1/3.png").read_bytes())
+    assert fingerprint(config) != first
+
+
+def test_test_images_take_the_models_classes_and_channels(make_tree: MakeTree) -> None:
+    root = make_tree(classes=2, colour=True)
+    classes = ("class_0", "class_1", "class_2")
+    for data in (root, root / "test"):
+        images, broken = load_test_images(str(data), classes, 32, 1, skip_broken=False)
+        assert images.pixels.shape == (8, 1, 32, 32)
+        assert not broken
+        assert sorted(images.labels) == [0] * 4 + [1] * 4
+    with pytest.raises(UserError, match="class_1 is not among the training classes"):
+        load_test_images(str(root), ("class_0", "other"), 32, 1, skip_broken=False)
+
+
+def test_real_chest_xrays_are_split_by_patient() -> None:
+    root = SHARED / "chest2_kermany"
+    if not root.is_dir():
+        pytest.skip("no ../shared/data/chest2_kermany beside the repository")
+    dataset = load_dataset(str(root), 32)
+    assert dataset.images.pixels.shape == (4109, 1, 32, 32)
+    task = split_dataset(dataset, TrainConfig())
+    assert task.summary()["images"]["test"] == {"NORMAL": 231, "PNEUMONIA": 387}
+    check_parts(dataset, task)
+    assert dataset.patients is not None
+    train, validation = (set(dataset.patients[rows]) for rows in
+                         (task.train.rows, task.validation.rows))  # fmt: skip
+    assert not train & validation
+    assert abs(len(task.validation) / 3491 - 0.2) < 0.02
+    assert task.notes == ()

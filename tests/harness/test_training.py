@@ -1,0 +1,234 @@
+"""The training loop: reproducible, the recipe's schedule and stop, the right model evaluated."""
+
+import csv
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bstriplet.backbones import Classifier
+from bstriplet.batches import RandomBatchSampler, make_sampler
+from bstriplet.config import BATCHES, LOSSES, TrainConfig
+from bstriplet.data import Task, load_dataset, split_dataset
+from bstriplet.errors import UserError
+from bstriplet.evaluation import embed, load_trained
+from bstriplet.metrics import classification_metrics
+from bstriplet.runs import LAST, RunFolder, load_checkpoint
+from bstriplet.training import epochs_without_improvement, grey_level_statistics, train
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bstriplet_kernels import CrossEntropyBSTripletLoss
+
+
+def make_task(config: TrainConfig) -> Task:
+    return split_dataset(load_dataset(config.data, config.image_size), config)
+
+
+def log_of(run: RunFolder, *, timed: bool = False) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+    return rows if timed else [
+        {k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows
+    ]  # fmt: skip
+
+
+def keras_wait(losses: list[float], delta: float) -> int:
+    """Keras' EarlyStopping, as its documentation tells it."""
+    best, wait = math.inf, 0
+    for loss in losses:
+        wait += 1
+        if best - loss > delta:
+            best, wait = loss, 0
+    return wait
+
+
+@given(
+    st.lists(st.integers(0, 20).map(lambda value: value / 8), max_size=30),
+    st.sampled_from([0.0, 0.25, 1.0]),
+)
+@settings(derandomize=True)
+def test_stalled_epochs_are_counted_as_keras_does(losses: list[float], delta: float) -> None:
+    assert epochs_without_improvement(losses, delta) == keras_wait(losses, delta)
+
+
+@given(n=st.integers(2, 200), batch_size=st.integers(2, 50), seed=st.integers(0, 99))
+@settings(derandomize=True)
+def test_random_batches_are_an_epoch_without_a_batch_of_one(
+    n: int, batch_size: int, seed: int
+) -> None:
+    sampler = RandomBatchSampler(n, batch_size, seed)
+    sampler.set_epoch(3)
+    batches = list(sampler)
+    assert sorted(index for batch in batches for index in batch) == list(range(n))
+    assert len(batches) == len(sampler)
+    assert all(2 <= len(batch) <= batch_size + 1 for batch in batches)
+    assert all(len(batch) >= batch_size for batch in batches[:-1])
+    assert list(sampler) == batches
+    sampler.set_epoch(4)
+    assert n < 10 or list(sampler) != batches
+
+
+def test_mined_batches_hold_every_class(tiny: TrainConfig) -> None:
+    config = replace(tiny, batches="mined", groups_per_class=1)
+    task = make_task(config)
+    for batch in make_sampler(config, task.train):
+        assert set(task.train.labels[batch]) == set(range(10))
+
+
+def test_more_groups_than_places_is_a_clear_error(tiny: TrainConfig) -> None:
+    config = replace(tiny, batches="mined", groups_per_class=3, batch_size=12)
+    with pytest.raises(UserError, match=r"--batch-size 12 with --groups-per-class 3.*groups"):
+        make_sampler(config, make_task(config).train)
+
+
+def test_statistics_are_those_of_the_pixels(tiny: TrainConfig) -> None:
+    images = make_task(tiny).train
+    mean, std = grey_level_statistics(images)
+    pixels = images.pixels[images.rows].astype(np.float64)
+    np.testing.assert_allclose(mean, pixels.mean(axis=(0, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(std, pixels.std(axis=(0, 2, 3)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("backbone", ["mobilenetv3_small_100", "test_efficientnet", "test_vit"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_embedding_is_what_feeds_the_classifier(backbone: str, channels: int) -> None:
+    torch.manual_seed(0)
+    size = 160 if backbone == "test_vit" else 64
+    model = Classifier(backbone, num_classes=3, channels=channels).eval()
+    images = torch.randint(0, 256, (2, channels, size, size), dtype=torch.uint8)
+    output = model(images)
+    torch.testing.assert_close(output.logits, model.backbone(images.float()))
+    head = model.backbone.get_classifier()
+    assert output.embeddings.shape == (2, head.in_features)
+    torch.testing.assert_close(output.embeddings @ head.weight.T + head.bias, output.logits)
+
+
+def test_an_unknown_backbone_gets_the_nearest_suggested() -> None:
+    with pytest.raises(UserError, match="did you mean 'mobilenetv3_small_100'"):
+        Classifier("mobilenet_v3_small_100", 2, 1)
+
+
+def test_the_same_run_twice_is_the_same_to_the_bit(tiny: TrainConfig, tmp_path: Path) -> None:
+    config = replace(tiny, loss="ce+bst", batches="mined")
+    task = make_task(config)
+    runs = [RunFolder(tmp_path / name) for name in "ab"]
+    metrics = [train(config, task, run) for run in runs]
+    assert metrics[0] == metrics[1]
+    assert log_of(runs[0]) == log_of(runs[1])
+    for name in ("predictions.csv", "metrics.json", "config.json", "embeddings.npz", "best.pt"):
+        contents = [(run.path / name).read_bytes() for run in runs]
+        assert contents[0] == contents[1], name
+
+
+def test_schemes_start_from_the_same_weights_and_split(tiny: TrainConfig, tmp_path: Path) -> None:
+    """With a rate of nearly nothing, the trained weights are the initial ones."""
+    weights, data = [], []
+    for loss in LOSSES:
+        for batches in BATCHES:
+            config = replace(tiny, loss=loss, batches=batches, epochs=1, lr=1e-12, lr_floor=0.0)
+            run = RunFolder(tmp_path / f"{loss}{batches}")
+            train(config, make_task(config), run)
+            state = load_checkpoint(run.path / LAST)["model"]
+            weights.append([v for k, v in state.items() if k.endswith(("weight", "bias"))])
+            data.append(json.loads((run.path / "environment.json").read_text())["data"])
+    for other in weights[1:]:
+        for mine, theirs in zip(weights[0], other, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9)
+    assert all(other == data[0] for other in data)
+
+
+def test_seeds_start_from_different_weights(tiny: TrainConfig, tmp_path: Path) -> None:
+    states = []
+    for seed in range(2):
+        config = replace(tiny, epochs=1, lr=1e-12, seed=seed)
+        train(config, make_task(config), RunFolder(tmp_path / str(seed)))
+        states.append(load_checkpoint(tmp_path / str(seed) / LAST)["model"])
+    name = next(name for name in states[0] if name.endswith("weight") and states[0][name].ndim == 4)
+    assert not torch.equal(states[0][name], states[1][name])
+
+
+def test_schedule_and_stop_follow_the_recipe(tiny: TrainConfig, tmp_path: Path) -> None:
+    """The logged rates and the last epoch are those that Keras' callbacks give for the losses."""
+    config = replace(
+        tiny, epochs=120, lr=0.1, lr_patience=2, lr_floor=4e-3, stop_patience=12, stop_delta=0.01
+    )
+    run = RunFolder(tmp_path / "run")
+    metrics = train(config, make_task(config), run)
+    log = log_of(run)
+    best, wait, lr = math.inf, 0, config.lr
+    for row in log:
+        assert row["lr"] == pytest.approx(lr)
+        wait += 1
+        if row["train_loss"] < best:
+            best, wait = row["train_loss"], 0
+        if wait >= config.lr_patience:
+            lr, wait = max(lr * config.lr_factor, config.lr_floor), 0
+    assert log[-1]["lr"] < config.lr, "the rate never fell: nothing was tested"
+    losses = [row["validation_loss"] for row in log]
+    waits = [keras_wait(losses[: n + 1], config.stop_delta) for n in range(len(log))]
+    assert waits[-1] == config.stop_patience or len(log) == config.epochs
+    assert max(waits[:-1]) < config.stop_patience
+    assert len(log) < config.epochs, "the run never stopped early: nothing was tested"
+    assert metrics["epochs"] == len(log)
+    assert metrics["best_epoch"] == losses.index(min(losses)) + 1
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_evaluated_model_is_that_of_the_lowest_validation_loss(
+    tiny: TrainConfig, tmp_path: Path, loss: str
+) -> None:
+    config = replace(tiny, loss=loss, epochs=6, bst_weight=0.7, margin=0.8)
+    task = make_task(config)
+    run = RunFolder(tmp_path / "run")
+    metrics = train(config, task, run)
+    trained = load_trained(run)
+    output, labels = embed(trained.model, task.validation, trained.device)
+    cross_entropy = torch.nn.functional.cross_entropy(output.logits, labels)
+    criterion = CrossEntropyBSTripletLoss(weight=0.7, margin=0.8)
+    whole = criterion(*output, labels) if loss == "ce+bst" else cross_entropy
+    log = log_of(run)
+    best = log[metrics["best_epoch"] - 1]
+    assert best["validation_loss"] == min(row["validation_loss"] for row in log)
+    assert best["validation_loss"] == pytest.approx(whole.item(), rel=1e-5)
+    for row in log:
+        bst = 0.0 if row["train_bst"] is None else row["train_bst"]
+        assert (row["train_bst"] is None) == (loss == "ce")
+        assert row["train_loss"] == pytest.approx(row["train_ce"] + 0.7 * bst, rel=1e-6)
+
+
+def test_results_agree_with_each_other(tiny: TrainConfig, tmp_path: Path) -> None:
+    task = make_task(tiny)
+    run = RunFolder(tmp_path / "run")
+    metrics = train(tiny, task, run)
+    with (run.path / "predictions.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["file"] for row in rows] == list(task.test.files)
+    scores = np.array([[float(row[f"prob_{name}"]) for name in task.classes] for row in rows])
+    np.testing.assert_allclose(scores.sum(axis=1), 1, rtol=1e-12)
+    assert [row["label"] for row in rows] == [task.classes[i] for i in task.test.labels]
+    assert [row["predicted"] for row in rows] == [task.classes[i] for i in scores.argmax(axis=1)]
+    stored = json.loads((run.path / "metrics.json").read_text())
+    assert stored == metrics
+    assert classification_metrics(task.test.labels, scores, task.classes).items() <= stored.items()
+    with np.load(run.path / "embeddings.npz") as saved:
+        assert saved["embeddings"].dtype == np.float32
+        assert saved["embeddings"].shape[0] == len(task.train)
+        np.testing.assert_array_equal(saved["labels"], task.train.labels)
+        assert tuple(saved["classes"]) == task.classes
+
+
+def test_it_learns(tiny: TrainConfig, tmp_path: Path) -> None:
+    config = replace(tiny, loss="ce+bst", batches="mined", train_per_class=20, epochs=15, lr=3e-3)
+    metrics = train(config, make_task(config), RunFolder(tmp_path / "run"))
+    assert metrics["accuracy"] > 0.6  # chance is 0.1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny: TrainConfig, tmp_path: Path) -> None:
+    config = replace(tiny, lr=1e30, epochs=20)
+    with pytest.raises(UserError, match=r"_loss became (nan|inf) in epoch \d+ .*--lr"):
+        train(config, make_task(config), RunFolder(tmp_path / "run"))
+    assert not RunFolder(tmp_path / "run").finished
