@@ -14,6 +14,7 @@ from bstriplet.config import (
     Scheme,
     TrainConfig,
     add_options,
+    describe_difference,
     given_options,
 )
 from bstriplet.errors import UserError, one_line
@@ -21,7 +22,8 @@ from bstriplet.errors import UserError, one_line
 DEFAULT_SCHEMES = ("ce:random", "ce+bst:mined")
 DEFAULT_SEEDS = (0, 1, 2)
 
-# The commands import torch, timm and scikit-learn when they run: help and bad options are instant.
+# The commands import torch, timm and scikit-learn after a look at what was typed: help and most
+# mistakes are answered at once.
 
 
 class _Parser(argparse.ArgumentParser):
@@ -139,6 +141,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    given = given_options(options)
+    config = TrainConfig(**given)
+
     from bstriplet import report
     from bstriplet.backbones import check_backbone
     from bstriplet.data import load_dataset, split_dataset
@@ -146,13 +151,11 @@ def _train(options: argparse.Namespace) -> None:
     from bstriplet.training import train
 
     run = RunFolder(options.out)
-    given = given_options(options)
     if options.resume and run.started:
         config = replace(run.config(), **given)
         run.check_config(config)
     else:
         check_new(options.out)
-        config = TrainConfig(**given)
     check_backbone(config.backbone)
     dataset = load_dataset(config.data, config.image_size, skip_broken=config.skip_broken)
     task = split_dataset(dataset, config)
@@ -169,16 +172,17 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from bstriplet.compare import Plan, read_plan, started
-    from bstriplet.config import describe_difference
-    from bstriplet.runs import check_new
-
     given = given_options(options)
+    config = TrainConfig(**given)
     schemes = tuple(Scheme.parse(text) for text in options.schemes or ())
     seeds = tuple(options.seeds or ())
     for name, values in (("--schemes", schemes), ("--seeds", seeds)):
         if len(set(values)) < len(values):
             raise UserError(f"{name}: one of them is given twice; give each once")
+
+    from bstriplet.compare import Plan, read_plan, started
+    from bstriplet.runs import check_new
+
     if options.resume and started(options.out):
         plan = read_plan(options.out)
         difference = describe_difference(replace(plan.config, **given), plan.config)
@@ -194,7 +198,7 @@ def _compare(options: argparse.Namespace) -> None:
     else:
         check_new(options.out)
         plan = Plan(
-            config=TrainConfig(**given),
+            config=config,
             schemes=schemes or tuple(Scheme.parse(text) for text in DEFAULT_SCHEMES),
             seeds=seeds or DEFAULT_SEEDS,
         )

@@ -53,7 +53,7 @@ class TrainConfig:
         0.2,
         "share of each class that tests where there is no test folder",
         minimum=0.01,
-        maximum=0.9,
+        maximum=0.5,
     )
     validation: str = _option(
         "train",
@@ -62,7 +62,7 @@ class TrainConfig:
         choices=("train", "test"),
     )
     validation_fraction: float = _option(
-        0.2, "share of each class that validates", minimum=0.01, maximum=0.9
+        0.2, "share of each class that validates", minimum=0.01, maximum=0.5
     )
     skip_broken: bool = _option(False, "leave out images that cannot be read instead of stopping")
     backbone: str = _option("mobilenetv3_small_100", "any classification model of timm, by name")
@@ -82,7 +82,7 @@ class TrainConfig:
     epochs: int = _option(400, "epochs at most", minimum=1)
     lr: float = _option(1e-3, "initial learning rate of Adam", minimum=1e-12)
     lr_factor: float = _option(
-        0.3, "factor on the learning rate when the training loss stalls", minimum=0.01, maximum=0.99
+        0.3, "factor on the learning rate when the training loss stalls", minimum=0.01, maximum=0.59
     )
     lr_patience: int = _option(
         20, "epochs without a better training loss before the rate falls", minimum=1

@@ -78,7 +78,7 @@ def epochs_without_improvement(losses: list[float], delta: float) -> int:
 def train(config: TrainConfig, task: Task, run: RunFolder) -> Row:
     """Train a run to its end, from its last checkpoint where it has one, and return its metrics.
 
-       A finished run is left as it is, and a folder that another process writes to is refused. The
+    A finished run is left as it is, and a folder that another process writes to is refused. The
     evaluated model is that of the epoch with the lowest validation loss: the test set has no part
     in the choice. Every random number is a function of ``config.seed`` and the epoch, so that a
     run cut anywhere and continued is, on a CPU with the same number of threads, equal bit for bit
