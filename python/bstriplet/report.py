@@ -250,14 +250,18 @@ def _settings(each: Iterable[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """The leaves of nested dicts, their names joined by dots."""
-    leaves: list[tuple[str, Any]] = []
+    """Settings in rows: nested names joined by dots, and an innermost dict on one row."""
+    rows: list[tuple[str, Any]] = []
     for name, value in settings.items():
-        if isinstance(value, dict):
-            leaves += _flat(value, f"{prefix}{name}.")
+        if isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values()):
+            rows += _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, dict):
+            rows.append((prefix + name, ", ".join(f"{k}: {inner}" for k, inner in value.items())))
+        elif isinstance(value, list):
+            rows.append((prefix + name, "; ".join(map(str, value)) or "none"))
         else:
-            leaves.append((prefix + name, value))
-    return leaves
+            rows.append((prefix + name, value))
+    return rows
 
 
 def _count(number: int, noun: str) -> str:

@@ -90,7 +90,12 @@ def write_run(
         "margin": 0.9,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "environment.json").write_text(json.dumps({"python": "3.11", "device": "cpu"}))
+    environment = {
+        "python": "3.11",
+        "packages": {"torch": "2.14", "timm": "1.0"},
+        "data": {"images": {"train": 24, "test": len(test)}, "notes": []},
+    }
+    (folder / "environment.json").write_text(json.dumps(environment))
 
     probabilities = network.predict_proba(images[test])
     with (folder / "predictions.csv").open("w", newline="") as file:

@@ -278,6 +278,9 @@ def test_the_report_stands_alone_and_holds_every_part(compare_folder):
         "backbone mlp",
         "seed 0, 1, 2",
         "python 3.11",
+        "packages torch: 2.14, timm: 1.0",
+        "data.images train: 24, test:",
+        "data.notes none",
     ):
         assert words in text
     names = {file.name for file in (compare_folder / "figures").iterdir()}
