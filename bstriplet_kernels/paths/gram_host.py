@@ -22,10 +22,10 @@ from .second_moments import (
     class_weights,
     half_matrices,
     inverse_norms,
+    mirror,
     others_share,
     own_share,
     quadratic_forms,
-    symmetric,
     through_normalisation,
 )
 
@@ -192,48 +192,51 @@ def column_moments(columns: Side, runs: list[Run]) -> Moments:
         if run.slot is not None:
             slots[run.slot] = moment
         else:
-            small[0] += moment
-            small[1] += run.q * moment
+            small[0].add_(moment)
+            small[1].add_(moment, alpha=run.q)
     return Moments(small.to(slots.dtype), slots)
 
 
 def range_moment(side: Side, start: int, stop: int, weights: Tensor | None = None) -> Tensor:
-    """sum_j w_j u_j u_j^T over a range of a side, [D, D] in float64; weights [N] None: ones.
+    """sum_j w_j u_j u_j^T over a range of a side, [D, D]; weights [N] None: ones.
 
-    Panels are multiplied in the accumulation dtype and added up in float64: the error does not grow
-    with the number of panels.
+    Panels are multiplied in the accumulation dtype; several are added up in float64, so that the
+    error does not grow with their number.
     """
     d = side.embeddings.shape[1]
-    total = torch.zeros(d, d, dtype=torch.float64)
+    several = stop - start > panel_rows(d)
+    total = torch.zeros(d, d, dtype=torch.float64 if several else side.inverse.dtype)
     for a, b in side.panels(start, stop):
         unit = side.units(a, b)
         add_moment(total, unit if weights is None else unit * weights[a:b, None], unit)
-    return symmetric(total)
+    return mirror(total)
 
 
 class Complements:
-    """Sums of matrices over all classes but one, without cancellation, in float64.
+    """Sums of matrices over all classes but one, without cancellation, in `dtype`.
 
     A class with most of the columns is left out of the running sum and added back for the others:
-    subtracting any other class then takes away at most what stays.
+    subtracting any other class then takes away no more than stays.
     """
 
-    def __init__(self, small: Tensor, dominating: int | None) -> None:
-        self.rest = small.double()
+    def __init__(
+        self, small: Tensor, slots: list[tuple[Tensor, float]], dominating: int | None
+    ) -> None:
+        rest = small.double()
+        for slot, (matrix, scale) in enumerate(slots):
+            if slot != dominating:
+                rest.add_(matrix, alpha=scale)
         self.dominating = dominating
-        self.large = torch.zeros_like(self.rest)
-
-    def add(self, slot: int, matrix: Tensor, scale: float = 1.0) -> None:
-        """Add the matrix of a slot."""
-        (self.large if slot == self.dominating else self.rest).add_(matrix, alpha=scale)
-
-    def total(self) -> Tensor:
-        """The sum over all classes."""
-        return self.rest + self.large
+        self.rest = self.total = rest.to(small.dtype)
+        if dominating is not None:
+            matrix, scale = slots[dominating]
+            self.total = rest.add(matrix, alpha=scale).to(small.dtype)
 
     def without(self, slot: int, matrix: Tensor, scale: float = 1.0) -> Tensor:
-        """The sum over all classes but that of a slot, whose matrix this is."""
-        return self.rest if slot == self.dominating else self.total() - scale * matrix
+        """The sum over all classes but that of a slot, whose matrix times scale this is."""
+        if slot == self.dominating:
+            return self.rest
+        return torch.sub(self.total, matrix, alpha=scale)
 
 
 def dominating_slot(runs: list[Run], columns: int) -> int | None:
@@ -247,7 +250,7 @@ def means(
     """The two means of Eq. 3 for each row, [N] each in the rows' given order."""
     dtype = rows.inverse.dtype
     complements = moment_complements(moments, runs, len(columns.order))
-    total = half_matrices((complements.total().to(dtype),))
+    total = half_matrices((complements.total,))
     positive, negative = torch.empty_like(rows.inverse), torch.empty_like(rows.inverse)
     self_sums = (rows.inverse != 0).to(dtype) if own else torch.zeros_like(rows.inverse)  # |u|^4
     for run in runs:
@@ -259,7 +262,7 @@ def means(
                 negative[tile.rows] = run.q * (all_sums - own_sums - self_sums[tile.rows])
             continue
         matrix = moments.slots[run.slot]
-        pair = half_matrices((matrix, complements.without(run.slot, matrix).to(dtype)))
+        pair = half_matrices((matrix, complements.without(run.slot, matrix)))
         for tile in tiles(run, rows, columns):
             own_sums, other_sums = quadratic_forms(tile.unit, pair, 2).unbind(1)
             positive[tile.rows] = run.p * (own_sums - self_sums[tile.rows])
@@ -321,11 +324,8 @@ def block_sums(tile: Tile, columns: Side, own: bool) -> Tensor:
 
 def moment_complements(moments: Moments, runs: list[Run], columns: int) -> Complements:
     """Sums of T_c over all classes but one."""
-    complements = Complements(moments.small[0], dominating_slot(runs, columns))
-    for run in runs:
-        if run.slot is not None:
-            complements.add(run.slot, moments.slots[run.slot])
-    return complements
+    used = [(moments.slots[run.slot], 1.0) for run in runs if run.slot is not None]
+    return Complements(moments.small[0], used, dominating_slot(runs, columns))
 
 
 def gradients(
@@ -339,21 +339,24 @@ def gradients(
     columns = rows if ref_emb is None else Side(ref_emb, *orders[2:])
     runs = make_runs(table[: int((table[:, 2] > 0).sum())], embeddings.shape[1], own)
     a = a[rows.order]
-    moved = moment_complements(moments, runs, len(columns.order))
-    served = Served(rows, a, runs, moments if own else None, len(columns.order))
+    of_columns = moment_complements(moments, runs, len(columns.order))
+    served = weighted_moments(rows, a, runs, moments if own else None)
+    qs = [run.q for run in runs if run.slot is not None]
+    weighted = [(m, q * scale) for q, (m, scale) in zip(qs, served.slots, strict=True)]
+    of_rows = Complements(served.small, weighted, dominating_slot(runs, len(columns.order)))
 
     def row_share(run: Run) -> Tensor:
         if run.slot is None:
-            return 2 * sigma * run.q * moved.total()
+            return 2 * sigma * run.q * of_columns.total
         matrix = slots[run.slot]
-        return own_share(matrix, moved.without(run.slot, matrix), run.p, run.q, sigma)
+        return own_share(matrix, of_columns.without(run.slot, matrix), run.p, run.q, sigma)
 
     def column_share(run: Run) -> Tensor:
         if run.slot is None:
-            return 2 * sigma * served.complements.total()
+            return 2 * sigma * of_rows.total
         matrix, scale = served.slots[run.slot]
-        others = served.complements.without(run.slot, matrix, run.q * scale)
-        return others_share(scale * matrix, others, run.p, sigma)
+        others = of_rows.without(run.slot, matrix, run.q * scale)
+        return others_share(matrix, others, run.p * scale, sigma)
 
     if own:
         return [side_gradient(rows, rows, runs, Weights(a, a), row_share, column_share, sigma)]
@@ -364,39 +367,42 @@ def gradients(
     ]
 
 
-class Served:
-    """What the rows of which a column is a column make of it: q_c A_c summed, and each slot's A_c.
+class Weighted(NamedTuple):
+    """Moment matrices of the rows, weighted with a: A_c of the classes with a slot, in class order.
 
-    slots: (matrix, scale) with A_c = scale * matrix. Where all rows of a class have one weight a,
-    A_c is a T_c, and no product is needed (`moments` of the rows given).
+    small: [D, D], the sum of q_c A_c over the other classes. slots: pairs (matrix, scale) with
+    A_c = scale * matrix.
     """
 
-    def __init__(
-        self, rows: Side, a: Tensor, runs: list[Run], moments: Moments | None, columns: int
-    ) -> None:
-        d = rows.embeddings.shape[1]
-        self.slots: dict[int, tuple[Tensor, float]] = {}
-        blocks = [run for run in runs if run.slot is None]
-        n_small = sum(run.n * run.classes for run in blocks)
-        level = None if moments is None else common_value(a[:n_small])
+    small: Tensor
+    slots: list[tuple[Tensor, float]]
+
+
+def weighted_moments(rows: Side, a: Tensor, runs: list[Run], moments: Moments | None) -> Weighted:
+    """A_c for a in class order. moments: those of the columns where these are the rows, else None.
+
+    Where all rows of a class have one weight, A_c is that times T_c, and costs no product.
+    """
+    small = torch.zeros(rows.embeddings.shape[1], rows.embeddings.shape[1], dtype=torch.float64)
+    slots: list[tuple[Tensor, float]] = []
+    blocks = [run for run in runs if run.slot is None]
+    level = common_value(a[: sum(run.n * run.classes for run in blocks)])
+    if moments is not None and level is not None:
+        small.add_(moments.small[1], alpha=level)
+        blocks = []
+    for run in blocks:
+        moment = range_moment(rows, run.row, run.row + run.n * run.classes, a)
+        small.add_(moment, alpha=run.q)
+    for run in runs:
+        if run.slot is None:
+            continue
+        level = common_value(a[run.row : run.row + run.n])
         if moments is not None and level is not None:
-            small = level * moments.small[1].double()
+            slots.append((moments.slots[run.slot], level))
         else:
-            small = torch.zeros(d, d, dtype=torch.float64)
-            for run in blocks:
-                small += run.q * range_moment(rows, run.row, run.row + run.n * run.classes, a)
-        self.complements = Complements(small, dominating_slot(runs, columns))
-        for run in runs:
-            if run.slot is None:
-                continue
-            level = None if moments is None else common_value(a[run.row : run.row + run.n])
-            if moments is not None and level is not None:
-                matrix, scale = moments.slots[run.slot], level
-            else:
-                exact = range_moment(rows, run.row, run.row + run.n, a)
-                matrix, scale = exact.to(rows.inverse.dtype), 1.0
-            self.slots[run.slot] = matrix, scale
-            self.complements.add(run.slot, matrix, run.q * scale)
+            moment = range_moment(rows, run.row, run.row + run.n, a)
+            slots.append((moment.to(a.dtype), 1.0))
+    return Weighted(small.to(a.dtype), slots)
 
 
 def common_value(a: Tensor) -> float | None:
@@ -445,7 +451,7 @@ def side_gradient(
             continue
         span = slice(run.row, run.row + run.n * run.classes)
         level = 0.0 if weights.rows is None else common_value(weights.rows[span])
-        operator = run_operator(run, level, row_share, column_share).to(rows.inverse.dtype)
+        operator = run_operator(run, level, row_share, column_share)
         for tile in tiles(run, rows, columns):
             a = None if level is not None or weights.rows is None else weights.rows[tile.rows]
             v = apply_operator(tile.unit, operator, a)

@@ -41,18 +41,21 @@ def class_weights(positives: Tensor, columns: int, own: bool) -> tuple[Tensor, T
 
 
 def add_moment(total: Tensor, weighted: Tensor, unit: Tensor) -> None:
-    """Add weighted^T unit to the upper triangle (by blocks) of `total` [D, D]; both [n, D].
+    """Add weighted^T unit to `total` [D, D], down to its diagonal blocks; both [n, D].
 
-    The product is symmetric: blocks above the diagonal are 3/4 of it at D = 128, 9/16 at 512.
+    The product is symmetric: what is computed is 3/4 of it at D = 128, 9/16 at 512.
     """
     for start in range(0, unit.shape[1], _BLOCK):
         block = slice(start, start + _BLOCK)
         total[block, start:] += weighted[:, block].T @ unit[:, start:]
 
 
-def symmetric(upper: Tensor) -> Tensor:
-    """The symmetric matrix whose upper triangle is that of `upper` [D, D]."""
-    return upper.triu() + upper.triu(1).T
+def mirror(total: Tensor) -> Tensor:
+    """`total` [D, D] of `add_moment`, its blocks below the diagonal filled in place."""
+    for start in range(_BLOCK, total.shape[0], _BLOCK):
+        block = slice(start - _BLOCK, start)
+        total[start:, block] = total[block, start:].T
+    return total
 
 
 def half_matrices(matrices: tuple[Tensor, ...]) -> list[Tensor]:
