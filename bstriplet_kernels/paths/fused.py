@@ -46,20 +46,20 @@ def small_blocks(n: int, dtype: torch.dtype) -> Blocks:
     return Blocks(rows, rows, 32, 32, warps, 2 if dtype == torch.float64 else 3)
 
 
-def row_blocks(dtype: torch.dtype) -> Blocks:
-    """Of `tiles.row_sums`."""
+def row_blocks(dtype: torch.dtype, hopper: bool) -> Blocks:
+    """Of `tiles.row_sums`. Hopper's tensor cores take 64 rows for each four warps."""
     if dtype == torch.float64:
         return Blocks(32, 32, 32, 0, 4, 2)
-    return Blocks(64, 64, 32 if dtype == torch.float32 else 64, 0, 4, 3)
+    return Blocks(128 if hopper else 64, 64, 32 if dtype == torch.float32 else 64, 0, 8, 3)
 
 
-def gradient_blocks(dtype: torch.dtype) -> Blocks:
+def gradient_blocks(dtype: torch.dtype, hopper: bool) -> Blocks:
     """Of `tiles.tile_gradient`."""
     if dtype == torch.float64:
         return Blocks(32, 32, 32, 32, 4, 2)
     if dtype == torch.float32:
-        return Blocks(64, 64, 32, 64, 8, 2)
-    return Blocks(64, 64, 64, 128, 8, 3)
+        return Blocks(64, 32, 32, 128, 8, 2)
+    return Blocks(128 if hopper else 64, 64, 64, 128, 8, 3)
 
 
 def precision(dtype: torch.dtype, small: bool = False) -> str:
@@ -88,9 +88,8 @@ def forward(
     ops = torch.ops.bstriplet
     rows, columns = _sides(embeddings, ref_emb)
     inverse = ops.triton_inverse_norms(rows, spec.eps)
-    inverses = (inverse,)
-    if ref_emb is not None:
-        inverses = (inverse, ops.triton_inverse_norms(columns, spec.eps))
+    others = () if ref_emb is None else (ops.triton_inverse_norms(columns, spec.eps),)
+    inverses = (inverse, *others)
     loss, positive, negative, pull = ops.triton_rows(
         rows,
         columns,
@@ -207,6 +206,27 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    if device.type == "cpu" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _aligned(embeddings: Tensor) -> Tensor:
+    """The same rows as tiles want them: see `tiles`. Most are already; else a padded copy."""
+    d = embeddings.shape[1]
+    row, column = embeddings.stride()
+    if column == 1 and row % 16 == 0 and d % 16 == 0 and embeddings.data_ptr() % 16 == 0:
+        return embeddings
+    return torch.nn.functional.pad(embeddings, (0, -d % 16)).contiguous()
+
+
+def _aligned_sides(rows: Tensor, columns: Tensor, own: bool) -> tuple[Tensor, Tensor]:
+    rows = _aligned(rows)
+    return rows, rows if own else _aligned(columns)
+
+
 def _parts(programs: int, column_tiles: int, device: torch.device) -> int:
     """Among how many programs columns are shared out, so that few rows still fill the GPU."""
     return max(1, min(MAX_PARTS, column_tiles, 2 * _processors(device) // programs))
@@ -223,7 +243,7 @@ def _tiles_of(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
     """Define bstriplet::`schema`, run by the decorated function wherever its tensors are."""
     name, arguments = schema.split("(", 1)
     torch.library.define(f"bstriplet::{name}", "(" + arguments, tags=torch.Tag.pt2_compliant_tag)
@@ -329,9 +349,10 @@ def _rows(
     reduction: str,
 ) -> tuple[Tensor, ...]:
     """(loss, positive, negative, pull [2, N]); `own`: the columns are the rows themselves."""
+    rows, columns = _aligned_sides(rows, columns, own)
     n, d = rows.shape
     m = columns.shape[0]
-    blocks = row_blocks(rows.dtype)
+    blocks = row_blocks(rows.dtype, _is_hopper(rows.device))
     row_tiles = _tiles_of(n, blocks.n)
     parts = _parts(row_tiles, _tiles_of(m, blocks.m), rows.device)
     sums = row_inverse.new_empty(2, parts, n)
@@ -341,8 +362,8 @@ def _rows(
         _tiles().row_sums[row_tiles, parts](
             rows,
             columns,
-            row_labels,
-            column_labels,
+            row_labels.contiguous(),
+            column_labels.contiguous(),
             row_inverse,
             column_inverse,
             sums,
@@ -350,10 +371,8 @@ def _rows(
             n,
             m,
             d,
-            *rows.stride(),
-            *columns.stride(),
-            row_labels.stride(0),
-            column_labels.stride(0),
+            rows.stride(0),
+            columns.stride(0),
             int(own),
             int(signed),
             PRECISION=precision(rows.dtype),
@@ -400,9 +419,11 @@ def _gradient(
     signed: bool,
 ) -> Tensor:
     """The gradient of `rows`, [N, D] in their dtype, given dL/dL or, for each row, dL/dl_i."""
+    width = rows.shape[1]
+    rows, columns = _aligned_sides(rows, columns, own)
     n, d = rows.shape
     m = columns.shape[0]
-    blocks = gradient_blocks(rows.dtype)
+    blocks = gradient_blocks(rows.dtype, _is_hopper(rows.device))
     row_tiles, slices = _tiles_of(n, blocks.n), _tiles_of(d, blocks.v)
     parts = _parts(row_tiles * slices, _tiles_of(m, blocks.m), rows.device)
     dtype = rows.dtype if parts == 1 else row_inverse.dtype
@@ -411,8 +432,8 @@ def _gradient(
         _tiles().tile_gradient[row_tiles, slices, parts](
             rows,
             columns,
-            row_labels,
-            column_labels,
+            row_labels.contiguous(),
+            column_labels.contiguous(),
             row_inverse,
             column_inverse,
             row_pull,
@@ -422,10 +443,8 @@ def _gradient(
             n,
             m,
             d,
-            *rows.stride(),
-            *columns.stride(),
-            row_labels.stride(0),
-            column_labels.stride(0),
+            rows.stride(0),
+            columns.stride(0),
             upstream.stride(0) if upstream.dim() else 0,
             int(own),
             int(signed),
@@ -437,7 +456,8 @@ def _gradient(
             num_warps=blocks.warps,
             num_stages=blocks.stages,
         )
-    return partial.view(n, d) if parts == 1 else partial.sum(dim=0).to(rows.dtype)
+    gradient = partial[0] if parts == 1 else partial.sum(dim=0).to(rows.dtype)
+    return gradient if width == d else gradient[:, :width].contiguous()
 
 
 @torch.library.register_fake("bstriplet::triton_loss_and_gradient")

@@ -3,7 +3,9 @@
 Index names follow DESIGN: i runs over rows, j over the columns they are compared with (the rows
 themselves, `own`, or `ref_emb`), k over the embedding's dimension. Every address is formed in 64
 bits. Kernels are compiled once for a dtype and a block shape: n and m are never specialised on, so
-a ragged batch compiles nothing.
+a ragged batch compiles nothing. Where rows are loaded again and again (`row_sums`,
+`tile_gradient`), they are contiguous, start at multiples of 16 elements and are as long: loads then
+take 16 bytes and few registers.
 
 Products take embeddings as they are stored, never normalised: s_ij = (f_i . f_j) / (n_i n_j).
 Half-precision products are exact in the float32 accumulator; float32 ones follow PRECISION.
@@ -25,7 +27,7 @@ def _operand(x):
 
 
 @triton.jit
-def _load_block(matrix, i, k, n, d, stride_n, stride_d):
+def _load_block(matrix, i, k, n, d, stride_n, stride_d=1):
     """matrix[i, k] as a [len(i), len(k)] block, 0 beyond its n rows and d columns."""
     address = matrix + i[:, None].to(tl.int64) * stride_n + k[None, :].to(tl.int64) * stride_d
     return tl.load(address, mask=(i < n)[:, None] & (k < d)[None, :], other=0.0)
@@ -180,10 +182,8 @@ def _projections(
     n,
     m,
     d,
-    stride_n,
-    stride_d,
-    column_stride_n,
-    column_stride_d,
+    stride,
+    column_stride,
     PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -192,8 +192,8 @@ def _projections(
     raw = tl.zeros((i.shape[0], j.shape[0]), dtype=acc)
     for start in range(0, d, BLOCK_D):
         k = start + tl.arange(0, BLOCK_D)
-        f_i = _operand(_load_block(rows, i, k, n, d, stride_n, stride_d))
-        f_j = _operand(_load_block(columns, j, k, m, d, column_stride_n, column_stride_d))
+        f_i = _operand(_load_block(rows, i, k, n, d, stride))
+        f_j = _operand(_load_block(columns, j, k, m, d, column_stride))
         raw = tl.dot(f_i, tl.trans(f_j), raw, input_precision=PRECISION, out_dtype=acc)
     return raw * row_inverse[:, None]
 
@@ -218,12 +218,8 @@ def row_sums(
     n,
     m,
     d,
-    stride_n,
-    stride_d,
-    column_stride_n,
-    column_stride_d,
-    row_label_stride,
-    column_label_stride,
+    stride,
+    column_stride,
     own,
     signed,
     PRECISION: tl.constexpr,
@@ -240,7 +236,7 @@ def row_sums(
     part = tl.program_id(1)
     parts = tl.num_programs(1)
     i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    label_i = _load_vector(row_labels, i, n, row_label_stride)
+    label_i = _load_vector(row_labels, i, n)
     inverse_i = _load_vector(row_inverse, i, n)
     positive = tl.zeros((BLOCK_N,), dtype=acc)
     negative = tl.zeros((BLOCK_N,), dtype=acc)
@@ -257,15 +253,13 @@ def row_sums(
             n,
             m,
             d,
-            stride_n,
-            stride_d,
-            column_stride_n,
-            column_stride_d,
+            stride,
+            column_stride,
             PRECISION,
             BLOCK_D,
         )
         phi = _phi(projection * _load_vector(column_inverse, j, m)[None, :], signed)
-        same = label_i[:, None] == _load_vector(column_labels, j, m, column_label_stride)[None, :]
+        same = label_i[:, None] == _load_vector(column_labels, j, m)[None, :]
         pair = (j < m)[None, :] & ((own == 0) | (i[:, None] != j[None, :]))
         positive += tl.sum(tl.where(pair & same, phi, 0.0), axis=1)
         negative += tl.sum(tl.where(pair & ~same, phi, 0.0), axis=1)
@@ -334,12 +328,19 @@ def finish_rows(
 
 @triton.jit
 def _load_pull(pull, upstream, i, n, stride):
-    """Row i's weight on its positives and on its negatives; what is inactive is exactly 0."""
+    """Row i's weight on its positives and on its negatives, exactly 0 where it is inactive."""
     p = _load_vector(pull, i, n)
     q = _load_vector(pull + n.to(tl.int64), i, n)
-    is_active = (p != 0) | (q != 0)
-    g = tl.load(upstream + i.to(tl.int64) * stride, mask=is_active, other=0)
-    return p * g, q * g, tl.max(is_active.to(tl.int32), axis=0)
+    g = tl.load(upstream + i.to(tl.int64) * stride, mask=(p != 0) | (q != 0), other=0)
+    return p * g, q * g
+
+
+@triton.jit
+def _any_active(pull, i, n):
+    """1 where a row of the tile has h_i > 0, else 0."""
+    p = _load_vector(pull, i, n)
+    q = _load_vector(pull + n.to(tl.int64), i, n)
+    return tl.max(((p != 0) | (q != 0)).to(tl.int32), axis=0)
 
 
 @triton.jit(do_not_specialize=["n", "m", "own", "signed", "upstream_stride"])
@@ -357,12 +358,8 @@ def tile_gradient(
     n,
     m,
     d,
-    stride_n,
-    stride_d,
-    column_stride_n,
-    column_stride_d,
-    row_label_stride,
-    column_label_stride,
+    stride,
+    column_stride,
     upstream_stride,
     own,
     signed,
@@ -385,16 +382,16 @@ def tile_gradient(
     part = tl.program_id(2)
     i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    label_i = _load_vector(row_labels, i, n, row_label_stride)
+    label_i = _load_vector(row_labels, i, n)
     inverse_i = _load_vector(row_inverse, i, n)
-    p_i, q_i, row_active = _load_pull(row_pull, upstream, i, n, upstream_stride)
+    p_i, q_i = _load_pull(row_pull, upstream, i, n, upstream_stride)
+    row_active = _any_active(row_pull, i, n)
     v = tl.zeros((BLOCK_N, BLOCK_V), dtype=acc)
     along = tl.zeros((BLOCK_N,), dtype=acc)
     first, last = _share(tl.cdiv(m, BLOCK_M), tl.num_programs(2), part)
     for tile in range(first, last):
         j = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        p_j, q_j, column_active = _load_pull(column_pull, upstream, j, m, upstream_stride)
-        if row_active + column_active > 0:
+        if row_active + _any_active(column_pull, j, m) > 0:
             projection = _projections(
                 rows,
                 columns,
@@ -404,24 +401,23 @@ def tile_gradient(
                 n,
                 m,
                 d,
-                stride_n,
-                stride_d,
-                column_stride_n,
-                column_stride_d,
+                stride,
+                column_stride,
                 PRECISION,
                 BLOCK_D,
             )
             inverse_j = _load_vector(column_inverse, j, m)[None, :]
-            label_j = _load_vector(column_labels, j, m, column_label_stride)
+            label_j = _load_vector(column_labels, j, m)
+            p_j, q_j = _load_pull(column_pull, upstream, j, m, upstream_stride)
             same = label_i[:, None] == label_j[None, :]
             pair = (j < m)[None, :] & ((own == 0) | (i[:, None] != j[None, :]))
             w = tl.where(same, p_i[:, None] + p_j[None, :], q_i[:, None] + q_j[None, :])
             w = w * _phi_slope(projection * inverse_j, signed) * inverse_j
             w = _weight_operand(tl.where(pair, w, 0.0), element, PRECISION)
             along += tl.sum(w.to(acc) * projection, axis=1)
-            f_j = _load_block(columns, j, k, m, d, column_stride_n, column_stride_d).to(w.dtype)
+            f_j = _load_block(columns, j, k, m, d, column_stride).to(w.dtype)
             v = tl.dot(w, f_j, v, input_precision=PRECISION, out_dtype=acc)
-    f_i = _load_block(rows, i, k, n, d, stride_n, stride_d).to(acc)
+    f_i = _load_block(rows, i, k, n, d, stride).to(acc)
     v = (v - f_i * (along * inverse_i)[:, None]) * inverse_i[:, None]
     out = gradient + (part.to(tl.int64) * n + i[:, None]) * d + k[None, :]
     tl.store(out, v, mask=(i < n)[:, None] & (k < d)[None, :])
