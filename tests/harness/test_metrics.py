@@ -11,7 +11,7 @@ from bstriplet.metrics import classification_metrics, positive_class
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-CASES = settings(derandomize=True, deadline=None, max_examples=150)
+CASES = settings(derandomize=True, deadline=None, max_examples=80)
 
 
 @st.composite
