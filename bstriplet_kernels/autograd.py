@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import reference
 from .paths import PATHS
-from .spec import Rows, Spec
+from .spec import Gradients, Rows, Spec
 
 _N_INPUTS = 6  # embeddings, ref_emb, labels, ref_labels, spec, path
 
@@ -81,18 +81,28 @@ class BatchSimilarity(torch.autograd.Function):
 
 
 class EagerBatchSimilarity(torch.autograd.Function):
-    """`BatchSimilarity` without what only torch.func needs, a quarter of the time at N_b = 36.
+    """`BatchSimilarity` without what only torch.func needs, a third of the time at N_b = 36.
 
     A Function with a separate setup_context has its arguments bound to their names on every call.
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        outputs = BatchSimilarity.forward(*inputs)
-        BatchSimilarity.setup_context(ctx, inputs, outputs)
-        return outputs
+        *tensors, spec, path = inputs
+        with _without_autocast(tensors[0].device):
+            loss, rows, state = PATHS[path].forward(*tensors, spec)
+        ctx.save_for_backward(*tensors, *rows, *state)
+        ctx.spec, ctx.path, ctx.has_gradients = spec, path, isinstance(state, Gradients)
+        ctx.mark_non_differentiable(*rows)
+        ctx.set_materialize_grads(False)
+        return loss, *rows
 
-    backward = BatchSimilarity.backward
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None or not ctx.has_gradients or torch.is_grad_enabled():
+            return BatchSimilarity.backward(ctx, grad_loss)
+        embeddings, ref_emb, _, _, _, _, *grads = ctx.saved_tensors
+        return *Gradients(grads).times(grad_loss, embeddings, ref_emb), None, None, None, None
 
 
 def _gradient(

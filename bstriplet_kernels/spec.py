@@ -37,6 +37,23 @@ State = tuple[Tensor, ...]
 """What a path's backward wants kept from its forward."""
 
 
+class Gradients(tuple[Tensor, ...]):
+    """A state that is the gradient already, for an upstream of 1, in the accumulation dtype.
+
+    Of the embeddings and, where there is one, of ref_emb. Not in the dtype of half embeddings: the
+    upstream number, a loss scale for one, must come in before what is small can underflow.
+    """
+
+    __slots__ = ()
+
+    def times(
+        self, grad_loss: Tensor, embeddings: Tensor, ref_emb: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradients for an upstream of `grad_loss`, in their inputs' dtypes."""
+        grad = (self[0] * grad_loss).to(embeddings.dtype)
+        return grad, None if ref_emb is None else (self[1] * grad_loss).to(ref_emb.dtype)
+
+
 def _nothing_missing() -> None:
     return None
 

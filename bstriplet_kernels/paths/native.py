@@ -13,7 +13,7 @@ from pathlib import Path as File
 import torch
 from torch import Tensor
 
-from ..spec import Path, Rows, Spec, State, accumulation_dtype, reduce_losses
+from ..spec import Gradients, Path, Rows, Spec, State, accumulation_dtype, reduce_losses
 
 _REINSTALL = (
     "reinstall bstriplet-kernels where torch and a C++ compiler are, with "
@@ -88,11 +88,7 @@ def forward(
     ref_labels: Tensor | None,
     spec: Spec,
 ) -> tuple[Tensor, Rows, State]:
-    """One call, which brings the gradient too where one number will come from upstream.
-
-    That gradient is kept in the accumulation dtype: in float16 it could underflow before the
-    upstream gradient, a loss scale for one, is there to multiply it.
-    """
+    """One call, which brings the gradient too where one number will come from upstream."""
     scalar = spec.reduction != "none"
     loss, positive, negative, *grads = _batch_similarity(
         embeddings,
@@ -110,7 +106,7 @@ def forward(
         return reduce_losses(rows, spec), rows, ()
     if not spec.wants_gradient:
         return loss, rows, ()
-    return loss, rows, tuple(grads[: 1 if ref_emb is None else 2])
+    return loss, rows, Gradients(grads[: 1 if ref_emb is None else 2])
 
 
 def backward(
@@ -125,24 +121,21 @@ def backward(
 ) -> tuple[Tensor, Tensor | None]:
     """The forward's gradient times the upstream number, or a call with an upstream for each row."""
     if state:
-        grads = [grad * grad_loss for grad in state]
-    else:
-        n = embeddings.shape[0]
-        upstream = grad_loss / n if spec.reduction == "mean" else grad_loss
-        _, _, _, *grads = _batch_similarity(
-            embeddings,
-            ref_emb,
-            labels,
-            ref_labels,
-            upstream.expand(n),
-            *spec[:3],
-            spec.eps,
-            spec.reduction == "mean",
-            True,
-        )
-    if ref_emb is None:
-        return grads[0].to(embeddings.dtype), None
-    return grads[0].to(embeddings.dtype), grads[1].to(ref_emb.dtype)
+        return Gradients(state).times(grad_loss, embeddings, ref_emb)
+    n = embeddings.shape[0]
+    upstream = grad_loss / n if spec.reduction == "mean" else grad_loss
+    *_, grad, grad_ref = _batch_similarity(
+        embeddings,
+        ref_emb,
+        labels,
+        ref_labels,
+        upstream.expand(n),
+        *spec[:3],
+        spec.eps,
+        False,
+        True,
+    )
+    return grad.to(embeddings.dtype), None if ref_emb is None else grad_ref.to(ref_emb.dtype)
 
 
 PATH = Path(forward, backward, missing, refuses)
