@@ -77,10 +77,10 @@ def peak_memory(call: Callable[[], Any], device: str) -> tuple[Any, Memory]:
         result = call()
         torch.cuda.synchronize()
         return result, Memory(torch.cuda.max_memory_allocated() - before, None)
-    before = _reset_resident_peak()
+    resident = _reset_resident_peak()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         result = call()
-        peak = None if before is None else max(0, _status("VmHWM") - before)
+        grown = None if resident is None else max(0, _status("VmHWM") - resident)
     assert recorded.profiler is not None
     events = recorded.profiler.kineto_results.events()
     changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
@@ -88,7 +88,7 @@ def peak_memory(call: Callable[[], Any], device: str) -> tuple[Any, Memory]:
     for _, change in sorted(changes, key=lambda change: change[0]):
         held += change
         most = max(most, held)
-    return result, Memory(most, peak)
+    return result, Memory(most, grown)
 
 
 def _reset_resident_peak() -> int | None:

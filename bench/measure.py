@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ OUT_OF_MEMORY = "out of memory"
 CALL_LIMIT_S = 60.0
 COMPILE_LIMIT_S = 300.0
 _FREE_CALL_S = 3.0
+_LARGE_N = 8192
 _MOST_BUFFERS = 512
 
 
@@ -87,15 +90,16 @@ def measure(job: Job, tell: Callable[[Starting], None]) -> list[Row]:
 def _examine(
     candidate: _Candidate, problem: Problem, gate: Gate, flops: dict[str, int]
 ) -> str | None:
-    """One warm call, counted, its memory measured, its result judged; why it is refused, or None.
+    """One call, counted, its memory measured, its result judged; why it is refused, or None.
 
-    A first call of more than 3 s is not repeated for being cold.
+    Small cases are warm before; the time of large ones dwarfs what is cold.
     """
     provider, case = candidate.provider, problem.case
     candidate.step = step = provider.make(problem)
     is_compiled = provider.group == COMPILED
-    seconds = timing.seconds_once(lambda: step(problem.x, problem.labels), case.device)
     operations = Operations()
+    if case.n < _LARGE_N or is_compiled:
+        step(problem.x, problem.labels)
 
     def call() -> Any:
         if is_compiled:
@@ -103,19 +107,20 @@ def _examine(
         with operations:
             return step(problem.x, problem.labels)
 
+    start = time.perf_counter()
     (loss, gradient), memory = peak_memory(call, case.device)
+    seconds = time.perf_counter() - start
     errors = gate.judge(provider, loss, gradient)
     del loss, gradient
-    if seconds < _FREE_CALL_S or is_compiled:
-        seconds = timing.seconds_once(lambda: step(problem.x, problem.labels), case.device)
+    if seconds < _FREE_CALL_S:
+        seconds = timing.expected_seconds(lambda: step(problem.x, problem.labels), case.device)
     candidate.call_s = seconds
     path = _path(provider, problem)
-    if is_compiled:
+    count: tuple[int | None, int | None] = (operations.flops, operations.bytes)
+    if is_compiled:  # what is fused is not seen; the products are those of what it compiles
         count = (flops.get(provider.base), None)
     elif operations.opaque:
         count = costs.path_cost(path, case, problem.labels) or (None, None)
-    else:
-        count = (operations.flops, operations.bytes)
     if count[0] is not None:
         flops[provider.name] = count[0]
     candidate.row = _examined(candidate.row, problem, gate, errors, memory)
@@ -168,7 +173,7 @@ def _time(
 def _turn(step: Step, problem: Problem, mode: str) -> timing.Turn:
     if problem.case.device != "cuda":
         return timing.cpu_turn(lambda: step(problem.x, problem.labels))
-    calls = [lambda x=x: step(x, problem.labels) for x in _rotated(problem)]
+    calls: list[timing.Call] = [partial(step, x, problem.labels) for x in _rotated(problem)]
     return timing.graph_turn(calls) if mode == GRAPH else timing.cuda_turn(cycle(calls))
 
 

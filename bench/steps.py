@@ -25,7 +25,7 @@ _MARGIN = 0.9
 def providers() -> dict[str, Provider]:
     """Cross entropy alone; with our loss; with the paper-literal form (Eq. 7, lambda = 1)."""
     missing = None if importlib.util.find_spec("timm") else "timm"
-    every = (
+    every: tuple[tuple[str, str, Callable[..., Any] | None], ...] = (
         (CE, BASELINE, None),
         (CE_AUTO, OURS, partial(bstriplet_loss, margin=_MARGIN)),
         (CE_NAIVE, BASELINE, partial(naive_loss, margin=_MARGIN)),
@@ -53,7 +53,7 @@ def _backbone(name: str, classes: int) -> Any:
     return timm.create_model(name, num_classes=classes, in_chans=1)
 
 
-def _step(loss: Callable[[Tensor, Tensor], Tensor] | None, problem: Problem) -> Step:
+def _step(loss: Callable[..., Any] | None, problem: Problem) -> Step:
     """Forward, loss, backward and Adam's step."""
     case = problem.case
     model = _backbone(case.backbone, case.c).to(case.device).train()

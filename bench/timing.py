@@ -1,11 +1,11 @@
-"""The one timing loop: variants take turns, in an order that changes, until each has its samples."""
+"""The one timing loop: variants take turns, in a changing order, until each has its samples."""
 
 from __future__ import annotations
 
 import gc
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -91,7 +91,7 @@ def cuda_turn(calls: Iterator[Call]) -> Turn:
     return turn
 
 
-def graph_turn(calls: list[Call]) -> Turn:
+def graph_turn(calls: Sequence[Call]) -> Turn:
     """Replays of one CUDA graph that holds every call once, each on its own buffer."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -123,6 +123,13 @@ def seconds_once(call: Call, device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def expected_seconds(call: Call, device: str) -> float:
+    """The least of a few calls, or of one where it is long: what to plan samples with."""
+    first = seconds_once(call, device)
+    more = min(5, int(0.1 / max(first, 1e-9)))
+    return min([first, *(seconds_once(call, device) for _ in range(more))])
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from .table import Row
 
 _MEMORY_SHARE = 0.9
 _PROBLEM_LIMIT_S = 300.0
+_GRACE_S = 2.0
 _KILLED_BY_SYSTEM = -9
 
 
@@ -55,12 +56,13 @@ class Worker:
             provider, limit, since = message.provider, message.limit_s, time.monotonic()
 
     def stop(self) -> None:
-        """End the process, whatever it is doing."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
+        """End the process: an idle one returns by itself, a busy one is killed."""
         if self._connection is not None:
             self._connection.close()
+        if self._process is not None:
+            self._process.join(_GRACE_S)
+            self._process.kill()
+            self._process.join()
         self._process = self._connection = None
 
     def _start(self) -> Connection:

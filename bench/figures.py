@@ -1,0 +1,359 @@
+"""`python -m bench.figures`: the pictures of every device, from its CSV files alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from bstriplet.figures import INK, MUTED, PAPER, STYLE
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import PercentFormatter
+
+from . import table
+from .cases import FORWARD_BACKWARD, TRAINING_STEP
+from .providers import EMPTY, MOMENT_PRODUCTS, PAIR_PRODUCTS
+from .steps import CE
+from .table import EAGER, GRAPH, Row
+
+Draw = Callable[[Sequence[Row]], Figure]
+_COLOURS = {
+    "auto": "#b8430f", "native": "#ea9a55", "gram": "#d6658f", "triton": "#8c2f39",
+    "reference": "#a6761d", "naive": "#1f5fa8", "eager": "#6aa5d8", "compiled naive": "#14705a",
+    "compiled eager": "#5fb39a", "pml contrastive": "#6b3fa0", "pml SupCon": "#9a77c7",
+    "pml lifted": "#b9a3d8", "pml triplet": "#d8b4e2", "tiled SupCon": "#5c6370",
+    EMPTY: "#9aa0a8", PAIR_PRODUCTS: "#4a4f57", MOMENT_PRODUCTS: "#4a4f57",
+}  # fmt: skip
+_DASHED = {EMPTY: ":", PAIR_PRODUCTS: "--", MOMENT_PRODUCTS: "-."}
+_PATHS = ("reference", "native", "gram", "triton")
+_LABELS = {1e-3: "1 µs", 1e-2: "10 µs", 0.1: "0.1 ms", 1: "1 ms", 10: "10 ms", 100: "0.1 s",
+           1e3: "1 s", 1e4: "10 s", 1e5: "100 s"}  # fmt: skip
+
+
+def main() -> int:
+    """Draw all that the results allow."""
+    for folder in table.devices():
+        for path in draw_all(folder):
+            print(path)
+    return 0
+
+
+def draw_all(folder: Path) -> list[Path]:
+    """The pictures of one device, in its folder, as far as their suites were measured."""
+    rows = [row for row in table.read_device(folder) if row.is_measured]
+    drawn = []
+    with matplotlib.rc_context(STYLE):
+        for name, suite, draw in _PICTURES:
+            chosen = [row for row in rows if row.suite == suite]
+            if not chosen:
+                continue
+            figure = draw(chosen)
+            figure.suptitle(
+                chosen[0].device, x=0.995, y=0.995, ha="right", va="top", color=MUTED, fontsize=8.5
+            )
+            path = folder / f"{name}.png"
+            figure.savefig(path)
+            drawn.append(path)
+    return drawn
+
+
+def paper(rows: Sequence[Row]) -> Figure:
+    """Time against N_b = 6 ... 36 for forward and for forward and backward."""
+    operations = sorted({row.operation for row in rows})
+    figure, panels = _panels(len(operations))
+    for axes, operation in zip(panels, operations, strict=True):
+        chosen = [row for row in _best_mode(rows) if row.operation == operation]
+        _lines(axes, chosen, lambda row: row.ms, skip=(MOMENT_PRODUCTS,))
+        axes.set(title=f"{operation}, D = {chosen[0].d:,}, float32", xlabel="batch size N_b")
+        axes.set_yscale("log")
+        axes.set_xticks(sorted({row.n for row in chosen}))
+        _time_ticks(axes)
+    _legend(figure, panels)
+    return figure
+
+
+def time(rows: Sequence[Row]) -> Figure:
+    """Time against N on log axes for each D, with the slope that Eq. 8 predicts."""
+
+    def eq8(axes: Axes, chosen: Sequence[Row]) -> None:
+        naive = [row for row in chosen if row.provider == "naive" and row.eq8_flops]
+        if not naive:
+            return
+        last = max(naive, key=lambda row: row.n)
+        sizes = np.array(sorted({row.n for row in chosen}))
+        figures = {row.n: row.eq8_flops for row in chosen}
+        scaled = [last.ms * (figures[n] or 0) / (last.eq8_flops or 1) for n in sizes]
+        axes.plot(sizes, scaled, ":", color=INK, linewidth=1.2, label="slope of Eq. 8")
+
+    return _against_n(rows, lambda row: row.ms, eq8, _time_ticks)
+
+
+def memory(rows: Sequence[Row]) -> Figure:
+    """Peak extra memory against N for each D, and the embeddings' own size."""
+
+    def embeddings(axes: Axes, chosen: Sequence[Row]) -> None:
+        sizes = sorted({row.n for row in chosen})
+        own = [4 * n * chosen[0].d / 2**20 for n in sizes]
+        axes.plot(sizes, own, ":", color=INK, linewidth=1.2, label="the embeddings")
+
+    floors = (EMPTY, PAIR_PRODUCTS, MOMENT_PRODUCTS)
+    return _against_n(
+        rows,
+        lambda row: (
+            None if row.provider in floors or not row.peak_bytes else row.peak_bytes / 2**20
+        ),
+        embeddings,
+        lambda axes: axes.set_ylabel("peak extra memory, MiB"),
+    )
+
+
+def roofline(rows: Sequence[Row]) -> Figure:
+    """Rate against intensity, both by each provider's own count, under the machine's limits."""
+    figure, (axes,) = _panels(1, (7.2, 4.8))
+    shown = [
+        r
+        for r in _best_mode(rows)
+        if r.flops and r.bytes and r.operation == FORWARD_BACKWARD and r.provider != EMPTY
+    ]
+    for provider in _providers(shown):
+        points = [_on_roofline(row) for row in shown if row.provider == provider]
+        x, y, n = np.array(points).T
+        axes.scatter(
+            x,
+            y,
+            s=6 + 7 * np.log10(n),
+            color=_COLOURS.get(provider, MUTED),
+            label=provider,
+            alpha=0.8,
+            linewidths=0,
+        )
+    gemm = np.median([r.gemm_flops_s for r in shown if r.gemm_flops_s]) / 1e9
+    stream = np.median([r.bandwidth_bytes_s for r in shown if r.bandwidth_bytes_s]) / 1e9
+    x = np.geomspace(0.05, 1e4, 200)
+    axes.plot(x, np.minimum(gemm, stream * x), color=INK, linewidth=1.2)
+    axes.text(
+        x[-1],
+        gemm * 1.15,
+        f"{gemm:,.0f} GFLOP/s, measured product",
+        ha="right",
+        color=INK,
+        fontsize=8.5,
+    )
+    axes.text(
+        0.06,
+        stream * 0.06 * 1.7,
+        f"{stream:,.0f} GB/s, measured sum",
+        rotation=0,
+        color=INK,
+        fontsize=8.5,
+    )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="counted FLOPs a counted byte",
+        ylabel="GFLOP/s",
+        title="roofline; larger dots are larger N",
+    )
+    _legend(figure, [axes])
+    return figure
+
+
+def _on_roofline(row: Row) -> tuple[float, float, int]:
+    """FLOPs a byte, GFLOP/s, and N."""
+    assert row.flops is not None
+    assert row.bytes
+    return row.flops / row.bytes, row.flops / row.ms / 1e6, row.n
+
+
+def crossover(rows: Sequence[Row]) -> Figure:
+    """The fastest path on the (N, D) grid; a ring in another colour where `auto` took another."""
+    figure, (axes,) = _panels(1, (7.2, 4.6))
+    points: dict[tuple[int, int], list[Row]] = {}
+    for row in rows:
+        if row.mode == EAGER:
+            points.setdefault((row.n, row.d), []).append(row)
+    for (n, d), at in points.items():
+        single = [row for row in at if row.provider != "auto"]
+        auto = next((row for row in at if row.provider == "auto"), None)
+        if not single:
+            continue
+        best = min(single, key=lambda row: row.ms)
+        edge = _COLOURS[auto.path] if auto is not None and auto.path in _COLOURS else PAPER
+        axes.scatter(
+            n, d, s=430, marker="s", color=_COLOURS[best.provider], edgecolors=edge, linewidths=3
+        )
+        if auto is not None:
+            axes.annotate(
+                f"{auto.ms / best.ms:.2f}",
+                (n, d),
+                ha="center",
+                va="center",
+                fontsize=7,
+                color=PAPER,
+            )
+    names = [p for p in _PATHS if any(row.provider == p for row in rows)]
+    handles = [
+        Line2D([], [], marker="s", linestyle="", markersize=9, color=_COLOURS[p], label=p)
+        for p in names
+    ]
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    ns, ds = (sorted(values) for values in zip(*points, strict=True))
+    axes.set_xticks(sorted(set(ns)), [f"{n:,}" for n in sorted(set(ns))])
+    axes.set_yticks(sorted(set(ds)), [f"{d:,}" for d in sorted(set(ds))])
+    axes.set_ylim(min(ds) / 1.6, max(ds) * 1.6)
+    axes.minorticks_off()
+    axes.grid(visible=False)
+    axes.set(
+        xlabel="N", ylabel="D", title="fastest path (fill), auto's path (edge), auto / fastest"
+    )
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    return figure
+
+
+def training_step(rows: Sequence[Row]) -> Figure:
+    """The loss's share of a training step at N_b = 36: ours, and the paper-literal form."""
+    figure, (axes,) = _panels(1, (7.2, 3.6))
+    shares = step_shares(rows)
+    height = 0.38
+    for at, (_, ours, naive) in enumerate(shares):
+        for offset, share, provider in ((0.5, ours, "auto"), (-0.5, naive, "naive")):
+            y = at + offset * height
+            axes.barh(y, share, height, color=_COLOURS[provider])
+            axes.annotate(f" {share:.2%}", (share, y), va="center", fontsize=9, color=INK)
+    axes.set_yticks(range(len(shares)), [name for name, *_ in shares])
+    axes.margins(x=0.15)
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    axes.grid(visible=False, axis="y")
+    axes.set_title("the loss alone over a training step with cross entropy, N_b = 36, 128 x 128")
+    axes.legend(
+        handles=[
+            Line2D([], [], color=_COLOURS[p], linewidth=6, label=label)
+            for p, label in (("auto", "this package"), ("naive", "naive form"))
+        ],
+        loc="lower right",
+    )
+    return figure
+
+
+def step_shares(rows: Iterable[Row]) -> list[tuple[str, float, float]]:
+    """(backbone, our loss / step, naive loss / step), each loss timed alone on the same D.
+
+    Timed alone, because the difference of two steps is smaller than either's scatter.
+    """
+    rows = [row for row in rows if row.suite == "training_step" and row.is_measured]
+    shares = []
+    for step in rows:
+        if step.operation != TRAINING_STEP or step.provider != CE or step.mode != EAGER:
+            continue
+        alone = {
+            row.provider: row.ms
+            for row in rows
+            if not row.backbone and row.d == step.d and row.mode == EAGER
+        }
+        if {"auto", "naive"} <= alone.keys():
+            ours, naive = (alone[name] / (step.ms + alone[name]) for name in ("auto", "naive"))
+            shares.append((step.backbone, ours, naive))
+    return shares
+
+
+_PICTURES: tuple[tuple[str, str, Draw], ...] = (
+    ("paper", "paper", paper),
+    ("time", "sweep", time),
+    ("memory", "sweep", memory),
+    ("roofline", "sweep", roofline),
+    ("crossover", "crossover", crossover),
+    ("training_step", "training_step", training_step),
+)
+
+
+def _against_n(
+    rows: Sequence[Row],
+    value: Callable[[Row], float | None],
+    extra: Callable[[Axes, Sequence[Row]], None],
+    finish: Callable[[Axes], object],
+) -> Figure:
+    rows = [row for row in _best_mode(rows) if row.operation == FORWARD_BACKWARD]
+    dimensions = sorted({row.d for row in rows})
+    figure, panels = _panels(len(dimensions))
+    for axes, d in zip(panels, dimensions, strict=True):
+        chosen = [row for row in rows if row.d == d]
+        _lines(axes, chosen, value)
+        low, high = axes.get_ylim()
+        extra(axes, chosen)
+        axes.set(xscale="log", yscale="log", xlabel="N", ylim=(low / 2, high * 4))
+        axes.set_title(f"D = {d:,}, C = {chosen[0].c}, forward and backward")
+        finish(axes)
+    _legend(figure, panels)
+    return figure
+
+
+def _best_mode(rows: Sequence[Row]) -> list[Row]:
+    """Graph replay where there is one, so that the GPU and not Python is compared."""
+    has_graph = any(row.mode == GRAPH for row in rows)
+    return [row for row in rows if row.mode == (GRAPH if has_graph else EAGER)]
+
+
+def _lines(
+    axes: Axes,
+    rows: Sequence[Row],
+    value: Callable[[Row], float | None],
+    skip: tuple[str, ...] = (),
+) -> None:
+    for provider in _providers(rows):
+        points = [(row.n, value(row)) for row in rows if row.provider == provider]
+        points = sorted((n, v) for n, v in points if v is not None)
+        if not points or provider in skip:
+            continue
+        axes.plot(
+            *zip(*points, strict=True),
+            _DASHED.get(provider, "-"),
+            marker="" if provider in _DASHED else "o",
+            markersize=3.5,
+            color=_COLOURS.get(provider, MUTED),
+            linewidth=2.6 if provider == "auto" else 1.4,
+            zorder=3 if provider == "auto" else 2,
+            label=provider,
+        )
+
+
+def _providers(rows: Sequence[Row]) -> list[str]:
+    """In the order of the palette."""
+    present = {row.provider for row in rows}
+    known = [name for name in _COLOURS if name in present]
+    return known + sorted(present - set(known))
+
+
+def _panels(n: int, size: tuple[float, float] = (4.6, 4.4)) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(size[0] * n, size[1]), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, [figure.add_subplot(1, n, i + 1) for i in range(n)]
+
+
+def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    """One legend for all panels, each name once."""
+    found: dict[str, Artist] = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    figure.legend(
+        list(found.values()), list(found), loc="outside lower center", ncols=min(6, len(found))
+    )
+
+
+def _time_ticks(axes: Axes) -> None:
+    low, high = axes.get_ylim()
+    ticks = {t: label for t, label in _LABELS.items() if low <= t <= high}
+    axes.set_yticks(list(ticks), list(ticks.values()))
+    axes.minorticks_off()
+    axes.set_ylabel("time of a call")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

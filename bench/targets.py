@@ -1,0 +1,168 @@
+"""The targets, and what the results say about each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import geometric_mean
+
+from .cases import Case
+from .providers import EMPTY, MOMENT_PRODUCTS, PAIR_PRODUCTS
+from .suites import suites
+from .table import EAGER, GRAPH, Row
+
+OURS = "auto"
+_SUITES = ("targets", "sweep")
+_NAIVE, _COMPILED = "naive", "compiled naive"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """work and claim in words; the measured figure, None where a row that it needs has no time."""
+
+    work: str
+    claim: str
+    figure: float | None
+    bound: float
+    is_ceiling: bool
+
+    @property
+    def is_met(self) -> bool | None:
+        """None where it was not measured."""
+        if self.figure is None:
+            return None
+        return self.figure <= self.bound if self.is_ceiling else self.figure >= self.bound
+
+
+@dataclass(frozen=True)
+class Results:
+    """Rows of one device, found by case and provider."""
+
+    rows: tuple[Row, ...]
+
+    def row(self, case: Case, provider: str, mode: str = EAGER) -> Row | None:
+        """The measured row of one of the suites that hold the targets' work, or None."""
+        key = (provider, mode, case.n, case.d, case.c, case.dtype, case.operation)
+        for row in self.rows:
+            found = (row.provider, row.mode, row.n, row.d, row.c, row.dtype, row.operation)
+            if row.suite in _SUITES and found == key and row.is_measured:
+                return row
+        return None
+
+    def ratio(
+        self, case: Case, above: Iterable[str], below: str, mode: str = EAGER
+    ) -> float | None:
+        """Summed time of some providers over the time of one."""
+        over = [self.row(case, name, mode) for name in above]
+        under = self.row(case, below, mode)
+        if under is None or None in over:
+            return None
+        return sum(row.ms for row in over if row is not None) / under.ms
+
+
+def verdicts(rows: Iterable[Row]) -> list[Verdict]:
+    """What the rows of one device say about its targets."""
+    results = Results(tuple(rows))
+    on_gpu = any(row.mode == GRAPH for row in results.rows)
+    return _on_gpu(results) if on_gpu else _on_cpu(results)
+
+
+def worst_choice(rows: Iterable[Row]) -> tuple[float, Row] | None:
+    """The largest time of `auto` over the fastest single path's in a point of the grid, and where.
+
+    It is a maximum over 60 noisy quotients: see `mean_choice` beside it.
+    """
+    ratios = _choices(rows)
+    return max(ratios, key=lambda found: found[0]) if ratios else None
+
+
+def mean_choice(rows: Iterable[Row]) -> float | None:
+    """The geometric mean of the same ratio over the grid."""
+    ratios = [ratio for ratio, _ in _choices(rows)]
+    return geometric_mean(ratios) if ratios else None
+
+
+def _choices(rows: Iterable[Row]) -> list[tuple[float, Row]]:
+    points: dict[tuple[int, int, int], list[Row]] = {}
+    for row in rows:
+        if row.suite == "crossover" and row.is_measured and row.mode == EAGER:
+            points.setdefault((row.n, row.d, row.c), []).append(row)
+    ratios = []
+    for at in points.values():
+        chosen = next((row for row in at if row.provider == OURS), None)
+        single = [row.ms for row in at if row.provider != OURS]
+        if chosen is not None and single:
+            ratios.append((chosen.ms / min(single), chosen))
+    return ratios
+
+
+def _on_cpu(results: Results) -> list[Verdict]:
+    found = []
+    for (n, d, c), naive, compiled, floor in (
+        ((36, 1280, 3), 5, 2.5, 1.4),
+        ((36, 128, 3), 7, 3, 1.4),
+        ((256, 512, 8), 2.2, 1.5, 1.3),
+        ((1024, 512, 8), 2, 1.6, 1.3),
+        ((1024, 128, 3), 6, 4, None),
+        ((4096, 128, 3), 100, None, None),
+        ((16384, 128, 10), 500, None, None),
+    ):
+        case = Case(n, d, c)
+        found.append(_faster(results, case, _NAIVE, naive))
+        if compiled is not None:
+            found.append(_faster(results, case, _COMPILED, compiled))
+        if floor is not None:
+            floors = (EMPTY, PAIR_PRODUCTS)
+            found.append(_within(results, case, floors, floor))
+    for case in (Case(1 << 20, 128, 10), Case(1 << 16, 128, 8192)):
+        found.append(_within(results, case, (MOMENT_PRODUCTS,), 1.5))
+        found.append(_memory(results, case, 3))
+    small, large = (results.row(Case(n, 128, 10), OURS) for n in (1 << 17, 1 << 18))
+    growth = None if small is None or large is None else large.ms / small.ms
+    work = _work(Case(1 << 18, 128, 10))
+    found.append(Verdict(work, "time, over that of half the rows", growth, 2.2, True))
+    worst = worst_choice(results.rows)
+    grid = f"{len(suites()['crossover'].cases)} points (N, D, C)"
+    ratio = None if worst is None else worst[0]
+    found.append(Verdict(grid, "auto over the best single path, at worst", ratio, 1.2, True))
+    return found
+
+
+def _on_gpu(results: Results) -> list[Verdict]:
+    small, half, large = Case(36, 1280, 3), Case(4096, 512, 8, "bfloat16"), Case(1 << 20, 128, 10)
+    found = []
+    for mode in (EAGER, GRAPH):
+        found.append(_faster(results, small, _NAIVE, 10, mode))
+        found.append(_faster(results, small, _COMPILED, 3, mode))
+    rate = results.ratio(half, (PAIR_PRODUCTS,), OURS)
+    found.append(Verdict(_work(half), "rate of the same products alone", rate, 0.7, False))
+    row = results.row(large, OURS)
+    time = None if row is None else row.ms
+    found.append(Verdict(_work(large), "milliseconds (on an H200)", time, 5, True))
+    return found
+
+
+def _work(case: Case) -> str:
+    dtype = "" if case.dtype == "float32" else f", {case.dtype}"
+    return f"N = {case.n:,}, D = {case.d:,}, C = {case.c:,}{dtype}"
+
+
+def _faster(results: Results, case: Case, than: str, bound: float, mode: str = EAGER) -> Verdict:
+    names = {_NAIVE: "the naive form", _COMPILED: "`torch.compile` of it"}
+    claim = f"times faster than {names[than]}" + ("" if mode == EAGER else f", {mode}")
+    return Verdict(_work(case), claim, results.ratio(case, (than,), OURS, mode), bound, False)
+
+
+def _within(results: Results, case: Case, floors: tuple[str, ...], bound: float) -> Verdict:
+    inverse = results.ratio(case, floors, OURS)
+    claim = f"time, over {' + '.join(floors)}"
+    return Verdict(_work(case), claim, None if inverse is None else 1 / inverse, bound, True)
+
+
+def _memory(results: Results, case: Case, bound: float) -> Verdict:
+    """The larger of the allocator's and the process's figure, results included."""
+    row = results.row(case, OURS)
+    figure = None
+    if row is not None and row.peak_bytes is not None:
+        figure = max(row.peak_bytes, row.resident_bytes or 0) / case.embedding_bytes
+    return Verdict(_work(case), "peak extra memory, over the embeddings", figure, bound, True)
