@@ -1,0 +1,274 @@
+"""What each Triton kernel takes on each target, compiled ahead of time: no GPU is needed.
+
+python bench/triton_resources.py            print the table and write results/compile/…csv
+python bench/triton_resources.py --check    print it, write nothing, fail on a spill or a misfit
+
+One row for each configuration that `bstriplet_kernels.paths.fused` launches: registers a thread,
+bytes a thread that spill to memory, shared memory a block and the matrix instructions. Spills are
+ptxas' stack bytes on NVIDIA and spilled vector registers, in bytes, on AMD.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import csv
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bstriplet_kernels.paths import fused, tiles
+
+RESULTS = Path(__file__).parent / "results" / "compile" / "triton_resources.csv"
+NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TRITON_NAMES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+}
+INTEGERS = ("n", "m", "d", "parts", "own", "signed", "mean", "wants_gradient", "upstream_stride")
+DOUBLES = ("margin", "squared_eps")
+INT64_POINTERS = ("labels", "row_labels", "column_labels")
+EMBEDDINGS = ("embeddings", "rows", "columns")
+ALIGNED = ("d", "stride", "column_stride", *EMBEDDINGS)
+
+
+class Target(NamedTuple):
+    """A GPU to compile for, and the shared memory that one block may take there."""
+
+    gpu: GPUTarget
+    shared_limit: int
+    hopper: bool = False
+
+
+TARGETS = {  # what sm_80 runs, its smaller siblings sm_86 and sm_89 run too: their limit
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 101_376),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 232_448, hopper=True),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 232_448),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 65_536),
+}
+
+
+class Configuration(NamedTuple):
+    """One kernel as the launcher asks for it; `layout` is how embeddings lie in memory."""
+
+    kernel: str
+    dtype: torch.dtype
+    constants: dict[str, Any]
+    warps: int = 4
+    stages: int = 3
+    layout: str = "aligned"
+    output: str = ""
+
+
+def configurations(target: Target) -> list[Configuration]:
+    """All that `fused` can launch on a target."""
+    return [
+        configuration
+        for dtype in TRITON_NAMES
+        for configuration in (
+            *_of_small(dtype, target),
+            *_of_tiles(dtype, target),
+            Configuration("inverse_norms", dtype, {"BLOCK_N": 16, "BLOCK_D": 128}),
+        )
+    ] + [
+        Configuration(
+            "finish_rows",
+            dtype,
+            {"REDUCTION": reduction, "MAX_PARTS": fused.MAX_PARTS, "BLOCK_N": 512},
+            warps=8,
+        )
+        for dtype in (torch.float32, torch.float64)
+        for reduction in ("mean", "sum", "none")
+    ]
+
+
+def _precisions(dtype: torch.dtype, small: bool, target: Target) -> list[str]:
+    """The words for float32 products under either of torch's settings."""
+    if target.gpu.backend == "hip":
+        return ["ieee"]
+    before = torch.get_float32_matmul_precision()
+    try:
+        found = set()
+        for allowed in ("highest", "high"):
+            torch.set_float32_matmul_precision(allowed)
+            found.add(fused.precision(dtype, small))
+        return sorted(found)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _of_small(dtype: torch.dtype, target: Target) -> list[Configuration]:
+    found = []
+    for n, layout in ((32, "aligned"), (64, "aligned"), (64, "strided")):
+        blocks = fused.small_blocks(n, dtype)
+        found += [
+            Configuration(
+                "loss_and_gradient",
+                dtype,
+                {"PRECISION": precision, "BLOCK_N": blocks.n, "BLOCK_D": blocks.d},
+                blocks.warps,
+                blocks.stages,
+                layout,
+            )
+            for precision in _precisions(dtype, True, target)
+        ]
+    return found
+
+
+def _of_tiles(dtype: torch.dtype, target: Target) -> list[Configuration]:
+    found = []
+    for precision in _precisions(dtype, False, target):
+        for kernel, blocks in (
+            ("row_sums", fused.row_blocks(dtype, target.hopper)),
+            ("tile_gradient", fused.gradient_blocks(dtype, target.hopper)),
+        ):
+            shape = {"BLOCK_N": blocks.n, "BLOCK_M": blocks.m, "BLOCK_D": blocks.d}
+            if kernel == "tile_gradient":
+                shape["BLOCK_V"] = blocks.v
+            constants = {"PRECISION": precision, **shape}
+            found.append(Configuration(kernel, dtype, constants, blocks.warps, blocks.stages))
+    return found
+
+
+def compile_one(name: str, configuration: Configuration) -> dict[str, Any]:
+    """The row of the table of one configuration on one target."""
+    target = TARGETS[name]
+    constants = dict(configuration.constants)
+    source = _source(configuration, constants)
+    options = {"num_warps": configuration.warps, "num_stages": configuration.stages}
+    kernel = triton.compile(source, target=target.gpu, options=options)
+    registers, spilled, instructions = (
+        _nvidia_usage(kernel) if target.gpu.backend == "cuda" else _amd_usage(kernel)
+    )
+    return {
+        "kernel": configuration.kernel,
+        "dtype": TRITON_NAMES[configuration.dtype],
+        "precision": constants.get("PRECISION", ""),
+        "layout": configuration.layout,
+        "reduction": constants.get("REDUCTION", ""),
+        **{f"block_{x.lower()}": constants.get(f"BLOCK_{x}", "") for x in ("N", "M", "D", "V")},
+        "warps": configuration.warps,
+        "stages": configuration.stages,
+        "target": name,
+        "registers": registers,
+        "spilled_bytes": spilled,
+        "shared_bytes": kernel.metadata.shared,
+        "instructions": " ".join(instructions),
+    }
+
+
+def _source(configuration: Configuration, constants: dict[str, Any]) -> ASTSource:
+    """What the just-in-time compiler would make of the launcher's arguments."""
+    kernel = getattr(tiles, configuration.kernel)
+    element = TRITON_NAMES[configuration.dtype]
+    accumulator = "fp64" if element == "fp64" else "fp32"
+    aligned = configuration.layout == "aligned"
+    signature: dict[str, str] = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif aligned and name in ("stride_d", "stride_label"):
+            signature[name], constants[name] = "constexpr", 1
+        elif name in INTEGERS or "stride" in name:
+            signature[name] = "i32"
+        elif name in DOUBLES:
+            signature[name] = "fp64"
+        elif name == "sigma":
+            signature[name] = "fp32"
+        elif name in INT64_POINTERS:
+            signature[name] = "*i64"
+        elif name == "counts":
+            signature[name] = "*i32"
+        else:
+            signature[name] = "*" + (element if name in EMBEDDINGS else accumulator)
+    attributes = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(kernel.arg_names)
+        if signature[name] != "constexpr"
+        and (signature[name][0] == "*" if name not in ALIGNED else aligned)
+    }
+    if aligned and "stride_n" in kernel.arg_names:
+        attributes[(kernel.arg_names.index("stride_n"),)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+
+
+def _nvidia_usage(kernel: Any) -> tuple[int, int, list[str]]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        command = [str(NVIDIA_TOOLS / "cuobjdump"), "-res-usage", cubin.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    pattern = r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\.\S*?(m\d+n\d+k\d+|kind::\w+)\S*"
+    found = {(m[1], m[2], _types(m[0])) for m in re.finditer(pattern, kernel.asm["ptx"])}
+    return int(registers), int(stack), sorted(" ".join(f).strip().replace(" ", ".") for f in found)
+
+
+def _types(instruction: str) -> str:
+    return ".".join(re.findall(r"\.(tf32|bf16|f16|f64)", instruction)[:1])
+
+
+def _amd_usage(kernel: Any) -> tuple[int, int, list[str]]:
+    assembly = kernel.asm["amdgcn"]
+    registers, spilled = (
+        int(re.search(rf"\.vgpr_{what}:\s+(\d+)", assembly)[1]) for what in ("count", "spill_count")
+    )
+    return registers, 4 * spilled, sorted(set(re.findall(r"v_mfma_\w+", assembly)))
+
+
+def table() -> list[dict[str, Any]]:
+    """All configurations on all targets, two compilers at a time."""
+    work = [
+        (name, configuration)
+        for name, target in TARGETS.items()
+        for configuration in configurations(target)
+    ]
+    with concurrent.futures.ProcessPoolExecutor(max_workers=2) as pool:
+        return list(pool.map(compile_one, *zip(*work, strict=True), chunksize=4))
+
+
+def faults(rows: list[dict[str, Any]]) -> list[str]:
+    """What must not be: a spill, or more shared memory than a block may have."""
+    return [
+        f"{row['kernel']} {row['dtype']} {row['precision']} {row['layout']} on {row['target']}: "
+        f"{row['spilled_bytes']} bytes spilled, {row['shared_bytes']} bytes of shared memory "
+        f"(at most {TARGETS[row['target']].shared_limit})"
+        for row in rows
+        if row["spilled_bytes"] or row["shared_bytes"] > TARGETS[row["target"]].shared_limit
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail on a fault")
+    check = parser.parse_args().check
+    rows = table()
+    writer = csv.DictWriter(sys.stdout, fieldnames=rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    if not check:
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        with RESULTS.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    found = faults(rows)
+    print(*found, f"{len(rows)} compiled, {len(found)} at fault", sep="\n", file=sys.stderr)
+    return 1 if check and found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
