@@ -69,8 +69,6 @@ const Kernels<T>& kernels() {
   else return baseline::double_kernels();
 }
 
-constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 // Units per thread for which starting a thread pays: a few microseconds of multiply-adds.
 int64_t grain(int64_t multiply_adds_per_unit) {
   return std::max<int64_t>(1, (int64_t{1} << 18) / std::max<int64_t>(1, multiply_adds_per_unit));
@@ -109,7 +107,6 @@ struct Scratch {
   T* row(int64_t i) const { return data + i * stride; }
 
   static int64_t padded_stride(int64_t columns) {
-    STD_TORCH_CHECK(columns < std::numeric_limits<int64_t>::max() / 64, "too many rows: ", columns);
     const int64_t padded = round_up(columns, kPad);
     return padded % (2 * kPad) == 0 ? padded + kPad : padded;
   }
@@ -138,26 +135,30 @@ void gather_half(Widen widen, const void* data, int64_t n, int64_t stride, T* to
   }
 }
 
-// A tensor's rows as T: its own memory where that is already unit-stride T, else a copy.
+// A tensor's rows as a Matrix<T>: its own memory where that already is one, else a padded copy.
 template <class T>
 class Rows {
  public:
   Rows(const Tensor& tensor, const Inputs& in) {
     const int64_t n = tensor.size(0), d = tensor.size(1);
-    const int64_t row_stride = tensor.stride(0), stride = tensor.stride(1);
-    if (tensor.scalar_type() == in.accumulation && (stride == 1 || d == 1)) {
+    // The stride along a dimension of one element means nothing, and can be any number.
+    const int64_t row_stride = n > 1 ? tensor.stride(0) : 0;
+    const int64_t stride = d > 1 ? tensor.stride(1) : 1;
+    if (tensor.scalar_type() == in.accumulation && stride == 1 && d % kPad == 0) {
       matrix_ = {static_cast<const T*>(tensor.const_data_ptr()), n, d, row_stride};
       return;
     }
-    copy_ = empty_matrix(n, d, in.accumulation, tensor);
-    T* to = static_cast<T*>(copy_->mutable_data_ptr());
-    matrix_ = {to, n, d, d};
+    const int64_t padded = round_up(d, kPad);
+    copy_ = empty_matrix(n, padded, in.accumulation, tensor);
+    T* const to = static_cast<T*>(copy_->mutable_data_ptr());
+    matrix_ = {to, n, d, padded};
     const char* from = static_cast<const char*>(tensor.const_data_ptr());
     const int64_t row_bytes = row_stride * static_cast<int64_t>(tensor.element_size());
     const ScalarType dtype = tensor.scalar_type();
     torch::stable::parallel_for(0, n, grain(4 * d), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        copy_row(dtype, from + i * row_bytes, d, stride, to + i * d);
+        copy_row(dtype, from + i * row_bytes, d, stride, to + i * padded);
+        std::fill(to + i * padded + d, to + (i + 1) * padded, T(0));
       }
     });
   }
@@ -391,8 +392,8 @@ class Batch {
                                           {options_.is_signed});
       }
     });
-    const int64_t groups = (rows.rows + kRowGroup - 1) / kRowGroup;
-    const int64_t panels = (rows.columns + k.panel - 1) / k.panel;
+    const int64_t groups = round_up(rows.rows, kRowGroup) / kRowGroup;
+    const int64_t panels = round_up(rows.columns, k.panel) / k.panel;
     const int64_t work = std::min(rows.rows, kRowGroup) * k.panel * m;
     torch::stable::parallel_for(0, groups * panels, grain(work), [&](int64_t begin, int64_t end) {
       k.product(s.data, s.stride, columns, rows, row_side.side.inverse, row_side.along.data(), to,

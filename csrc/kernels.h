@@ -7,7 +7,14 @@
 
 namespace bstriplet {
 
-// Rows of a matrix [rows, columns], unit stride along a row.
+inline constexpr int64_t kPad = 16;        // the widest vector, in elements
+inline constexpr int64_t kBlock = 12;      // rows and columns of a tile of S
+inline constexpr int64_t kRowGroup = 96;   // rows that share one packed panel in `product`
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Rows of a matrix [rows, columns] with unit stride along a row; each row is readable, and zero,
+// from its last column up to a multiple of kPad.
 template <class T>
 struct Matrix {
   const T* data;
@@ -41,10 +48,6 @@ struct Side {
   T* per_positive;   // a_i / N_i+: the row's share of dL/ds for each of its positives
   T* per_negative;   // sigma a_i / N_i-
 };
-
-inline constexpr int64_t kPad = 16;          // the widest vector, in elements
-inline constexpr int64_t kBlock = 12;        // rows and columns of a tile of S
-inline constexpr int64_t kRowGroup = 96;     // rows that share one packed panel in `product`
 
 struct Similarity {
   bool is_signed;  // phi(s) = s|s| instead of s^2
@@ -80,8 +83,8 @@ struct Kernels {
 
 // Number of tiles that `dots` counts.
 inline int64_t tiles(int64_t rows, int64_t columns, bool symmetric) {
-  const int64_t down = (rows + kBlock - 1) / kBlock;
-  const int64_t across = (columns + kBlock - 1) / kBlock;
+  const int64_t down = round_up(rows, kBlock) / kBlock;
+  const int64_t across = round_up(columns, kBlock) / kBlock;
   return symmetric ? down * (down + 1) / 2 : down * across;
 }
 

@@ -35,27 +35,14 @@ constexpr int64_t kDepth = 2048 / sizeof(T);
 template <class T>
 BST_INLINE void dot_tile(const T* const* rows, const T* const* columns, int64_t from, int64_t depth,
                          T* out) {
-  constexpr int lanes = kLanes<T>;
   Vec<T> acc[kDotRows][kDotColumns] = {};
-  int64_t k = 0;
-  for (; k + lanes <= depth; k += lanes) {
+  for (int64_t k = from; k < from + depth; k += kLanes<T>) {
     Vec<T> a[kDotRows];
     BST_UNROLL
-    for (int r = 0; r < kDotRows; ++r) a[r] = load(rows[r] + from + k);
+    for (int r = 0; r < kDotRows; ++r) a[r] = load(rows[r] + k);
     BST_UNROLL
     for (int c = 0; c < kDotColumns; ++c) {
-      const Vec<T> b = load(columns[c] + from + k);
-      BST_UNROLL
-      for (int r = 0; r < kDotRows; ++r) acc[r][c] = multiply_add<T>(a[r], b, acc[r][c]);
-    }
-  }
-  if (k < depth) {
-    Vec<T> a[kDotRows];
-    BST_UNROLL
-    for (int r = 0; r < kDotRows; ++r) a[r] = load_first(rows[r] + from + k, depth - k);
-    BST_UNROLL
-    for (int c = 0; c < kDotColumns; ++c) {
-      const Vec<T> b = load_first(columns[c] + from + k, depth - k);
+      const Vec<T> b = load(columns[c] + k);
       BST_UNROLL
       for (int r = 0; r < kDotRows; ++r) acc[r][c] = multiply_add<T>(a[r], b, acc[r][c]);
     }
@@ -76,8 +63,9 @@ void block_dots(const Matrix<T>& rows, const Matrix<T>& columns, int64_t top, in
     column[i] = columns.row(left + i < columns.rows ? left + i : columns.rows - 1);
   }
   std::memset(out, 0, kBlock * kBlock * sizeof(T));
-  for (int64_t from = 0; from < rows.columns; from += kDepth<T>) {
-    const int64_t rest = rows.columns - from;
+  const int64_t padded = round_up(rows.columns, kPad);
+  for (int64_t from = 0; from < padded; from += kDepth<T>) {
+    const int64_t rest = padded - from;
     const int64_t depth = rest < kDepth<T> ? rest : kDepth<T>;
     for (int r = 0; r < kBlock && top + r < rows.rows; r += kDotRows) {
       for (int c = 0; c < kBlock && left + c < columns.rows; c += kDotColumns) {
@@ -92,7 +80,7 @@ template <class T>
 void dots(const Matrix<T>& rows, const Matrix<T>& columns, T* s, int64_t s_stride, T* mirror,
           int64_t mirror_stride, T* squared, int64_t begin, int64_t end) {
   const bool symmetric = squared != nullptr;
-  const int64_t across = (columns.rows + kBlock - 1) / kBlock;
+  const int64_t across = round_up(columns.rows, kBlock) / kBlock;
   int64_t down = begin / across, right = begin % across;
   if (symmetric) {  // tile t of the triangle is in line d where d (d + 1) / 2 <= t
     down = static_cast<int64_t>((std::sqrt(8.0 * static_cast<double>(begin) + 1.0) - 1.0) / 2.0);
@@ -129,17 +117,15 @@ void dots(const Matrix<T>& rows, const Matrix<T>& columns, T* s, int64_t s_strid
 
 template <class T>
 void squared_norms(const Matrix<T>& rows, T* squared, int64_t begin, int64_t end) {
-  constexpr int lanes = kLanes<T>;
+  const int64_t padded = round_up(rows.columns, kPad);
   for (int64_t i = begin; i < end; ++i) {
     const T* row = rows.row(i);
     Vec<T> total = {};
-    int64_t k = 0;
-    for (; k + lanes <= rows.columns; k += lanes) {
+    for (int64_t k = 0; k < padded; k += kLanes<T>) {
       const Vec<T> x = load(row + k);
       total = multiply_add<T>(x, x, total);
     }
-    const Vec<T> x = load_first(row + k, rows.columns - k);
-    squared[i] = sum<T>(multiply_add<T>(x, x, total));
+    squared[i] = sum<T>(total);
   }
 }
 
@@ -206,18 +192,13 @@ constexpr int64_t kPanel = kProductVectors * kLanes<T>;
 // Columns [left, left + kPanel) of every row, one after the other, zeros beyond the last column.
 template <class T>
 void pack_panel(const Matrix<T>& from, int64_t left, T* packed) {
-  const int64_t width = from.columns - left;
-  if (width >= kPanel<T>) {
-    for (int64_t j = 0; j < from.rows; ++j, packed += kPanel<T>) {
-      BST_UNROLL
-      for (int v = 0; v < kProductVectors; ++v) {
-        store(packed + v * kLanes<T>, load(from.row(j) + left + v * kLanes<T>));
-      }
-    }
-    return;
-  }
+  const int64_t width = round_up(from.columns, kPad) - left;
   for (int64_t j = 0; j < from.rows; ++j, packed += kPanel<T>) {
-    for (int64_t d = 0; d < kPanel<T>; ++d) packed[d] = d < width ? from.row(j)[left + d] : T(0);
+    BST_UNROLL
+    for (int v = 0; v < kProductVectors; ++v) {
+      const int64_t at = v * kLanes<T>;
+      store(packed + at, at < width ? load(from.row(j) + left + at) : Vec<T>{});
+    }
   }
 }
 
@@ -248,7 +229,7 @@ template <class T>
 void product(const T* weights, int64_t weights_stride, const Matrix<T>& others,
              const Matrix<T>& own, const T* inverse, const T* along, T* gradient, T* packed,
              int64_t begin, int64_t end) {
-  const int64_t groups = (own.rows + kRowGroup - 1) / kRowGroup;
+  const int64_t groups = round_up(own.rows, kRowGroup) / kRowGroup;
   int64_t packed_left = -1;
   T total[kProductRows * kPanel<T>];
   const T* weight_row[kProductRows];

@@ -13,9 +13,12 @@ void check_matrix(const char* name, const Tensor& matrix) {
                   name, " must be float64, float32, float16 or bfloat16, got ",
                   torch::headeronly::toString(dtype));
   STD_TORCH_CHECK(matrix.dim() == 2, name, " must have 2 dimensions, got ", matrix.dim());
-  STD_TORCH_CHECK(matrix.size(0) >= 1 && matrix.size(1) >= 1, name,
-                  " must have at least one row and one column, got shape [", matrix.size(0), ", ",
-                  matrix.size(1), "]");
+  // The upper bound keeps every later sum of sizes in int64: expanded tensors can have any size.
+  for (const int64_t size : {matrix.size(0), matrix.size(1)}) {
+    STD_TORCH_CHECK(size >= 1 && size < int64_t{1} << 40, name,
+                    " must have from 1 to 2^40 rows and columns, got shape [", matrix.size(0), ", ",
+                    matrix.size(1), "]");
+  }
 }
 
 void check_vector(const char* name, const Tensor& vector, ScalarType dtype, int64_t n) {
@@ -89,7 +92,6 @@ Tensor empty_matrix(int64_t rows, int64_t columns, ScalarType dtype, const Tenso
 }
 
 int64_t checked_product(int64_t rows, int64_t columns) {
-  // An expanded tensor of one element can have any shape at all.
   STD_TORCH_CHECK(rows <= std::numeric_limits<int64_t>::max() / 64 / columns, "a matrix of ", rows,
                   " x ", columns, " numbers is beyond what can be addressed");
   return rows * columns;

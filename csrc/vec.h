@@ -33,14 +33,6 @@ BST_INLINE Vec<T> load(const T* p) {
   return v;
 }
 
-// The first n < kLanes elements, then zeros; reads no further.
-template <class T>
-BST_INLINE Vec<T> load_first(const T* p, int64_t n) {
-  T lane[kLanes<T>] = {};
-  for (int64_t i = 0; i < n; ++i) lane[i] = p[i];
-  return load(lane);
-}
-
 template <class T>
 BST_INLINE void store(T* p, Vec<T> v) {
   std::memcpy(p, &v, sizeof(v));

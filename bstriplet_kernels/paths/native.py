@@ -51,6 +51,9 @@ def _shapes(
     gradient: bool,
 ) -> tuple[Tensor, ...]:
     """What `batch_similarity` returns, unfilled: torch's tracers run this instead of it."""
+    others = (ref_emb, labels, ref_labels, upstream)
+    if any(t is not None and t.device != embeddings.device for t in others):
+        raise RuntimeError("batch_similarity needs all its tensors on the device of embeddings")
     n, d = embeddings.shape
     sides = (embeddings,) if ref_emb is None else (embeddings, ref_emb)
     dtype = accumulation_dtype(*sides)

@@ -1,0 +1,268 @@
+"""What is particular to impl="native": the operator itself, called as anyone can call it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bstriplet_kernels import BSTripletLoss, bstriplet_loss, reference
+from bstriplet_kernels.paths import native
+from bstriplet_kernels.spec import Spec, accumulation_dtype
+
+pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}  # of the accumulation dtype
+
+
+def operator(embeddings, labels, ref_emb=None, ref_labels=None, upstream=None, **options):
+    """torch.ops.bstriplet.batch_similarity with the defaults of `bstriplet_loss`."""
+    given = {
+        **{"margin": 0.9, "sigma": 1.0, "signed": False, "eps": 1e-12},
+        **{"mean": True, "gradient": True},
+        **options,
+    }
+    return torch.ops.bstriplet.batch_similarity(
+        embeddings, ref_emb, labels, ref_labels, upstream, *given.values()
+    )
+
+
+def agree(got, truth, dtype, scale=None):
+    """|got - truth| within the accumulation's tolerance of the truth's norm (or of `scale`)."""
+    assert got.shape == truth.shape
+    size = max(truth.norm().item(), scale or 0.0)
+    assert (got.double() - truth).norm().item() <= TOLERANCE[dtype] * size + 1e-300
+
+
+def strided(values, layout):
+    """The same values with other strides."""
+    if layout == "transposed":
+        return values.t().contiguous().t()
+    if layout == "spread":
+        wide = torch.full((values.shape[0] * 2, values.shape[1] * 3), torch.nan, dtype=values.dtype)
+        wide[::2, 1::3] = values
+        return wide[::2, 1::3]
+    if layout == "window":
+        wide = torch.full((values.shape[0] + 2, values.shape[1] + 5), torch.nan, dtype=values.dtype)
+        wide[1:-1, 2:-3] = values
+        return wide[1:-1, 2:-3]
+    if layout == "expanded":
+        return values[:1].expand_as(values)
+    return values
+
+
+@st.composite
+def problems(draw):
+    """Embeddings, labels and, half of the time, reference embeddings of any dtype and strides."""
+    n, d = draw(st.integers(2, 70)), draw(st.integers(1, 90))
+    m = draw(st.none() | st.integers(1, 40))
+    layout = st.sampled_from(["plain", "transposed", "spread", "window", "expanded"])
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def side(rows, dtype, layout):
+        values = torch.randn(rows, d, generator=generator, dtype=torch.float64).to(dtype)
+        labels = torch.randint(-2, 3, (rows,), generator=generator) * 2**60
+        return strided(values, layout), labels
+
+    dtype = draw(st.sampled_from(DTYPES))
+    rows = side(n, dtype, draw(layout))
+    columns = side(m, draw(st.sampled_from(DTYPES)), draw(layout)) if m else (None, None)
+    spec = Spec(margin=draw(st.floats(0, 1)), sigma=draw(st.sampled_from([1.0, -1.0])))
+    return *rows, *columns, spec._replace(signed=draw(st.booleans()))
+
+
+@given(problem=problems(), mean=st.booleans(), per_row=st.booleans())
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_operator_agrees_with_the_reference(problem, mean, per_row):
+    embeddings, labels, ref_emb, ref_labels, spec = problem
+    exact = embeddings.double()
+    exact_ref = None if ref_emb is None else ref_emb.double()
+    sides = (embeddings,) if ref_emb is None else (embeddings, ref_emb)
+    dtype = accumulation_dtype(*sides)
+    spec = spec._replace(reduction="none" if per_row else "mean" if mean else "sum")
+    truth, rows = reference.forward(exact, exact_ref, labels, ref_labels, spec)
+    # A row this near h = 0 may be active in one precision and not in another.
+    h = spec.margin - rows.positive + spec.sigma * rows.negative
+    if (h.abs() < 1e-5).any():
+        return
+    weight = (
+        torch.linspace(-1, 2, len(labels), dtype=dtype) if per_row else torch.ones((), dtype=dtype)
+    )
+    grads = reference.gradient(weight.double(), exact, exact_ref, labels, ref_labels, spec)
+    loss, positive, negative, *got = operator(
+        embeddings,
+        labels,
+        ref_emb,
+        ref_labels,
+        weight if per_row else None,
+        margin=spec.margin,
+        sigma=spec.sigma,
+        signed=spec.signed,
+        mean=mean,
+    )
+    if not per_row:
+        agree(loss, truth, dtype, scale=float(len(labels)))
+    agree(positive, rows.positive, dtype, scale=1.0)
+    agree(negative, rows.negative, dtype, scale=1.0)
+    smallest = min(1.0, exact.norm(dim=1).min().item())
+    for grad, expected in zip(got, grads, strict=True):
+        if expected is None:
+            assert grad.shape == (0,)
+        else:  # what cancels in it is of the size of one row's own share
+            agree(grad, expected, dtype, scale=len(labels) * weight.abs().max().item() / smallest)
+
+
+@pytest.mark.parametrize("instruction_set", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(instruction_set):
+    """In a process of its own, since the choice is made once; narrower ones must agree too."""
+    script = (
+        "import torch\n"
+        "from bstriplet_kernels import bstriplet_loss\n"
+        "for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):\n"
+        "    torch.manual_seed(0)\n"
+        "    x = torch.randn(61, 75).to(dtype).requires_grad_()\n"
+        "    y = torch.randint(4, (61,))\n"
+        "    def run(impl):\n"
+        "        loss = bstriplet_loss(x, y, impl=impl, similarity='signed_square')\n"
+        "        return loss, *torch.autograd.grad(loss, x)\n"
+        "    for got, want in zip(run('native'), run('reference')):\n"
+        "        torch.testing.assert_close(got, want)\n"
+        "print(torch.ops.bstriplet.instruction_set())\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "BSTRIPLET_INSTRUCTION_SET": instruction_set},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    order = ["baseline", "avx2", "avx512"]
+    assert order.index(ran.stdout.strip()) <= order.index(instruction_set)
+
+
+def test_float16_of_every_bit_pattern():
+    """Each finite half, subnormals too, is widened exactly; infinities and NaNs make NaN."""
+    halves = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    finite = halves[halves.isfinite() & (halves != 0)]
+    # One column beside a constant one: the cosine of (x, 1) and (0, 1) gives x back.
+    x = torch.stack((finite, torch.ones_like(finite)), dim=1)
+    anchor = torch.tensor([[0.0, 1.0]])
+    labels = torch.zeros(len(x), dtype=torch.int64)
+    _, positive, *_ = operator(x, labels, anchor, labels[:1], gradient=False)
+    torch.testing.assert_close(positive, 1 / (1 + finite.float().square()))
+    for value in halves[~halves.isfinite()][:: 2**6]:
+        bad = torch.tensor([[1.0, 2.0], [float(value), 1.0]]).half()
+        assert operator(bad, torch.tensor([0, 1]))[0].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_same_bits_whatever_the_number_of_threads(dtype):
+    x = torch.randn(150, 700, dtype=dtype)
+    y = torch.randint(5, (150,))
+    r, yr = torch.randn(90, 700, dtype=dtype), torch.randint(5, (90,))
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            results.append((*operator(x, y), *operator(x, y, r, yr)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_small_gradients_of_half_survive_until_the_loss_scale():
+    """A gradient below float16's range times a loss scale is in range again."""
+    x = (torch.randn(200, 64) * 900).half().requires_grad_()
+    y = torch.randint(3, (200,))
+    scale = 2.0**16
+    (got,) = torch.autograd.grad(bstriplet_loss(x, y, impl="native") * scale, x)
+    exact = x.detach().double().requires_grad_()
+    (truth,) = torch.autograd.grad(bstriplet_loss(exact, y, impl="reference") * scale, exact)
+    assert (truth / scale).abs().median() < 6e-8  # would be zero or one bit in float16
+    assert (got.double() - truth).norm() <= 2e-3 * truth.norm()
+
+
+def test_opcheck():
+    x, y = torch.randn(7, 5), torch.randint(3, (7,))
+    arguments = (0.9, 1.0, False, 1e-12, True)
+    name = torch.ops.bstriplet.batch_similarity.default
+    for gradient in (False, True):
+        torch.library.opcheck(name, (x, None, y, None, None, *arguments, gradient))
+        torch.library.opcheck(name, (x, x.half(), y, y, torch.ones(7), *arguments, gradient))
+
+
+def test_inactive_batch_has_exactly_no_gradient():
+    x = torch.eye(3).repeat_interleave(2, dim=0)
+    loss, _, _, grad, _ = operator(x, torch.tensor([0, 0, 1, 1, 2, 2]))
+    assert loss == 0
+    assert torch.equal(grad, torch.zeros_like(x))
+
+
+def test_labels_need_int64_in_full():
+    """Labels that agree in their low 32 bits are still different classes."""
+    x = torch.randn(4, 3)
+    apart = operator(x, torch.tensor([0, 2**32, 2**33, -(2**32)]))
+    torch.testing.assert_close(apart, operator(x, torch.arange(4)))
+
+
+X, Y = torch.ones(3, 2), torch.zeros(3, dtype=torch.int64)
+NONSENSE = {
+    "one dimension": ((torch.ones(3), Y), "embeddings must have 2 dimensions"),
+    "three dimensions": ((torch.ones(3, 2, 1), Y), "embeddings must have 2 dimensions"),
+    "no rows": ((torch.ones(0, 2), Y[:0]), "embeddings must have from 1"),
+    "no columns": ((torch.ones(3, 0), Y), "embeddings must have from 1"),
+    "integer embeddings": ((X.int(), Y), "embeddings must be float64"),
+    "complex embeddings": ((X.to(torch.complex64), Y), "embeddings must be float64"),
+    "short labels": ((X, Y[:2]), "labels must have shape"),
+    "matrix of labels": ((X, Y[:, None]), "labels must have shape"),
+    "int32 labels": ((X, Y.int()), "labels must be Long"),
+    "ref_emb alone": ((X, Y, X, None), "both or neither"),
+    "ref_labels alone": ((X, Y, None, Y), "both or neither"),
+    "ref_emb of other width": ((X, Y, torch.ones(3, 5), Y), "ref_emb must have 2 columns"),
+    "short ref_labels": ((X, Y, X, Y[:1]), "ref_labels must have shape"),
+    "short upstream": ((X, Y, None, None, torch.ones(2)), "upstream must have shape"),
+    "upstream of other dtype": ((X, Y, None, None, torch.ones(3).double()), "upstream must be"),
+    "more rows than can be": (
+        (torch.ones(1, 1).expand(2**39, 1), Y[:1].expand(2**39)),
+        "beyond what can be addressed|allocate memory",
+    ),
+    "more columns than memory": ((torch.ones(1, 1).expand(2, 2**60), Y[:2]), "from 1 to 2"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), NONSENSE.values(), ids=NONSENSE)
+def test_nonsense_raises(arguments, message):
+    with pytest.raises(RuntimeError, match=message):
+        operator(*arguments)
+
+
+def test_other_layouts_raise():
+    for bad in (X.to_sparse(), X.to_mkldnn()):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            operator(bad, Y)
+    with pytest.raises(RuntimeError):
+        operator(X, Y.to("meta"))
+
+
+def test_meaningless_strides_are_not_followed():
+    """A dimension of one element may have any stride."""
+    row = torch.randn(1, 3).as_strided((1, 3), (2**62, 1))
+    column = torch.randn(5).as_strided((5, 1), (1, 2**62))
+    y = torch.tensor([1])
+    assert operator(row, y, row, y)[0].isfinite()
+    assert operator(column, torch.arange(5))[0].isfinite()
+
+
+def test_module_runs_it():
+    x, y = torch.randn(9, 4, requires_grad=True), torch.randint(2, (9,))
+    got = BSTripletLoss(impl="native")(x, y)
+    torch.testing.assert_close(got, BSTripletLoss(impl="reference")(x, y))
