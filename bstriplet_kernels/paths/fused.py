@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..spec import Path, Rows, Spec, State, accumulation_dtype
+from ..spec import Gradients, Path, Rows, Spec, State, accumulation_dtype
 
 SMALL_ROWS = 64
 MAX_PARTS = 8
@@ -62,6 +62,54 @@ def gradient_blocks(dtype: torch.dtype, hopper: bool) -> Blocks:
     return Blocks(128 if hopper else 64, 64, 64, 128, 8, 3)
 
 
+class Cost(NamedTuple):
+    """FLOPs that the products take, bytes that must cross memory, kernels launched."""
+
+    flops: int
+    bytes: int
+    launches: int
+
+
+def cost(
+    n: int, m: int | None, d: int, dtype: torch.dtype, reduction: str, wants_gradient: bool
+) -> Cost:
+    """What n rows against m columns (None: against themselves) cost, forward and backward.
+
+    Counted as launched, whole blocks and recomputed tiles included, with the blocks that suit any
+    GPU and columns not shared out.
+    """
+    size = n * d * dtype.itemsize
+    if m is None and reduction != "none" and n <= SMALL_ROWS:
+        blocks = small_blocks(n, dtype)
+        slices = _tiles_of(d, blocks.v) if wants_gradient else 1
+        pairs = 2 * blocks.n * blocks.n
+        depth = _tiles_of(d, blocks.d) * blocks.d
+        gradient = slices * pairs * blocks.v if wants_gradient else 0
+        bytes_ = size * (4 if wants_gradient else 1)  # read; gradient written, read, scaled
+        return Cost(slices * pairs * depth + gradient, bytes_, 2 if wants_gradient else 1)
+    sides = 1 if m is None else 2
+    columns = n if m is None else m
+    size = (n if m is None else n + m) * d * dtype.itemsize
+    forward = _tile_flops(n, columns, d, row_blocks(dtype, False))
+    total = Cost(forward, 2 * size, 2 + sides)
+    if not wants_gradient:
+        return total
+    blocks = gradient_blocks(dtype, False)
+    backward = _tile_flops(n, columns, d, blocks)
+    if sides == 2:
+        backward += _tile_flops(columns, n, d, blocks)
+    return Cost(forward + backward, total.bytes + (1 + sides) * size, total.launches + sides)
+
+
+def _tile_flops(n: int, m: int, d: int, blocks: Blocks) -> int:
+    """2 D for each pair, and, where a gradient is formed, that again for each slice of it."""
+    pairs = 2 * _tiles_of(n, blocks.n) * blocks.n * _tiles_of(m, blocks.m) * blocks.m
+    depth = _tiles_of(d, blocks.d) * blocks.d
+    if blocks.v == 0:
+        return pairs * depth
+    return pairs * _tiles_of(d, blocks.v) * (depth + blocks.v)
+
+
 def precision(dtype: torch.dtype, small: bool = False) -> str:
     """How Triton multiplies float32: by what torch's own products are allowed to do.
 
@@ -84,7 +132,8 @@ def forward(
     """Eqs. 2-4; the state is dL/df for unit upstream gradient, or norms and the rows' weights."""
     if _fits_one_launch(embeddings, ref_emb, spec):
         loss, positive, negative, gradient = _small(embeddings, labels, spec, spec.wants_gradient)
-        return loss, Rows(positive, negative), (gradient,) if spec.wants_gradient else ()
+        state = Gradients((gradient,)) if spec.wants_gradient else ()
+        return loss, Rows(positive, negative), state
     ops = torch.ops.bstriplet
     rows, columns = _sides(embeddings, ref_emb)
     inverse = ops.triton_inverse_norms(rows, spec.eps)
@@ -118,8 +167,8 @@ def backward(
 ) -> tuple[Tensor, Tensor | None]:
     """dL/df of both sides, from the tiles of S anew, or by one multiply."""
     if _fits_one_launch(embeddings, ref_emb, spec):
-        gradient = state[0] if state else _small(embeddings, labels, spec, True)[3]
-        return (gradient * grad_loss).to(embeddings.dtype), None
+        gradients = Gradients(state or _small(embeddings, labels, spec, True)[3:])
+        return gradients.times(grad_loss, embeddings, ref_emb)
     pull, inverse, *rest = state
     f, columns = _sides(embeddings, ref_emb)
     gradient_of = torch.ops.bstriplet.triton_gradient
