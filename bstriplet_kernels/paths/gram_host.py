@@ -102,20 +102,31 @@ def class_order(labels: Tensor, ref_labels: Tensor | None) -> tuple[Tensor, Tens
     A line (n, m, k) of the table: the next k classes have n rows and m columns each. Classes are in
     the order of m, then n; within a class, rows keep their order.
     """
-    together = labels if ref_labels is None else torch.cat((labels, ref_labels))
-    _, ids, m = torch.unique(together, return_inverse=True, return_counts=True)
-    n = m
-    if ref_labels is not None:
-        n = torch.bincount(ids[: len(labels)], minlength=len(m))
-        m = m - n
+    sorted_rows, row_order = labels.sort(stable=True)
+    if ref_labels is None:
+        n = m = torch.unique_consecutive(sorted_rows, return_counts=True)[1]
+    else:
+        sorted_columns, column_order = ref_labels.sort(stable=True)
+        values = torch.unique(torch.cat((sorted_rows, sorted_columns)))
+        n, m = (
+            torch.searchsorted(s, values, right=True) - torch.searchsorted(s, values)
+            for s in (sorted_rows, sorted_columns)
+        )
     by_size = n.argsort(stable=True)
     by_size = by_size[m[by_size].argsort(stable=True)]
-    rank = torch.empty_like(by_size).scatter_(0, by_size, torch.arange(len(by_size)))
+    row_order = reorder_classes(row_order, n, by_size)
+    column_order = row_order if ref_labels is None else reorder_classes(column_order, m, by_size)
     sizes = torch.stack((n[by_size], m[by_size]), dim=1)
     sizes, k = torch.unique_consecutive(sizes, dim=0, return_counts=True)
-    ranks = rank[ids].split((len(labels), len(ids) - len(labels)))
-    row_order, column_order = (r.sort(stable=True).indices for r in ranks)
     return row_order, column_order, torch.cat((sizes, k[:, None]), dim=1)
+
+
+def reorder_classes(order: Tensor, sizes: Tensor, classes: Tensor) -> Tensor:
+    """`order` [N], whose consecutive segments have `sizes` [C], with its segments as `classes`."""
+    starts, moved = sizes.cumsum(0) - sizes, sizes[classes]
+    shift = starts[classes] - (moved.cumsum(0) - moved)
+    positions = torch.repeat_interleave(shift, moved, output_size=len(order))
+    return order[positions.add_(torch.arange(len(order)))]
 
 
 def make_runs(table: Tensor, d: int, own: bool) -> list[Run]:
