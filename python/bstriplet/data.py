@@ -53,7 +53,9 @@ class ImageSet:
     def batch(self, positions: Sequence[int] | Ints) -> tuple[torch.Tensor, torch.Tensor]:
         """Return pixels uint8 [B, C, H, W] and labels int64 [B] at ``positions``."""
         chosen = np.asarray(positions, dtype=np.int64)
-        images = torch.from_numpy(self.pixels[self.rows[chosen]])
+        # take always makes a plain C-ordered array. Indexing can carry over odd strides of axes of
+        # length 1, from which torch infers another memory layout, and sums in another order.
+        images = torch.from_numpy(np.take(self.pixels, self.rows[chosen], axis=0))
         return images, torch.from_numpy(self.labels[chosen])
 
 

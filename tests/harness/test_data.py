@@ -194,6 +194,9 @@ def test_a_batch_holds_the_images_asked_for(make_tree: MakeTree) -> None:
     images = load_dataset(str(make_tree(classes=3)), 32).images.take(np.array([30, 2, 17]))
     pixels, labels = images.batch([2, 0])
     np.testing.assert_array_equal(pixels.numpy(), images.pixels[[17, 30]])
+    assert pixels.stride() == (32 * 32, 32 * 32, 32, 1)
+    digits, _ = load_dataset("digits", 32).images.batch([5, 4, 3])
+    assert digits.stride() == pixels.stride()  # else torch may take another layout, other sums
     np.testing.assert_array_equal(labels.numpy(), images.labels[[2, 0]])
 
 
