@@ -1,0 +1,320 @@
+"""What is particular to impl="triton"; what every path must do is tested with the others.
+
+Kernels need a GPU or Triton's interpreter, which must be chosen before Triton is imported: where
+there is neither, one test runs this file, and the properties of every path, in a child that has it.
+"""
+
+import importlib.util
+import mmap
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import Options, assert_as_exact_as_plain, batch
+
+from bstriplet_kernels import available_impls, bstriplet_loss
+from bstriplet_kernels.paths import fused
+from bstriplet_kernels.spec import Spec
+
+HERE = Path(__file__).parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+runs_here = pytest.mark.skipif(
+    "triton" not in available_impls(), reason="needs a GPU or TRITON_INTERPRET=1"
+)
+interpreted = pytest.mark.skipif(
+    not (fused.interpreted() and "triton" in available_impls()), reason="needs TRITON_INTERPRET=1"
+)
+
+
+def on_device(*tensors):
+    return tuple(t.to(DEVICE) for t in tensors)
+
+
+def gradient_of(x, labels, **options):
+    x = x.detach().clone().requires_grad_()
+    loss = bstriplet_loss(x, labels, impl="triton", **options)
+    return loss.detach(), torch.autograd.grad(loss.sum(), x)[0]
+
+
+@pytest.mark.skipif(fused.interpreted(), reason="already there")
+def test_in_the_interpreter():
+    pytest.importorskip("triton")
+    chosen = [
+        "test_triton.py",
+        "test_properties.py::test_as_exact_as_plain_torch_in_the_same_dtype",
+        "test_properties.py::test_reference_embeddings_are_as_exact",
+        "test_properties.py::test_nan_and_infinity_are_never_hidden",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-k", "triton", "-p", "no:cacheprovider"]
+        + [str(HERE / name) for name in chosen],
+        env=os.environ
+        | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "BSTRIPLET_EXAMPLES": "2"},
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "passed" in done.stdout
+
+
+def test_says_what_is_missing_and_how_to_get_it(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    x = torch.ones(2, 2)
+    with pytest.raises(RuntimeError, match=r"needs a GPU .*TRITON_INTERPRET=1"):
+        bstriplet_loss(x, torch.arange(2), impl="triton")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"Triton is not installed .*pip install triton"):
+        bstriplet_loss(x, torch.arange(2), impl="triton")
+
+
+def test_refuses_tensors_where_no_kernel_runs(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "the embeddings are on cpu" in fused.refuses(torch.ones(2, 2), None, Spec())
+    assert "on meta" in fused.refuses(torch.ones(2, 2, device="meta"), None, Spec())
+
+
+@interpreted
+@pytest.mark.parametrize("n", [9, 50, 70])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("spread", [0.03, 1.0])
+def test_tensor_core_float32_is_as_exact_as_plain(monkeypatch, n, reduction, spread):
+    """The interpreter multiplies float32 exactly; here it does as tensor cores do for "tf32x3"."""
+    numpy = pytest.importorskip("numpy")
+    from triton.runtime import interpreter
+
+    products = []
+
+    def tf32(a):
+        return ((a.view(numpy.int32) + 0x1000) & -8192).view(numpy.float32)
+
+    def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        products.append(str(input_precision))
+        big = [tf32(x.data) for x in (a, b)]
+        small = [tf32(x.data - y) for x, y in zip((a, b), big, strict=True)]
+        total = d.data + small[0] @ big[1] + big[0] @ small[1] + big[0] @ big[1]
+        return interpreter.TensorHandle(total, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+    for seed in range(3):
+        x, labels = batch(n, 45, 3, seed, torch.float32, spread)
+        assert_as_exact_as_plain("triton", x, labels, Options(reduction=reduction))
+    assert products
+    assert all(p.endswith("TF32x3") for p in products)
+
+
+@runs_here
+@pytest.mark.parametrize(
+    ("dtype", "setting", "small", "tiles"),
+    [
+        (torch.float32, "highest", "tf32x3", "tf32x3"),
+        (torch.float32, "high", "tf32", "tf32"),
+        (torch.float64, "high", "ieee", "ieee"),
+        (torch.bfloat16, "highest", "tf32x3", "tf32"),
+    ],
+)
+@pytest.mark.skipif(torch.version.hip is not None, reason="AMD multiplies float32 as it is")
+def test_float32_products_follow_torch(dtype, setting, small, tiles):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(setting)
+        assert (fused.precision(dtype, small=True), fused.precision(dtype)) == (small, tiles)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@runs_here
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operators_are_what_they_say(dtype):
+    x, labels, ref, ref_labels = on_device(*batch(6, 5, 2, 0, dtype), *batch(4, 5, 2, 1, dtype))
+    ops = torch.ops.bstriplet
+    for wants_gradient in (True, False):
+        arguments = (x, labels, 0.9, 1.0, False, True, 1e-12, wants_gradient)
+        torch.library.opcheck(ops.triton_loss_and_gradient.default, arguments)
+    torch.library.opcheck(ops.triton_inverse_norms.default, (x, 1e-12))
+    inverse, ref_inverse = ops.triton_inverse_norms(x, 1e-12), ops.triton_inverse_norms(ref, 1e-12)
+    for reduction in ("mean", "none"):
+        arguments = (
+            *(x, ref, labels, ref_labels, inverse, ref_inverse, False),
+            *(0.9, 1.0, True, reduction),
+        )
+        torch.library.opcheck(ops.triton_rows.default, arguments)
+    pull = ops.triton_rows(*arguments)[3]
+    side = (x, labels, inverse, pull)
+    other = (ref, ref_labels, ref_inverse, torch.zeros(2, 4, device=DEVICE))
+    upstream = torch.ones(6, device=DEVICE)
+    torch.library.opcheck(ops.triton_gradient.default, (*side, *other, upstream, False, True))
+
+
+@runs_here
+@pytest.mark.parametrize("similarity", ["square", "signed_square"])
+def test_one_launch_and_tiles_say_the_same(similarity):
+    x, labels = on_device(*batch(fused.SMALL_ROWS, 37, 4, 0))
+    loss, gradient = gradient_of(x, labels, similarity=similarity)
+    rows, tiled = gradient_of(x, labels, similarity=similarity, reduction="none")
+    torch.testing.assert_close(loss, rows.mean())
+    torch.testing.assert_close(gradient, tiled / len(x))
+
+
+@runs_here
+def test_no_launch_more_than_one_where_the_batch_is_small(monkeypatch):
+    calls = []
+    launched = fused._tiles()
+    for name in ("loss_and_gradient", "inverse_norms", "row_sums", "finish_rows", "tile_gradient"):
+        kernel = getattr(launched, name)
+        monkeypatch.setattr(launched, name, Counted(kernel, name, calls))
+    x, labels = on_device(*batch(36, 40, 3, 0))
+    gradient_of(x, labels)
+    assert calls == ["loss_and_gradient"]
+    bstriplet_loss(x, labels, impl="triton")
+    assert calls == ["loss_and_gradient"] * 2
+    calls.clear()
+    gradient_of(x, labels, reduction="none")
+    assert calls == ["inverse_norms", "row_sums", "finish_rows", "tile_gradient"]
+
+
+class Counted:
+    """A kernel that notes its name whenever it is launched."""
+
+    def __init__(self, kernel, name, calls):
+        self.kernel, self.name, self.calls = kernel, name, calls
+
+    def __getitem__(self, grid):
+        self.calls.append(self.name)
+        return self.kernel[grid]
+
+
+@runs_here
+@pytest.mark.parametrize("parts", [1, 3, 8])
+def test_columns_shared_out_among_programs_give_the_same(monkeypatch, parts):
+    x, labels = batch(150, 20, 4, 0, torch.float32)
+    monkeypatch.setattr(fused, "_parts", lambda programs, tiles, device: parts)
+    assert_as_exact_as_plain("triton", *on_device(x, labels), Options())
+
+
+@runs_here
+def test_rows_that_lie_badly_are_copied_and_others_are_not():
+    aligned = torch.ones(70, 48, device=DEVICE)
+    for rows in (aligned, aligned[:, :32], aligned[::2], aligned[:1].expand(9, -1)):
+        assert fused._aligned(rows) is rows
+    for rows in (aligned.T, aligned[:, :47], aligned[:, 1:33], torch.ones(3, 5, device=DEVICE)):
+        copy = fused._aligned(rows)
+        assert copy.shape[1] % 16 == 0
+        assert torch.equal(copy[:, : rows.shape[1]], rows)
+        assert not copy[:, rows.shape[1] :].any()
+
+
+@interpreted
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_tile_without_an_active_row_is_passed_over(monkeypatch, reduction):
+    from triton.runtime import interpreter
+
+    products = []
+    plain = interpreter.InterpreterBuilder.create_dot
+    monkeypatch.setattr(
+        interpreter.InterpreterBuilder,
+        "create_dot",
+        lambda *arguments: products.append(1) or plain(*arguments),
+    )
+    n = 4 * fused.gradient_blocks(torch.float32, False).n
+    labels = torch.zeros(n, dtype=torch.int64)
+    x = torch.zeros(n, 16)
+    x[:, 0] = 1  # one class, one direction: h_i = margin - 1 < 0 for every row
+    loss, gradient = gradient_of(x, labels, reduction=reduction)
+    assert not loss.any()
+    assert not gradient.any()
+    forward_only = len(products)
+    x[:2, 1] = torch.tensor([5.0, -5.0])  # two rows of the first tile become active
+    labels[:2] = 1
+    products.clear()
+    loss, gradient = gradient_of(x, labels, reduction=reduction)
+    assert gradient[:2].any()
+    # every tile of S once for the row sums; then the first row of tiles and the first column
+    row_blocks, blocks = (f(x.dtype, False) for f in (fused.row_blocks, fused.gradient_blocks))
+    assert forward_only == (n // row_blocks.n) * (n // row_blocks.m)
+    rows, columns = n // blocks.n, n // blocks.m
+    assert len(products) - forward_only == 2 * (columns + rows - 1)
+    assert_as_exact_as_plain("triton", x, labels, Options(reduction=reduction))
+
+
+@runs_here
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_addresses_beyond_31_bits(reduction):
+    """Rows 2^29 elements apart, in memory that is reserved and, but for the rows, never touched."""
+    x, labels = batch(6, 16, 2, 0, torch.float16)
+    stride = 2**29
+    if DEVICE == "cpu":
+        try:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+            memory = torch.frombuffer(mmap.mmap(-1, 2 * 6 * stride, flags), dtype=torch.float16)
+        except (OSError, AttributeError, ValueError) as error:
+            pytest.skip(f"no address space for it: {error}")
+    elif torch.cuda.mem_get_info()[0] < 2 * 7 * stride:
+        pytest.skip("not enough memory")
+    else:
+        memory = torch.empty(6 * stride, dtype=torch.float16, device=DEVICE)
+    far = memory.as_strided((6, 16), (stride, 1))
+    far.copy_(x)
+    x, labels = on_device(x, labels)
+    for got, expected in zip(
+        gradients_in_place(far, labels, reduction),
+        gradients_in_place(x, labels, reduction),
+        strict=True,
+    ):
+        assert torch.equal(got, expected)
+
+
+def gradients_in_place(x, labels, reduction):
+    leaf = x.detach().requires_grad_()
+    loss = bstriplet_loss(leaf, labels, impl="triton", reduction=reduction)
+    return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
+
+
+@runs_here
+@pytest.mark.parametrize("tensor", ["labels", "upstream"])
+def test_expanded_and_strided_vectors(tensor):
+    x, labels = on_device(*batch(20, 7, 2, 0))
+    upstream = torch.full((20,), 0.5, dtype=x.dtype, device=DEVICE)
+    for reduction in ("mean", "none"):
+        results = []
+        for strided in (False, True):
+            y, up = labels, upstream if reduction == "none" else upstream[0]
+            if strided and tensor == "labels":
+                y = torch.stack((labels, labels + 1), dim=1)[:, 0]
+            if strided and tensor == "upstream":
+                up = upstream[:1].expand(20) if reduction == "none" else up
+            leaf = x.clone().requires_grad_()
+            loss = bstriplet_loss(leaf, y, impl="triton", reduction=reduction)
+            results.append(torch.autograd.grad(loss, leaf, up)[0])
+        assert torch.equal(*results)
+
+
+@runs_here
+def test_float16_gradient_survives_a_loss_scale():
+    """dL/df is below float16's range; times the scale of mixed precision it is in it."""
+    x, labels = on_device(*batch(40, 64, 3, 0, torch.float16))
+    x = 200 * x
+    leaf = x.clone().requires_grad_()
+    loss = bstriplet_loss(leaf, labels, impl="triton")
+    (got,) = torch.autograd.grad(loss, leaf, torch.tensor(65536.0, device=DEVICE))
+    exact = x.double().requires_grad_()
+    reference = bstriplet_loss(exact, labels, impl="reference")
+    (truth,) = torch.autograd.grad(65536 * reference, exact)
+    assert (got.double() - truth).norm() <= 2e-3 * truth.norm()
+
+
+def test_cost_counts_what_is_launched():
+    small = fused.cost(36, None, 64, torch.float32, "mean", True)
+    assert small == (2 * 2 * 64 * 64 * (64 + 32), 4 * 36 * 64 * 4, 2)
+    assert fused.cost(36, None, 64, torch.float32, "mean", False).launches == 1
+    tiles = fused.cost(128, None, 128, torch.float32, "mean", True)
+    assert tiles.flops == 2 * 128 * 128 * 128 * 3
+    assert tiles.launches == 4
+    both = fused.cost(128, 256, 128, torch.float32, "mean", True)
+    assert both.flops == 2 * 128 * 256 * 128 * 5
+    assert both.launches == 6
