@@ -1,13 +1,21 @@
-"""impl="gram": exact, in time linear in the batch, by second moments. Nothing is N x M."""
+"""impl="gram": exact, in time linear in the batch, by second moments. Nothing is N x M.
+
+One mathematics (`second_moments`), two schedules: `gram_host` where sizes can be read, on the CPU;
+`gram_device` where reading them would stop a GPU. Both stand behind two operators.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..spec import Path, Rows, Spec, State, accumulation_dtype, reduce_losses, row_gradient
-from . import gram_host
-from .gram_host import slot_capacity, table_capacity
+from ..spec import Path, Rows, Spec, State, reduce_losses, row_gradient
+from . import gram_device, gram_host
+from .second_moments import half_fraction
+
+_BYTES_A_ROW = 96  # order, inverse norms, means, a and the vectors that make them
 
 
 @torch.library.custom_op("bstriplet::gram_means", mutates_args=())
@@ -18,7 +26,8 @@ def _means(
     ref_labels: Tensor | None,
     eps: float,
 ) -> list[Tensor]:
-    return gram_host.forward(embeddings, ref_emb, labels, ref_labels, eps)
+    schedule = gram_host if embeddings.is_cpu else gram_device
+    return schedule.forward(embeddings, ref_emb, labels, ref_labels, eps)
 
 
 @_means.register_fake
@@ -29,26 +38,16 @@ def _(
     ref_labels: Tensor | None,
     eps: float,
 ) -> list[Tensor]:
-    sides = (embeddings,) if ref_emb is None else (embeddings, ref_emb)
-    dtype = accumulation_dtype(*sides)
-    (n, d), m = embeddings.shape, sides[-1].shape[0]
-    vectors = [embeddings.new_empty(n, dtype=dtype) for _ in range(2)]
-    table = labels.new_empty(table_capacity(n, None if ref_emb is None else m), 3)
-    small = embeddings.new_empty(2, d, d, dtype=dtype)
-    slots = embeddings.new_empty(slot_capacity(m, d), d, d, dtype=dtype)
-    orders = [
-        t
-        for side in sides
-        for t in (labels.new_empty(side.shape[0]), side.new_empty(side.shape[0], dtype=dtype))
-    ]
-    return [*vectors, table, small, slots, *orders]
+    schedule = gram_host if embeddings.is_cpu else gram_device
+    return schedule.empty_outputs(embeddings, ref_emb)
 
 
 @torch.library.custom_op("bstriplet::gram_gradients", mutates_args=())
 def _gradients(
     a: Tensor, embeddings: Tensor, ref_emb: Tensor | None, state: list[Tensor], sigma: float
 ) -> list[Tensor]:
-    return gram_host.gradients(a, embeddings, ref_emb, state, sigma)
+    schedule = gram_host if embeddings.is_cpu else gram_device
+    return schedule.gradients(a, embeddings, ref_emb, state, sigma)
 
 
 @_gradients.register_fake
@@ -89,8 +88,47 @@ def backward(
 
 
 def refuses(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str | None:
-    """Only squares are quadratic forms of second moments."""
-    return 'similarity="signed_square" has no second-moment form' if spec.signed else None
+    """What has no second-moment form, or no schedule."""
+    if spec.signed:
+        return 'similarity="signed_square" has no second-moment form'
+    if ref_emb is not None and not embeddings.is_cpu:
+        return "ref_emb has no schedule of fixed shapes, and runs on the CPU alone"
+    return None
 
 
 PATH = Path(forward, backward, refuses=refuses)
+
+
+def flops(n: int, d: int, class_sizes: Sequence[int], one_weight: bool = True) -> int:
+    """Floating-point operations of the products of forward and backward on the CPU.
+
+    class_sizes: members of each class, summing to n. one_weight: all rows have h > 0 (or none), and
+    the reduction is a scalar; otherwise the weighted moments and a second product are added.
+    """
+    large = sum(s for s in class_sizes if _has_moment(s, n, d))
+    pairs = sum(s * s for s in class_sizes if s > 1 and not _has_moment(s, n, d))
+    symmetric = half_fraction(d) * d * d
+    products = n * symmetric + (n + large) * symmetric + n * d * d + 3 * pairs * d
+    if not one_weight:
+        products += n * symmetric + n * d * d
+    return int(2 * products)
+
+
+def traffic(n: int, d: int, itemsize: int = 4) -> int:
+    """Bytes to and from memory, forward and backward: norms, three readings, a gradient written.
+
+    Writing a row of the gradient out of order reads its cache lines first.
+    """
+    return n * (6 * d * itemsize + _BYTES_A_ROW)
+
+
+def extra_memory(n: int, d: int, itemsize: int = 4) -> int:
+    """Peak bytes beyond the inputs on the CPU, the gradient included, whatever the classes are."""
+    accumulation = max(4, itemsize)
+    matrices = (gram_host.slot_capacity(n, d) + 8) * d * d
+    panel = 6 * gram_host.panel_rows(d) * max(d, gram_host.smallest_moment(d))
+    return n * (d * itemsize + _BYTES_A_ROW) + (matrices + panel) * accumulation
+
+
+def _has_moment(size: int, n: int, d: int) -> bool:
+    return size >= gram_host.smallest_moment(d) or 2 * size > n

@@ -188,6 +188,23 @@ def forward(
     return [positive, negative, kept, *moments, *(t for s in sides for t in (s.order, s.inverse))]
 
 
+def empty_outputs(embeddings: Tensor, ref_emb: Tensor | None) -> list[Tensor]:
+    """Tensors shaped as what `forward` returns."""
+    sides = (embeddings,) if ref_emb is None else (embeddings, ref_emb)
+    dtype = accumulation_dtype(*sides)
+    (n, d), m = embeddings.shape, sides[-1].shape[0]
+    means = [embeddings.new_empty(n, dtype=dtype) for _ in range(2)]
+    lines = table_capacity(n, None if ref_emb is None else m)
+    table = embeddings.new_empty(lines, 3, dtype=torch.int64)
+    moments = [embeddings.new_empty(k, d, d, dtype=dtype) for k in (2, slot_capacity(m, d))]
+    return [
+        *means,
+        table,
+        *moments,
+        *(s.new_empty(s.shape[0], dtype=t) for s in sides for t in (torch.int64, dtype)),
+    ]
+
+
 def make_side(embeddings: Tensor, order: Tensor, eps: float, dtype: torch.dtype) -> Side:
     """The side of these embeddings in this order."""
     return Side(embeddings, order, inverse_norms(embeddings, eps, dtype)[order])

@@ -83,12 +83,20 @@ def quadratic_forms(unit: Tensor, halves: list[Tensor], count: int) -> Tensor:
     return forms
 
 
-def own_share(own: Tensor, others: Tensor, p: float, q: float, sigma: float) -> Tensor:
+def half_fraction(d: int) -> float:
+    """What `add_moment` and `quadratic_forms` compute of a symmetric [D, D] product."""
+    blocks = -(-d // _BLOCK)
+    return (blocks + 1) / (2 * blocks)
+
+
+def own_share(
+    own: Tensor, others: Tensor, p: float | Tensor, q: float | Tensor, sigma: float
+) -> Tensor:
     """K_c: what a row's own loss makes of it, from T_c and T - T_c."""
     return others * (2 * sigma * q) - own * (2 * p)
 
 
-def others_share(own: Tensor, others: Tensor, p: float, sigma: float) -> Tensor:
+def others_share(own: Tensor, others: Tensor, p: float | Tensor, sigma: float) -> Tensor:
     """B_c: what the rows that a column serves make of it, from A_c and the sum of the other q A."""
     return others * (2 * sigma) - own * (2 * p)
 
