@@ -41,7 +41,7 @@ class Operations(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if func.namespace not in ("aten", "prim", "prims"):
+        if func.namespace not in ("aten", "prim", "prims", "profiler"):
             self.opaque.add(str(func))
         name = func._overloadpacket.__name__
         if _is_view(func) or name in ("empty", "empty_like", "new_empty", "detach"):

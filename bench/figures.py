@@ -284,10 +284,11 @@ def _against_n(
     figure, panels = _panels(len(dimensions))
     for axes, d in zip(panels, dimensions, strict=True):
         chosen = [row for row in rows if row.d == d]
+        axes.set(xscale="log", yscale="log", xlabel="N")
         _lines(axes, chosen, value)
         low, high = axes.get_ylim()
         extra(axes, chosen)
-        axes.set(xscale="log", yscale="log", xlabel="N", ylim=(low / 2, high * 4))
+        axes.set_ylim(low / 2, high * 4)
         axes.set_title(f"D = {d:,}, C = {chosen[0].c}, forward and backward")
         finish(axes)
     _legend(figure, panels)

@@ -80,12 +80,15 @@ def write(path: Path, rows: Iterable[Row]) -> None:
     """Replace a file by these rows, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".part")
-    with draft.open("w", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(field.name for field in fields(Row))
-        for row in rows:
-            writer.writerow(_text(getattr(row, field.name)) for field in fields(Row))
-    os.replace(draft, path)
+    try:
+        with draft.open("w", newline="") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow(field.name for field in fields(Row))
+            for row in rows:
+                writer.writerow(_text(getattr(row, field.name)) for field in fields(Row))
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def read(path: Path) -> list[Row]:
@@ -109,7 +112,9 @@ def read_device(folder: Path) -> list[Row]:
 
 def devices(results: Path = RESULTS) -> Iterator[Path]:
     """The folders of devices that have results."""
-    return (folder for folder in sorted(results.glob("*/")) if any(folder.glob("*.csv")))
+    kinds = (f"{kind}-*/" for kind in ("cpu", "cuda"))
+    folders = (folder for kind in kinds for folder in sorted(results.glob(kind)))
+    return (folder for folder in folders if any(folder.glob("*.csv")))
 
 
 def _text(value: Any) -> str:

@@ -8,6 +8,7 @@ from statistics import geometric_mean
 
 from .cases import Case
 from .providers import EMPTY, MOMENT_PRODUCTS, PAIR_PRODUCTS
+from .providers import OURS as OURS_GROUP
 from .suites import suites
 from .table import EAGER, GRAPH, Row
 
@@ -85,7 +86,8 @@ def mean_choice(rows: Iterable[Row]) -> float | None:
 def _choices(rows: Iterable[Row]) -> list[tuple[float, Row]]:
     points: dict[tuple[int, int, int], list[Row]] = {}
     for row in rows:
-        if row.suite == "crossover" and row.is_measured and row.mode == EAGER:
+        is_ours = row.suite == "crossover" and row.group == OURS_GROUP
+        if is_ours and row.is_measured and row.mode == EAGER:
             points.setdefault((row.n, row.d, row.c), []).append(row)
     ratios = []
     for at in points.values():

@@ -22,6 +22,9 @@ _GRACE_S = 2.0
 _KILLED_BY_SYSTEM = -9
 
 
+Serve = Callable[[Connection, str, str], None]
+
+
 class Lost(NamedTuple):
     """A job that took its process with it: the provider at work ("" : none), and why."""
 
@@ -30,10 +33,14 @@ class Lost(NamedTuple):
 
 
 class Worker:
-    """Runs jobs in a process of its own, which is started when first needed."""
+    """Runs jobs in a process of its own, which is started when first needed.
 
-    def __init__(self, device: str) -> None:
+    serve: what that process runs, with its end of the connection, a log file and the device.
+    """
+
+    def __init__(self, device: str, serve: Serve | None = None) -> None:
         self._device = device
+        self._serve = serve or _serve
         self._process: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection | None = None
         self._log = Path(tempfile.mkdtemp(prefix="bench-")) / "worker.log"
@@ -46,7 +53,7 @@ class Worker:
         while True:
             if not connection.poll(max(0.0, since + limit - time.monotonic())):
                 self.stop()
-                return Lost(provider, f"over {limit:.0f} s")
+                return Lost(provider, f"over {limit:g} s")
             try:
                 message = connection.recv()
             except EOFError:
@@ -70,7 +77,7 @@ class Worker:
             context = multiprocessing.get_context("spawn")
             self._connection, theirs = context.Pipe()
             self._process = context.Process(
-                target=_serve, args=(theirs, str(self._log), self._device), daemon=True
+                target=self._serve, args=(theirs, str(self._log), self._device), daemon=True
             )
             self._process.start()
             theirs.close()

@@ -1,0 +1,334 @@
+"""Timing in turns, counting, rows, the process that may be lost, and the runner around it."""
+
+import itertools
+import os
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_row
+
+from bench import counting, machine, measure, providers, run, steps, table, timing
+from bench.cases import FORWARD, TRAINING_STEP, Case
+from bench.measure import Job, Starting
+from bench.suites import DEFAULT, Suite, suites
+from bench.timing import Budget
+from bench.worker import Lost, Worker
+
+CASE = Case(16, 8, 3)
+QUICK = Budget(0.002)
+
+
+@pytest.fixture(autouse=True)
+def quick_limits(monkeypatch):
+    """The machine's best rates are not what these tests are about."""
+    monkeypatch.setattr(machine, "limits", lambda *_: machine.Limits(1e11, 1e10))
+
+
+def test_interleaving_takes_turns_until_each_has_its_samples():
+    made = []
+
+    def turn(name):
+        return lambda n: made.append(name) or [1e-3] * n
+
+    call_s = {"slow": 0.5, "fast": 1e-3, "slowest": 20.0}
+    turns = {name: turn(name) for name in call_s}
+    samples = timing.interleave(turns, call_s, Budget(0.05, least=3, most=40))
+    assert {name: len(s) for name, s in samples.items()} == {"slow": 3, "fast": 40, "slowest": 1}
+    assert made[0] == "fast"  # its warm-up turn
+    rounds = made[1:]
+    assert set(rounds[:3]) == set(call_s)
+    last_slow = max(i for i, name in enumerate(rounds) if name == "slow")
+    assert rounds[:last_slow].count("fast") >= 2
+
+
+def test_a_turn_times_every_call():
+    samples = timing.cpu_turn(lambda: time.sleep(0.002))(3)
+    assert len(samples) == 3
+    assert min(samples) >= 0.002
+
+
+def test_expected_seconds_forgets_a_cold_first_call():
+    waits = itertools.chain([0.01], itertools.repeat(0.0))
+    assert timing.expected_seconds(lambda: time.sleep(next(waits)), "cpu") < 0.01
+
+
+def test_products_and_bytes_are_counted():
+    x = torch.randn(6, 5)
+    with counting.Operations() as operations:
+        s = x @ x.T
+        (s * 2).sum()
+    assert operations.flops == 2 * 6 * 6 * 5 + 36 + 36
+    assert operations.bytes == 4 * ((30 + 30 + 36) + (36 + 36) + (36 + 1))
+    assert not operations.opaque
+
+
+def test_opaque_operators_are_named():
+    x = torch.randn(20, 4, requires_grad=True)
+    from bstriplet_kernels import bstriplet_loss
+
+    with counting.Operations() as operations:
+        bstriplet_loss(x, torch.arange(20) % 2, impl="gram")
+    assert any("bstriplet" in name for name in operations.opaque)
+
+
+def test_peak_memory_is_the_peak_and_not_the_sum():
+    def call():
+        for _ in range(3):
+            block = torch.ones(1 << 20)
+            del block
+        return torch.ones(1 << 18)
+
+    call()
+    result, memory = counting.peak_memory(call, "cpu")
+    assert len(result) == 1 << 18
+    assert memory.allocator == 4 << 20
+    if memory.resident is not None:
+        assert 3 << 20 < memory.resident < 30 << 20
+
+
+def test_one_case_gives_a_row_for_each_provider():
+    names = ("empty function", "naive", "pml triplet", "native", "gram", "auto", "missing one")
+    known = providers.providers()
+    names = tuple(name for name in names if name in known)
+    told = []
+    job = Job("test", CASE, names, {"naive": "over 60 s at N = 8"}, QUICK)
+    rows = measure.measure(job, told.append)
+    assert [row.provider for row in rows] == list(names)
+    by_name = {row.provider: row for row in rows}
+    assert by_name["naive"].status == "over 60 s at N = 8"
+    assert not by_name["naive"].is_measured
+    for name in set(names) - {"naive", "pml triplet"}:
+        row = by_name[name]
+        assert row.status == table.OK
+        assert 0 < row.p20_ms <= row.p50_ms <= row.p80_ms
+        assert row.repeats >= 3
+        assert row.eq8_flops == (64 + 9 + 8 + 3 + 3) * 256 + 21 * 16
+        assert row.flops is not None
+        assert row.bytes is not None
+    assert by_name["gram"].gradient_error < 1e-5
+    assert by_name["gram"].active_share == 1
+    assert by_name["auto"].path in known
+    assert all(isinstance(message, Starting) for message in told)
+    assert {m.provider for m in told} >= {"gram", "auto", ""}
+
+
+def test_what_is_wrong_or_broken_gets_no_time(monkeypatch):
+    def wrong(problem):
+        right = known["naive"].make(problem)
+        return lambda x, y: (right(x, y)[0], 1.01 * right(x, y)[1])
+
+    def broken(problem):
+        raise RuntimeError("no such thing\nand a second line")
+
+    def hungry(problem):
+        return lambda x, y: torch.empty(1 << 60)
+
+    known = dict(providers.providers())
+    for name, make in (("wrong", wrong), ("broken", broken), ("hungry", hungry)):
+        known[name] = providers.Provider(name, providers.PEER, make)
+    monkeypatch.setattr(measure, "providers", lambda: known)
+    names = ("wrong", "broken", "hungry", "naive")
+    rows = measure.measure(Job("test", CASE, names, {}, QUICK), lambda _: None)
+    assert rows[0].status.startswith("wrong: gradient is off by")
+    assert rows[1].status == "RuntimeError: no such thing"
+    assert rows[2].status == "out of memory"
+    assert [row.is_measured for row in rows] == [False, False, False, True]
+
+
+def test_a_training_step_with_and_without_the_loss():
+    pytest.importorskip("timm")
+    case = Case(2, 1024, 2, operation=TRAINING_STEP, backbone="mobilenetv3_small_100")
+    job = Job("test", case, tuple(steps.providers()), {}, Budget(0.0, least=1))
+    rows = measure.measure(job, lambda _: None)
+    assert [row.status for row in rows] == [table.OK] * 3
+    assert all(row.flops > 1e7 and row.peak_bytes > 1e6 for row in rows)
+    wrong = job._replace(case=replace(case, d=99), names=("CE",))
+    assert "not 99" in measure.measure(wrong, lambda _: None)[0].status
+    unknown = job._replace(case=replace(case, backbone="no_such_net"), names=("CE",))
+    assert "no_such_net" in measure.measure(unknown, lambda _: None)[0].status
+
+
+def _hangs(connection, log, device):
+    connection.recv()
+    connection.send(Starting("sleeper", 0.2))
+    time.sleep(60)
+
+
+def _crashes(connection, log, device):
+    connection.recv()
+    connection.send(Starting("crasher", 30.0))
+    with open(log, "w") as stream:
+        stream.write("first\nlast words\n")
+    os._exit(3)
+
+
+def test_a_process_that_hangs_or_dies_is_reported_and_replaced():
+    job = Job("test", CASE, ("x",), {}, QUICK)
+    for target, lost in (
+        (_hangs, Lost("sleeper", "over 0.2 s")),
+        (_crashes, Lost("crasher", "crashed with exit status 3: last words")),
+    ):
+        worker = Worker("cpu", target)
+        assert worker.run(job) == lost
+        assert worker.run(job) == lost
+        worker.stop()
+
+
+def test_the_framework_from_case_to_file_in_its_own_process(tmp_path, capsys):
+    """Real process, real measurements, and one provider that really runs out of memory."""
+    groups = (providers.FLOOR, providers.BASELINE, providers.OURS)
+    big = Case(1 << 18, 2, 2, operation=FORWARD)
+    suite = Suite("tiny", "a test", (CASE, big, replace(big, n=1 << 19)), groups, QUICK)
+    worker = Worker("cpu")
+    try:
+        rows = run.run_suite(suite, worker)
+    finally:
+        worker.stop()
+    path = tmp_path / "cpu-test" / "tiny.csv"
+    table.write(path, rows)
+    assert [r.status for r in rows if r.n == 16 and r.group != "ours"] == [table.OK] * 5
+    naive = [row.status for row in rows if row.provider == "naive"]
+    assert naive == [table.OK, "out of memory", f"out of memory at N = {1 << 18}"]
+    gram = [row for row in rows if row.provider == "gram"]
+    assert [row.is_measured for row in gram] == [True] * 3
+    assert gram[2].resident_bytes is None or gram[2].resident_bytes < 200 << 20
+    written = table.read_device(path.parent)
+    assert [row.provider for row in written] == [row.provider for row in rows]
+    assert written[0].p50_ms == pytest.approx(rows[0].p50_ms, rel=1e-5)
+    assert "naive [out of memory]" in capsys.readouterr().out
+
+
+def test_a_lost_provider_gets_a_row_and_the_others_are_measured_again():
+    class FakeWorker:
+        def run(self, job):
+            if "naive" not in job.skip:
+                return Lost("naive", "over 60 s")
+            return [make_row("test", CASE, name, "x", 1, status=job.skip.get(name, "ok"))
+                    for name in job.names]  # fmt: skip
+
+    known = providers.providers()
+    job = Job("test", CASE, ("naive", "auto"), {}, QUICK)
+    rows = run._run_job(job, known, FakeWorker())
+    assert [(r.provider, r.status) for r in rows] == [("naive", "over 60 s"), ("auto", "ok")]
+
+
+def test_a_problem_that_cannot_be_made_is_a_row_for_each():
+    class FakeWorker:
+        def run(self, job):
+            return Lost("", "out of memory")
+
+    job = Job("test", CASE, ("naive", "auto"), {}, QUICK)
+    rows = run._run_job(job, providers.providers(), FakeWorker())
+    assert {(r.provider, r.status) for r in rows} == {
+        ("naive", "out of memory"), ("auto", "out of memory")
+    }  # fmt: skip
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.csv"
+    first = [make_row("s", CASE, "naive", "baseline", 1e-3, flops=None)]
+    table.write(path, first)
+    assert table.read(path)[0].flops is None
+
+    def interrupted():
+        yield first[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        table.write(path, interrupted())
+    assert len(table.read(path)) == 1
+    assert not list(tmp_path.glob("*.part"))
+    table.write(path, first * 2)
+    assert len(table.read(path)) == 2
+
+
+def test_devices_are_never_mixed(tmp_path):
+    row = make_row("s", CASE, "naive", "baseline", 1e-3)
+    table.write(tmp_path / "a.csv", [row])
+    table.write(tmp_path / "b.csv", [replace(row, device="another")])
+    with pytest.raises(ValueError, match="mixes devices: another, test machine"):
+        table.read_device(tmp_path)
+    (tmp_path / "b.csv").write_text("provider,ms\nnaive,1\n")
+    with pytest.raises(ValueError, match=r"b\.csv is not a result of this version"):
+        table.read_device(tmp_path)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_suites_are_sound(device):
+    known = suites(device)
+    assert set(DEFAULT) <= set(known) | {"threads"}
+    assert len(known["crossover"].cases) == 60
+    for suite in known.values():
+        assert len(set(suite.cases)) == len(suite.cases)
+        assert all(case.device == device for case in suite.cases)
+        assert all(case.n >= 2 and 1 <= case.c <= max(2, case.n // 2) for case in suite.cases)
+
+
+def test_unknown_suites_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        run.main(["swep", "--device", "cpu"])
+    assert "unknown suite 'swep'; known are" in capsys.readouterr().err
+
+
+def test_the_gpu_way_runs_every_line_with_a_pretended_gpu(monkeypatch):
+    """Rotation, eager turns and graph replay, on tensors that are in truth on the CPU."""
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    class Graph:
+        replays = 0
+
+        def replay(self):
+            Graph.replays += 1
+
+    @contextmanager
+    def context(_):
+        yield
+
+    for name, fake in {
+        "synchronize": lambda *_: None, "reset_peak_memory_stats": lambda *_: None,
+        "memory_allocated": lambda *_: 0, "max_memory_allocated": lambda *_: 1 << 20,
+        "Stream": Stream, "current_stream": Stream, "CUDAGraph": Graph, "graph": context,
+        "stream": context, "get_device_name": lambda *_: "pretended",
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(machine, "second_level_cache", lambda _: 5000)
+    make = measure.make_problem
+    monkeypatch.setattr(
+        measure, "make_problem",
+        lambda case: make(replace(case, device="cpu"))._replace(case=case),
+    )  # fmt: skip
+    case = replace(CASE, device="cuda")
+    rows = measure.measure(Job("test", case, ("naive", "auto"), {}, QUICK), lambda _: None)
+    assert [(r.provider, r.mode, r.status) for r in rows] == [
+        (name, mode, table.OK) for name in ("naive", "auto") for mode in (table.EAGER, table.GRAPH)
+    ]
+    assert all(row.peak_bytes == 1 << 20 and row.resident_bytes is None for row in rows)
+    assert Graph.replays > 0
+    assert len(list(measure._rotated(make(CASE)._replace(case=case)))) == 2 * 5000 // 512 + 1
+
+
+def test_a_step_that_cannot_be_captured_says_so(monkeypatch):
+    def no_graph(_):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    def turn(step, problem, mode):
+        return no_graph(step) if mode == table.GRAPH else timing.cpu_turn(lambda: None)
+
+    monkeypatch.setattr(measure, "_turn", turn)
+    make = measure.make_problem
+    job = Job("test", CASE, ("naive",), {}, QUICK)
+    problem = make(CASE)._replace(case=replace(CASE, device="cuda"))
+    row = make_row("test", CASE, "naive", "baseline", 1e-3, p50_ms=None)
+    provider = providers.providers()["naive"]
+    candidate = measure._Candidate(provider, row, provider.make(make(CASE)), 1e-3)
+    measure._time([candidate], problem, job.budget, lambda _: None)
+    eager, graph = measure._rows(candidate)
+    assert eager.is_measured
+    assert graph.status == "RuntimeError: operation not permitted when stream is capturing"
+    assert graph.p50_ms is None

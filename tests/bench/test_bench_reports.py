@@ -1,0 +1,134 @@
+"""Pictures, the README's section, targets and constants: all from rows alone."""
+
+from collections import defaultdict
+from dataclasses import replace
+
+import pytest
+from conftest import BYTE_S, CALL_S, FLOP_S
+
+from bench import calibrate, figures, readme, table, targets
+from bench.machine import ROOT
+
+
+@pytest.fixture
+def folder(made_up_rows, tmp_path):
+    """One device's folder with a file for each suite."""
+    by_suite = defaultdict(list)
+    for row in made_up_rows:
+        by_suite[row.suite].append(row)
+    for name, rows in by_suite.items():
+        table.write(tmp_path / "cpu-test" / f"{name}.csv", rows)
+    return tmp_path / "cpu-test"
+
+
+def test_every_picture_is_drawn_from_the_files(folder):
+    drawn = figures.draw_all(folder)
+    assert {path.stem for path in drawn} == {name for name, *_ in figures._PICTURES}
+    assert all(path.stat().st_size > 8000 for path in drawn)
+
+
+def test_pictures_of_suites_that_were_not_measured_are_left_out(folder):
+    for path in folder.glob("*.csv"):
+        if path.stem != "crossover":
+            path.unlink()
+    assert [path.name for path in figures.draw_all(folder)] == ["crossover.png"]
+
+
+def test_targets_are_judged(made_up_rows):
+    found = {(v.work, v.claim): v for v in targets.verdicts(made_up_rows)}
+    paper = found["N = 36, D = 1,280, C = 3", "times faster than the naive form"]
+    assert paper.figure == pytest.approx(8)
+    assert paper.is_met
+    floor = found["N = 36, D = 1,280, C = 3", "time, over empty function + products of pairs"]
+    assert floor.figure == pytest.approx(4 / 3)
+    assert floor.is_met
+    big = found["N = 4,096, D = 128, C = 3", "times faster than the naive form"]
+    assert big.figure < 100
+    assert big.is_met is False
+    memory = found["N = 1,048,576, D = 128, C = 10", "peak extra memory, over the embeddings"]
+    assert memory.figure == pytest.approx(5 / 4)
+    worst, row = targets.worst_choice(made_up_rows)
+    assert worst == pytest.approx(1)
+    assert row.provider == "auto"
+    assert targets.mean_choice(made_up_rows) == pytest.approx(1)
+
+
+def test_a_target_that_was_not_measured_is_not_met_by_silence():
+    assert {v.is_met for v in targets.verdicts([])} == {None}
+    assert targets.worst_choice([]) is None
+
+
+def test_gpu_targets_look_at_both_modes(made_up_rows):
+    rows = [replace(row, mode=mode) for row in made_up_rows for mode in (table.EAGER, table.GRAPH)]
+    claims = [v.claim for v in targets.verdicts(rows)]
+    assert "times faster than the naive form, graph replay" in claims
+    assert "milliseconds (on an H200)" in claims
+
+
+def test_section_names_machine_and_figures(folder):
+    text = readme.section(folder.parent)
+    assert "test machine" in text
+    assert (
+        "| N = 36, D = 1,280, C = 3 | times faster than the naive form | >= 5 | 8 | yes |" in text
+    )
+    assert "**no**" in text
+    assert "| 1,048,576 |" in text
+    assert "out of memory" in text
+    assert "efficientnet_b1" in text
+    assert readme.section(folder.parent) == text
+
+
+def test_section_without_results_says_so(tmp_path):
+    assert "make bench" in readme.section(tmp_path)
+
+
+def test_check_fails_when_the_readme_differs(folder, tmp_path, monkeypatch, capsys):
+    page = tmp_path / "README.md"
+    page.write_text(f"# Title\n\n{readme.START}\nold\n{readme.END}\n\ntail\n")
+    monkeypatch.setattr(readme, "README", page)
+    monkeypatch.setattr(readme, "RESULTS", folder.parent)
+    assert readme.main(["--check"]) == 1
+    assert "old" in page.read_text()
+    assert readme.main([]) == 0
+    assert readme.main(["--check"]) == 0
+    text = page.read_text()
+    assert text.startswith("# Title\n\n")
+    assert text.endswith(f"{readme.END}\n\ntail\n")
+    page.write_text("no markers")
+    assert readme.main([]) == 1
+    assert readme.START in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("ms", "text"), [(0.0123, "12.3 µs"), (0.5, "500 µs"), (2.345, "2.35 ms"), (61000, "61 s")]
+)
+def test_times_have_three_digits(ms, text):
+    assert readme.milliseconds(ms) == text
+
+
+def test_calibration_finds_the_constants_that_made_the_rows(made_up_rows):
+    fits = calibrate.fit_paths(calibrate.usable(made_up_rows))
+    assert set(fits) == {"native", "gram"}
+    found = fits["native"].constants
+    assert found.call == pytest.approx(CALL_S, rel=1e-3)
+    assert found.flop == pytest.approx(FLOP_S, rel=1e-3)
+    assert found.byte == pytest.approx(BYTE_S, rel=1e-3)
+    assert fits["native"].worst < 1.001
+
+
+def test_calibration_writes_a_module_that_python_reads(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(calibrate, "TARGET", tmp_path / "calibration.py")
+    monkeypatch.setattr(calibrate, "ROOT", tmp_path)
+    assert calibrate.main([str(folder)]) == 0
+    scope = {"__name__": "calibration"}
+    exec((tmp_path / "calibration.py").read_text(), scope)
+    assert scope["CONSTANTS"]["cpu"]["native"].call == pytest.approx(CALL_S, rel=1e-2)
+    assert "cpu native: 20.0 µs a call, 100.0 GFLOP/s" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        calibrate.main([str(folder), str(folder)])
+
+
+def test_committed_results_can_be_read():
+    for device in table.devices():
+        assert table.read_device(device)
+    assert (ROOT / "bench" / "README.md").exists()
