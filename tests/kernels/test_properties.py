@@ -12,6 +12,7 @@ from oracle import (
     options_of_the_loss,
     plain_loss,
     skip_if_refused,
+    takes,
     value_and_gradients,
 )
 
@@ -41,7 +42,7 @@ def loss_and_gradient(impl, x, labels, options=None, **keywords):
 @example(n=2, d=1, c=1, seed=0, options=Options())
 def test_agrees_with_loops_over_equations_2_to_4(impl, n, d, c, seed, options):
     x, labels = batch(n, d, c, seed)
-    skip_if_refused(impl, x, options)
+    assume(takes(impl, x, options))
     close(bstriplet_loss(x, labels, impl=impl, **options.keywords), loop_loss(x, labels, options))
 
 
@@ -52,7 +53,7 @@ def test_agrees_with_loops_over_equations_2_to_4(impl, n, d, c, seed, options):
 def test_reference_embeddings_agree_with_loops(impl, n, m, d, c, seed, options):
     x, labels = batch(n, d, c, seed)
     ref, ref_labels = batch(m, d, c + 1, seed + 1)
-    skip_if_refused(impl, x, options, ref)
+    assume(takes(impl, x, options, ref))
     got = bstriplet_loss(
         x, labels, ref_emb=ref, ref_labels=ref_labels, impl=impl, **options.keywords
     )
@@ -66,7 +67,7 @@ def test_reference_embeddings_agree_with_loops(impl, n, m, d, c, seed, options):
 )  # fmt: skip
 def test_as_exact_as_plain_torch_in_the_same_dtype(impl, dtype, n, d, c, seed, spread, options):
     x, labels = batch(n, d, c, seed, dtype, spread)
-    skip_if_refused(impl, x, options)
+    assume(takes(impl, x, options))
     assert_as_exact_as_plain(impl, x, labels, options)
 
 
@@ -78,7 +79,7 @@ def test_as_exact_as_plain_torch_in_the_same_dtype(impl, dtype, n, d, c, seed, s
 def test_reference_embeddings_are_as_exact(impl, dtype, n, m, d, c, seed, options):
     x, labels = batch(n, d, c, seed, dtype)
     ref, ref_labels = batch(m, d, c, seed + 1, dtype)
-    skip_if_refused(impl, x, options, ref)
+    assume(takes(impl, x, options, ref))
     assert_as_exact_as_plain(impl, x, labels, options, ref, ref_labels)
 
 
@@ -86,7 +87,7 @@ def test_reference_embeddings_are_as_exact(impl, dtype, n, m, d, c, seed, option
        options=options_of_the_loss)  # fmt: skip
 def test_gradient_is_the_finite_difference(impl, n, d, c, seed, options):
     x, labels = batch(n, d, c, seed)
-    skip_if_refused(impl, x, options)
+    assume(takes(impl, x, options))
     _, grad = loss_and_gradient(impl, x, labels, options)
     losses = torch.tensor(
         loop_loss(x, labels, Options(**{**options.keywords, "reduction": "none"}))
@@ -112,7 +113,7 @@ def test_gradient_is_the_finite_difference(impl, n, d, c, seed, options):
 @given(n=sizes, d=widths, c=class_counts, seed=seeds, options=options_of_the_loss)
 def test_order_names_rotation_and_scale_do_not_matter(impl, n, d, c, seed, options):
     x, labels = batch(n, d, c, seed)
-    skip_if_refused(impl, x, options)
+    assume(takes(impl, x, options))
     options = Options(**{**options.keywords, "reduction": "none"})
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(n, generator=generator)
@@ -136,7 +137,7 @@ def test_order_names_rotation_and_scale_do_not_matter(impl, n, d, c, seed, optio
 @given(n=sizes, d=widths, c=class_counts, seed=seeds, options=options_of_the_loss)
 def test_gradient_is_orthogonal_to_its_embedding(impl, n, d, c, seed, options):
     x, labels = batch(n, d, c, seed)
-    skip_if_refused(impl, x, options)
+    assume(takes(impl, x, options))
     _, grad = loss_and_gradient(impl, x, labels, options)
     close((grad * x).sum(dim=1), torch.zeros(n))
 
