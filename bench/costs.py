@@ -1,10 +1,14 @@
-"""FLOPs and bytes of our paths, for operators whose inside no counter sees."""
+"""FLOPs and bytes of our paths, whose operators no counter looks into."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
+
+from bstriplet_kernels import plan
+from bstriplet_kernels.paths import fused, gram, gram_host
 
 from .cases import DTYPES, FORWARD, Case
 
@@ -18,47 +22,45 @@ class Cost(NamedTuple):
 
 def eq8_flops(case: Case) -> int:
     """Eq. 8 as printed, for the forward alone, with l = D."""
-    n, d, c = case.n, case.d, case.c
-    return (d * d + c * c + d + c + 3) * n * n + (2 * d + 5) * n
+    return plan.eq8_flops(case.n, case.d, case.c)
 
 
-def path_cost(path: str, case: Case, labels: Tensor) -> Cost | None:
-    """The products of a path and the sweeps over what is as large as they are; None: not known."""
+def path_cost(path: str, case: Case, labels: Tensor, active_share: float) -> Cost | None:
+    """What the path itself counts; None where it counts nothing and nothing is known."""
     if path == "gram":
-        return _moments(case, labels)
-    if path in ("native", "triton"):
-        return _pairs(case, 3 if path == "triton" and case.n > 128 else 2)
-    return None
+        return _second_moments(case, labels.bincount().tolist(), active_share in (0, 1))
+    if path == "triton":
+        wants_gradient = case.operation != FORWARD
+        return Cost(
+            *fused.cost(case.n, None, case.d, DTYPES[case.dtype], "mean", wants_gradient)[:2]
+        )
+    return _native(case) if path == "native" else None
 
 
-def _pairs(case: Case, products_in_all: int) -> Cost:
-    """S, its weights, W F: `products_in_all` of 2 N^2 D FLOPs; embeddings read once a product."""
-    products = 1 if case.operation == FORWARD else products_in_all
-    sweeps = 6 if case.operation == FORWARD else 14
-    pairs = case.n * case.n
-    gradient = 0 if case.operation == FORWARD else case.embedding_bytes
-    return Cost(
-        flops=products * 2 * pairs * case.d + sweeps * pairs,
-        bytes=products * case.embedding_bytes + gradient,
-    )
+def _native(case: Case) -> Cost:
+    """S and, with a backward, W F, 2 N^2 D FLOPs each; a sweep over S for each of the two.
+
+    S stays in cache at the sizes that the path is for: embeddings are read once a product, the
+    gradient is written.
+    """
+    pairs, products = case.n * case.n, 1 if case.operation == FORWARD else 2
+    moved = products * case.embedding_bytes
+    if case.operation != FORWARD:
+        moved += case.embedding_bytes
+    return Cost(products * 2 * pairs * case.d + products * 7 * pairs, moved)
 
 
-def _moments(case: Case, labels: Tensor) -> Cost:
-    """A class of N_c > D rows: T_c and three products more; smaller ones: blocks and two with T."""
-    d = case.d
-    large = small = pairs = 0
-    for size in labels.bincount().tolist():
-        if size > d:
-            large += size
-        else:
-            small += size
-            pairs += size * size
-    only_forward = case.operation == FORWARD
-    flops = 2 * d * d * large * (3 if only_forward else 4)
-    flops += 2 * d * d * small * (2 if only_forward else 4) + 2 * d * pairs * (
-        1 if only_forward else 2
-    )
-    panel_passes = 2 if only_forward else 3
-    item = DTYPES[case.dtype].itemsize
-    written = 0 if only_forward else case.embedding_bytes
-    return Cost(flops, panel_passes * case.embedding_bytes + written + 4 * item * case.n)
+def _second_moments(case: Case, sizes: Sequence[int], one_weight: bool) -> Cost:
+    """The path counts forward and backward together; for the forward alone take the backward off.
+
+    That is a D x D product a row, two of the three products of a small class's block, and of six
+    passes over the embeddings the last four.
+    """
+    n, d = case.n, case.d
+    moved = gram.traffic(n, d, DTYPES[case.dtype].itemsize)
+    if case.operation != FORWARD:
+        return Cost(gram.flops(n, d, sizes, one_weight), moved)
+    smallest = gram_host.smallest_moment(d)
+    pairs = sum(s * s for s in sizes if 1 < s < smallest and 2 * s <= n)
+    backward = 2 * (n * d * d + 2 * pairs * d)
+    return Cost(gram.flops(n, d, sizes) - backward, moved - 4 * case.embedding_bytes)

@@ -18,7 +18,7 @@ from matplotlib.ticker import PercentFormatter
 
 from . import table
 from .cases import FORWARD_BACKWARD, TRAINING_STEP
-from .providers import EMPTY, MOMENT_PRODUCTS, PAIR_PRODUCTS
+from .providers import EMPTY, MOMENT_PRODUCTS, OURS, PAIR_PRODUCTS
 from .steps import CE
 from .table import EAGER, GRAPH, Row
 
@@ -48,15 +48,13 @@ def draw_all(folder: Path) -> list[Path]:
     """The pictures of one device, in its folder, as far as their suites were measured."""
     rows = [row for row in table.read_device(folder) if row.is_measured]
     drawn = []
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context({**STYLE, "text.parse_math": True}):  # powers of ten
         for name, suite, draw in _PICTURES:
             chosen = [row for row in rows if row.suite == suite]
             if not chosen:
                 continue
             figure = draw(chosen)
-            figure.suptitle(
-                chosen[0].device, x=0.995, y=0.995, ha="right", va="top", color=MUTED, fontsize=8.5
-            )
+            figure.suptitle(chosen[0].device, x=0.99, ha="right", color=MUTED, fontsize=8.5)
             path = folder / f"{name}.png"
             figure.savefig(path)
             drawn.append(path)
@@ -176,7 +174,7 @@ def crossover(rows: Sequence[Row]) -> Figure:
     figure, (axes,) = _panels(1, (7.2, 4.6))
     points: dict[tuple[int, int], list[Row]] = {}
     for row in rows:
-        if row.mode == EAGER:
+        if row.mode == EAGER and row.group == OURS:
             points.setdefault((row.n, row.d), []).append(row)
     for (n, d), at in points.items():
         single = [row for row in at if row.provider != "auto"]
@@ -231,7 +229,7 @@ def training_step(rows: Sequence[Row]) -> Figure:
     axes.margins(x=0.15)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     axes.grid(visible=False, axis="y")
-    axes.set_title("the loss alone over a training step with cross entropy, N_b = 36, 128 x 128")
+    axes.set_title("share of a training step, N_b = 36, 128 x 128")
     axes.legend(
         handles=[
             Line2D([], [], color=_COLOURS[p], linewidth=6, label=label)
@@ -344,7 +342,10 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
         handles, labels = axes.get_legend_handles_labels()
         found |= dict(zip(labels, handles, strict=True))
     figure.legend(
-        list(found.values()), list(found), loc="outside lower center", ncols=min(6, len(found))
+        list(found.values()),
+        list(found),
+        loc="outside lower center",
+        ncols=max(2, int(figure.get_figwidth() / 1.9)),
     )
 
 

@@ -119,8 +119,9 @@ def _examine(
     count: tuple[int | None, int | None] = (operations.flops, operations.bytes)
     if is_compiled:  # what is fused is not seen; the products are those of what it compiles
         count = (flops.get(provider.base), None)
-    elif operations.opaque:
-        count = costs.path_cost(path, case, problem.labels) or (None, None)
+    elif operations.opaque and path:
+        cost = costs.path_cost(path, case, problem.labels, gate.truth.active)
+        count = cost or (None, None)
     if count[0] is not None:
         flops[provider.name] = count[0]
     candidate.row = _examined(candidate.row, problem, gate, errors, memory)
