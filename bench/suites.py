@@ -20,6 +20,7 @@ BACKBONES = {
 _ALL = (FLOOR, BASELINE, COMPILED, PEER, OURS)
 _UNCOMPILED = (FLOOR, BASELINE, PEER, OURS)
 _BUDGET = Budget()
+_GPU_SPEEDUP = 4  # a GPU's clock scatters less, and each provider is measured in two modes
 _BOTH = (FORWARD, FORWARD_BACKWARD)
 
 
@@ -54,7 +55,11 @@ def suites(device: str = "cpu") -> dict[str, Suite]:
     if device == "cpu":
         return found
     return {
-        name: replace(suite, cases=tuple(_on_gpu(suite.cases, device)))
+        name: replace(
+            suite,
+            cases=tuple(_on_gpu(suite.cases, device)),
+            budget=replace(suite.budget, seconds=suite.budget.seconds / _GPU_SPEEDUP),
+        )
         for name, suite in found.items()
         if name != "threads"
     }

@@ -132,3 +132,9 @@ def test_committed_results_can_be_read():
     for device in table.devices():
         assert table.read_device(device)
     assert (ROOT / "bench" / "README.md").exists()
+
+
+def test_the_readme_says_what_the_committed_files_say():
+    if readme.START not in readme.README.read_text():
+        pytest.skip("the README has no place for it")
+    assert readme.main(["--check"]) == 0
