@@ -6,6 +6,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from bstriplet import peleenet, shufflenet  # noqa: F401  (registers them with timm)
 from bstriplet.errors import unknown_name
 
 
