@@ -4,7 +4,7 @@ BSTRIPLET_NATIVE decides what is tried: `0` nothing, `cpu` the C++ part, `cuda`,
 C++ and the CUDA part. What is left out is said in one line; an install never fails for want of a
 compiler. The libraries use torch's stable ABI and no Python API: one build serves every torch from
 2.11 on and every Python from 3.10 on. torch is looked for, never imported, and nothing asks which
-GPU is here. Objects stay in build/native, so that only what changed is compiled again.
+GPU is here. Objects stay in build/, by compiler flags, so that only what changed is compiled again.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import shutil
+import subprocess
 import sys
 import sysconfig
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,6 +46,14 @@ else:
     }
 
 
+NVCC_FLAGS = [
+    *("-std=c++17", "-O3", "-DUSE_CUDA", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"),
+    *(f"-gencode=arch=compute_{cc},code=sm_{cc}" for cc in (80, 90, 100)),
+    "-gencode=arch=compute_100,code=compute_100",  # later chips compile this for themselves
+]
+OBJECTS = f"build/native-{zlib.crc32(os.environ.get('CXXFLAGS', '').encode()):08x}"
+
+
 def torch_folder() -> Path | None:
     """Where torch is installed.
 
@@ -53,6 +64,14 @@ def torch_folder() -> Path | None:
     places = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
     places += [Path(sysconfig.get_path(name)) / "torch" for name in ("purelib", "platlib")]
     return next((p for p in places if (p / "include/torch/csrc/stable").is_dir()), None)
+
+
+def nvcc() -> str | None:
+    """The CUDA compiler of CUDA_HOME, else the one on the PATH; none on Windows."""
+    if WINDOWS:
+        return None
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=f"{home}/bin" if home else None)
 
 
 def left_out(part: str, reason: str) -> None:
@@ -79,7 +98,7 @@ def extensions() -> list[Extension]:
         "py_limited_api": True,
         "optional": True,
     }
-    cpu = ["csrc/operator.cpp", "csrc/cpu.cpp", "csrc/cpu_baseline.cpp"]
+    cpu = [f"csrc/{name}.cpp" for name in ("schema", "operator", "cpu", "cpu_baseline")]
     found = [
         Extension(
             "bstriplet_kernels._native",
@@ -88,6 +107,19 @@ def extensions() -> list[Extension]:
             **common,
         )
     ]
+    if wanted == "cpu":
+        return found
+    if nvcc() is None:
+        left_out("CUDA part of the native operator", "no nvcc in CUDA_HOME or on the PATH")
+        return found
+    found.append(
+        Extension(
+            "bstriplet_kernels._native_cuda",
+            sources=["csrc/operator.cpp", "csrc/cuda.cu"],
+            libraries=["torch_cuda", "torch_cpu", "c10"],
+            **common,
+        )
+    )
     return found
 
 
@@ -99,11 +131,14 @@ class BuildNative(build_ext):
         try:
             with ThreadPoolExecutor() as pool:
                 objects = list(pool.map(lambda source: self.compiled(source, ext), ext.sources))
-            target = Path(self.get_ext_fullpath(ext.name))
-            target.parent.mkdir(parents=True, exist_ok=True)
+            target = self.get_ext_fullpath(ext.name)
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            if any(source.endswith(".cu") for source in ext.sources):
+                link_cuda(objects, target, ext)  # nvcc knows where its own run-time library is
+                return
             self.compiler.link_shared_object(
                 objects,
-                str(target),
+                target,
                 libraries=ext.libraries,
                 library_dirs=ext.library_dirs,
                 target_lang="c++",
@@ -113,12 +148,17 @@ class BuildNative(build_ext):
 
     def compiled(self, source: str, ext: Extension) -> str:
         """The object file of a source."""
-        (target,) = self.compiler.object_filenames([source], output_dir="build/native")
         inputs = [Path(source), Path(__file__), *Path("csrc").glob("*.h")]
+        if source.endswith(".cu"):
+            target = f"{OBJECTS}/{source}.o"
+            if not newer(Path(target), inputs):
+                compile_cuda(source, target, ext)
+            return target
+        (target,) = self.compiler.object_filenames([source], output_dir=OBJECTS)
         if not newer(Path(target), inputs):
             self.compiler.compile(
                 [source],
-                output_dir="build/native",
+                output_dir=OBJECTS,
                 macros=ext.define_macros,
                 include_dirs=ext.include_dirs,
                 extra_postargs=FLAGS + KERNEL_FLAGS.get(source, []),
@@ -128,6 +168,27 @@ class BuildNative(build_ext):
     def get_export_symbols(self, ext: Extension) -> list[str]:
         """None: torch loads the library, Python does not import it."""
         return []
+
+
+def compile_cuda(source: str, target: str, ext: Extension) -> None:
+    """An object file by nvcc, for every chip that `NVCC_FLAGS` names."""
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    macros = [f"-D{name}={value}" if value else f"-D{name}" for name, value in ext.define_macros]
+    includes = [option for folder in ext.include_dirs for option in ("-isystem", folder)]
+    run_nvcc(*NVCC_FLAGS, *macros, *includes, "-c", source, "-o", target)
+
+
+def link_cuda(objects: list[str], target: str, ext: Extension) -> None:
+    """A shared library with CUDA's run-time library in it."""
+    folders = [f"-L{folder}" for folder in ext.library_dirs]
+    run_nvcc("-shared", *objects, "-o", target, *folders, *(f"-l{name}" for name in ext.libraries))
+
+
+def run_nvcc(*arguments: str) -> None:
+    """Run the CUDA compiler; raises with what it said."""
+    ran = subprocess.run([str(nvcc()), *arguments], capture_output=True, text=True)
+    if ran.returncode != 0:
+        raise RuntimeError(ran.stderr or ran.stdout)
 
 
 def newer(target: Path, inputs: list[Path]) -> bool:

@@ -98,12 +98,3 @@ int64_t checked_product(int64_t rows, int64_t columns) {
 }
 
 }  // namespace bstriplet
-
-STABLE_TORCH_LIBRARY(bstriplet, library) {
-  library.def(
-      "batch_similarity(Tensor embeddings, Tensor? ref_emb, Tensor labels, Tensor? ref_labels, "
-      "Tensor? upstream, float margin, float sigma, bool signed, float eps, bool mean, "
-      "bool gradient) -> (Tensor loss, Tensor positive, Tensor negative, Tensor grad, "
-      "Tensor grad_ref)");
-  library.def("instruction_set() -> str");
-}

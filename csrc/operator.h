@@ -1,5 +1,5 @@
-// The schema of torch.ops.bstriplet.batch_similarity, and the check of what a caller passes: after
-// `checked` a kernel may follow every pointer it is given.
+// What torch.ops.bstriplet.batch_similarity is given and returns on any device, and the check of it:
+// after `checked` a kernel may follow every pointer.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

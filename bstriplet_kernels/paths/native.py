@@ -3,7 +3,8 @@
 `torch.ops.bstriplet.batch_similarity` is declared in C++ on torch's stable ABI; here it gets its
 shapes for tracing (`torch.compile`, fake tensors) and is called. On the CPU it runs AVX-512, AVX2
 or the architecture's baseline, the widest that the processor has; the environment variable
-BSTRIPLET_INSTRUCTION_SET (avx512, avx2, baseline), read at the first call, asks for less.
+BSTRIPLET_INSTRUCTION_SET (avx512, avx2, baseline), read at the first call, asks for less. On CUDA it
+takes small batches, in one launch.
 """
 
 from __future__ import annotations
@@ -21,20 +22,27 @@ _REINSTALL = (
 )
 
 
-def _load() -> str | None:
-    """Load the compiled operator; what is wrong where that fails, else None."""
+CUDA_ROWS = 64
+"""The largest batch that the CUDA kernel, all in one launch, holds in shared memory."""
+
+
+def _load(name: str) -> str | None:
+    """Load a compiled library; what is wrong where that fails, else None."""
     package = File(__file__).parent.parent
-    files = sorted(f for f in package.glob("_native.*") if f.suffix in (".so", ".pyd"))
+    files = sorted(f for f in package.glob(f"{name}.*") if f.suffix in (".so", ".pyd"))
     if not files:
-        return f"the native operator was not built; {_REINSTALL}"
+        return f"{name} was not built; {_REINSTALL}"
     try:
         torch.ops.load_library(str(files[0]))
     except (OSError, RuntimeError) as error:
-        return f"the native operator does not load ({error}); {_REINSTALL}"
+        return f"{name} does not load ({error}); {_REINSTALL}"
     return None
 
 
-_MISSING = _load()
+_MISSING = _load("_native")
+_MISSING_CUDA = "this torch has no CUDA" if torch.version.cuda is None else _MISSING
+if _MISSING_CUDA is None:
+    _MISSING_CUDA = _load("_native_cuda")
 
 
 def _shapes(
@@ -73,10 +81,17 @@ def missing() -> str | None:
 
 
 def refuses(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str | None:
-    """Devices that it was not built for."""
-    if embeddings.device.type == "cpu":
+    """Devices that it was not built for, and on CUDA what is beyond one launch."""
+    device = embeddings.device.type
+    if device == "cpu":
         return None
-    return f"the native operator runs on the CPU, the embeddings are on {embeddings.device}"
+    if device != "cuda":
+        return f"the native operator runs on the CPU and on CUDA, the embeddings are on {device}"
+    if _MISSING_CUDA is not None:
+        return _MISSING_CUDA
+    if ref_emb is not None or embeddings.shape[0] > CUDA_ROWS:
+        return f"on CUDA the native operator takes at most {CUDA_ROWS} rows and no ref_emb"
+    return None
 
 
 def instruction_set() -> str:

@@ -1,0 +1,11 @@
+// The operators' schemas, declared once for every device.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(bstriplet, library) {
+  library.def(
+      "batch_similarity(Tensor embeddings, Tensor? ref_emb, Tensor labels, Tensor? ref_labels, "
+      "Tensor? upstream, float margin, float sigma, bool signed, float eps, bool mean, "
+      "bool gradient) -> (Tensor loss, Tensor positive, Tensor negative, Tensor grad, "
+      "Tensor grad_ref)");
+  library.def("instruction_set() -> str");
+}
