@@ -125,7 +125,7 @@ def traffic(n: int, d: int, itemsize: int = 4) -> int:
 def extra_memory(n: int, d: int, itemsize: int = 4) -> int:
     """Peak bytes beyond the inputs on the CPU, the gradient included, whatever the classes are."""
     accumulation = max(4, itemsize)
-    matrices = (gram_host.slot_capacity(n, d) + 8) * d * d
+    matrices = (n // gram_host.smallest_moment(d) + 8) * d * d
     panel = 6 * gram_host.panel_rows(d) * max(d, gram_host.smallest_moment(d))
     return n * (d * itemsize + _BYTES_A_ROW) + (matrices + panel) * accumulation
 

@@ -78,8 +78,7 @@ class Moments(NamedTuple):
     """Moment matrices of the columns in the accumulation dtype.
 
     small: [2, D, D], the sum of T_c over the classes without a slot, and of q_c T_c.
-    slots: [floor(M / smallest_moment(D)) + 1, D, D], T_c of the classes that have one, in class
-    order; the rest is not written.
+    slots: [S, D, D], T_c of the classes that have a slot, in class order.
     """
 
     small: Tensor
@@ -155,11 +154,6 @@ def table_capacity(n: int, m: int | None) -> int:
     return 65 + n // 128 if m is None else n + m
 
 
-def slot_capacity(m: int, d: int) -> int:
-    """Moment matrices that M columns can need."""
-    return m // smallest_moment(d) + 1
-
-
 def forward(
     embeddings: Tensor,
     ref_emb: Tensor | None,
@@ -189,14 +183,15 @@ def forward(
 
 
 def empty_outputs(embeddings: Tensor, ref_emb: Tensor | None) -> list[Tensor]:
-    """Tensors shaped as what `forward` returns."""
+    """Tensors shaped as what `forward` returns; for tracing, where labels have no values."""
     sides = (embeddings,) if ref_emb is None else (embeddings, ref_emb)
     dtype = accumulation_dtype(*sides)
-    (n, d), m = embeddings.shape, sides[-1].shape[0]
+    n, d = embeddings.shape
     means = [embeddings.new_empty(n, dtype=dtype) for _ in range(2)]
-    lines = table_capacity(n, None if ref_emb is None else m)
+    lines = table_capacity(n, None if ref_emb is None else ref_emb.shape[0])
     table = embeddings.new_empty(lines, 3, dtype=torch.int64)
-    moments = [embeddings.new_empty(k, d, d, dtype=dtype) for k in (2, slot_capacity(m, d))]
+    slots = torch.library.get_ctx().new_dynamic_size()
+    moments = [embeddings.new_empty(k, d, d, dtype=dtype) for k in (2, slots)]
     return [
         *means,
         table,
@@ -212,9 +207,9 @@ def make_side(embeddings: Tensor, order: Tensor, eps: float, dtype: torch.dtype)
 
 def column_moments(columns: Side, runs: list[Run]) -> Moments:
     """T_c of every class with a slot; of the others, the sums of T_c and q_c T_c."""
-    m, d = columns.embeddings.shape
+    d = columns.embeddings.shape[1]
     small = torch.zeros(2, d, d, dtype=torch.float64)
-    slots = columns.inverse.new_empty(slot_capacity(m, d), d, d)
+    slots = columns.inverse.new_empty(sum(run.slot is not None for run in runs), d, d)
     for run in runs:
         moment = range_moment(columns, run.column, run.column + run.m * run.classes)
         if run.slot is not None:
@@ -250,7 +245,7 @@ class Complements:
     def __init__(
         self, small: Tensor, slots: list[tuple[Tensor, float]], dominating: int | None
     ) -> None:
-        rest = small.double()
+        rest = small.to(torch.float64, copy=True)
         for slot, (matrix, scale) in enumerate(slots):
             if slot != dominating:
                 rest.add_(matrix, alpha=scale)

@@ -1,0 +1,198 @@
+"""The second-moment path's own promises: its two schedules, class by class, and its memory."""
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from oracle import Options, assert_as_exact_as_plain, batch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bstriplet_kernels import bstriplet_loss
+from bstriplet_kernels.paths import gram, gram_device, gram_host
+
+SCHEDULES = [gram_host, gram_device]
+
+
+@pytest.fixture(autouse=True)
+def _every_class_size_meets_both_ways(monkeypatch):
+    """Small batches then hold classes with and without a moment matrix, and several panels."""
+    monkeypatch.setattr(gram_host, "SMALLEST_MOMENT", 6)
+    monkeypatch.setattr(gram_host, "panel_rows", lambda d: 7)
+    monkeypatch.setattr(gram_device, "CHUNK_NUMBERS", 1 << 14)
+
+
+@pytest.fixture(params=SCHEDULES, ids=["host", "device"])
+def schedule(request, monkeypatch):
+    """Both schedules, on CPU tensors, behind the public function."""
+    if request.param is gram_device:
+        monkeypatch.setattr(gram, "gram_host", gram_device)
+        monkeypatch.setattr(gram_device, "smallest_moment", lambda d: max(d, 5))
+    return request.param
+
+
+def sized(sizes, d, seed, dtype=torch.float64):
+    """Embeddings in classes of these sizes, shuffled; labels neither dense nor positive."""
+    n = sum(sizes)
+    x, _ = batch(n, d, 3, seed, dtype)
+    labels = torch.repeat_interleave(torch.arange(len(sizes)) * 7 - 11, torch.tensor(sizes))
+    return x, labels[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
+
+
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=2, max_size=12),
+    d=st.integers(1, 9),
+    seed=st.integers(0, 999),
+    options=st.builds(
+        Options,
+        margin=st.sampled_from([0.3, 0.9]),
+        eq3=st.sampled_from(["corrected", "printed"]),
+        reduction=st.sampled_from(["mean", "none"]),
+    ),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+)
+@example(sizes=[60, 1, 1], d=4, seed=0, options=Options(), dtype=torch.float32)
+@example(sizes=[5, 5, 5, 5, 6, 6], d=5, seed=0, options=Options(margin=0.3), dtype=torch.float32)
+@example(sizes=[4, 1], d=9, seed=1, options=Options(reduction="none"), dtype=torch.float64)
+def test_any_mixture_of_class_sizes(schedule, sizes, d, seed, options, dtype):
+    x, labels = sized(sizes, d, seed, dtype)
+    assert_as_exact_as_plain("gram", x, labels, options)
+
+
+@given(
+    n=st.integers(1, 60),
+    m=st.integers(1, 60),
+    d=st.integers(1, 9),
+    classes=st.integers(1, 8),
+    seed=st.integers(0, 999),
+)
+def test_reference_rows_with_and_without_moment_matrices(n, m, d, classes, seed):
+    x, labels = batch(n, d, classes, seed)
+    ref, ref_labels = batch(m, d, classes + 2, seed + 1)
+    assert_as_exact_as_plain("gram", x, labels, Options(margin=0.3), ref, ref_labels)
+
+
+def test_blocks_above_the_diagonal_of_wide_embeddings(schedule):
+    x, labels = sized([150, 140, 3], 130, 0, torch.float32)
+    assert_as_exact_as_plain("gram", x, labels, Options())
+
+
+@pytest.mark.parametrize("margin", [0.9, 0.3])
+@pytest.mark.parametrize("members", [1, 2])
+def test_others_of_a_dominating_class_do_not_cancel(schedule, margin, members):
+    """One class holds nearly everything, far from the few others: T - T_c would be rounding."""
+    generator = torch.Generator().manual_seed(members)
+    centre = torch.randn(16, generator=generator, dtype=torch.float64)
+    x = centre + 0.02 * torch.randn(1200, 16, generator=generator, dtype=torch.float64)
+    labels = torch.zeros(1200, dtype=torch.int64)
+    labels[:members] = 1
+    x[:members] = torch.randn(members, 16, generator=generator, dtype=torch.float64)
+    assert_as_exact_as_plain("gram", x.float(), labels, Options(margin=margin, reduction="none"))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_active_rows_are_found_one_by_one(schedule, share):
+    x, labels = sized([20, 20, 9, 2, 2, 1], 4, 3)
+    losses = bstriplet_loss(x, labels, reduction="none", impl="reference", margin=0.02)
+    upstream = (torch.rand(len(x), generator=torch.Generator().manual_seed(0)) < share).double()
+    assert 0 < (losses > 0).sum() < len(x)
+    grads = []
+    for impl in ("gram", "reference"):
+        leaf = x.clone().requires_grad_()
+        loss = bstriplet_loss(leaf, labels, reduction="none", impl=impl, margin=0.02)
+        loss.backward(upstream)
+        grads.append(leaf.grad)
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-10, atol=1e-12)
+
+
+def test_schedules_agree_and_repeat_their_bits(schedule):
+    x, labels = sized([40, 33, 8, 8, 3, 1, 1], 12, 5, torch.float32)
+    runs = [gram_host.forward(x, None, labels, None, 1e-12), *(
+        schedule.forward(x, None, labels, None, 1e-12) for _ in range(2)
+    )]  # fmt: skip
+    a = torch.rand(len(x))
+    grads = [gram_host.gradients(a, x, None, runs[0][2:], 1.0)[0]]
+    grads += [schedule.gradients(a, x, None, r[2:], 1.0)[0] for r in runs[1:]]
+    for of_host, first, second in zip(
+        (*runs[0][:2], grads[0]), (*runs[1][:2], grads[1]), (*runs[2][:2], grads[2]), strict=True
+    ):
+        assert torch.equal(first, second)
+        torch.testing.assert_close(of_host, first, rtol=2e-5, atol=1e-6)
+
+
+def test_device_schedule_reads_no_value_of_a_tensor():
+    """A fake tensor has no values: reading one, as a synchronisation would, raises."""
+    with FakeTensorMode():
+        x, labels = torch.empty(500, 24, dtype=torch.bfloat16), torch.empty(500, dtype=torch.int64)
+        outputs = gram_device.forward(x, None, labels, None, 1e-12)
+        grads = gram_device.gradients(torch.empty(500), x, None, outputs[2:], 1.0)
+    assert [(g.shape, g.dtype) for g in grads] == [(x.shape, x.dtype)]
+
+
+def test_device_schedule_refuses_reference_embeddings():
+    x, ref = torch.empty(4, 3, device="meta"), torch.empty(5, 3, device="meta")
+    spec = gram.Spec()
+    assert "CPU alone" in gram.refuses(x, ref, spec)
+    assert gram.refuses(x, None, spec) is None
+    assert "second-moment" in gram.refuses(x, None, spec._replace(signed=True))
+
+
+@pytest.mark.parametrize("ref", [False, True])
+def test_operators_are_well_formed(ref):
+    x, labels = sized([9, 8, 2, 1], 5, 0, torch.float32)
+    columns, column_labels = sized([7, 3, 8], 5, 1, torch.float32) if ref else (None, None)
+    arguments = (x, columns, labels, column_labels, 1e-12)
+    torch.library.opcheck(torch.ops.bstriplet.gram_means.default, arguments)
+    state = torch.ops.bstriplet.gram_means(*arguments)[2:]
+    torch.library.opcheck(
+        torch.ops.bstriplet.gram_gradients.default, (torch.rand(20), x, columns, state, 1.0)
+    )
+
+
+@given(
+    sizes=st.lists(st.integers(1, 100), min_size=2, max_size=20),
+    d=st.integers(1, 100),
+)
+def test_device_schedule_has_its_declared_shapes_for_any_labels(sizes, d):
+    x, labels = sized(sizes, d, 0, torch.float32)
+    outputs = gram_device.forward(x, None, labels, None, 1e-12)
+    declared = gram_device.empty_outputs(x, None)
+    assert [(t.shape, t.dtype) for t in outputs] == [(t.shape, t.dtype) for t in declared]
+
+
+def test_moment_sums_do_not_lose_digits_with_the_number_of_panels():
+    x, labels = sized([20000, 20000], 4, 0)
+    truth = gram_host.forward(x, None, labels, None, 1e-12)
+    got = gram_host.forward(x.float(), None, labels, None, 1e-12)
+    for exact, rounded in zip(truth[:2], got[:2], strict=True):
+        assert (rounded - exact).norm() <= 3e-7 * exact.norm()
+
+
+class TestCosts:
+    """What the plan counts."""
+
+    @pytest.fixture(autouse=True)
+    def _as_shipped(self, monkeypatch, _every_class_size_meets_both_ways):
+        monkeypatch.undo()
+
+    def test_flops_by_hand(self):
+        n, d = 1024, 64  # one block: nothing of a symmetric product is saved
+        products = (1 + 2 + 1) * n * d * d
+        assert gram.flops(n, d, [512, 512]) == 2 * products
+        assert gram.flops(n, d, [512, 512], one_weight=False) == 2 * (products + 2 * n * d * d)
+
+    def test_flops_of_small_classes_count_their_blocks(self):
+        n, d = 1024, 64
+        assert gram.flops(n, d, [8] * 128) == 2 * (3 * n * d * d + 3 * n * 8 * d)
+
+    def test_flops_are_linear_in_the_batch(self):
+        assert gram.flops(20000, 128, [1000] * 20) == 2 * gram.flops(10000, 128, [1000] * 10)
+
+    @pytest.mark.parametrize("classes", [2, 100, 1 << 17])
+    def test_memory_is_below_three_times_the_embeddings(self, classes):
+        n, d = 1 << 20, 128
+        assert gram.extra_memory(n, d) <= 3 * 4 * n * d
+        x, labels = torch.randn(4096, 64), torch.randint(0, min(classes, 4096), (4096,))
+        kept = gram_host.forward(x, None, labels, None, 1e-12)[2:]
+        held = sum(t.numel() * t.element_size() for t in kept) + x.numel() * 4
+        assert held <= gram.extra_memory(4096, 64)
+        assert gram.traffic(2 * n, d) == 2 * gram.traffic(n, d)
