@@ -3,8 +3,8 @@
 `torch.ops.bstriplet.batch_similarity` is declared in C++ on torch's stable ABI; here it gets its
 shapes for tracing (`torch.compile`, fake tensors) and is called. On the CPU it runs AVX-512, AVX2
 or the architecture's baseline, the widest that the processor has; the environment variable
-BSTRIPLET_INSTRUCTION_SET (avx512, avx2, baseline), read at the first call, asks for less. On CUDA it
-takes small batches, in one launch.
+BSTRIPLET_INSTRUCTION_SET (avx512, avx2, baseline), read at the first call, asks for less. On CUDA
+it takes small batches, in one launch.
 """
 
 from __future__ import annotations

@@ -266,3 +266,47 @@ def test_module_runs_it():
     x, y = torch.randn(9, 4, requires_grad=True), torch.randint(2, (9,))
     got = BSTripletLoss(impl="native")(x, y)
     torch.testing.assert_close(got, BSTripletLoss(impl="reference")(x, y))
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "d"), [(2, 1), (36, 1280), (37, 45), (64, 300), (5, 2000)])
+def test_cuda_agrees_with_the_reference(n, d, dtype):
+    embeddings, labels = torch.randn(d, n).to(dtype).t(), torch.randint(3, (n,))
+    spec = Spec(reduction="none")
+    weight = torch.linspace(-1, 2, n, dtype=accumulation_dtype(embeddings))
+    exact = embeddings.double()
+    _, rows = reference.forward(exact, None, labels, None, spec)
+    grad, _ = reference.gradient(weight.double(), exact, None, labels, None, spec)
+    loss, positive, negative, got, _ = (
+        t.cpu() for t in operator(embeddings.cuda(), labels.cuda(), upstream=weight.cuda())
+    )
+    agree(positive, rows.positive, weight.dtype, scale=1.0)
+    agree(negative, rows.negative, weight.dtype, scale=1.0)
+    agree(loss, reference.forward(exact, None, labels, None, Spec())[0], weight.dtype, scale=1.0)
+    agree(got, grad, weight.dtype, scale=1.0)
+
+
+@needs_gpu
+def test_cuda_graph_replays_the_same_bits():
+    x, y = torch.randn(36, 1280, device="cuda"), torch.randint(3, (36,), device="cuda")
+    eager = operator(x, y)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = operator(x, y)
+    for tensor in captured:
+        tensor.fill_(torch.nan)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(eager, captured, strict=True))
+
+
+@needs_gpu
+def test_cuda_refuses_what_is_beyond_one_launch():
+    x, y = torch.randn(65, 4, device="cuda"), torch.zeros(65, dtype=torch.int64, device="cuda")
+    with pytest.raises(RuntimeError, match="up to 64 rows"):
+        operator(x, y)
+    with pytest.raises(ValueError, match="at most 64 rows"):
+        bstriplet_loss(x, y, impl="native")
