@@ -1,6 +1,6 @@
 """Exact, fast batch-similarity triplet loss for PyTorch (Huang et al., Sensors 2021, 21, 764)."""
 
-from .functional import BSTripletStats, available_impls, bstriplet_loss
+from .functional import BSTripletStats, available_impls, bstriplet_loss, explain
 from .loss import BSTripletLoss, CrossEntropyBSTripletLoss
 
 __version__ = "0.1.0"
@@ -10,4 +10,5 @@ __all__ = [
     "CrossEntropyBSTripletLoss",
     "available_impls",
     "bstriplet_loss",
+    "explain",
 ]

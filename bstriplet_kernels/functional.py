@@ -144,6 +144,26 @@ def compute_listed(
     return (loss, _stats(rows, target.spec)) if target.return_stats else loss
 
 
+def explain(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    similarity: str = "square",
+    reduction: str = "mean",
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+) -> plan.Plan:
+    """What `bstriplet_loss(..., impl="auto")` does with this input, forward and backward, and why.
+
+    Arguments as there. `print` the result: path, reason, FLOPs, bytes, peak extra memory, Eq. 8's
+    figure, predicted times. Counts the classes, so on a GPU it waits for the device.
+    """
+    spec = make_spec(0.9, similarity, "corrected", reduction)._replace(wants_gradient=True)
+    check_embeddings(embeddings, labels, ref_emb, ref_labels)
+    _check_batch(embeddings, ref_emb)
+    return plan.explain_plan(embeddings, _as_int64(labels), ref_emb, ref_labels, spec)
+
+
 def available_impls() -> tuple[str, ...]:
     """The names that `impl` can take here, beside "auto"."""
     return tuple(name for name, path in PATHS.items() if path.missing() is None)

@@ -1,17 +1,246 @@
-"""Which path runs, and what it costs."""
+"""Which path runs, and what it costs: Eq. 8, each path's own counts, predicted times.
+
+The time of a path is predicted as call + flop * FLOPs + byte * bytes with constants measured on
+each kind of device (`calibration.py`); `impl="auto"` takes the path of the least predicted time
+among those that can run. On a kind of device that has not been measured it goes by a rule: pairs up
+to N = 3 D, second moments beyond.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
+from .calibration import CONSTANTS
+from .paths import PATHS, fused, gram
 from .spec import Spec
+
+_MOMENTS_FROM = 3
+"""Where nothing is measured: second moments from N = 3 D on (about 6 N D^2 against 2-3 N^2 D)."""
+_ASSUMED_CLASSES = 3
+"""`choose` does not ask the device how many classes there are; the paper has two or three."""
+
+
+class Work(NamedTuple):
+    """What is to be computed: n rows of d numbers against m columns (None: against themselves)."""
+
+    n: int
+    m: int | None
+    d: int
+    dtype: torch.dtype
+    reduction: str = "mean"
+    wants_gradient: bool = True
+
+    @property
+    def columns(self) -> int:
+        """How many columns each row is compared with, itself included."""
+        return self.n if self.m is None else self.m
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Bytes of the embeddings, both sides."""
+        return (self.n + (self.m or 0)) * self.d * self.dtype.itemsize
+
+
+class Cost(NamedTuple):
+    """What a path does, forward and, where a gradient is wanted, backward.
+
+    flops: of its products and sweeps, as it computes them. bytes: that must cross memory.
+    extra_memory: peak bytes beyond the inputs, the gradient included.
+    """
+
+    flops: int
+    bytes: int
+    extra_memory: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `impl="auto"` does with an input, and why; `print` it.
+
+    path: the name that `impl` takes. cost: that path's own counts. eq8_flops: the paper's figure
+    for the forward alone. predicted: seconds by path, where the device has been measured.
+    """
+
+    path: str
+    reason: str
+    work: Work
+    n_classes: int
+    cost: Cost
+    eq8_flops: int
+    predicted: dict[str, float]
+
+    def __str__(self) -> str:
+        work, cost = self.work, self.cost
+        against = "" if work.m is None else f", M = {work.m:,}"
+        lines = [
+            f"N = {work.n:,}{against}, D = {work.d:,}, {self.n_classes:,} classes, "
+            f"{str(work.dtype).removeprefix('torch.')}"
+            f"{', forward and backward' if work.wants_gradient else ', forward'}",
+            f"path          {self.path}: {self.reason}",
+            f"FLOPs         {cost.flops:.3e}",
+            f"bytes         {cost.bytes:.3e}",
+            f"extra memory  {cost.extra_memory:.3e} bytes, "
+            f"{cost.extra_memory / max(1, work.embedding_bytes):.2f} x the embeddings",
+            f"Eq. 8         {self.eq8_flops:.3e} FLOPs, forward alone",
+        ]
+        lines += [
+            f"predicted     {path}: {1e3 * seconds:.3f} ms"
+            for path, seconds in sorted(self.predicted.items(), key=lambda item: item[1])
+        ]
+        return "\n".join(lines)
 
 
 def eq8_flops(n: int, d: int, c: int) -> int:
-    """Eq. 8 as printed: the FLOPs of the loss for N_b = n, l = d and c classes."""
+    """Eq. 8 as printed: the FLOPs of the loss for N_b = n, l = d and c classes.
+
+    Its l^2 + l - 1 operations for one entry of S are 2 l - 1; `path_cost("reference", ...)` counts
+    what is done.
+    """
     return (d * d + c * c + d + c + 3) * n * n + (2 * d + 5) * n
 
 
+def path_cost(path: str, work: Work, class_sizes: Sequence[int]) -> Cost:
+    """What the path of that name counts for this work; class_sizes: members among the columns."""
+    return _COSTS[path](work, class_sizes)
+
+
 def choose(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str:
-    """The path that `impl="auto"` runs for this input."""
-    return "reference"
+    """The path that `impl="auto"` runs for this input; reads shapes only, never the device."""
+    work = _work(embeddings, ref_emb, spec)
+    if torch.compiler.is_compiling():
+        return _fastest(_takers(embeddings, ref_emb, spec), work, embeddings.device.type)
+    return _remembered(_takers(embeddings, ref_emb, spec), work, embeddings.device.type)
+
+
+def explain_plan(
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_emb: Tensor | None,
+    ref_labels: Tensor | None,
+    spec: Spec,
+) -> Plan:
+    """`choose` with its reasons; reads the labels, so it waits for the device."""
+    work = _work(embeddings, ref_emb, spec)._replace(wants_gradient=True)
+    device = embeddings.device.type
+    takers = _takers(embeddings, ref_emb, spec)
+    sizes = (labels if ref_labels is None else ref_labels).unique(return_counts=True)[1].tolist()
+    path = choose(embeddings, ref_emb, spec)
+    measured = CONSTANTS.get(device, {})
+    return Plan(
+        path=path,
+        reason=_reason(path, takers, work, device),
+        work=work,
+        n_classes=len(sizes),
+        cost=path_cost(path, work, sizes),
+        eq8_flops=eq8_flops(work.n, work.d, len(sizes)),
+        predicted={p: _seconds(p, work, device, sizes) for p in takers if p in measured},
+    )
+
+
+def _work(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> Work:
+    n, d = embeddings.shape
+    m = None if ref_emb is None else ref_emb.shape[0]
+    return Work(n, m, d, embeddings.dtype, spec.reduction, spec.wants_gradient)
+
+
+def _takers(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> tuple[str, ...]:
+    """The paths that can run here and take this input. The reference always does."""
+    return tuple(
+        name
+        for name, path in PATHS.items()
+        if path.missing() is None and path.refuses(embeddings, ref_emb, spec) is None
+    )
+
+
+def _fastest(takers: tuple[str, ...], work: Work, device: str) -> str:
+    measured = [path for path in takers if path in CONSTANTS.get(device, {})]
+    if measured:
+        sizes = [max(1, work.columns // _ASSUMED_CLASSES)] * _ASSUMED_CLASSES
+        seconds = [_seconds(path, work, device, sizes) for path in measured]
+        return measured[seconds.index(min(seconds))]
+    by_rule = ("gram", "triton", "native", "reference")
+    if work.columns <= _MOMENTS_FROM * work.d:
+        by_rule = ("triton", "native", "reference", "gram")
+    return next(path for path in by_rule if path in takers)
+
+
+_remembered = lru_cache(maxsize=4096)(_fastest)
+
+
+def _reason(path: str, takers: tuple[str, ...], work: Work, device: str) -> str:
+    if len(takers) == 1:
+        return "the only path that takes this input here"
+    if CONSTANTS.get(device):
+        return "least predicted time"
+    side = "up to" if work.columns <= _MOMENTS_FROM * work.d else "beyond"
+    return f"by rule, {device} is not calibrated: N {side} {_MOMENTS_FROM} D"
+
+
+def _seconds(path: str, work: Work, device: str, class_sizes: Sequence[int]) -> float:
+    constants = CONSTANTS[device][path]
+    cost = path_cost(path, work, class_sizes)
+    return constants.call + constants.flop * cost.flops + constants.byte * cost.bytes
+
+
+def _products(work: Work) -> int:
+    """Products of all pairs over D: S, and for a gradient its weights times each side."""
+    if not work.wants_gradient:
+        return 1
+    return 2 if work.m is None else 3
+
+
+def _reference(work: Work, class_sizes: Sequence[int]) -> Cost:
+    """Dense matrices in plain torch; the backward computes S anew."""
+    pairs = work.n * work.columns
+    products, sweeps = _products(work) + work.wants_gradient, 30 if work.wants_gradient else 12
+    accumulated = max(4, work.dtype.itemsize)
+    side = (work.n + (work.m or 0)) * work.d * accumulated
+    return Cost(
+        flops=products * 2 * pairs * work.d + sweeps * pairs,
+        bytes=sweeps * pairs * accumulated + (3 if work.wants_gradient else 1) * side,
+        extra_memory=7 * pairs * accumulated + 3 * side,
+    )
+
+
+def _native(work: Work, class_sizes: Sequence[int]) -> Cost:
+    """S once, and once its weights times each side; a sweep over S for each."""
+    pairs, products = work.n * work.columns, _products(work)
+    accumulated = max(4, work.dtype.itemsize)
+    gradient = (work.n + (work.m or 0)) * work.d * accumulated if work.wants_gradient else 0
+    return Cost(
+        flops=products * (2 * work.d + 7) * pairs,
+        bytes=products * work.embedding_bytes + gradient + products * pairs * accumulated,
+        extra_memory=pairs * accumulated + 2 * gradient,
+    )
+
+
+def _gram(work: Work, class_sizes: Sequence[int]) -> Cost:
+    """See `paths.gram`; the columns' classes are those that have moments."""
+    n, d, itemsize = max(work.n, work.columns), work.d, work.dtype.itemsize
+    return Cost(
+        flops=gram.flops(n, d, class_sizes, work.reduction != "none"),
+        bytes=gram.traffic(n, d, itemsize),
+        extra_memory=gram.extra_memory(n, d, itemsize),
+    )
+
+
+def _triton(work: Work, class_sizes: Sequence[int]) -> Cost:
+    """See `paths.fused`."""
+    counted = fused.cost(work.n, work.m, work.d, work.dtype, work.reduction, work.wants_gradient)
+    gradient = work.embedding_bytes if work.wants_gradient else 0
+    rows = 8 * (work.n + work.columns) * 4
+    return Cost(counted.flops, counted.bytes, gradient + rows)
+
+
+_COSTS: dict[str, Callable[[Work, Sequence[int]], Cost]] = {
+    "reference": _reference,
+    "native": _native,
+    "gram": _gram,
+    "triton": _triton,
+}
