@@ -44,6 +44,8 @@ class Classifier(nn.Module):
         self.backbone = timm.create_model(backbone, num_classes=num_classes, in_chans=channels)
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
         self.register_buffer("std", torch.ones(channels, 1, 1))
+        # Convolutions of light CNNs run up to twice as fast on a CPU with channels last in memory.
+        self.to(memory_format=torch.channels_last)
 
     def standardise_with(self, mean: Tensor, std: Tensor) -> None:
         """Set the mean and standard deviation of each channel, float [C], in grey levels."""
@@ -52,7 +54,8 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Output:
         """images uint8 [N, C, H, W] -> :class:`Output`, float32."""
-        standardised = (images.to(torch.float32) - self.mean) / self.std
+        pixels = images.to(torch.float32, memory_format=torch.channels_last)
+        standardised = (pixels - self.mean) / self.std
         features = self.backbone.forward_features(standardised)
         embeddings = self.backbone.forward_head(features, pre_logits=True)
         return Output(self.backbone.get_classifier()(embeddings), embeddings)

@@ -47,7 +47,7 @@ class TrainConfig:
         minimum=8,
     )
     train_per_class: int = _option(
-        0, "keep only so many training images a class, validation included; 0 keeps all", minimum=0
+        0, "at most so many training images a class, validation included; 0: all", minimum=0
     )
     test_fraction: float = _option(
         0.2,

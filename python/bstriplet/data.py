@@ -222,17 +222,12 @@ class _Splitter:
         return source[~held_out], source[held_out]
 
     def subset(self, pool: Ints, per_class: int) -> Ints:
-        """Return ``per_class`` random images of each class of ``pool``, sorted."""
+        """Return at most ``per_class`` random images of each class of ``pool``, sorted."""
         generator = self._generator(_SUBSET_STREAM)
         chosen = []
-        for index, name in enumerate(self.dataset.classes):
+        for index in range(len(self.dataset.classes)):
             members = pool[self.dataset.images.labels[pool] == index]
-            if len(members) < per_class:
-                raise UserError(
-                    f"--train-per-class: {per_class} is not allowed; class {name!r} has "
-                    f"{len(members)} training images"
-                )
-            chosen.append(generator.choice(members, per_class, replace=False))
+            chosen.append(generator.permutation(members)[:per_class])
         return np.sort(np.concatenate(chosen))
 
 
@@ -280,7 +275,7 @@ def _load_digits(image_size: int) -> Dataset:
             np.asarray(Image.fromarray(image).resize(side, Image.Resampling.BILINEAR))
             for image in scaled
         ]
-    )[:, None]
+    ).reshape(-1, 1, *side)
     images = ImageSet(
         pixels=pixels,
         rows=np.arange(len(pixels)),

@@ -196,7 +196,7 @@ def one_clear_line_at_the_end(outcome: Outcome, *words: object) -> None:
         (["--epochs", "many"], ["--epochs", "many"]),
         (["--margin", "2"], ["--margin", "2.0", "at least 0 and at most 1"]),
         (["--epoch-count", "3"], ["--epoch-count", "--help"]),
-        (["--train-per-class", "1000"], ["--train-per-class", "1000", "class '0'"]),
+        (["--train-per-class", "1"], ["class '0' has 1 image", "2 or more"]),
     ],
 )
 def test_bad_options(tmp_path: Path, bstriplet: Run, flags: list[str], words: list[str]) -> None:
