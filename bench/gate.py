@@ -37,18 +37,23 @@ class Errors(NamedTuple):
 
 
 class Gate:
-    """Judges every provider of one problem; evaluates the truth once, when first asked."""
+    """Judges every provider of one problem."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self._truth: truth.Truth | None = None
 
+    def evaluate(self) -> None:
+        """Find the truth now, on nobody's time."""
+        p = self.problem
+        self._truth = truth.evaluate(p.x, p.labels, p.margin)
+
     @property
     def truth(self) -> truth.Truth:
         """Eqs. 3-4 and their gradient on the problem's input."""
         if self._truth is None:
-            p = self.problem
-            self._truth = truth.evaluate(p.x, p.labels, p.margin)
+            self.evaluate()
+        assert self._truth is not None
         return self._truth
 
     def judge(self, provider: Provider, loss: Tensor | None, gradient: Tensor | None) -> Errors:

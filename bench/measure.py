@@ -15,8 +15,8 @@ from torch import Tensor
 from bstriplet_kernels import plan
 from bstriplet_kernels.functional import make_spec
 
-from . import costs, machine, steps, timing
-from .cases import DTYPES, Case, Problem, make_problem
+from . import machine, steps, timing
+from .cases import DTYPES, FORWARD, Case, Problem, make_problem
 from .counting import Memory, Operations, peak_memory
 from .gate import Errors, Gate
 from .providers import BASELINE, COMPILED, FLOOR, OURS, PEER, Provider, Step, providers
@@ -67,6 +67,8 @@ def measure(job: Job, tell: Callable[[Starting], None]) -> list[Row]:
     known = steps.providers() if job.case.backbone else providers()
     problem = make(job.case)
     gate = Gate(problem)
+    if not job.case.backbone:
+        gate.evaluate()
     blank = _blank_row(job)
     candidates = [
         _Candidate(known[name], replace(blank, provider=name, group=known[name].group))
@@ -120,9 +122,8 @@ def _examine(
     count: tuple[int | None, int | None] = (operations.flops, operations.bytes)
     if is_compiled:  # what is fused is not seen; the products are those of what it compiles
         count = (flops.get(provider.base), None)
-    elif operations.opaque and path:
-        cost = costs.path_cost(path, case, problem.labels, gate.truth.active)
-        count = cost or (None, None)
+    elif path:  # no counter looks into an operator of ours: the plan's own counts
+        count = plan.path_cost(path, _work(case), problem.labels.bincount().tolist())[:2]
     if count[0] is not None:
         flops[provider.name] = count[0]
     candidate.row = _examined(candidate.row, problem, gate, errors, memory)
@@ -221,7 +222,13 @@ def _path(provider: Provider, problem: Problem) -> str:
     if provider.name != "auto":
         return provider.name
     spec = make_spec(problem.margin, "square", "corrected", "mean")
-    return plan.choose(problem.x, None, spec)
+    wants_gradient = problem.case.operation != FORWARD
+    return plan.choose(problem.x, None, spec._replace(wants_gradient=wants_gradient))
+
+
+def _work(case: Case) -> plan.Work:
+    wants_gradient = case.operation != FORWARD
+    return plan.Work(case.n, None, case.d, DTYPES[case.dtype], wants_gradient=wants_gradient)
 
 
 def _not_installed(provider: Provider) -> str | None:
@@ -258,7 +265,7 @@ def _blank_row(job: Job) -> Row:
         commit="",
         versions=machine.versions(),
         active=case.active,
-        eq8_flops=costs.eq8_flops(case),
+        eq8_flops=plan.eq8_flops(case.n, case.d, case.c),
         gemm_flops_s=limits.gemm,
         bandwidth_bytes_s=limits.bandwidth,
     )

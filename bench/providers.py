@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from bstriplet_kernels import available_impls, bstriplet_loss
+from bstriplet_kernels.paths.gram_host import panel_rows, smallest_moment
+from bstriplet_kernels.paths.second_moments import add_moment, half_matrices
 from bstriplet_kernels.reference import naive_loss
 
 from .cases import FORWARD, Problem
@@ -202,41 +204,46 @@ def _pair_products(problem: Problem) -> Step:
 
 
 def _moment_products(problem: Problem) -> Step:
-    """What a form by second moments cannot avoid, on rows taken as if they lay in class order.
+    """The products that the form by second moments executes, alone, on rows that lie ready.
 
-    A class of N_c > D rows: T_c = F_c' F_c, then F_c times its own and the others' moments; with a
-    backward F_c times one matrix more. Smaller classes: S_c = F_c F_c' and T = F' F, F T; with a
-    backward W_c F_c and F A. Results go to buffers that exist.
+    For a class with a moment matrix the halves of F_c' F_c and of two quadratic forms; for smaller
+    ones S_c = F_c F_c', the half of F' F and of one form. With a backward F M, and for small
+    classes S_c anew and W_c F_c. Panels that stay in cache, as the path has them on a CPU.
     """
-    case = problem.case
-    d, only_forward = case.d, case.operation == FORWARD
-    sizes, counts = (
-        torch.bincount(problem.labels).sort().values.unique_consecutive(return_counts=True)
-    )
-    runs = [(size, k) for size, k in zip(sizes.tolist(), counts.tolist(), strict=True) if size]
-    out = torch.empty_like(problem.x.detach())
-    moment = out.new_empty(d, d)
-    blocks = {size: out.new_empty(k, size, size) for size, k in runs if size <= d}
+    d, only_forward = problem.case.d, problem.case.operation == FORWARD
+    step_rows = panel_rows(d) if problem.x.device.type == "cpu" else problem.case.n
+    sizes = torch.bincount(problem.labels).sort(descending=True).values
+    n_large = int(sizes[sizes >= smallest_moment(d)].sum())
+    small = sizes[(sizes < smallest_moment(d)) & (sizes > 1)]
+    blocks = [tuple(run) for run in torch.stack(
+        small.unique_consecutive(return_counts=True), dim=1).tolist()]  # fmt: skip
+    matrix = torch.randn(d, d).to(problem.x)
+    moment = torch.zeros_like(matrix)
+    halves = {forms: half_matrices((matrix,) * forms) for forms in (1, 2)}
 
-    def products(x: Tensor, labels: Tensor) -> tuple[None, Tensor]:
-        x, start = x.detach(), 0
-        for size, k in runs:
-            rows, to = x[start : start + k * size], out[start : start + k * size]
-            start += k * size
-            if size <= d:
-                by_class = rows.view(k, size, d)
-                torch.bmm(by_class, by_class.mT, out=blocks[size])
+    def dense(rows: Tensor, forms: int) -> None:
+        for panel in rows.split(step_rows):
+            add_moment(moment, panel, panel)
+            for half in halves[forms]:
+                torch.mm(panel[:, : half.shape[0]], half)
+            if not only_forward:
+                torch.mm(panel, matrix)
+
+    def products(x: Tensor, labels: Tensor) -> tuple[None, None]:
+        rows = x.detach()
+        dense(rows[:n_large], 2)
+        dense(rows[n_large:], 1)
+        start = n_large
+        for size, classes in blocks:
+            own = rows[start : start + size * classes]
+            start += size * classes
+            for panel in own.split(max(1, step_rows // size) * size):
+                members = panel.unflatten(0, (-1, size))
+                similarity = members @ members.mT
                 if not only_forward:
-                    torch.bmm(blocks[size], by_class, out=to.view(k, size, d))
-                torch.mm(rows.T, rows, out=moment)
-                for _ in range(1 if only_forward else 2):
-                    torch.mm(rows, moment, out=to)
-            else:
-                for part, into in zip(rows.split(size), to.split(size), strict=True):
-                    torch.mm(part.T, part, out=moment)
-                    for _ in range(2 if only_forward else 3):
-                        torch.mm(part, moment, out=into)
-        return None, out
+                    similarity = members @ members.mT
+                    torch.bmm(similarity, members)
+        return None, None
 
     return products
 
