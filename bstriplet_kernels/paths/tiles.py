@@ -129,7 +129,9 @@ def loss_and_gradient(
     scale = tl.where(mean != 0, 1.0 / n.to(acc), 1.0)
     part = tl.program_id(0)
     if part == 0:
-        tl.store(loss, tl.sum(tl.where(inactive, 0.0, h), axis=0) * scale)
+        # summed as a row of a matrix: Triton 3.6 cannot lay out the sum of a vector on Blackwell
+        total = tl.sum(tl.where(inactive, 0.0, h)[None, :], axis=1) * scale
+        tl.store(loss + tl.arange(0, 1), total)
         tl.store(positive + i, positive_mean, mask=i < n)
         tl.store(negative + i, negative_mean, mask=i < n)
 
