@@ -82,7 +82,7 @@ def measure(job: Job, tell: Callable[[Starting], None]) -> list[Row]:
             limit = COMPILE_LIMIT_S if candidate.provider.group == COMPILED else CALL_LIMIT_S
             tell(Starting(name, limit))
             try:
-                reason = _examine(candidate, problem, gate, flops)
+                reason = _examine(candidate, problem, gate, flops, tell)
             except Exception as error:
                 reason = _failure(error)
         candidate.row = replace(candidate.row, status=reason or OK)
@@ -91,11 +91,16 @@ def measure(job: Job, tell: Callable[[Starting], None]) -> list[Row]:
 
 
 def _examine(
-    candidate: _Candidate, problem: Problem, gate: Gate, flops: dict[str, int]
+    candidate: _Candidate,
+    problem: Problem,
+    gate: Gate,
+    flops: dict[str, int],
+    tell: Callable[[Starting], None],
 ) -> str | None:
     """One call, counted, its memory measured, its result judged; why it is refused, or None.
 
-    Small cases are warm before; the time of large ones dwarfs what is cold.
+    Small cases are warm before; the time of large ones dwarfs what is cold. Every call has the
+    limit for itself.
     """
     provider, case = candidate.provider, problem.case
     candidate.step = step = provider.make(problem)
@@ -110,9 +115,11 @@ def _examine(
         with operations:
             return step(problem.x, problem.labels)
 
+    tell(Starting(provider.name, CALL_LIMIT_S))
     start = time.perf_counter()
     (loss, gradient), memory = peak_memory(call, case.device)
     seconds = time.perf_counter() - start
+    tell(Starting(provider.name, CALL_LIMIT_S))
     errors = gate.judge(provider, loss, gradient)
     del loss, gradient
     if seconds < _FREE_CALL_S:
