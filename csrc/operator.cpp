@@ -40,10 +40,12 @@ Tensor empty_strided(int64_t dimensions, const int64_t* sizes, const int64_t* st
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dimensions, sizes, strides,
-      dtype == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
-      device_type, device_index, &made));
+  const int32_t type =
+      dtype == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  const AOTITorchError error = aoti_torch_empty_strided(dimensions, sizes, strides, type,
+                                                        device_type, device_index, &made);
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "cannot allocate memory for ",
+                  dimensions > 0 ? sizes[0] : 1, " x ", dimensions > 1 ? sizes[1] : 1, " numbers");
   return Tensor(made);
 }
 

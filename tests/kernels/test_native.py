@@ -233,7 +233,7 @@ NONSENSE = {
     "upstream of other dtype": ((X, Y, None, None, torch.ones(3).double()), "upstream must be"),
     "more rows than can be": (
         (torch.ones(1, 1).expand(2**39, 1), Y[:1].expand(2**39)),
-        "beyond what can be addressed|allocate memory",
+        "beyond what can be addressed|cannot allocate",
     ),
     "more columns than memory": ((torch.ones(1, 1).expand(2, 2**60), Y[:2]), "from 1 to 2"),
 }
