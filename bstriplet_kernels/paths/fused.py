@@ -26,7 +26,7 @@ SMALL_ROWS = 64
 MAX_PARTS = 8
 """Among how many programs the columns of one tile of rows are shared out at most."""
 _INTERPRETER_PROCESSORS = 6  # so that small inputs share columns out there too
-_FIRST_CAPABILITY = (8, 0)  # the first with bfloat16 and tf32 products
+_FIRST_CAPABILITY = 8  # the first with bfloat16 and tf32 products
 
 
 class Blocks(NamedTuple):
@@ -228,8 +228,8 @@ def refuses(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str | Non
         return None
     if device.type != "cuda":
         return f"its kernels run on GPUs, and the embeddings are on {device}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < _FIRST_CAPABILITY:
-        return "its kernels need compute capability 8.0 or later"
+    if torch.version.hip is None and _capability(device) < _FIRST_CAPABILITY:
+        return f"its kernels need compute capability {_FIRST_CAPABILITY}.0 or later"
     return None
 
 
@@ -255,11 +255,15 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).major
+
+
 @functools.cache
 def _is_hopper(device: torch.device) -> bool:
     if device.type == "cpu" or torch.version.hip is not None:
         return False
-    return torch.cuda.get_device_capability(device)[0] == 9
+    return _capability(device) == 9
 
 
 def _aligned(embeddings: Tensor) -> Tensor:

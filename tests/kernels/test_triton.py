@@ -9,7 +9,9 @@ import mmap
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,6 +79,30 @@ def test_refuses_tensors_where_no_kernel_runs(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "the embeddings are on cpu" in fused.refuses(torch.ones(2, 2), None, Spec())
     assert "on meta" in fused.refuses(torch.ones(2, 2, device="meta"), None, Spec())
+
+
+def test_refuses_gpus_before_tensor_cores_for_float32(monkeypatch):
+    on_gpu = SimpleNamespace(device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    for major, is_refused in ((7, True), (8, False), (9, False)):
+        monkeypatch.setattr(fused, "_capability", lambda device, major=major: major)
+        assert bool(fused.refuses(on_gpu, None, Spec())) is is_refused
+        assert fused._is_hopper.__wrapped__(on_gpu.device) is (major == 9)
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert fused.refuses(on_gpu, None, Spec()) is None
+    assert {fused.precision(dtype) for dtype in (torch.float32, torch.float16)} == {"ieee"}
+
+
+def test_launches_on_the_device_of_the_tensor(monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(
+        torch.cuda, "device", lambda device: entered.append(device) or nullcontext()
+    )
+    for index in (0, 1):
+        with fused._on_device_of(SimpleNamespace(device=torch.device("cuda", index))):
+            pass
+    assert entered == [torch.device("cuda", 1)]
 
 
 @interpreted
