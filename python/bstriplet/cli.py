@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -62,9 +63,9 @@ def _how_to_continue(given: list[str]) -> str:
     command = given[0] if given else ""
     if command in ("train", "compare"):
         resume = [] if "--resume" in given else ["--resume"]
-        return f"continue with: bstriplet {' '.join([*given, *resume])}"
+        return f"continue with: bstriplet {shlex.join([*given, *resume])}"
     if command == "demo":
-        return f"continue with: bstriplet {' '.join(given)}"
+        return f"continue with: bstriplet {shlex.join(given)}"
     return "nothing was written"
 
 

@@ -15,10 +15,10 @@ def demo_plan(data: str) -> Plan:
     say little. Digits test on half of the set, 900 images; a folder on its own test images. Two
     classes make an epoch of one step, hence the more epochs for a folder.
     """
-    epochs = 60 if data == DIGITS else 240
+    epochs = 40 if data == DIGITS else 240
     config = TrainConfig(
         data=data,
-        image_size=32 if data == DIGITS else 64,
+        image_size=64,
         train_per_class=20,
         test_fraction=0.5,
         epochs=epochs,

@@ -114,7 +114,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"checkpoint {path} does not exist; train the run first") from error
+        raise UserError(
+            f"checkpoint {path} does not exist; train the run to its end first (--resume)"
+        ) from error
     except Exception as error:  # torch.load raises whatever the damaged bytes lead it to
         raise UserError(
             f"checkpoint {path} is damaged ({one_line(error)[:120]}); restore it, or train the "
