@@ -7,7 +7,7 @@ OUT    ?= runs/demo
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check coverage clean
+.PHONY: help setup demo test check coverage bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -33,6 +33,11 @@ check: $(READY)  ## lint, format check and type check only
 
 coverage: $(READY)  ## line coverage of bstriplet_kernels
 	$(BIN)/python -m pytest tests/kernels --cov --cov-report=term-missing
+
+bench: $(READY)  ## measure, draw, write the README's performance section (15 min, 2 cores)
+	$(BIN)/python -m bench.run --device cpu
+	$(BIN)/python -m bench.figures
+	$(BIN)/python -m bench.readme
 
 clean:  ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
