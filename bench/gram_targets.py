@@ -140,8 +140,9 @@ def products(x: Tensor, labels: Tensor, halves: bool) -> Callable[[], None]:
             panel @ matrix
 
     def blocks() -> None:
-        for size, classes in enumerate(count.tolist()):
-            for panel in unit[: size * classes].split(max(1, panel_rows(d) // max(size, 1)) * size):
+        for size in count.nonzero().flatten().tolist():
+            classes = int(count[size])
+            for panel in unit[: size * classes].split(max(1, panel_rows(d) // size) * size):
                 members = panel.unflatten(0, (-1, size))
                 for _ in range(2):
                     similarity = members @ members.mT
@@ -156,14 +157,18 @@ def products(x: Tensor, labels: Tensor, halves: bool) -> Callable[[], None]:
 
 
 def turns(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each variant in each round, after one round that is not counted."""
+    """Milliseconds of each variant in each round, after one round that is not counted.
+
+    With one thread its processor time: what other processes took meanwhile is left out.
+    """
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(rounds + 1):
         for name, run in variants.items():
-            start = time.perf_counter()
+            start = clock()
             run()
             if turn:
-                times[name].append(1e3 * (time.perf_counter() - start))
+                times[name].append(1e3 * (clock() - start))
     return times
 
 
@@ -283,17 +288,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path("bench/results/cpu/gram_targets.csv"))
+    parser.add_argument("--only", type=int, nargs="*", help="these N alone")
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.memory_of is not None:
         print_extra_memory(WORKS[arguments.memory_of])
         return
+    works = [w for w in WORKS if not arguments.only or w.n in arguments.only]
     common = {"torch": torch.__version__, "device": device(), "threads": arguments.threads}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     lines: list[dict[str, object]] = []
     for measured in (
-        *(lambda w=w: measure(w, arguments.rounds) for w in WORKS),
+        *(lambda w=w: measure(w, arguments.rounds) for w in works),
         lambda: measure_doubling(arguments.rounds),
     ):
         for line in measured():

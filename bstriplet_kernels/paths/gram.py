@@ -18,7 +18,20 @@ from .second_moments import half_fraction
 _BYTES_A_ROW = 96  # order, inverse norms, means, a and the vectors that make them
 
 
-@torch.library.custom_op("bstriplet::gram_means", mutates_args=())
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+torch.library.define(
+    "bstriplet::gram_means",
+    "(Tensor embeddings, Tensor? ref_emb, Tensor labels, Tensor? ref_labels, float eps) -> Tensor[]",
+    tags=_TAGS,
+)
+torch.library.define(
+    "bstriplet::gram_gradients",
+    "(Tensor a, Tensor embeddings, Tensor? ref_emb, Tensor[] state, float sigma) -> Tensor[]",
+    tags=_TAGS,
+)
+
+
+@torch.library.impl("bstriplet::gram_means", "CompositeExplicitAutograd")
 def _means(
     embeddings: Tensor,
     ref_emb: Tensor | None,
@@ -30,7 +43,7 @@ def _means(
     return schedule.forward(embeddings, ref_emb, labels, ref_labels, eps)
 
 
-@_means.register_fake
+@torch.library.register_fake("bstriplet::gram_means")
 def _(
     embeddings: Tensor,
     ref_emb: Tensor | None,
@@ -42,7 +55,7 @@ def _(
     return schedule.empty_outputs(embeddings, ref_emb)
 
 
-@torch.library.custom_op("bstriplet::gram_gradients", mutates_args=())
+@torch.library.impl("bstriplet::gram_gradients", "CompositeExplicitAutograd")
 def _gradients(
     a: Tensor, embeddings: Tensor, ref_emb: Tensor | None, state: list[Tensor], sigma: float
 ) -> list[Tensor]:
@@ -50,7 +63,7 @@ def _gradients(
     return schedule.gradients(a, embeddings, ref_emb, state, sigma)
 
 
-@_gradients.register_fake
+@torch.library.register_fake("bstriplet::gram_gradients")
 def _(
     a: Tensor, embeddings: Tensor, ref_emb: Tensor | None, state: list[Tensor], sigma: float
 ) -> list[Tensor]:
@@ -66,7 +79,8 @@ def forward(
     spec: Spec,
 ) -> tuple[Tensor, Rows, State]:
     """Moments of the columns, then two quadratic forms a row; see `second_moments`."""
-    positive, negative, *state = _means(embeddings, ref_emb, labels, ref_labels, spec.eps)
+    means = torch.ops.bstriplet.gram_means
+    positive, negative, *state = means(embeddings, ref_emb, labels, ref_labels, spec.eps)
     rows = Rows(positive, negative)
     return reduce_losses(rows, spec), rows, tuple(state)
 
@@ -83,7 +97,8 @@ def backward(
 ) -> tuple[Tensor, Tensor | None]:
     """One matrix a class where its rows share one weight, else two; see `second_moments`."""
     a = row_gradient(grad_loss.to(rows.positive.dtype), rows, spec)
-    gradient, *ref_gradient = _gradients(a, embeddings, ref_emb, list(state), spec.sigma)
+    gradients = torch.ops.bstriplet.gram_gradients
+    gradient, *ref_gradient = gradients(a, embeddings, ref_emb, list(state), spec.sigma)
     return gradient, ref_gradient[0] if ref_gradient else None
 
 
