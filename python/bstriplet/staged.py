@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, ConvNormAct
-from timm.models import build_model_with_cfg, checkpoint_seq
+from timm.models import build_model_with_cfg
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class StagedNet(nn.Module):
         self.final_conv: nn.Module = trunk.final_conv
         self.num_features = trunk.final_conv.out_channels
         self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate)
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = self._pooled_size()
         self.apply(_initialise)
 
     @torch.jit.ignore
@@ -98,14 +99,15 @@ class StagedNet(nn.Module):
         """Put a new classifier, with a new pooling if one is named, in the place of the old."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = self._pooled_size()
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images [N, in_chans, H, W] -> feature map [N, num_features, ceil(H/32), ceil(W/32)]."""
         x = self.stem(x)
         for stage in self.stages:
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint_seq(stage, x)
+                for unit in stage.children():
+                    x = checkpoint(unit, x, use_reentrant=False)
             else:
                 x = stage(x)
         return self.final_conv(x)
@@ -177,8 +179,12 @@ class StagedNet(nn.Module):
             self.num_features = last["num_chs"]
             self.head = ClassifierHead(self.num_features, 0, "", self.drop_rate)
             self.num_classes = 0
-            self.head_hidden_size = self.num_features
+            self.head_hidden_size = self._pooled_size()
         return taken
+
+    def _pooled_size(self) -> int:
+        # Poolings that concatenate two statistics double the embedding.
+        return self.num_features * self.head.global_pool.feat_mult()
 
     def _parts(self) -> Iterator[tuple[str, nn.Module]]:
         yield "stem", self.stem
