@@ -10,6 +10,10 @@
 #include <optional>
 #include <tuple>
 
+#if !defined(STABLE_TORCH_ERROR_CODE_CHECK)  // torch 2.11's headers have it by its older name
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace bstriplet {
 
 using torch::headeronly::ScalarType;
