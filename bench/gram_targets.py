@@ -124,7 +124,8 @@ def products(x: Tensor, labels: Tensor, halves: bool) -> Callable[[], None]:
     n_large = int(sizes[large].sum())
     count = torch.bincount(sizes[~large & (sizes > 1)])
     matrix = torch.randn(d, d)
-    forms = {k: half_matrices((matrix,) * k) for k in (1, 2)}
+    rows = len(x) // len(sizes) if n_large else len(x)
+    forms = {k: half_matrices((matrix,) * k, rows) for k in (1, 2)}
     moment = torch.zeros(d, d)
 
     def dense(rows: Tensor, n_forms: int) -> None:
@@ -229,7 +230,7 @@ def measure(work: Work, rounds: int) -> list[dict[str, object]]:
         runs[name] = lambda loss=others[name]: step(loss, x, labels)
     for name, halves in (("products", True), ("full products", False)):
         runs[name] = products(x, labels, halves)
-    times = turns(runs, 3 if work.n >= 16384 and work.beat else rounds)
+    times = turns(runs, 2 if work.n >= 16384 and work.beat else rounds)
     memory = {}
     if work.memory is not None:
         extra = extra_memory(work)

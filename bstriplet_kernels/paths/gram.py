@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..spec import Path, Rows, Spec, State, reduce_losses, row_gradient
 from . import gram_device, gram_host
-from .second_moments import half_fraction
+from .second_moments import form_fraction, moment_fraction
 
 _BYTES_A_ROW = 96  # order, inverse norms, means, a and the vectors that make them
 
@@ -21,7 +21,8 @@ _BYTES_A_ROW = 96  # order, inverse norms, means, a and the vectors that make th
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 torch.library.define(
     "bstriplet::gram_means",
-    "(Tensor embeddings, Tensor? ref_emb, Tensor labels, Tensor? ref_labels, float eps) -> Tensor[]",
+    "(Tensor embeddings, Tensor? ref_emb, Tensor labels, Tensor? ref_labels, float eps) "
+    "-> Tensor[]",
     tags=_TAGS,
 )
 torch.library.define(
@@ -120,12 +121,14 @@ def flops(n: int, d: int, class_sizes: Sequence[int], one_weight: bool = True) -
     class_sizes: members of each class, summing to n. one_weight: all rows have h > 0 (or none), and
     the reduction is a scalar; otherwise the weighted moments and a second product are added.
     """
-    large = sum(s for s in class_sizes if _has_moment(s, n, d))
-    pairs = sum(s * s for s in class_sizes if s > 1 and not _has_moment(s, n, d))
-    symmetric = half_fraction(d) * d * d
-    products = n * symmetric + (n + large) * symmetric + n * d * d + 3 * pairs * d
+    large = [s for s in class_sizes if _has_moment(s, n, d)]
+    blocks = [s for s in class_sizes if not _has_moment(s, n, d)]
+    moments = n * moment_fraction(d)
+    forms = sum(2 * s * form_fraction(d, s) for s in large) + sum(blocks) * form_fraction(d, n)
+    pairs = sum(s * s for s in blocks if s > 1)
+    products = (moments + forms + n) * d * d + 3 * pairs * d
     if not one_weight:
-        products += n * symmetric + n * d * d
+        products += (moments + n) * d * d
     return int(2 * products)
 
 

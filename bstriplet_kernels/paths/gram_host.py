@@ -273,7 +273,7 @@ def means(
     """The two means of Eq. 3 for each row, [N] each in the rows' given order."""
     dtype = rows.inverse.dtype
     complements = moment_complements(moments, runs, len(columns.order))
-    total = half_matrices((complements.total,))
+    total = half_matrices((complements.total,), len(rows.order))
     positive, negative = torch.empty_like(rows.inverse), torch.empty_like(rows.inverse)
     self_sums = (rows.inverse != 0).to(dtype) if own else torch.zeros_like(rows.inverse)  # |u|^4
     for run in runs:
@@ -285,7 +285,7 @@ def means(
                 negative[tile.rows] = run.q * (all_sums - own_sums - self_sums[tile.rows])
             continue
         matrix = moments.slots[run.slot]
-        pair = half_matrices((matrix, complements.without(run.slot, matrix)))
+        pair = half_matrices((matrix, complements.without(run.slot, matrix)), run.n)
         for tile in tiles(run, rows, columns):
             own_sums, other_sums = quadratic_forms(tile.unit, pair, 2).unbind(1)
             positive[tile.rows] = run.p * (own_sums - self_sums[tile.rows])

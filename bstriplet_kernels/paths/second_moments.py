@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 _BLOCK = 64  # columns of a symmetric matrix computed at once, down to its diagonal block
+_ROWS_WORTH_HALVING = 1024  # rows of one matrix from which cutting it up saves time
 
 
 def inverse_norms(embeddings: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -58,13 +59,15 @@ def mirror(total: Tensor) -> Tensor:
     return total
 
 
-def half_matrices(matrices: tuple[Tensor, ...]) -> list[Tensor]:
+def half_matrices(matrices: tuple[Tensor, ...], rows: int) -> list[Tensor]:
     """Symmetric [D, D] matrices as column blocks down to the diagonal, for `quadratic_forms`.
 
     Block j is [end_j, len(matrices) * width_j]: what stands above the diagonal block is doubled,
-    for what stands below it.
+    for what stands below it. For few rows one block holds all: cutting would cost more.
     """
     stacked = torch.stack(matrices, dim=1)
+    if rows < _ROWS_WORTH_HALVING:
+        return [stacked.flatten(1)]
     blocks = []
     for start in range(0, stacked.shape[2], _BLOCK):
         block = stacked[: start + _BLOCK, :, start : start + _BLOCK].clone()
@@ -75,18 +78,24 @@ def half_matrices(matrices: tuple[Tensor, ...]) -> list[Tensor]:
 
 def quadratic_forms(unit: Tensor, halves: list[Tensor], count: int) -> Tensor:
     """u^T H u, [n, count], for each row u of `unit` [n, D] and each of `count` matrices."""
-    forms = unit.new_zeros(unit.shape[0], count)
-    for j, half in enumerate(halves):
-        columns = unit[:, j * _BLOCK : (j + 1) * _BLOCK]
-        product = (unit[:, : half.shape[0]] @ half).unflatten(1, (count, -1))
-        forms += product.mul_(columns.unsqueeze(1)).sum(2)
-    return forms
+    parts = []
+    for half in halves:
+        end, width = half.shape[0], half.shape[1] // count
+        product = (unit[:, :end] @ half).unflatten(1, (count, width))
+        columns = unit[:, None, end - width : end]
+        parts.append(product.mul_(columns).sum(2))
+    return parts[0] if len(parts) == 1 else sum(parts[1:], start=parts[0])
 
 
-def half_fraction(d: int) -> float:
-    """What `add_moment` and `quadratic_forms` compute of a symmetric [D, D] product."""
+def moment_fraction(d: int) -> float:
+    """What `add_moment` computes of a symmetric [D, D] product."""
     blocks = -(-d // _BLOCK)
     return (blocks + 1) / (2 * blocks)
+
+
+def form_fraction(d: int, rows: int) -> float:
+    """What `quadratic_forms` of so many rows computes of the product of a row and a matrix."""
+    return 1.0 if rows < _ROWS_WORTH_HALVING else moment_fraction(d)
 
 
 def own_share(
