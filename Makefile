@@ -7,14 +7,14 @@ OUT    ?= runs/demo
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check coverage bench clean
+.PHONY: help setup demo test check asan coverage bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
 
 setup: $(READY)  ## make .venv and install the package with everything it needs
 
-$(READY): pyproject.toml setup.py constraints.txt
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch numpy setuptools wheel ninja
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[train,dev]'
@@ -30,6 +30,17 @@ check: $(READY)  ## lint, format check and type check only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+asan: $(READY)  ## the native operator under AddressSanitizer and UndefinedBehaviorSanitizer
+	BSTRIPLET_NATIVE=cpu LDFLAGS="-fsanitize=address,undefined" \
+	  CXXFLAGS="-fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all" \
+	  $(BIN)/python setup.py -q build --build-lib build/sanitized
+	for set in avx512 avx2 baseline; do \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
+	  ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 BSTRIPLET_INSTRUCTION_SET=$$set \
+	  PYTHONPATH=build/sanitized $(BIN)/pytest tests/kernels/test_native.py \
+	  -k "not instruction_set" || exit 1; \
+	done
 
 coverage: $(READY)  ## line coverage of bstriplet_kernels
 	$(BIN)/python -m pytest tests/kernels --cov --cov-report=term-missing
