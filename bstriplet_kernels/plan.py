@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -24,6 +23,10 @@ _MOMENTS_FROM = 3
 """Where nothing is measured: second moments from N = 3 D on (about 6 N D^2 against 2-3 N^2 D)."""
 _ASSUMED_CLASSES = 3
 """`choose` does not ask the device how many classes there are; the paper has two or three."""
+
+
+_REMEMBERED = 4096
+_chosen: dict[tuple[object, ...], str] = {}
 
 
 class Work(NamedTuple):
@@ -111,11 +114,25 @@ def path_cost(path: str, work: Work, class_sizes: Sequence[int]) -> Cost:
 
 
 def choose(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str:
-    """The path that `impl="auto"` runs for this input; reads shapes only, never the device."""
-    work = _work(embeddings, ref_emb, spec)
+    """The path that `impl="auto"` runs for this input; reads shapes only, never the device.
+
+    Remembered by what `refuses` and the costs look at, so that a call in a loop costs a look-up.
+    """
     if torch.compiler.is_compiling():
-        return _fastest(_takers(embeddings, ref_emb, spec), work, embeddings.device.type)
-    return _remembered(_takers(embeddings, ref_emb, spec), work, embeddings.device.type)
+        return _choose(embeddings, ref_emb, spec)
+    columns = None if ref_emb is None else ref_emb.shape
+    key = (embeddings.shape, columns, embeddings.dtype, embeddings.device, spec)
+    path = _chosen.get(key)
+    if path is None:
+        if len(_chosen) >= _REMEMBERED:
+            _chosen.clear()
+        path = _chosen[key] = _choose(embeddings, ref_emb, spec)
+    return path
+
+
+def _choose(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str:
+    takers = _takers(embeddings, ref_emb, spec)
+    return _fastest(takers, _work(embeddings, ref_emb, spec), embeddings.device.type)
 
 
 def explain_plan(
@@ -168,9 +185,6 @@ def _fastest(takers: tuple[str, ...], work: Work, device: str) -> str:
     if work.columns <= _MOMENTS_FROM * work.d:
         by_rule = ("triton", "native", "reference", "gram")
     return next(path for path in by_rule if path in takers)
-
-
-_remembered = lru_cache(maxsize=4096)(_fastest)
 
 
 def _reason(path: str, takers: tuple[str, ...], work: Work, device: str) -> str:

@@ -71,7 +71,8 @@ class Path(NamedTuple):
     backward(grad_loss, embeddings, ref_emb, labels, ref_labels, rows, state, spec) ->
     (gradient of the embeddings, gradient of ref_emb or None), in their dtypes.
     missing() -> what is not installed that the path needs and how to get it, or None.
-    refuses(embeddings, ref_emb, spec) -> why the path cannot take this input, or None.
+    refuses(embeddings, ref_emb, spec) -> why the path cannot take this input, or None; it looks at
+    shapes, dtypes and devices alone.
     """
 
     forward: Callable[..., tuple[Tensor, Rows, State]]

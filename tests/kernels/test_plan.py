@@ -12,6 +12,11 @@ from bstriplet_kernels.paths import PATHS
 from bstriplet_kernels.spec import Path, Spec
 
 
+@pytest.fixture(autouse=True)
+def _nothing_remembered(monkeypatch):
+    monkeypatch.setattr(plan, "_chosen", {})
+
+
 def test_equation_8_for_the_papers_batch():
     # (l^2 + C^2 + l + C + 3) N^2 + (2 l + 5) N with l = 1280, C = 3, N = 36, worked by hand
     assert plan.eq8_flops(36, 1280, 3) == 1_639_695 * 1_296 + 2_565 * 36
@@ -45,7 +50,6 @@ def test_the_choice_follows_predicted_time(monkeypatch):
     fast_call = Constants(call=1e-6, flop=1e-9, byte=0)
     fast_flop = Constants(call=1e-3, flop=1e-12, byte=0)
     monkeypatch.setattr(plan, "CONSTANTS", {"cpu": {"reference": fast_call, "gram": fast_flop}})
-    plan._remembered.cache_clear()
     small, large = torch.randn(4, 8), torch.randn(3000, 8)
     assert plan.choose(small, None, Spec()) == "reference"
     assert plan.choose(large, None, Spec()) == "gram"
@@ -54,17 +58,23 @@ def test_the_choice_follows_predicted_time(monkeypatch):
     assert explained.path == "gram"
     assert explained.reason == "least predicted time"
     assert set(explained.predicted) == {"reference", "gram"}
-    plan._remembered.cache_clear()
+
+
+def test_choices_are_remembered_within_bounds(monkeypatch):
+    monkeypatch.setattr(plan, "_REMEMBERED", 5)
+    for n in range(2, 20):
+        for _ in range(2):
+            x = torch.randn(n, 3)
+            assert plan.choose(x, None, Spec()) == plan._choose(x, None, Spec())
+        assert 1 <= len(plan._chosen) <= 5
 
 
 def test_an_unmeasured_device_goes_by_rule(monkeypatch):
     monkeypatch.setattr(plan, "CONSTANTS", {})
-    plan._remembered.cache_clear()
     assert plan.choose(torch.randn(31, 10), None, Spec()) == "gram"
     assert plan.choose(torch.randn(30, 10), None, Spec()) != "gram"
     explained = explain(torch.randn(31, 10), torch.arange(31) % 3)
     assert explained.reason == "by rule, cpu is not calibrated: N beyond 3 D"
-    plan._remembered.cache_clear()
 
 
 def test_the_only_path_that_is_left(monkeypatch):
@@ -73,14 +83,12 @@ def test_the_only_path_that_is_left(monkeypatch):
             monkeypatch.setitem(
                 PATHS, name, Path(path.forward, path.backward, lambda: "taken away")
             )
-    plan._remembered.cache_clear()
     x, labels = batch(40, 5, 3, 0)
     assert available_impls() == ("reference",)
     assert explain(x, labels).reason == "the only path that takes this input here"
     assert torch.equal(bstriplet_loss(x, labels), bstriplet_loss(x, labels, impl="reference"))
     with pytest.raises(RuntimeError, match=r"impl='gram' cannot run here: taken away. Available"):
         bstriplet_loss(x, labels, impl="gram")
-    plan._remembered.cache_clear()
 
 
 def test_a_named_path_that_refuses_says_why():
