@@ -15,7 +15,7 @@ def demo_plan(data: str) -> Plan:
     say little. Digits test on half of the set, 900 images; a folder on its own test images. Two
     classes make an epoch of one step, hence the more epochs for a folder.
     """
-    epochs = 40 if data == DIGITS else 240
+    epochs = 40 if data == DIGITS else 80
     config = TrainConfig(
         data=data,
         image_size=64,
