@@ -37,9 +37,6 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 0, 2 for bad input, 130 for Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    # Threads that wait for each other sleep instead of spinning. A light CNN waits often, and where
-    # other programs need the cores too, spinning was measured to take more than three times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         options = _parser().parse_args(given)
         options.run_command(options)
