@@ -24,7 +24,7 @@ demo: $(READY)  ## compare CE with CE + BSTriplet on real images (DATA=digits or
 	$(BIN)/bstriplet demo --data $(DATA) --out $(OUT)
 
 test: $(READY) check  ## set up, lint, type-check and run all tests (what CI runs)
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # a thread for each of two workers
 
 check: $(READY)  ## lint, format check and type check only
 	$(BIN)/ruff check .

@@ -219,7 +219,8 @@ def _moment_products(problem: Problem) -> Step:
         small.unique_consecutive(return_counts=True), dim=1).tolist()]  # fmt: skip
     matrix = torch.randn(d, d).to(problem.x)
     moment = torch.zeros_like(matrix)
-    halves = {forms: half_matrices((matrix,) * forms) for forms in (1, 2)}
+    counts = {1: problem.case.n - n_large, 2: n_large}
+    halves = {forms: half_matrices((matrix,) * forms, n) for forms, n in counts.items()}
 
     def dense(rows: Tensor, forms: int) -> None:
         for panel in rows.split(step_rows):
