@@ -104,4 +104,7 @@ def _margin(x: Tensor, labels: Tensor, active: float) -> float:
     if active in (0, 1):
         return active
     positive, negative = truth.row_means(truth.unit_rows(x), labels)
-    return (positive - negative).quantile(active).clamp(0, 1).item()
+    ordered = (positive - negative).sort().values
+    n_active = min(max(1, round(active * len(ordered))), len(ordered) - 1)
+    # Between two rows: at a row its h is 0 up to rounding, and whether it is active no one can say.
+    return ordered[n_active - 1 : n_active + 1].mean().clamp(0, 1).item()

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_row
+from made_up import make_row
 
 from bench import counting, machine, measure, providers, run, steps, table, timing
 from bench.cases import FORWARD, TRAINING_STEP, Case

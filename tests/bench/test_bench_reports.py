@@ -4,7 +4,7 @@ from collections import defaultdict
 from dataclasses import replace
 
 import pytest
-from conftest import BYTE_S, CALL_S, FLOP_S
+from made_up import BYTE_S, CALL_S, FLOP_S
 
 from bench import calibrate, figures, readme, table, targets
 from bench.machine import ROOT

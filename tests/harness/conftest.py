@@ -1,8 +1,6 @@
 """Fixtures of the harness tests: image trees, a quick configuration and the command line."""
 
-import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,40 +9,7 @@ import torch
 from bstriplet import cli, report
 from bstriplet.config import TrainConfig
 from PIL import Image
-
-# timm's own test model: a small EfficientNet, some milliseconds a step.
-TINY = {
-    "backbone": "test_efficientnet",
-    "image_size": 32,
-    "train_per_class": 6,
-    "batch_size": 24,
-    "epochs": 4,
-    "test_fraction": 0.05,
-    "validation_fraction": 0.34,
-    "device": "cpu",
-}
-
-
-def tiny_flags(**changes: object) -> list[str]:
-    """Return ``TINY``, with changes, as it is typed."""
-    return [
-        word
-        for name, value in (TINY | changes).items()
-        for word in ("--" + name.replace("_", "-"), str(value))
-    ]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a command left: its exit status and what it printed."""
-
-    status: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Outcome]
-MakeTree = Callable[..., Path]
+from quick import TINY, MakeTree, Outcome, Run
 
 
 @pytest.fixture(autouse=True)
@@ -111,12 +76,3 @@ def make_tree(tmp_path: Path) -> MakeTree:
         return root
 
     return make
-
-
-def snapshot(folder: Path) -> dict[str, str]:
-    """Return a hash of each file below ``folder``."""
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }

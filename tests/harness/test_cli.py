@@ -15,8 +15,8 @@ from bstriplet.config import TrainConfig
 from bstriplet.data import load_dataset, split_dataset
 from bstriplet.runs import RunFolder, load_checkpoint, save_checkpoint
 from bstriplet.training import train
-from conftest import TINY, MakeTree, Outcome, Run, snapshot, tiny_flags
 from PIL import Image
+from quick import TINY, MakeTree, Outcome, Run, snapshot, tiny_flags
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

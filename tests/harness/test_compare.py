@@ -10,7 +10,7 @@ from bstriplet.compare import Plan, compare, read_plan, run_folder
 from bstriplet.config import Scheme, TrainConfig
 from bstriplet.demo import demo_plan
 from bstriplet.runs import RunFolder
-from conftest import MakeTree, Run, snapshot, tiny_flags
+from quick import MakeTree, Run, snapshot, tiny_flags
 
 SCHEMES = (Scheme("ce", "random"), Scheme("ce+bst", "mined"))
 

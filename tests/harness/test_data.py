@@ -16,9 +16,9 @@ from bstriplet.data import (
     split_dataset,
 )
 from bstriplet.errors import UserError
-from conftest import MakeTree
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quick import MakeTree
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
 

@@ -9,10 +9,10 @@ import pytest
 from bstriplet import images
 from bstriplet.errors import UserError
 from bstriplet.images import Unreadable, decode, list_images, read_all, read_image
-from conftest import snapshot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from quick import snapshot
 
 GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
 

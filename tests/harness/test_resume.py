@@ -23,7 +23,7 @@ from bstriplet.data import load_dataset, split_dataset
 from bstriplet.errors import UserError
 from bstriplet.runs import RunFolder, load_checkpoint, locked_folder
 from bstriplet.training import train
-from conftest import Run, snapshot, tiny_flags
+from quick import Run, snapshot, tiny_flags
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -130,11 +130,19 @@ def test_kill_9_at_random_moments_loses_nothing(
     assert results[0] == results[1]
 
 
+def heed_interrupts() -> None:
+    """Undo what a shell does to the commands that it runs in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_says_how_to_continue_and_the_run_continues(tmp_path: Path, bstriplet: Run) -> None:
     out = tmp_path / "run"
     command = ["train", *tiny_flags(epochs=400), "--stop-patience", "400", "--out", str(out)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "bstriplet", *command], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "bstriplet", *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
     )
     try:
         deadline = time.monotonic() + 120
