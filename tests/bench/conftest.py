@@ -16,7 +16,7 @@ from bench.suites import suites
 
 settings.register_profile(
     "bench", derandomize=True, deadline=None, max_examples=20,
-    suppress_health_check=[HealthCheck.too_slow],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 settings.load_profile("bench")
 
