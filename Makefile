@@ -45,7 +45,7 @@ asan: $(READY)  ## the native operator under AddressSanitizer and UndefinedBehav
 coverage: $(READY)  ## line coverage of bstriplet_kernels
 	$(BIN)/python -m pytest tests/kernels --cov --cov-report=term-missing
 
-bench: $(READY)  ## measure, draw, write the README's performance section (15 min, 2 cores)
+bench: $(READY)  ## measure, draw, write the README's performance section
 	$(BIN)/python -m bench.run --device cpu
 	$(BIN)/python -m bench.figures
 	$(BIN)/python -m bench.readme
