@@ -16,13 +16,10 @@
 #include <type_traits>
 #include <vector>
 
-#include "kernels.h"
-#include "operator.h"
+#include "cpu.h"
 
 namespace bstriplet {
 namespace {
-
-enum class InstructionSet { baseline, avx2, avx512 };
 
 #if defined(BSTRIPLET_X86_KERNELS)
 bool supports(InstructionSet set) {
@@ -47,48 +44,14 @@ InstructionSet choose_instruction_set() {
 InstructionSet choose_instruction_set() { return InstructionSet::baseline; }
 #endif
 
+}  // namespace
+
 InstructionSet instruction_set() {
   static const InstructionSet chosen = choose_instruction_set();
   return chosen;
 }
 
-template <class T>
-const Kernels<T>& kernels() {
-  constexpr bool single = std::is_same_v<T, float>;
-#if defined(BSTRIPLET_X86_KERNELS)
-  if (instruction_set() == InstructionSet::avx512) {
-    if constexpr (single) return avx512::float_kernels();
-    else return avx512::double_kernels();
-  }
-  if (instruction_set() == InstructionSet::avx2) {
-    if constexpr (single) return avx2::float_kernels();
-    else return avx2::double_kernels();
-  }
-#endif
-  if constexpr (single) return baseline::float_kernels();
-  else return baseline::double_kernels();
-}
-
-// Units per thread for which starting a thread pays: a few microseconds of multiply-adds.
-int64_t grain(int64_t multiply_adds_per_unit) {
-  return std::max<int64_t>(1, (int64_t{1} << 18) / std::max<int64_t>(1, multiply_adds_per_unit));
-}
-
-// Memory of one thread, kept for its next call, cache-line aligned.
-template <class T>
-T* thread_scratch(int64_t n) {
-  thread_local std::unique_ptr<T[]> memory;
-  thread_local int64_t size = 0;
-  constexpr int64_t line = 64 / sizeof(T);
-  if (size < n + line) {
-    memory.reset();
-    size = 0;
-    memory.reset(new T[n + line]);
-    size = n + line;
-  }
-  const auto address = reinterpret_cast<uintptr_t>(memory.get());
-  return memory.get() + (round_up(address, 64) - address) / sizeof(T);
-}
+namespace {
 
 // A [rows, columns] float scratch whose rows are padded for whole vectors. An odd number of cache
 // lines between rows keeps them from falling into the same few sets of the cache.
@@ -112,29 +75,6 @@ struct Scratch {
   }
 };
 
-// One element of a strided tensor after another, as T.
-template <class From, class T>
-void gather(const void* data, int64_t n, int64_t stride, T* to) {
-  const From* from = static_cast<const From*>(data);
-  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i * stride]);
-}
-
-using Widen = void (*)(const uint16_t*, float*, int64_t);
-
-template <class T>
-void gather_half(Widen widen, const void* data, int64_t n, int64_t stride, T* to) {
-  constexpr int64_t piece = 256;
-  uint16_t halves[piece];
-  float floats[piece];
-  for (int64_t k = 0; k < n; k += piece) {
-    const int64_t m = std::min(piece, n - k);
-    const uint16_t* from = static_cast<const uint16_t*>(data) + k * stride;
-    if (stride != 1) gather<uint16_t>(from, m, stride, halves);
-    widen(stride == 1 ? from : halves, floats, m);
-    std::copy(floats, floats + m, to + k);
-  }
-}
-
 // A tensor's rows as a Matrix<T>: its own memory where that already is one, else a padded copy.
 template <class T>
 class Rows {
@@ -143,8 +83,8 @@ class Rows {
     const int64_t n = tensor.size(0), d = tensor.size(1);
     // The stride along a dimension of one element means nothing, and can be any number.
     const int64_t row_stride = n > 1 ? tensor.stride(0) : 0;
-    const int64_t stride = d > 1 ? tensor.stride(1) : 1;
-    if (tensor.scalar_type() == in.accumulation && stride == 1 && d % kPad == 0) {
+    const bool is_dense = d == 1 || tensor.stride(1) == 1;
+    if (tensor.scalar_type() == in.accumulation && is_dense && d % kPad == 0) {
       matrix_ = {static_cast<const T*>(tensor.const_data_ptr()), n, d, row_stride};
       return;
     }
@@ -152,34 +92,15 @@ class Rows {
     copy_ = empty_matrix(n, padded, in.accumulation, tensor);
     T* const to = static_cast<T*>(copy_->mutable_data_ptr());
     matrix_ = {to, n, d, padded};
-    const char* from = static_cast<const char*>(tensor.const_data_ptr());
-    const int64_t row_bytes = row_stride * static_cast<int64_t>(tensor.element_size());
-    const ScalarType dtype = tensor.scalar_type();
+    const RowReader<T> read(tensor);
     torch::stable::parallel_for(0, n, grain(4 * d), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        copy_row(dtype, from + i * row_bytes, d, stride, to + i * padded);
-        std::fill(to + i * padded + d, to + (i + 1) * padded, T(0));
-      }
+      for (int64_t i = begin; i < end; ++i) read(i, to + i * padded, padded);
     });
   }
 
   const Matrix<T>& matrix() const { return matrix_; }
 
  private:
-  static void copy_row(ScalarType dtype, const void* from, int64_t n, int64_t stride, T* to) {
-    const Kernels<float>& widen = kernels<float>();
-    switch (dtype) {
-      case ScalarType::Double:
-        return gather<double>(from, n, stride, to);
-      case ScalarType::Float:
-        return gather<float>(from, n, stride, to);
-      case ScalarType::Half:
-        return gather_half(widen.widen_float16, from, n, stride, to);
-      default:
-        return gather_half(widen.widen_bfloat16, from, n, stride, to);
-    }
-  }
-
   std::optional<Tensor> copy_;
   Matrix<T> matrix_;
 };
@@ -241,18 +162,6 @@ class Classes {
   std::vector<int64_t> values_;
   std::vector<int64_t> starts_;
 };
-
-// 1 / |f_i| in place of |f_i|^2. An overflow becomes NaN: 1 / inf = 0 would hide it.
-template <class T>
-void invert_norms(T* squared, int64_t n, T squared_eps) {
-  for (int64_t i = 0; i < n; ++i) {
-    const T value = squared[i];
-    squared[i] = value <= squared_eps ? T(0)
-                 : value == std::numeric_limits<T>::infinity()
-                     ? std::numeric_limits<T>::quiet_NaN()
-                     : T(1) / std::sqrt(value);
-  }
-}
 
 template <class T>
 class Batch {

@@ -1,0 +1,135 @@
+// What the operators share on the CPU: the choice of kernels, threads, scratch, and reading rows.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <type_traits>
+
+#include "kernels.h"
+#include "operator.h"
+
+namespace bstriplet {
+
+enum class InstructionSet { baseline, avx2, avx512 };
+
+// The one in use, chosen at the first call.
+InstructionSet instruction_set();
+
+template <class T>
+const Kernels<T>& kernels() {
+  constexpr bool single = std::is_same_v<T, float>;
+#if defined(BSTRIPLET_X86_KERNELS)
+  if (instruction_set() == InstructionSet::avx512) {
+    if constexpr (single) return avx512::float_kernels();
+    else return avx512::double_kernels();
+  }
+  if (instruction_set() == InstructionSet::avx2) {
+    if constexpr (single) return avx2::float_kernels();
+    else return avx2::double_kernels();
+  }
+#endif
+  if constexpr (single) return baseline::float_kernels();
+  else return baseline::double_kernels();
+}
+
+// Units per thread for which starting a thread pays: a few microseconds of multiply-adds.
+inline int64_t grain(int64_t multiply_adds_per_unit) {
+  return std::max<int64_t>(1, (int64_t{1} << 18) / std::max<int64_t>(1, multiply_adds_per_unit));
+}
+
+// Memory of one thread, kept for its next call, cache-line aligned.
+template <class T>
+T* thread_scratch(int64_t n) {
+  thread_local std::unique_ptr<T[]> memory;
+  thread_local int64_t size = 0;
+  constexpr int64_t line = 64 / sizeof(T);
+  if (size < n + line) {
+    memory.reset();
+    size = 0;
+    memory.reset(new T[n + line]);
+    size = n + line;
+  }
+  const auto address = reinterpret_cast<uintptr_t>(memory.get());
+  return memory.get() + (round_up(address, 64) - address) / sizeof(T);
+}
+
+// One element of a strided tensor after another, as T.
+template <class From, class T>
+void gather(const void* data, int64_t n, int64_t stride, T* to) {
+  const From* from = static_cast<const From*>(data);
+  if constexpr (std::is_same_v<From, T>) {
+    if (stride == 1) return static_cast<void>(std::copy(from, from + n, to));
+  }
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i * stride]);
+}
+
+using Widen = void (*)(const uint16_t*, float*, int64_t);
+
+template <class T>
+void gather_half(Widen widen, const void* data, int64_t n, int64_t stride, T* to) {
+  constexpr int64_t piece = 256;
+  uint16_t halves[piece];
+  float floats[piece];
+  for (int64_t k = 0; k < n; k += piece) {
+    const int64_t m = std::min(piece, n - k);
+    const uint16_t* from = static_cast<const uint16_t*>(data) + k * stride;
+    if (stride != 1) gather<uint16_t>(from, m, stride, halves);
+    widen(stride == 1 ? from : halves, floats, m);
+    std::copy(floats, floats + m, to + k);
+  }
+}
+
+// Row i of a tensor as T, whatever its dtype and strides.
+template <class T>
+class RowReader {
+ public:
+  explicit RowReader(const Tensor& tensor)
+      : dtype_(tensor.scalar_type()),
+        columns_(tensor.size(1)),
+        // The stride along a dimension of one element means nothing, and can be any number.
+        stride_(columns_ > 1 ? tensor.stride(1) : 1),
+        row_bytes_((tensor.size(0) > 1 ? tensor.stride(0) : 0) *
+                   static_cast<int64_t>(tensor.element_size())),
+        data_(static_cast<const char*>(tensor.const_data_ptr())) {}
+
+  // Row i into `padded` elements, zeros beyond the last column.
+  void operator()(int64_t i, T* to, int64_t padded) const {
+    const void* const from = data_ + i * row_bytes_;
+    std::fill(to + columns_, to + padded, T(0));
+    const Kernels<float>& widen = kernels<float>();
+    switch (dtype_) {
+      case ScalarType::Double:
+        return gather<double>(from, columns_, stride_, to);
+      case ScalarType::Float:
+        return gather<float>(from, columns_, stride_, to);
+      case ScalarType::Half:
+        return gather_half(widen.widen_float16, from, columns_, stride_, to);
+      default:
+        return gather_half(widen.widen_bfloat16, from, columns_, stride_, to);
+    }
+  }
+
+ private:
+  ScalarType dtype_;
+  int64_t columns_;
+  int64_t stride_;
+  int64_t row_bytes_;
+  const char* data_;
+};
+
+// 1 / |f_i| in place of |f_i|^2. An overflow becomes NaN: 1 / inf = 0 would hide it.
+template <class T>
+void invert_norms(T* squared, int64_t n, T squared_eps) {
+  for (int64_t i = 0; i < n; ++i) {
+    const T value = squared[i];
+    squared[i] = value <= squared_eps ? T(0)
+                 : value == std::numeric_limits<T>::infinity()
+                     ? std::numeric_limits<T>::quiet_NaN()
+                     : T(1) / std::sqrt(value);
+  }
+}
+
+}  // namespace bstriplet
