@@ -1,0 +1,38 @@
+"""The figures of a report: a function each, from runs to a `Picture` and its numbers."""
+
+from bstriplet.figures.accuracy import accuracies
+from bstriplet.figures.confusion import confusion_matrices
+from bstriplet.figures.loss import loss_curves
+from bstriplet.figures.picture import Panel, Picture
+from bstriplet.figures.projection import embeddings, principal_plane
+from bstriplet.figures.rates import RATES, roc, roc_curves
+from bstriplet.figures.style import DARK, scheme_colour
+from bstriplet.results import Comparison
+
+__all__ = [
+    "DARK",
+    "RATES",
+    "Panel",
+    "Picture",
+    "accuracies",
+    "confusion_matrices",
+    "embeddings",
+    "loss_curves",
+    "pictures",
+    "principal_plane",
+    "roc",
+    "roc_curves",
+    "scheme_colour",
+]
+
+
+def pictures(comparison: Comparison) -> list[Picture]:
+    """All pictures that the runs so far allow, in the order of the report."""
+    drawn = [
+        accuracies(comparison),
+        loss_curves(comparison),
+        embeddings(comparison),
+        confusion_matrices(comparison),
+        roc_curves(comparison),
+    ]
+    return [picture for picture in drawn if picture.panels]
