@@ -87,8 +87,9 @@ def _parser() -> _Parser:
     compare.add_argument(
         "--schemes",
         nargs="+",
-        metavar="LOSS:BATCHES",
-        help=f"schemes to compare (default: {' '.join(DEFAULT_SCHEMES)})",
+        metavar="LOSS:BATCHES[:FIELD=VALUE...]",
+        help="what to compare, for example ce+bst:mined or ce:random:lr=0.01 "
+        f"(default: {' '.join(DEFAULT_SCHEMES)})",
     )
     compare.add_argument(
         "--seeds",
@@ -177,9 +178,6 @@ def _compare(options: argparse.Namespace) -> None:
     config = TrainConfig(**given)
     schemes = tuple(Scheme.parse(text) for text in options.schemes or ())
     seeds = tuple(options.seeds or ())
-    for name, values in (("--schemes", schemes), ("--seeds", seeds)):
-        if len(set(values)) < len(values):
-            raise UserError(f"{name}: one of them is given twice; give each once")
 
     from bstriplet.compare import Plan, read_plan, started
     from bstriplet.runs import check_new

@@ -1,4 +1,8 @@
-"""Schemes x seeds: the runs of a comparison, one after the other."""
+"""Schemes x seeds: the runs of a comparison, one after the other.
+
+A scheme may set any field of the configuration, so that the grid of a sweep and the networks of
+Table 6 are comparisons too: :class:`Plan` lists them, :func:`compare` runs what is missing.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -6,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from bstriplet.backbones import check_backbone
-from bstriplet.config import Scheme, TrainConfig
-from bstriplet.data import load_dataset, split_dataset
+from bstriplet.config import Scheme, TrainConfig, fields_of
+from bstriplet.data import Dataset, Task, load_dataset, split_dataset
 from bstriplet.errors import UserError
 from bstriplet.results import COMPARE, scheme_label
 from bstriplet.runs import RunFolder, locked_folder, read_json, write_json
 from bstriplet.training import train
 
-# The fields that a scheme and a seed decide, run by run.
+# The fields that scheme and seed decide in every run.
 VARIED = ("loss", "batches", "seed")
 
 
@@ -24,6 +28,14 @@ class Plan:
     config: TrainConfig
     schemes: tuple[Scheme, ...]
     seeds: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for name, values in (
+            ("schemes", [scheme.slug for scheme in self.schemes]),
+            ("seeds", [str(seed) for seed in self.seeds]),
+        ):
+            if twice := [value for value in values if values.count(value) > 1]:
+                raise UserError(f"--{name}: {twice[0]} is given twice; give each once")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as a dict that JSON can hold."""
@@ -36,7 +48,7 @@ class Plan:
     def runs(self) -> list[tuple[Scheme, TrainConfig]]:
         """Return the runs, seed by seed, so that a cut comparison has whole pairs."""
         return [
-            (scheme, replace(self.config, loss=scheme.loss, batches=scheme.batches, seed=seed))
+            (scheme, replace(self.config, **scheme.fields, seed=seed))
             for seed in self.seeds
             for scheme in self.schemes
         ]
@@ -75,21 +87,37 @@ def compare(plan: Plan, folder: Path, say: Callable[[str], None]) -> None:
     Images are read once for all runs. One seed gives all schemes the same split, the same initial
     weights and, for the same kind of batches, the same batches: schemes are compared in pairs.
     """
-    check_backbone(plan.config.backbone)
-    config = plan.config
-    dataset = load_dataset(config.data, config.image_size, skip_broken=config.skip_broken)
-    tasks = {seed: split_dataset(dataset, replace(config, seed=seed)) for seed in plan.seeds}
-    for note in dict.fromkeys(note for task in tasks.values() for note in task.notes):
+    runs = plan.runs()
+    for backbone in dict.fromkeys(config.backbone for _, config in runs):
+        check_backbone(backbone)
+    tasks = Tasks()
+    for note in dict.fromkeys(note for _, config in runs for note in tasks.of(config).notes):
         say(f"note: {note}")
     with locked_folder(folder):
         if not started(folder):
             write_json(folder / COMPARE, plan.to_dict())
-        runs = plan.runs()
-        for number, (scheme, run_config) in enumerate(runs, start=1):
-            seed = run_config.seed
-            run = RunFolder(run_folder(folder, scheme, seed))
-            metrics = train(run_config, tasks[seed], run)
+        for number, (scheme, config) in enumerate(runs, start=1):
+            run = RunFolder(run_folder(folder, scheme, config.seed))
+            metrics = train(config, tasks.of(config), run)
             say(
-                f"[{number}/{len(runs)}] {scheme_label(scheme)}, seed {seed}: test accuracy "
+                f"[{number}/{len(runs)}] {scheme_label(scheme)}, seed {config.seed}: test accuracy "
                 f"{metrics['accuracy']:.2%} (epoch {metrics['best_epoch']} of {metrics['epochs']})"
             )
+
+
+class Tasks:
+    """The images of each run: read once, and split once for all runs that share them."""
+
+    def __init__(self) -> None:
+        self._datasets: dict[tuple[Any, ...], Dataset] = {}
+        self._tasks: dict[tuple[Any, ...], Task] = {}
+
+    def of(self, config: TrainConfig) -> Task:
+        """Return training, validation and test images of a run."""
+        read = (config.data, config.image_size, config.skip_broken)
+        if read not in self._datasets:
+            self._datasets[read] = load_dataset(*read[:2], skip_broken=read[2])
+        split = tuple(getattr(config, name) for name in (*fields_of("data"), "seed"))
+        if split not in self._tasks:
+            self._tasks[split] = split_dataset(self._datasets[read], config)
+        return self._tasks[split]

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ DIGITS_IMAGE_SIZE = 32
 
 
 def _option(
+    group: str,
     default: Any,
     help: str,
     *,
@@ -24,11 +26,15 @@ def _option(
     maximum: float = math.inf,
     choices: tuple[str, ...] = (),
 ) -> Any:
-    """Declare a field with its help text and the values that it may take."""
-    return field(
-        default=default,
-        metadata={"help": help, "minimum": minimum, "maximum": maximum, "choices": choices},
-    )
+    """Declare a field: its group in the help, its help text and the values that it may take."""
+    metadata = {
+        "group": group,
+        "help": help,
+        "minimum": minimum,
+        "maximum": maximum,
+        "choices": choices,
+    }
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -39,62 +45,87 @@ class TrainConfig:
     made absolute and ``image_size`` is filled in, so that the saved file says what was used.
     """
 
-    data: str = _option(DIGITS, "'digits' or a folder train/CLASS/*, test/CLASS/*")
+    data: str = _option("data", DIGITS, "'digits' or a folder train/CLASS/*, test/CLASS/*")
     image_size: int = _option(
+        "data",
         0,
         f"pixels a side that images are resized to (default: {IMAGE_SIZE}; digits: "
         f"{DIGITS_IMAGE_SIZE})",
         minimum=8,
     )
     train_per_class: int = _option(
-        0, "at most so many training images a class, validation included; 0: all", minimum=0
+        "data", 0, "at most so many training images a class, validation included; 0: all", minimum=0
     )
     test_fraction: float = _option(
+        "data",
         0.2,
         "share of each class that tests where there is no test folder",
         minimum=0.01,
         maximum=0.5,
     )
     validation: str = _option(
+        "data",
         "train",
         "where validation images come from: held out of 'train', or a part of 'test' as in the "
         "paper (the test set is then no longer unseen)",
         choices=("train", "test"),
     )
     validation_fraction: float = _option(
-        0.2, "share of each class that validates", minimum=0.01, maximum=0.5
+        "data", 0.2, "share of each class that validates", minimum=0.01, maximum=0.5
     )
-    skip_broken: bool = _option(False, "leave out images that cannot be read instead of stopping")
-    backbone: str = _option("mobilenetv3_small_100", "any classification model of timm, by name")
-    loss: str = _option("ce", "training loss", choices=LOSSES)
-    bst_weight: float = _option(1.0, "weight of the BSTriplet loss (lambda of Eq. 7)", minimum=0)
-    margin: float = _option(0.9, "margin of the BSTriplet loss (m of Eq. 3)", minimum=0, maximum=1)
+    skip_broken: bool = _option(
+        "data", False, "leave out images that cannot be read instead of stopping"
+    )
+    backbone: str = _option(
+        "model", "mobilenetv3_small_100", "any classification model of timm, by name"
+    )
+    loss: str = _option("loss", "ce", "training loss", choices=LOSSES)
+    bst_weight: float = _option(
+        "loss", 1.0, "weight of the BSTriplet loss (lambda of Eq. 7)", minimum=0
+    )
+    margin: float = _option(
+        "loss", 0.9, "margin of the BSTriplet loss (m of Eq. 3)", minimum=0, maximum=1
+    )
     batches: str = _option(
-        "random", "how batches are drawn: at random, or from K-means groups", choices=BATCHES
+        "batches",
+        "random",
+        "how batches are drawn: at random, or from K-means groups",
+        choices=BATCHES,
     )
-    groups_per_class: int = _option(2, "K-means groups within each class (mined)", minimum=1)
+    groups_per_class: int = _option(
+        "batches", 2, "K-means groups within each class (mined)", minimum=1
+    )
     group_share: str = _option(
+        "batches",
         "proportional",
         "images a batch takes from each group: in proportion to its size, or equally many (mined)",
         choices=("proportional", "equal"),
     )
-    batch_size: int = _option(36, "images a batch", minimum=2)
-    epochs: int = _option(400, "epochs at most", minimum=1)
-    lr: float = _option(1e-3, "initial learning rate of Adam", minimum=1e-12)
+    batch_size: int = _option("batches", 36, "images a batch", minimum=2)
+    epochs: int = _option("recipe", 400, "epochs at most", minimum=1)
+    lr: float = _option("recipe", 1e-3, "initial learning rate of Adam", minimum=1e-12)
     lr_factor: float = _option(
-        0.3, "factor on the learning rate when the training loss stalls", minimum=0.01, maximum=0.59
+        "recipe",
+        0.3,
+        "factor on the learning rate when the training loss stalls",
+        minimum=0.01,
+        maximum=0.59,
     )
     lr_patience: int = _option(
-        20, "epochs without a better training loss before the rate falls", minimum=1
+        "recipe", 20, "epochs without a better training loss before the rate falls", minimum=1
     )
-    lr_floor: float = _option(1e-8, "lowest learning rate", minimum=0)
+    lr_floor: float = _option("recipe", 1e-8, "lowest learning rate", minimum=0)
     stop_patience: int = _option(
-        30, "stop after so many epochs without a better validation loss", minimum=1
+        "recipe", 30, "stop after so many epochs without a better validation loss", minimum=1
     )
-    stop_delta: float = _option(1e-4, "smallest fall of validation loss that is better", minimum=0)
-    seed: int = _option(0, "seed of split, weights and batches", minimum=0, maximum=2**31 - 1)
+    stop_delta: float = _option(
+        "recipe", 1e-4, "smallest fall of validation loss that is better", minimum=0
+    )
+    seed: int = _option(
+        "machine", 0, "seed of split, weights and batches", minimum=0, maximum=2**31 - 1
+    )
     device: str = _option(
-        "auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda")
+        "machine", "auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda")
     )
 
     def __post_init__(self) -> None:
@@ -122,29 +153,68 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Scheme:
-    """One scheme of Table 3: a loss and a way to draw batches, written ``LOSS:BATCHES``."""
+    """What tells the runs of a comparison apart, but for the seed.
+
+    A scheme of Table 3, a loss and a way to draw batches, and, where more is compared, other
+    fields of the configuration with their values. Written ``LOSS:BATCHES[:FIELD=VALUE...]``, for
+    example ``ce+bst:mined`` or ``ce:random:backbone=peleenet``.
+    """
 
     loss: str
     batches: str
+    settings: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> "Scheme":
-        """Return the scheme written as ``text``, for example ``ce+bst:mined``."""
-        loss, colon, batches = text.partition(":")
-        if not colon:
+        """Return the scheme written as ``text``."""
+        loss, *rest = text.split(":")
+        if not rest:
             raise UserError(f"scheme {text!r}: write LOSS:BATCHES, for example ce+bst:mined")
-        for what, name, known in (("loss", loss, LOSSES), ("batches", batches, BATCHES)):
-            if name not in known:
-                raise unknown_name(f"scheme {text!r}, {what}", name, known)
-        return cls(loss, batches)
+        settings = [_parse_setting(text, part) for part in rest[1:]]
+        names = ["loss", "batches", *(name for name, _ in settings)]
+        if len(set(names)) < len(names) or "seed" in names:
+            raise UserError(f"scheme {text!r}: give each field once, and seeds with --seeds")
+        try:
+            config = TrainConfig(loss=loss, batches=rest[0], **dict(settings))
+        except UserError as error:
+            raise UserError(f"scheme {text!r}: {error}") from error
+        return cls(loss, rest[0], tuple((name, getattr(config, name)) for name in names[2:]))
 
     def __str__(self) -> str:
-        return f"{self.loss}:{self.batches}"
+        return ":".join([self.loss, self.batches, *(_written(*item) for item in self.settings)])
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of :class:`TrainConfig` that the scheme sets."""
+        return {"loss": self.loss, "batches": self.batches, **dict(self.settings)}
 
     @property
     def slug(self) -> str:
         """The scheme as a folder name, for example ``ce-bst-mined``."""
-        return f"{self.loss}-{self.batches}".replace("+", "-")
+        return re.sub(r"[^\w.]+", "-", str(self)).strip("-")
+
+
+_BOOLEANS = {"true": True, "false": False}
+
+
+def _parse_setting(scheme: str, text: str) -> tuple[str, Any]:
+    """Return name and value of a field that a scheme sets, written as ``FIELD=VALUE``."""
+    written, equals, value = text.partition("=")
+    name, types = written.replace("-", "_"), field_types()
+    if not equals:
+        raise UserError(f"scheme {scheme!r}: {text!r} must be FIELD=VALUE")
+    if name not in types:
+        raise unknown_name(f"scheme {scheme!r}, field", written, map(_dashed, types))
+    try:
+        return name, (_BOOLEANS[value] if types[name] is bool else types[name](value))
+    except (KeyError, ValueError) as error:
+        kind = "true or false" if types[name] is bool else f"of type {types[name].__name__}"
+        raise UserError(f"scheme {scheme!r}: {written} must be {kind}, not {value!r}") from error
+
+
+def _written(name: str, value: Any) -> str:
+    """Return a field as :func:`_parse_setting` reads it."""
+    return f"{_dashed(name)}={str(value).lower() if isinstance(value, bool) else value}"
 
 
 def field_types() -> dict[str, type]:
@@ -152,9 +222,18 @@ def field_types() -> dict[str, type]:
     return get_type_hints(TrainConfig)
 
 
+def fields_of(group: str) -> tuple[str, ...]:
+    """Return the names of the fields in a group; those of ``"data"`` and the seed make the task."""
+    return tuple(item.name for item in fields(TrainConfig) if item.metadata["group"] == group)
+
+
 def flag(name: str) -> str:
     """Return the command-line flag of a field."""
-    return "--" + name.replace("_", "-")
+    return "--" + _dashed(name)
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def add_options(parser: argparse.ArgumentParser, *, without: tuple[str, ...] = ()) -> None:
@@ -163,12 +242,17 @@ def add_options(parser: argparse.ArgumentParser, *, without: tuple[str, ...] = (
     A flag that is not given leaves no attribute: :func:`given_options` returns only what was typed.
     """
     types = field_types()
+    groups: dict[str, Any] = {}
     for item in fields(TrainConfig):
         if item.name in without:
             continue
+        title = item.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        group = groups[title]
         text = item.metadata["help"].replace("%", "%%")
         if types[item.name] is bool:
-            parser.add_argument(
+            group.add_argument(
                 flag(item.name), action="store_true", default=argparse.SUPPRESS, help=text
             )
             continue
@@ -176,7 +260,7 @@ def add_options(parser: argparse.ArgumentParser, *, without: tuple[str, ...] = (
             text += f": {', '.join(item.metadata['choices'])}"
         if "default:" not in text:
             text += f" (default: {item.default})"
-        parser.add_argument(
+        group.add_argument(
             flag(item.name),
             type=types[item.name],
             metavar=types[item.name].__name__.upper(),

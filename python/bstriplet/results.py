@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +28,7 @@ from bstriplet.runs import (
 
 LOSS_NAMES = {"ce": "CE", "bst": "BST", "triplet": "Triplet", "lifted": "LS"}
 BATCH_NAMES = {"random": "RS", "mined": "DM"}
+SETTING_NAMES = {"margin": "m", "backbone": ""}
 PROBABILITY = "prob_"
 COMPARE = "compare.json"
 
@@ -35,7 +36,11 @@ COMPARE = "compare.json"
 def scheme_label(scheme: Scheme) -> str:
     """The scheme as Table 3 writes it: "CE+BST (DM)" for ce+bst on mined batches."""
     loss = "+".join(LOSS_NAMES.get(part, part) for part in scheme.loss.split("+"))
-    return f"{loss} ({BATCH_NAMES.get(scheme.batches, scheme.batches)})"
+    settings = [
+        f"{SETTING_NAMES.get(name, name.replace('_', ' '))} {value}".strip()
+        for name, value in scheme.settings
+    ]
+    return ", ".join([f"{loss} ({BATCH_NAMES.get(scheme.batches, scheme.batches)})", *settings])
 
 
 @dataclass(frozen=True)
@@ -193,7 +198,17 @@ def _read_comparison(folder: Path) -> Comparison:
         raise _damaged(path, error) from error
     # What a run is stands in its own config.json; the names of the folders are only names.
     found = [_read_run(config.parent) for config in sorted(folder.glob(f"runs/*/*/{CONFIG}"))]
-    wanted = [run for run in found if run.scheme in schemes and run.seed in seeds]
+    names = sorted({name for scheme in schemes for name in scheme.fields})
+    shared = asked.get("config", {})
+    scheme_of = {
+        tuple((shared | scheme.fields).get(name) for name in names): scheme for scheme in schemes
+    }
+    named = [
+        replace(run, scheme=scheme)
+        for run in found
+        if (scheme := scheme_of.get(tuple(run.config.get(name) for name in names)))
+    ]
+    wanted = [run for run in named if run.seed in seeds]
     wanted.sort(key=lambda run: (schemes.index(run.scheme), seeds.index(run.seed)))
     _refuse_doubles(wanted)
     return Comparison(folder, schemes, seeds, tuple(wanted))

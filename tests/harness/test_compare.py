@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from bstriplet import compare as compare_module
+from bstriplet import report, results
 from bstriplet.compare import Plan, compare, read_plan, run_folder
 from bstriplet.config import Scheme, TrainConfig
 from bstriplet.demo import demo_plan
@@ -70,6 +71,23 @@ def test_resume_trains_only_what_is_missing(
     for name in ("predictions.csv", "metrics.json", "embeddings.npz", "best.pt"):
         for path in (tmp_path / "whole").rglob(name):
             assert path.read_bytes() == (out / path.relative_to(tmp_path / "whole")).read_bytes()
+
+
+def test_schemes_may_differ_in_any_field(tiny: TrainConfig, tmp_path: Path) -> None:
+    """Runs are told apart by what the schemes set; each gets its own images."""
+    texts = ("ce:random", "ce:random:lr=0.01", "ce:random:backbone=test_resnet:image-size=40")
+    plan = Plan(replace(tiny, epochs=1), tuple(map(Scheme.parse, texts)), (0,))
+    compare(plan, tmp_path, lambda text: None)
+    assert read_plan(tmp_path) == plan
+    comparison = results.read(tmp_path)
+    assert [run.scheme for run in comparison.finished] == list(plan.schemes)
+    assert [
+        (run.config["lr"], run.config["backbone"], run.config["image_size"])
+        for run in comparison.finished
+    ] == [(1e-3, tiny.backbone, 32), (0.01, tiny.backbone, 32), (1e-3, "test_resnet", 40)]
+    table = report.summarise(tmp_path)
+    for label in ("CE (RS) ", "CE (RS), lr 0.01 ", "CE (RS), test_resnet, image size 40 "):
+        assert label in table
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -147,10 +147,33 @@ def test_slugs_are_distinct_and_plain() -> None:
     assert all(slug.replace("-", "").isalnum() for slug in slugs)
 
 
-@pytest.mark.parametrize("text", ["ce", "ce:mind", "bst:mined", ""])
+def test_a_scheme_may_set_any_other_field() -> None:
+    text = "ce+bst:mined:margin=0.5:skip-broken=true:backbone=peleenet:lr=1"
+    scheme = Scheme.parse(text)
+    assert scheme.fields == {
+        "loss": "ce+bst", "batches": "mined", "margin": 0.5, "skip_broken": True,
+        "backbone": "peleenet", "lr": 1.0,
+    }  # fmt: skip
+    assert Scheme.parse(str(scheme)) == scheme
+    assert scheme.slug == "ce-bst-mined-margin-0.5-skip-broken-true-backbone-peleenet-lr-1.0"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ce", "ce:mind", "bst:mined", "", "ce:mined:margin", "ce:mined:margin=2",
+        "ce:mined:lr=fast", "ce:mined:skip_broken=1", "ce:mined:seed=1", "ce:mined:lr=1:lr=2",
+        "ce:mined:loss=ce",
+    ],
+)  # fmt: skip
 def test_a_bad_scheme_is_named(text: str) -> None:
     with pytest.raises(UserError, match=f"scheme '{text}'"):
         Scheme.parse(text)
+
+
+def test_an_unknown_field_of_a_scheme_gets_the_nearest_suggested() -> None:
+    with pytest.raises(UserError, match="did you mean 'margin'"):
+        Scheme.parse("ce:mined:margins=0.5")
 
 
 def test_difference_names_fields_and_both_values() -> None:
