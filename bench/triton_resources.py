@@ -28,7 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bstriplet_kernels.paths import fused, tiles
+from bstriplet_kernels.paths import fused, panels, tiles
 
 RESULTS = Path(__file__).parent / "results" / "compile" / "triton_resources.csv"
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -38,10 +38,13 @@ TRITON_NAMES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
 }
-INTEGERS = ("n", "m", "d", "parts", "own", "signed", "mean", "wants_gradient", "upstream_stride")
+INTEGERS = (
+    *("n", "m", "d", "parts", "height", "own", "signed", "mean", "wants_gradient"),
+    "upstream_stride",
+)
 DOUBLES = ("margin", "squared_eps")
 INT64_POINTERS = ("labels", "row_labels", "column_labels")
-EMBEDDINGS = ("embeddings", "rows", "columns")
+EMBEDDINGS = ("embeddings", "rows", "columns", "weights")
 ALIGNED = ("d", "stride", "column_stride", *EMBEDDINGS)
 
 
@@ -81,6 +84,7 @@ def configurations(target: Target) -> list[Configuration]:
         for configuration in (
             *_of_small(dtype, target),
             *_of_tiles(dtype, target),
+            *_of_panels(dtype),
             Configuration("inverse_norms", dtype, {"BLOCK_N": 16, "BLOCK_D": 128}),
         )
     ] + [
@@ -140,6 +144,15 @@ def _of_tiles(dtype: torch.dtype, target: Target) -> list[Configuration]:
                 shape["BLOCK_V"] = blocks.v
             constants = {"PRECISION": precision, **shape}
             found.append(Configuration(kernel, dtype, constants, blocks.warps, blocks.stages))
+    return found
+
+
+def _of_panels(dtype: torch.dtype) -> list[Configuration]:
+    """Sums are of panels in the accumulation dtype; weights are for embeddings in `dtype`."""
+    shape = {"BLOCK_N": panels.BLOCK_N, "BLOCK_M": panels.BLOCK_M}
+    found = [Configuration("panel_weights", dtype, shape, panels.WARPS)]
+    if dtype in (torch.float32, torch.float64):
+        found.append(Configuration("panel_sums", dtype, shape, panels.WARPS))
     return found
 
 

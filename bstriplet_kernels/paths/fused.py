@@ -1,8 +1,9 @@
-"""impl="triton": one launch for a small batch, tiles for any other; kernels are in `tiles`.
+"""impl="triton": one launch for a small batch, else tiles or panels; kernels are in `tiles`.
 
 Small (at most 64 rows, own columns, scalar loss): the forward's one kernel gives loss and dL/df for
 unit upstream gradient, and the backward is one multiply. Else: norms, row sums by tiles, one small
 kernel that finishes them; the backward recomputes tiles. O(N) numbers are kept, N x M never stored.
+Where D is large the products of both go through `panels` instead, by predicted time.
 
 The operators are `torch.ops.bstriplet.triton_*`. Triton is imported when the first of them runs.
 """
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..spec import Gradients, Path, Rows, Spec, State, accumulation_dtype
+from . import panels
 
 SMALL_ROWS = 64
 MAX_PARTS = 8
@@ -70,6 +72,22 @@ class Cost(NamedTuple):
     launches: int
 
 
+class Rates(NamedTuple):
+    """FLOPs a second of products, by the precision of the operands."""
+
+    half: float
+    tf32: float
+    float32: float
+    float64: float
+
+
+# Not measured: what an H100 may be expected to do. They decide between tiles and panels alone.
+_TILES = Rates(3.5e14, 1.6e14, 8e13, 3e13)
+_PRODUCTS = Rates(6e14, 3e14, 4.5e13, 5e13)
+_BYTES_A_SECOND = 4e12  # panels lie in the second-level cache in part
+_LAUNCH_SECONDS = 3e-6
+
+
 def cost(
     n: int, m: int | None, d: int, dtype: torch.dtype, reduction: str, wants_gradient: bool
 ) -> Cost:
@@ -87,6 +105,36 @@ def cost(
         gradient = slices * pairs * blocks.v if wants_gradient else 0
         bytes_ = size * (4 if wants_gradient else 1)  # read; gradient written, read, scaled
         return Cost(slices * pairs * depth + gradient, bytes_, 2 if wants_gradient else 1)
+    of = _panels_cost if by_panels(n, m, d, dtype) else _tiles_cost
+    return of(n, m, d, dtype, wants_gradient)
+
+
+def by_panels(n: int, m: int | None, d: int, dtype: torch.dtype) -> bool:
+    """Whether panels are predicted to be faster than tiles, forward and backward together."""
+    return _by_panels(n, m, d, dtype, torch.get_float32_matmul_precision() == "highest")
+
+
+@functools.lru_cache(maxsize=4096)
+def _by_panels(n: int, m: int | None, d: int, dtype: torch.dtype, exact: bool) -> bool:
+    seconds = [
+        found.launches * _LAUNCH_SECONDS
+        + found.flops / _rate(rates, dtype, exact)
+        + found.bytes / _BYTES_A_SECOND
+        for rates, found in (
+            (_TILES, _tiles_cost(n, m, d, dtype, True)),
+            (_PRODUCTS, _panels_cost(n, m, d, dtype, True)),
+        )
+    ]
+    return seconds[1] < seconds[0]
+
+
+def _rate(rates: Rates, dtype: torch.dtype, exact: bool) -> float:
+    if dtype == torch.float32:
+        return rates.float32 if exact else rates.tf32
+    return rates.float64 if dtype == torch.float64 else rates.half
+
+
+def _tiles_cost(n: int, m: int | None, d: int, dtype: torch.dtype, wants_gradient: bool) -> Cost:
     sides = 1 if m is None else 2
     columns = n if m is None else m
     size = (n if m is None else n + m) * d * dtype.itemsize
@@ -99,6 +147,27 @@ def cost(
     if sides == 2:
         backward += _tile_flops(columns, n, d, blocks)
     return Cost(forward + backward, total.bytes + (1 + sides) * size, total.launches + sides)
+
+
+def _panels_cost(n: int, m: int | None, d: int, dtype: torch.dtype, wants_gradient: bool) -> Cost:
+    """Products of panels, and the sweeps that read and write them."""
+    sides = 1 if m is None else 2
+    columns = n if m is None else m
+    size = (n if m is None else n + m) * d * dtype.itemsize
+    accumulated = max(4, dtype.itemsize)
+    held = panels.pairs(n, columns, m is None)
+    count = _tiles_of(n, panels.panel_rows(n, columns))
+    total = Cost(2 * held * d, 3 * size + 2 * held * accumulated, 10 * sides + 6 * count)
+    if not wants_gradient:
+        return total
+    weights = accumulated + 2 * dtype.itemsize
+    backward = sides * 2 * d * (held + n * columns)
+    swept = sides * held * (accumulated + weights)
+    return Cost(
+        total.flops + backward,
+        total.bytes + (6 + 2 * sides) * size + swept,
+        total.launches + sides * (15 + 4 * count),
+    )
 
 
 def _tile_flops(n: int, m: int, d: int, blocks: Blocks) -> int:
@@ -402,46 +471,29 @@ def _rows(
     reduction: str,
 ) -> tuple[Tensor, ...]:
     """(loss, positive, negative, pull [2, N]); `own`: the columns are the rows themselves."""
-    rows, columns = _aligned_sides(rows, columns, own)
-    n, d = rows.shape
-    m = columns.shape[0]
-    blocks = row_blocks(rows.dtype, _is_hopper(rows.device))
-    row_tiles = _tiles_of(n, blocks.n)
-    parts = _parts(row_tiles, _tiles_of(m, blocks.m), rows.device)
-    sums = row_inverse.new_empty(2, parts, n)
-    counts = rows.new_empty((parts, n), dtype=torch.int32)
     out = _empty_finished(rows, reduction)
     with _on_device_of(rows):
-        _tiles().row_sums[row_tiles, parts](
-            rows,
-            columns,
-            row_labels.contiguous(),
-            column_labels.contiguous(),
-            row_inverse,
-            column_inverse,
-            sums,
-            counts,
-            n,
-            m,
-            d,
-            rows.stride(0),
-            columns.stride(0),
-            int(own),
-            int(signed),
-            PRECISION=precision(rows.dtype),
-            BLOCK_N=blocks.n,
-            BLOCK_M=blocks.m,
-            BLOCK_D=blocks.d,
-            num_warps=blocks.warps,
-            num_stages=blocks.stages,
-        )
+        if by_panels(rows.shape[0], None if own else columns.shape[0], rows.shape[1], rows.dtype):
+            side = panels.make_side(rows, row_labels, row_inverse)
+            other = side if own else panels.make_side(columns, column_labels, column_inverse)
+            *sums, counts = panels.row_sums(side, other, own, signed)
+            partial = torch.stack(sums).unsqueeze(1), counts.to(torch.int32)[None]
+        else:
+            partial = _tiled_row_sums(
+                *_aligned_sides(rows, columns, own),
+                row_labels.contiguous(),
+                column_labels.contiguous(),
+                row_inverse,
+                column_inverse,
+                own,
+                signed,
+            )
         _tiles().finish_rows[(1,)](
-            sums,
-            counts,
+            *partial,
             *out,
-            n,
-            m,
-            parts,
+            rows.shape[0],
+            columns.shape[0],
+            partial[0].shape[1],
             int(own),
             margin,
             sigma,
@@ -451,6 +503,50 @@ def _rows(
             num_warps=8,
         )
     return out
+
+
+def _tiled_row_sums(
+    rows: Tensor,
+    columns: Tensor,
+    row_labels: Tensor,
+    column_labels: Tensor,
+    row_inverse: Tensor,
+    column_inverse: Tensor,
+    own: bool,
+    signed: bool,
+) -> tuple[Tensor, Tensor]:
+    """Partial sums of phi over P_i and Q_i, [2, parts, N], and |P_i|, [parts, N]."""
+    n, d = rows.shape
+    m = columns.shape[0]
+    blocks = row_blocks(rows.dtype, _is_hopper(rows.device))
+    row_tiles = _tiles_of(n, blocks.n)
+    parts = _parts(row_tiles, _tiles_of(m, blocks.m), rows.device)
+    sums = row_inverse.new_empty(2, parts, n)
+    counts = rows.new_empty((parts, n), dtype=torch.int32)
+    _tiles().row_sums[row_tiles, parts](
+        rows,
+        columns,
+        row_labels,
+        column_labels,
+        row_inverse,
+        column_inverse,
+        sums,
+        counts,
+        n,
+        m,
+        d,
+        rows.stride(0),
+        columns.stride(0),
+        int(own),
+        int(signed),
+        PRECISION=precision(rows.dtype),
+        BLOCK_N=blocks.n,
+        BLOCK_M=blocks.m,
+        BLOCK_D=blocks.d,
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+    )
+    return sums, counts
 
 
 @_operator(
@@ -472,10 +568,17 @@ def _gradient(
     signed: bool,
 ) -> Tensor:
     """The gradient of `rows`, [N, D] in their dtype, given dL/dL or, for each row, dL/dl_i."""
-    width = rows.shape[1]
-    rows, columns = _aligned_sides(rows, columns, own)
-    n, d = rows.shape
+    n, width = rows.shape
     m = columns.shape[0]
+    if by_panels(n, None if own else m, width, rows.dtype):
+        with _on_device_of(rows):
+            side = panels.make_side(rows, row_labels, row_inverse)
+            other = side if own else panels.make_side(columns, column_labels, column_inverse)
+            pulls = _times(row_pull, upstream), _times(column_pull, upstream)
+            gradient = panels.gradient(side, pulls[0], other, pulls[1], own, signed)
+            return gradient[:, :width].to(rows.dtype).contiguous()
+    rows, columns = _aligned_sides(rows, columns, own)
+    d = rows.shape[1]
     blocks = gradient_blocks(rows.dtype, _is_hopper(rows.device))
     row_tiles, slices = _tiles_of(n, blocks.n), _tiles_of(d, blocks.v)
     parts = _parts(row_tiles * slices, _tiles_of(m, blocks.m), rows.device)
@@ -511,6 +614,13 @@ def _gradient(
         )
     gradient = partial[0] if parts == 1 else partial.sum(dim=0).to(rows.dtype)
     return gradient if width == d else gradient[:, :width].contiguous()
+
+
+def _times(pull: Tensor, upstream: Tensor) -> Tensor:
+    """Pull [2, N] times dL/dL, or dL/dl_i [N]; exactly 0 where it is 0. Zeros pull nothing."""
+    if upstream.dim() and upstream.shape[0] != pull.shape[1]:
+        return pull  # the side that has no losses of its own
+    return torch.where(pull == 0, 0.0, pull * upstream)
 
 
 @torch.library.register_fake("bstriplet::triton_loss_and_gradient")

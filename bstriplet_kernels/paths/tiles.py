@@ -423,3 +423,107 @@ def tile_gradient(
     v = (v - f_i * (along * inverse_i)[:, None]) * inverse_i[:, None]
     out = gradient + (part.to(tl.int64) * n + i[:, None]) * d + k[None, :]
     tl.store(out, v, mask=(i < n)[:, None] & (k < d)[None, :])
+
+
+@triton.jit
+def _scaled_panel(raw, row_rest, column_rest, i, j, n, m, stride):
+    """s_ij as a [len(i), len(j)] block of a panel, 0 beyond it."""
+    s = _load_block(raw, i, j, n, m, stride)
+    return s * _load_vector(row_rest, i, n)[:, None] * _load_vector(column_rest, j, m)[None, :]
+
+
+@triton.jit
+def _store_sums(sums, channel, tile, tiles, total, i, n):
+    """sums[channel, tile, i] = total."""
+    at = (channel * tiles + tile).to(tl.int64) * n + i
+    tl.store(sums + at, total, mask=i < n)
+
+
+@triton.jit(do_not_specialize=["n", "m", "own", "signed"])
+def panel_sums(
+    raw,
+    row_labels,
+    column_labels,
+    row_rest,
+    column_rest,
+    by_row,
+    by_column,
+    n,
+    m,
+    stride,
+    own,
+    signed,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Sums over one tile of a panel [n, m] of S: of phi(s_ij) over P_i and Q_i, and |P_i|.
+
+    Program (r, c) writes by_row[:, c, i], its sums over columns, and, where the panel begins at its
+    own diagonal block, by_column[:, r, j], its sums over rows. Reads the panel once: bound by
+    memory, or by the second-level cache where the panel is in it.
+    """
+    acc: tl.constexpr = raw.dtype.element_ty
+    row_tile, column_tile = tl.program_id(0), tl.program_id(1)
+    i = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    j = column_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    phi = _phi(_scaled_panel(raw, row_rest, column_rest, i, j, n, m, stride), signed)
+    same = _load_vector(row_labels, i, n)[:, None] == _load_vector(column_labels, j, m)[None, :]
+    pair = (i < n)[:, None] & (j < m)[None, :] & ((own == 0) | (i[:, None] != j[None, :]))
+    positive = tl.where(pair & same, phi, 0.0)
+    negative = tl.where(pair & ~same, phi, 0.0)
+    count = (pair & same).to(acc)
+    tiles = tl.num_programs(1)
+    _store_sums(by_row, 0, column_tile, tiles, tl.sum(positive, axis=1), i, n)
+    _store_sums(by_row, 1, column_tile, tiles, tl.sum(negative, axis=1), i, n)
+    _store_sums(by_row, 2, column_tile, tiles, tl.sum(count, axis=1), i, n)
+    if own != 0:
+        tiles = tl.num_programs(0)
+        _store_sums(by_column, 0, row_tile, tiles, tl.sum(positive, axis=0), j, m)
+        _store_sums(by_column, 1, row_tile, tiles, tl.sum(negative, axis=0), j, m)
+        _store_sums(by_column, 2, row_tile, tiles, tl.sum(count, axis=0), j, m)
+
+
+@triton.jit(do_not_specialize=["n", "m", "height", "row_stride", "column_stride", "own", "signed"])
+def panel_weights(
+    raw,
+    weights,
+    row_labels,
+    column_labels,
+    row_rest,
+    column_rest,
+    row_pull,
+    column_pull,
+    n,
+    m,
+    height,
+    stride,
+    row_stride,
+    column_stride,
+    own,
+    signed,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """w_ij phi'(s_ij) by which scaled rows are multiplied, in both directions of a pair.
+
+    One tile of a panel [height, stride], of which [n, m] are pairs and the rest is written as 0.
+    `weights` may be `raw` itself. A tile of inactive rows and columns is written without being
+    read. Reads and writes the panel once: bound by memory, or the second-level cache.
+    """
+    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    j = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    p_i, q_i = _load_vector(row_pull, i, n), _load_vector(row_pull + row_stride, i, n)
+    p_j, q_j = _load_vector(column_pull, j, m), _load_vector(column_pull + column_stride, j, m)
+    active = tl.max(((p_i != 0) | (q_i != 0)).to(tl.int32), axis=0)
+    active += tl.max(((p_j != 0) | (q_j != 0)).to(tl.int32), axis=0)
+    w = tl.zeros((BLOCK_N, BLOCK_M), dtype=raw.dtype.element_ty)
+    if active > 0:
+        s = _scaled_panel(raw, row_rest, column_rest, i, j, n, m, stride)
+        same = _load_vector(row_labels, i, n)[:, None] == _load_vector(column_labels, j, m)[None, :]
+        pair = (i < n)[:, None] & (j < m)[None, :] & ((own == 0) | (i[:, None] != j[None, :]))
+        w = tl.where(same, p_i[:, None] + p_j[None, :], q_i[:, None] + q_j[None, :])
+        w = w * _phi_slope(s, signed)
+        w = w * _load_vector(row_rest, i, n)[:, None] * _load_vector(column_rest, j, m)[None, :]
+        w = tl.where(pair, w, 0.0)
+    out = weights + i[:, None].to(tl.int64) * stride + j[None, :]
+    tl.store(out, w, mask=(i < height)[:, None] & (j < stride)[None, :])

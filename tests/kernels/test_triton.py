@@ -15,10 +15,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from oracle import Options, assert_as_exact_as_plain, batch
+from oracle import TOLERANCE, Options, assert_as_exact_as_plain, batch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bstriplet_kernels import available_impls, bstriplet_loss
-from bstriplet_kernels.paths import fused
+from bstriplet_kernels.paths import fused, panels
 from bstriplet_kernels.spec import Spec
 
 HERE = Path(__file__).parent
@@ -39,6 +40,15 @@ def gradient_of(x, labels, **options):
     x = x.detach().clone().requires_grad_()
     loss = bstriplet_loss(x, labels, impl="triton", **options)
     return loss.detach(), torch.autograd.grad(loss.sum(), x)[0]
+
+
+@pytest.fixture(params=["tiles", "panels"])
+def schedule(request, monkeypatch):
+    """Both ways to go where one launch does not do, whatever is predicted; panels of 64 rows."""
+    monkeypatch.setattr(fused, "by_panels", lambda *shape: request.param == "panels")
+    monkeypatch.setattr(panels, "PANEL_NUMBERS", 1)
+    monkeypatch.setattr(panels, "_FEWEST_ROWS", 64)
+    return request.param
 
 
 @pytest.mark.skipif(fused.interpreted(), reason="already there")
@@ -156,7 +166,7 @@ def test_float32_products_follow_torch(dtype, setting, small, tiles):
 
 @runs_here
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_operators_are_what_they_say(dtype):
+def test_operators_are_what_they_say(schedule, dtype):
     x, labels, ref, ref_labels = on_device(*batch(6, 5, 2, 0, dtype), *batch(4, 5, 2, 1, dtype))
     ops = torch.ops.bstriplet
     for wants_gradient in (True, False):
@@ -270,7 +280,7 @@ def test_a_tile_without_an_active_row_is_passed_over(monkeypatch, reduction):
 
 @runs_here
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_addresses_beyond_31_bits(reduction):
+def test_addresses_beyond_31_bits(schedule, reduction):
     """Rows 2^29 elements apart, in memory that is reserved and, but for the rows, never touched."""
     x, labels = batch(6, 16, 2, 0, torch.float16)
     stride = 2**29
@@ -303,7 +313,7 @@ def gradients_in_place(x, labels, reduction):
 
 @runs_here
 @pytest.mark.parametrize("tensor", ["labels", "upstream"])
-def test_expanded_and_strided_vectors(tensor):
+def test_expanded_and_strided_vectors(schedule, tensor):
     x, labels = on_device(*batch(20, 7, 2, 0))
     upstream = torch.full((20,), 0.5, dtype=x.dtype, device=DEVICE)
     for reduction in ("mean", "none"):
@@ -321,9 +331,10 @@ def test_expanded_and_strided_vectors(tensor):
 
 
 @runs_here
-def test_float16_gradient_survives_a_loss_scale():
+@pytest.mark.parametrize("n", [40, 70])
+def test_float16_gradient_survives_a_loss_scale(schedule, n):
     """dL/df is below float16's range; times the scale of mixed precision it is in it."""
-    x, labels = on_device(*batch(40, 64, 3, 0, torch.float16))
+    x, labels = on_device(*batch(n, 64, 3, 0, torch.float16))
     x = 200 * x
     leaf = x.clone().requires_grad_()
     loss = bstriplet_loss(leaf, labels, impl="triton")
@@ -332,6 +343,119 @@ def test_float16_gradient_survives_a_loss_scale():
     reference = bstriplet_loss(exact, labels, impl="reference")
     (truth,) = torch.autograd.grad(65536 * reference, exact)
     assert (got.double() - truth).norm() <= 2e-3 * truth.norm()
+
+
+@runs_here
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("options", "with_ref"),
+    [
+        (Options(), False),
+        (Options(0.3, "signed_square", "printed", "none"), False),
+        (Options(0.3, reduction="sum"), True),
+        (Options(0.9, "signed_square", "printed", "none"), True),
+    ],
+)
+@pytest.mark.parametrize(("n", "m", "d"), [(150, 90, 33), (65, 200, 1)])
+def test_panels_are_as_exact_as_plain(monkeypatch, dtype, options, with_ref, n, m, d):
+    monkeypatch.setattr(fused, "by_panels", lambda *shape: True)
+    monkeypatch.setattr(panels, "PANEL_NUMBERS", 64 * n)  # three panels, the last one cut short
+    monkeypatch.setattr(panels, "_FEWEST_ROWS", 64)
+    x, labels = on_device(*batch(n, d, 4, n, dtype))
+    ref = on_device(*batch(m, d, 5, m, dtype)) if with_ref else ()
+    assert_as_exact_as_plain("triton", x, labels, options, *ref)
+
+
+@runs_here
+def test_norms_from_1e_minus_10_to_1e15_and_zero_rows(schedule):
+    x, labels = batch(140, 12, 3, 0)
+    unit = torch.nn.functional.normalize(x, dim=1)
+    norm = 10.0 ** torch.randint(-10, 16, (140, 1), generator=torch.Generator().manual_seed(0))
+    unit[7] = 0
+    true_loss, true_gradient = gradient_of(*on_device(unit, labels))
+    loss, gradient = gradient_of(*on_device((unit * norm).float(), labels))
+    torch.testing.assert_close(loss.double(), true_loss, rtol=1e-5, atol=0)
+    error = gradient.double().cpu() * norm - true_gradient.cpu()
+    assert error.norm() <= 1e-5 * true_gradient.norm()
+    assert not gradient[7].any()
+
+
+@runs_here
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e25])
+def test_what_is_no_number_is_not_hidden(schedule, bad):
+    x, labels = on_device(*batch(100, 20, 3, 0, torch.float32))
+    x[70, 3] = bad
+    loss, gradient = gradient_of(x, labels)
+    assert loss.isnan()
+    assert gradient.isnan().any()
+
+
+@runs_here
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_same_bits_again(schedule, dtype):
+    x, labels = on_device(*batch(100, 40, 3, 0, dtype))
+    first, again = (gradient_of(x, labels) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@runs_here
+def test_an_inactive_tile_of_a_panel_is_not_read():
+    raw = torch.full((64, 128), torch.nan, device=DEVICE)
+    labels, ones = torch.zeros(128, dtype=torch.int64, device=DEVICE), torch.ones(128).to(DEVICE)
+    for pull, expected in ((torch.zeros(2, 128), 0), (torch.eye(2, 128), 1)):
+        weights = torch.empty_like(raw)
+        vectors = (labels, labels, ones, ones, pull.to(DEVICE), pull.to(DEVICE))
+        sizes = (64, 128, 64, 128, 128, 128, 0, 0)
+        fused._tiles().panel_weights[1, 1](
+            raw, weights, *vectors, *sizes, BLOCK_N=panels.BLOCK_N, BLOCK_M=panels.BLOCK_M
+        )
+        assert weights.isnan().all() if expected else not weights.any()
+
+
+@runs_here
+def test_panels_read_no_value_of_a_tensor(monkeypatch):
+    """A fake tensor has no values: reading one, as a synchronisation would, raises."""
+    kernels = fused._tiles()
+    for name in ("panel_sums", "panel_weights"):
+        monkeypatch.setattr(kernels, name, Unlaunched())
+    monkeypatch.setattr(panels, "PANEL_NUMBERS", 64 * 200)
+    monkeypatch.setattr(panels, "_FEWEST_ROWS", 64)
+    for dtype in TOLERANCE:
+        with FakeTensorMode():
+            x, labels = torch.empty(200, 24, dtype=dtype), torch.empty(200, dtype=torch.int64)
+            inverse = torch.empty(200, dtype=fused.accumulation_dtype(x))
+            side = panels.make_side(x, labels, inverse)
+            sums = panels.row_sums(side, side, True, False)
+            gradient = panels.gradient(side, sums[:2], side, sums[:2], True, False)
+        assert gradient.shape == (200, 32)
+
+
+class Unlaunched:
+    """A kernel that does nothing."""
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **constants: None
+
+
+def test_panels_hold_half_of_s_and_little_memory():
+    for n, m in ((5000, 5000), (100, 7), (1 << 20, 1 << 20), (3000, 1 << 17)):
+        step = panels.panel_rows(n, m)
+        assert step * m <= max(panels.PANEL_NUMBERS, 128 * m) + 64 * m
+        assert panels.pairs(n, m, False) == n * m
+        own = sum((min(k + step, n) - k) * (n - k) for k in range(0, n, step))
+        assert panels.pairs(n, n, True) == own if n == m else True
+    assert panels.pairs(1 << 14, 1 << 14, True) < 0.52 * (1 << 28)
+
+
+def test_panels_are_taken_where_d_is_large():
+    for dtype in (torch.float32, torch.bfloat16):
+        assert not fused.by_panels(4096, None, 128, dtype)
+        assert not fused.by_panels(100, None, 1280, dtype)
+        assert fused.by_panels(4096, None, 2048, dtype)
+        wide = fused.cost(4096, None, 2048, dtype, "mean", True)
+        least = 2 * 2 * 4096 * 4096 * 2048
+        assert least < wide.flops <= 1.3 * least
+        assert fused.cost(4096, 4096, 2048, dtype, "mean", False).flops == least / 2
 
 
 def test_cost_counts_what_is_launched():

@@ -42,8 +42,9 @@ def specialisations():
         for name, kernel in vars(tiles).items()
         if isinstance(kernel, JITFunction) and not name.startswith("_")
     ]
-    assert len(kernels) == 5
-    ragged = {"n", "m", "parts", "own", "signed", "mean", "wants_gradient", "upstream_stride"}
+    assert len(kernels) == 7
+    ragged = {"n", "m", "parts", "height", "own", "signed", "mean", "wants_gradient"}
+    ragged |= {"upstream_stride", "row_stride"}
     for kernel in kernels:
         for parameter in kernel.params:
             if parameter.name in ragged and not parameter.do_not_specialize:
