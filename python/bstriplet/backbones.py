@@ -52,6 +52,11 @@ class Classifier(nn.Module):
         self.mean.copy_(mean.view(-1, 1, 1))
         self.std.copy_(std.view(-1, 1, 1))
 
+    @property
+    def embedding_size(self) -> int:
+        """D, what the classifier takes in."""
+        return self.backbone.get_classifier().in_features
+
     def forward(self, images: Tensor) -> Output:
         """images uint8 [N, C, H, W] -> :class:`Output`, float32."""
         pixels = images.to(torch.float32, memory_format=torch.channels_last)

@@ -40,6 +40,15 @@ class RandomBatchSampler(Sampler[list[int]]):
             yield order[start:end]
 
 
+def make_validation_batches(config: TrainConfig, n_images: int) -> list[list[int]]:
+    """Return batches of all validation images, the same in every epoch.
+
+    A metric loss depends on the batch, and some grow with it: training and validation losses can
+    be compared only where both are of batches of the same size, drawn at random.
+    """
+    return list(RandomBatchSampler(n_images, config.batch_size, config.seed))
+
+
 def make_sampler(config: TrainConfig, images: ImageSet) -> RandomBatchSampler | GroupBatchSampler:
     """Return the batches of ``images`` that ``config`` names; mined groups come from pixels."""
     if config.batches == "random":

@@ -147,10 +147,9 @@ def _train(options: argparse.Namespace) -> None:
     config = TrainConfig(**given)
 
     from bstriplet import report
-    from bstriplet.backbones import check_backbone
     from bstriplet.data import load_dataset, split_dataset
     from bstriplet.runs import RunFolder, check_new
-    from bstriplet.training import train
+    from bstriplet.training import check_names, train
 
     run = RunFolder(options.out)
     if options.resume and run.started:
@@ -158,7 +157,7 @@ def _train(options: argparse.Namespace) -> None:
         run.check_config(config)
     else:
         check_new(options.out)
-    check_backbone(config.backbone)
+    check_names(config)
     dataset = load_dataset(config.data, config.image_size, skip_broken=config.skip_broken)
     task = split_dataset(dataset, config)
     for note in task.notes:

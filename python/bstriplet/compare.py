@@ -9,13 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bstriplet.backbones import check_backbone
 from bstriplet.config import Scheme, TrainConfig, fields_of
 from bstriplet.data import Dataset, Task, load_dataset, split_dataset
 from bstriplet.errors import UserError
 from bstriplet.results import COMPARE, scheme_label
 from bstriplet.runs import RunFolder, locked_folder, read_json, write_json
-from bstriplet.training import train
+from bstriplet.training import check_names, train
 
 # The fields that scheme and seed decide in every run.
 VARIED = ("loss", "batches", "seed")
@@ -88,8 +87,8 @@ def compare(plan: Plan, folder: Path, say: Callable[[str], None]) -> None:
     weights and, for the same kind of batches, the same batches: schemes are compared in pairs.
     """
     runs = plan.runs()
-    for backbone in dict.fromkeys(config.backbone for _, config in runs):
-        check_backbone(backbone)
+    for scheme in plan.schemes:
+        check_names(replace(plan.config, **scheme.fields))
     tasks = Tasks()
     for note in dict.fromkeys(note for _, config in runs for note in tasks.of(config).notes):
         say(f"note: {note}")

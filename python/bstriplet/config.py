@@ -11,7 +11,8 @@ from typing import Any, get_type_hints
 from bstriplet.errors import UserError, unknown_name
 
 DIGITS = "digits"
-LOSSES = ("ce", "ce+bst")
+LOSSES = ("ce", "ce+triplet", "ce+ls", "ce+bst")
+OTHER_LOSS = re.compile(r"ce\+[A-Z].*")  # a class of pytorch-metric-learning
 BATCHES = ("random", "mined")
 IMAGE_SIZE = 128
 DIGITS_IMAGE_SIZE = 32
@@ -25,14 +26,19 @@ def _option(
     minimum: float = -math.inf,
     maximum: float = math.inf,
     choices: tuple[str, ...] = (),
+    or_like: re.Pattern[str] | None = None,
 ) -> Any:
-    """Declare a field: its group in the help, its help text and the values that it may take."""
+    """Declare a field: its group in the help, its help text and the values that it may take.
+
+    Text is one of ``choices``, or matches ``or_like``; the help text of such a field lists both.
+    """
     metadata = {
         "group": group,
         "help": help,
         "minimum": minimum,
         "maximum": maximum,
         "choices": choices,
+        "or_like": or_like,
     }
     return field(default=default, metadata=metadata)
 
@@ -79,12 +85,28 @@ class TrainConfig:
     backbone: str = _option(
         "model", "mobilenetv3_small_100", "any classification model of timm, by name"
     )
-    loss: str = _option("loss", "ce", "training loss", choices=LOSSES)
-    bst_weight: float = _option(
-        "loss", 1.0, "weight of the BSTriplet loss (lambda of Eq. 7)", minimum=0
+    loss: str = _option(
+        "loss",
+        "ce",
+        f"training loss: {', '.join(LOSSES)}, or ce+NAME with any loss of pytorch-metric-learning, "
+        "such as ce+SupConLoss or 'ce+ContrastiveLoss(neg_margin=0.5)'",
+        choices=LOSSES,
+        or_like=OTHER_LOSS,
+    )
+    metric_weight: float = _option(
+        "loss", 1.0, "weight of the loss beside cross entropy (lambda of Eq. 7)", minimum=0
     )
     margin: float = _option(
         "loss", 0.9, "margin of the BSTriplet loss (m of Eq. 3)", minimum=0, maximum=1
+    )
+    class_weights: str = _option(
+        "loss",
+        "none",
+        "weights of the classes in cross entropy; balanced: in inverse proportion to their sizes",
+        choices=("none", "balanced"),
+    )
+    label_smoothing: float = _option(
+        "loss", 0.0, "label smoothing of cross entropy", minimum=0, maximum=0.9
     )
     batches: str = _option(
         "batches",
@@ -256,7 +278,7 @@ def add_options(parser: argparse.ArgumentParser, *, without: tuple[str, ...] = (
                 flag(item.name), action="store_true", default=argparse.SUPPRESS, help=text
             )
             continue
-        if item.metadata["choices"]:
+        if item.metadata["choices"] and not item.metadata["or_like"]:
             text += f": {', '.join(item.metadata['choices'])}"
         if "default:" not in text:
             text += f" (default: {item.default})"
@@ -291,8 +313,9 @@ def _checked(name: str, kind: type, value: Any) -> Any:
     given = type(value)
     if given is not kind:
         raise UserError(f"{flag(name)}: {value!r} is not of type {kind.__name__}")
-    if metadata["choices"] and value not in metadata["choices"]:
-        raise unknown_name(flag(name), value, metadata["choices"])
+    choices, or_like = metadata["choices"], metadata["or_like"]
+    if choices and value not in choices and not (or_like and or_like.fullmatch(value)):
+        raise unknown_name(flag(name), value, choices)
     if kind is float and not math.isfinite(value):
         raise UserError(f"{flag(name)}: {value} is not allowed; give a finite number")
     if kind in (int, float) and not metadata["minimum"] <= value <= metadata["maximum"]:

@@ -26,9 +26,9 @@ from bstriplet.runs import (
     read_json,
 )
 
-LOSS_NAMES = {"ce": "CE", "bst": "BST", "triplet": "Triplet", "lifted": "LS"}
+LOSS_NAMES = {"ce": "CE", "bst": "BST", "triplet": "Triplet", "ls": "LS"}
 BATCH_NAMES = {"random": "RS", "mined": "DM"}
-SETTING_NAMES = {"margin": "m", "backbone": ""}
+SETTING_NAMES = {"metric_weight": "λ", "margin": "m", "backbone": ""}
 PROBABILITY = "prob_"
 COMPARE = "compare.json"
 

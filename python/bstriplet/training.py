@@ -13,13 +13,13 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
-from bstriplet.backbones import Classifier
-from bstriplet.batches import make_sampler
+from bstriplet.backbones import Classifier, Output, check_backbone
+from bstriplet.batches import make_sampler, make_validation_batches
 from bstriplet.config import TrainConfig
 from bstriplet.data import ImageSet, Task
 from bstriplet.errors import UserError
 from bstriplet.evaluation import TrainedModel, choose_device, embed, write_results
-from bstriplet.losses import TrainingLoss
+from bstriplet.losses import TrainingLoss, check_loss
 from bstriplet.runs import (
     BEST,
     CONFIG,
@@ -90,6 +90,12 @@ def train(config: TrainConfig, task: Task, run: RunFolder) -> Row:
         return read_json(run.path / METRICS) if run.finished else _train(config, task, run)
 
 
+def check_names(config: TrainConfig) -> None:
+    """Raise if the backbone or the loss, names of other libraries, is not one of theirs."""
+    check_backbone(config.backbone)
+    check_loss(config.loss)
+
+
 def _train(config: TrainConfig, task: Task, run: RunFolder) -> Row:
     """Train in a folder that is locked and checked."""
     device = choose_device(config.device)
@@ -97,8 +103,10 @@ def _train(config: TrainConfig, task: Task, run: RunFolder) -> Row:
     seed_everything(config.seed, 0)
     model = Classifier(config.backbone, len(task.classes), task.channels).to(device)
     model.standardise_with(*grey_level_statistics(task.train))
-    criterion = TrainingLoss(config)
-    optimiser = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+    class_counts = np.bincount(task.train.labels, minlength=len(task.classes)).tolist()
+    criterion = TrainingLoss(config, class_counts, model.embedding_size).to(device)
+    parameters = [*model.parameters(), *criterion.parameters()]
+    optimiser = torch.optim.Adam(parameters, lr=config.lr, fused=True)
     scheduler = ReduceLROnPlateau(
         optimiser,
         factor=config.lr_factor,
@@ -108,11 +116,13 @@ def _train(config: TrainConfig, task: Task, run: RunFolder) -> Row:
         eps=0,
     )
     sampler = make_sampler(config, task.train)
+    validation_batches = make_validation_batches(config, len(task.validation))
     progress = Progress()
     if (run.path / LAST).exists():
         checkpoint = run.load(LAST, config)
         progress = Progress(checkpoint["history"], checkpoint["best_weights"])
         model.load_state_dict(checkpoint["model"])
+        criterion.load_state_dict(checkpoint["criterion"])
         optimiser.load_state_dict(checkpoint["optimiser"])
         scheduler.load_state_dict(checkpoint["scheduler"])
     else:
@@ -151,12 +161,14 @@ def _train(config: TrainConfig, task: Task, run: RunFolder) -> Row:
         output, labels = embed(model, task.validation, device)
         validation = Averages()
         with torch.no_grad():
-            validation.add(criterion(output, labels), output.logits, labels)
+            for positions in validation_batches:
+                part, answers = Output(*(t[positions] for t in output)), labels[positions]
+                validation.add(criterion(part, answers), part.logits, answers)
         row = {
             "epoch": epoch,
             "train_loss": training.loss,
             "train_ce": training.ce,
-            "train_bst": training.bst,
+            "train_metric": training.metric,
             "train_accuracy": training.accuracy,
             "validation_loss": validation.loss,
             "validation_accuracy": validation.accuracy,
@@ -175,6 +187,7 @@ def _train(config: TrainConfig, task: Task, run: RunFolder) -> Row:
         if progress.finished(config) or now - saved_at > save_seconds / CHECKPOINT_SHARE:
             state = {
                 "model": model.state_dict(),
+                "criterion": criterion.state_dict(),
                 "optimiser": optimiser.state_dict(),
                 "scheduler": scheduler.state_dict(),
                 "history": progress.history,
@@ -225,9 +238,9 @@ class Averages:
         return self._mean("ce")
 
     @property
-    def bst(self) -> float | None:
-        """Its BSTriplet loss, before lambda; None where there is none."""
-        return self._mean("bst") if "bst" in self._sums else None
+    def metric(self) -> float | None:
+        """Its metric loss, before lambda; None where there is none."""
+        return self._mean("metric") if "metric" in self._sums else None
 
     @property
     def accuracy(self) -> float:

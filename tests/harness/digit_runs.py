@@ -69,7 +69,7 @@ def write_run(
                 "epoch": epoch,
                 "train_loss": losses["train"],
                 "train_ce": losses["train"],
-                "train_bst": None,
+                "train_metric": None,
                 "train_accuracy": network.score(images[train], labels[train]),
                 "validation_loss": losses["validation"],
                 "validation_accuracy": network.score(images[validation], labels[validation]),

@@ -29,7 +29,7 @@ configurations = st.builds(
     validation_fraction=st.floats(0.01, 0.5),
     skip_broken=st.booleans(),
     loss=st.sampled_from(LOSSES),
-    bst_weight=st.floats(0, 1e3),
+    metric_weight=st.floats(0, 1e3),
     margin=st.floats(0, 1),
     batches=st.sampled_from(BATCHES),
     batch_size=st.integers(2, 5000),
@@ -70,7 +70,7 @@ def test_defaults_are_section_3_1_of_the_paper() -> None:
         1e-3, 20, 0.3, 1e-8,
     )  # fmt: skip
     assert (config.epochs, config.stop_patience, config.stop_delta) == (400, 30, 1e-4)
-    assert (config.batch_size, config.bst_weight) == (36, 1.0)
+    assert (config.batch_size, config.metric_weight) == (36, 1.0)
     assert config.validation == "train"
     assert config == parsed(["--data", "folder"])
 
@@ -97,8 +97,8 @@ def test_only_typed_options_are_given() -> None:
     [
         ("margin", -0.1),
         ("margin", 1.1),
-        ("bst_weight", -1.0),
-        ("bst_weight", float("inf")),
+        ("metric_weight", -1.0),
+        ("metric_weight", float("inf")),
         ("lr", float("nan")),
         ("lr", 0.0),
         ("batch_size", 1),

@@ -21,8 +21,17 @@ from bstriplet.runs import LAST, RunFolder, load_checkpoint
 from bstriplet.training import epochs_without_improvement, grey_level_statistics, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pytorch_metric_learning.losses import GeneralizedLiftedStructureLoss
+from test_losses import triplet_loss
+from torch.nn import functional
 
-from bstriplet_kernels import CrossEntropyBSTripletLoss
+from bstriplet_kernels import BSTripletLoss
+
+METRIC_LOSSES = {
+    "ce+triplet": triplet_loss,
+    "ce+ls": GeneralizedLiftedStructureLoss(),
+    "ce+bst": BSTripletLoss(margin=0.8),
+}
 
 
 def make_task(config: TrainConfig) -> Task:
@@ -181,23 +190,24 @@ def test_schedule_and_stop_follow_the_recipe(tiny: TrainConfig, tmp_path: Path) 
 def test_the_evaluated_model_is_that_of_the_lowest_validation_loss(
     tiny: TrainConfig, tmp_path: Path, loss: str
 ) -> None:
-    config = replace(tiny, loss=loss, epochs=6, bst_weight=0.7, margin=0.8)
+    config = replace(tiny, loss=loss, epochs=6, metric_weight=0.7, margin=0.8)
     task = make_task(config)
     run = RunFolder(tmp_path / "run")
     metrics = train(config, task, run)
     trained = load_trained(run)
     output, labels = embed(trained.model, task.validation, trained.device)
-    cross_entropy = torch.nn.functional.cross_entropy(output.logits, labels)
-    criterion = CrossEntropyBSTripletLoss(weight=0.7, margin=0.8)
-    whole = criterion(*output, labels) if loss == "ce+bst" else cross_entropy
+    assert len(labels) <= config.batch_size  # one batch: its loss is that of the set
+    whole = functional.cross_entropy(output.logits, labels)
+    if loss != "ce":
+        whole += 0.7 * METRIC_LOSSES[loss](output.embeddings, labels)
     log = log_of(run)
     best = log[metrics["best_epoch"] - 1]
     assert best["validation_loss"] == min(row["validation_loss"] for row in log)
     assert best["validation_loss"] == pytest.approx(whole.item(), rel=1e-5)
     for row in log:
-        bst = 0.0 if row["train_bst"] is None else row["train_bst"]
-        assert (row["train_bst"] is None) == (loss == "ce")
-        assert row["train_loss"] == pytest.approx(row["train_ce"] + 0.7 * bst, rel=1e-6)
+        metric = 0.0 if row["train_metric"] is None else row["train_metric"]
+        assert (row["train_metric"] is None) == (loss == "ce")
+        assert row["train_loss"] == pytest.approx(row["train_ce"] + 0.7 * metric, rel=1e-6)
 
 
 def test_results_agree_with_each_other(tiny: TrainConfig, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ SCHEME_COLOURS = {
     "ce": ("#6aa5d8", "#1f5fa8"),
     "ce+bst": ("#ea9a55", "#b8430f"),
     "ce+triplet": ("#b08bd0", "#6b3fa0"),
-    "ce+lifted": ("#5fb39a", "#14705a"),
+    "ce+ls": ("#5fb39a", "#14705a"),
 }
 OTHER_COLOURS = ("#9aa0a8", "#4a4f57")
 DARK = {

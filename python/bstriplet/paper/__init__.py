@@ -27,7 +27,7 @@ BACKBONES = MappingProxyType(
     }
 )
 LOSSES = MappingProxyType(
-    {"ce": "CE", "ce+triplet": "CE+Triplet", "ce+lifted": "CE+LS", "ce+bst": "CE+BST"}
+    {"ce": "CE", "ce+triplet": "CE+Triplet", "ce+ls": "CE+LS", "ce+bst": "CE+BST"}
 )
 COLUMNS = MappingProxyType(
     {

@@ -1,0 +1,138 @@
+"""The training losses: each against its equation written out, and any other by its name."""
+
+import itertools
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from bstriplet.backbones import Output
+from bstriplet.config import TrainConfig
+from bstriplet.data import load_dataset, split_dataset
+from bstriplet.errors import UserError
+from bstriplet.losses import TrainingLoss, check_loss
+from bstriplet.runs import LAST, RunFolder, load_checkpoint
+from bstriplet.training import train
+from torch import Tensor
+from torch.nn import functional
+
+from bstriplet_kernels.reference import naive_loss
+
+COUNTS = (30, 10, 20)
+
+
+def batch(seed: int = 0) -> tuple[Output, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits, embeddings = torch.randn(9, 3, generator=generator), torch.randn(9, 5)
+    return Output(logits, embeddings), torch.arange(9) % 3
+
+
+def triplet_loss(embeddings: Tensor, labels: Tensor) -> Tensor:
+    """Eq. 1 for each triplet in turn."""
+    s = functional.cosine_similarity(embeddings[:, None], embeddings[None], dim=2)
+    triplets = itertools.permutations(range(len(labels)), 3)
+    losses = [
+        (1 - s[a, p] + s[a, n]).relu()
+        for a, p, n in triplets
+        if labels[a] == labels[p] and labels[a] != labels[n]
+    ]
+    return torch.stack(losses).mean()
+
+
+def lifted_structure_loss(embeddings: Tensor, labels: Tensor) -> Tensor:
+    """The generalised form, anchor by anchor."""
+    unit = functional.normalize(embeddings)
+    losses = []
+    for i in range(len(labels)):
+        d = [math.dist(unit[i].tolist(), other.tolist()) for other in unit]
+        own = sum(math.exp(d[j]) for j in range(len(d)) if labels[j] == labels[i] and j != i)
+        other = sum(math.exp(1 - d[j]) for j in range(len(d)) if labels[j] != labels[i])
+        losses.append(max(0, math.log(own) + math.log(other)))
+    return torch.tensor(sum(losses) / len(losses))
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        ("ce+triplet", triplet_loss),
+        ("ce+ls", lifted_structure_loss),
+        ("ce+bst", lambda embeddings, labels: naive_loss(embeddings, labels, 0.7)),
+    ],
+)
+def test_the_paper_s_losses_are_their_equations(loss: str, expected: object) -> None:
+    output, labels = batch()
+    criterion = TrainingLoss(TrainConfig(loss=loss, metric_weight=0.3, margin=0.7), COUNTS, 5)
+    terms = criterion(output, labels)
+    ce = functional.cross_entropy(output.logits, labels)
+    torch.testing.assert_close(terms.ce, ce)
+    assert callable(expected)
+    torch.testing.assert_close(terms.metric, expected(output.embeddings, labels))
+    torch.testing.assert_close(terms.total, ce + 0.3 * terms.metric)
+
+
+def test_cross_entropy_with_class_weights_and_smoothing() -> None:
+    output, labels = batch()
+    config = TrainConfig(class_weights="balanced", label_smoothing=0.1)
+    terms = TrainingLoss(config, COUNTS, 5)(output, labels)
+    weight = torch.tensor([60 / (3 * n) for n in COUNTS])
+    log_p = output.logits.log_softmax(dim=1)
+    target = 0.9 * functional.one_hot(labels, 3) + 0.1 / 3
+    torch.testing.assert_close(terms.ce, -(target * weight * log_p).sum() / weight[labels].sum())
+    assert terms.metric is None
+    assert terms.total is terms.ce
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ContrastiveLoss", "ContrastiveLoss(neg_margin=0.5)", "SupConLoss", "MultiSimilarityLoss",
+     "ArcFaceLoss", "CosFaceLoss", "SubCenterArcFaceLoss(sub_centers=2)", "SoftTripleLoss",
+     "ProxyAnchorLoss", "P2SGradLoss", "RankedListLoss(margin=0.4, Tn=1)",
+     "MarginLoss(learn_beta=True)", "DynamicSoftMarginLoss"],
+)  # fmt: skip
+def test_a_loss_of_pytorch_metric_learning_by_name(name: str) -> None:
+    loss = f"ce+{name}"
+    check_loss(loss)
+    output, labels = batch()
+    torch.manual_seed(0)
+    terms = TrainingLoss(TrainConfig(loss=loss), COUNTS, 5)(output, labels)
+    assert terms.metric is not None
+    assert terms.metric.isfinite()
+
+
+def test_keywords_reach_the_loss() -> None:
+    config = TrainConfig(loss="ce+ContrastiveLoss(neg_margin=0.25, pos_margin=0.1)")
+    metric = TrainingLoss(config, COUNTS, 5).metric
+    assert (metric.neg_margin, metric.pos_margin) == (0.25, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("ContrastLoss", "did you mean 'ContrastiveLoss'"),
+        ("ContrastiveLoss(negative=1)", "negative"),
+        ("ContrastiveLoss(0.5)", "key=value"),
+        ("ContrastiveLoss(neg_margin=x)", "key=value"),
+        ("ContrastiveLoss(", "key=value"),
+        ("RankedListLoss", "'margin' and 'Tn'"),
+        ("VICRegLoss", "embeddings and labels"),
+    ],
+)
+def test_a_loss_that_cannot_be_used_says_why(name: str, words: str) -> None:
+    with pytest.raises(UserError) as raised:
+        check_loss(TrainConfig(loss=f"ce+{name}").loss)
+    assert words in str(raised.value)
+    assert "--loss" in str(raised.value)
+
+
+def test_the_parameters_of_a_loss_are_trained_and_continued(
+    tiny: TrainConfig, tmp_path: Path
+) -> None:
+    config = replace(tiny, loss="ce+ArcFaceLoss", epochs=2)
+    task = split_dataset(load_dataset(config.data, config.image_size), config)
+    train(config, task, RunFolder(tmp_path / "two"))
+    two = load_checkpoint(tmp_path / "two" / LAST)
+    frozen = replace(config, lr=1e-12, epochs=1)
+    train(frozen, task, RunFolder(tmp_path / "start"))
+    start = load_checkpoint(tmp_path / "start" / LAST)["criterion"]
+    assert not torch.equal(two["criterion"]["metric.W"], start["metric.W"])
