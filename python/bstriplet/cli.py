@@ -1,4 +1,4 @@
-"""The ``bstriplet`` command: train, compare, evaluate, predict, demo."""
+"""The ``bstriplet`` command: train, compare, sweep, evaluate, predict, demo."""
 
 import argparse
 import os
@@ -22,6 +22,8 @@ from bstriplet.errors import UserError, one_line
 
 DEFAULT_SCHEMES = ("ce:random", "ce+bst:mined")
 DEFAULT_SEEDS = (0, 1, 2)
+SWEPT_LOSS = "ce+bst"
+DEFAULT_WEIGHTS = (0.0, 0.1, 0.3, 1.0, 3.0)
 
 # The commands import torch, timm and scikit-learn after a look at what was typed: help and most
 # mistakes are answered at once.
@@ -61,7 +63,7 @@ def _say(text: str) -> None:
 def _how_to_continue(given: list[str]) -> str:
     """Return how a command that was interrupted is continued."""
     command = given[0] if given else ""
-    if command in ("train", "compare"):
+    if command in ("train", "compare", "sweep"):
         resume = [] if "--resume" in given else ["--resume"]
         return f"continue with: bstriplet {shlex.join([*given, *resume])}"
     if command == "demo":
@@ -91,15 +93,35 @@ def _parser() -> _Parser:
         help="what to compare, for example ce+bst:mined or ce:random:lr=0.01 "
         f"(default: {' '.join(DEFAULT_SCHEMES)})",
     )
-    compare.add_argument(
-        "--seeds",
-        nargs="+",
-        type=int,
-        metavar="SEED",
-        help=f"seeds of each scheme (default: {' '.join(map(str, DEFAULT_SEEDS))})",
-    )
+    _add_seeds(compare)
     add_options(compare, without=("loss", "batches", "seed"))
     compare.set_defaults(run_command=_compare)
+
+    sweep = commands.add_parser(
+        "sweep", help="compare weights (lambda) and margins (m) of a loss; table, figure, report"
+    )
+    _add_output(sweep)
+    sweep.add_argument(
+        "--metric-weights",
+        nargs="+",
+        type=float,
+        metavar="WEIGHT",
+        help="values of lambda; 0 is plain cross entropy (default: "
+        f"{' '.join(f'{weight:g}' for weight in DEFAULT_WEIGHTS)})",
+    )
+    sweep.add_argument(
+        "--margins",
+        nargs="+",
+        type=float,
+        metavar="MARGIN",
+        help="values of m, each with each weight (default: that of a single run)",
+    )
+    _add_seeds(sweep)
+    sweep.add_argument(
+        "--loss", default=argparse.SUPPRESS, help=f"loss that is weighed (default: {SWEPT_LOSS})"
+    )
+    add_options(sweep, without=("loss", "metric_weight", "margin", "seed"))
+    sweep.set_defaults(run_command=_sweep)
 
     evaluate = commands.add_parser("evaluate", help="print the test metrics of a trained model")
     _add_run(evaluate)
@@ -132,6 +154,16 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument(
         "--resume", action="store_true", help="continue in --out what was interrupted there"
+    )
+
+
+def _add_seeds(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        metavar="SEED",
+        help=f"seeds of each (default: {' '.join(map(str, DEFAULT_SEEDS))})",
     )
 
 
@@ -173,9 +205,37 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    given = given_options(options)
-    config = TrainConfig(**given)
     schemes = tuple(Scheme.parse(text) for text in options.schemes or ())
+    default = tuple(Scheme.parse(text) for text in DEFAULT_SCHEMES)
+    _run_plan(_plan(options, given_options(options), schemes, default), options.out)
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    from bstriplet.sweep import sweep_schemes, write_tables
+
+    given = given_options(options)
+    typed = options.metric_weights or options.margins or {"loss", "batches"} & given.keys()
+    default = sweep_schemes(
+        given.pop("loss", SWEPT_LOSS),
+        given.pop("batches", TrainConfig.batches),
+        options.metric_weights or DEFAULT_WEIGHTS,
+        options.margins or (),
+    )
+    _run_plan(_plan(options, given, default if typed else (), default), options.out)
+    print(write_tables(options.out), end="")
+
+
+def _plan(
+    options: argparse.Namespace,
+    given: dict[str, Any],
+    schemes: tuple[Scheme, ...],
+    default: tuple[Scheme, ...],
+) -> Any:
+    """Return the plan that was typed, or the one to go on with after checking it against that.
+
+    ``schemes`` are those that were typed, ``default`` those of a new plan where none were.
+    """
+    config = TrainConfig(**given)
     seeds = tuple(options.seeds or ())
 
     from bstriplet.compare import Plan, read_plan, started
@@ -193,14 +253,9 @@ def _compare(options: argparse.Namespace) -> None:
                 f"{options.out} was started with another configuration: {difference}; leave those "
                 "options as they were, or choose another --out"
             )
-    else:
-        check_new(options.out)
-        plan = Plan(
-            config=config,
-            schemes=schemes or tuple(Scheme.parse(text) for text in DEFAULT_SCHEMES),
-            seeds=seeds or DEFAULT_SEEDS,
-        )
-    _run_plan(plan, options.out)
+        return plan
+    check_new(options.out)
+    return Plan(config, schemes or default, seeds or DEFAULT_SEEDS)
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ def write_comparison(
 ) -> Path:
     """A compare folder with every run finished."""
     folder.mkdir(parents=True)
-    asked = {"schemes": schemes, "seeds": seeds}
+    asked = {"schemes": schemes, "seeds": seeds, "config": {"margin": 0.9}}
     (folder / "compare.json").write_text(json.dumps(asked))
     for text in schemes:
         scheme = Scheme.parse(text)
@@ -88,6 +88,7 @@ def write_run(
         "seed": seed,
         "validation": "train",
         "margin": 0.9,
+        **scheme.fields,
     }
     (folder / "config.json").write_text(json.dumps(config))
     environment = {

@@ -2,6 +2,7 @@
 
 from bstriplet.figures.accuracy import accuracies
 from bstriplet.figures.confusion import confusion_matrices
+from bstriplet.figures.grid import sweep
 from bstriplet.figures.loss import loss_curves
 from bstriplet.figures.picture import Panel, Picture
 from bstriplet.figures.projection import embeddings, principal_plane
@@ -23,6 +24,7 @@ __all__ = [
     "roc",
     "roc_curves",
     "scheme_colour",
+    "sweep",
 ]
 
 
@@ -30,6 +32,7 @@ def pictures(comparison: Comparison) -> list[Picture]:
     """All pictures that the runs so far allow, in the order of the report."""
     drawn = [
         accuracies(comparison),
+        sweep(comparison),
         loss_curves(comparison),
         embeddings(comparison),
         confusion_matrices(comparison),
