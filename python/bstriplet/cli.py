@@ -1,4 +1,4 @@
-"""The ``bstriplet`` command: train, compare, sweep, evaluate, predict, demo."""
+"""The ``bstriplet`` command: train, compare, sweep, evaluate, predict, data, demo."""
 
 import argparse
 import os
@@ -16,6 +16,7 @@ from bstriplet.config import (
     TrainConfig,
     add_options,
     describe_difference,
+    fields_of,
     given_options,
 )
 from bstriplet.errors import UserError, one_line
@@ -135,6 +136,13 @@ def _parser() -> _Parser:
     predict.add_argument("images", nargs="+", type=Path, help="image files or folders")
     predict.add_argument("--output", type=Path, help="CSV file (default: standard output)")
     predict.set_defaults(run_command=_predict)
+
+    data = commands.add_parser(
+        "data", help="say what data were recognised as, how they split, and what is odd in them"
+    )
+    data.add_argument("data", metavar="DATA", help="what --data of train takes")
+    add_options(data, only=(*fields_of("data"), "seed"), without=("data",))
+    data.set_defaults(run_command=_data)
 
     demo = commands.add_parser(
         "demo", help="compare CE with CE + BST on a few images a class, in minutes"
@@ -314,6 +322,16 @@ def _predict(options: argparse.Namespace) -> None:
         _say(f"predictions: {options.output}")
     else:
         sys.stdout.write(table)
+
+
+def _data(options: argparse.Namespace) -> None:
+    config = TrainConfig(**given_options(options))
+
+    from bstriplet.data import load_dataset, split_dataset
+    from bstriplet.survey import survey
+
+    dataset = load_dataset(config.data, config.image_size, skip_broken=config.skip_broken)
+    print(survey(dataset, split_dataset(dataset, config)))
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 from bstriplet.errors import UserError, unknown_name
 
 DIGITS = "digits"
+MEDMNIST = "medmnist:"
 LOSSES = ("ce", "ce+triplet", "ce+ls", "ce+bst")
 OTHER_LOSS = re.compile(r"ce\+[A-Z].*")  # a class of pytorch-metric-learning
 BATCHES = ("random", "mined")
@@ -51,7 +52,12 @@ class TrainConfig:
     made absolute and ``image_size`` is filled in, so that the saved file says what was used.
     """
 
-    data: str = _option("data", DIGITS, "'digits' or a folder train/CLASS/*, test/CLASS/*")
+    data: str = _option(
+        "data",
+        DIGITS,
+        "'digits', a folder (train/CLASS/*, or a set of the paper as it is downloaded), a .csv of "
+        "path,label,..., a MedMNIST .npz, or medmnist:NAME[:SIZE]",
+    )
     image_size: int = _option(
         "data",
         0,
@@ -78,6 +84,26 @@ class TrainConfig:
     )
     validation_fraction: float = _option(
         "data", 0.2, "share of each class that validates", minimum=0.01, maximum=0.5
+    )
+    split_by: str = _option(
+        "data",
+        "patient",
+        "what is held out together: all images of a patient, where patients are known, or each "
+        "image by itself, as in the paper",
+        choices=("patient", "image"),
+    )
+    folds: int = _option(
+        "data",
+        0,
+        "cross-validation: so many parts of all images, each tests once; 0: none",
+        minimum=0,
+    )
+    fold: int = _option(
+        "data",
+        0,
+        "which of the folds tests, from 1; 0: that of the seed, so that seeds 0 to K - 1 are one "
+        "cross-validation of K folds and the next K another",
+        minimum=0,
     )
     skip_broken: bool = _option(
         "data", False, "leave out images that cannot be read instead of stopping"
@@ -156,7 +182,12 @@ class TrainConfig:
             object.__setattr__(self, "image_size", size)
         for name, kind in field_types().items():
             object.__setattr__(self, name, _checked(name, kind, getattr(self, name)))
-        if self.data != DIGITS:
+        if self.folds == 1 or self.fold > self.folds:
+            raise UserError(
+                f"--folds {self.folds} --fold {self.fold}: give 2 folds or more, and one of them "
+                "(from 1), or 0 for neither"
+            )
+        if self.data != DIGITS and not self.data.startswith(MEDMNIST):
             object.__setattr__(self, "data", str(Path(self.data).expanduser().absolute()))
 
     def to_dict(self) -> dict[str, Any]:
@@ -258,15 +289,20 @@ def _dashed(name: str) -> str:
     return name.replace("_", "-")
 
 
-def add_options(parser: argparse.ArgumentParser, *, without: tuple[str, ...] = ()) -> None:
-    """Add a flag for each field of :class:`TrainConfig`, except those named in ``without``.
+def add_options(
+    parser: argparse.ArgumentParser,
+    *,
+    without: tuple[str, ...] = (),
+    only: tuple[str, ...] | None = None,
+) -> None:
+    """Add a flag for each field of :class:`TrainConfig`, or for ``only`` some, but for ``without``.
 
     A flag that is not given leaves no attribute: :func:`given_options` returns only what was typed.
     """
     types = field_types()
     groups: dict[str, Any] = {}
     for item in fields(TrainConfig):
-        if item.name in without:
+        if item.name in without or (only is not None and item.name not in only):
             continue
         title = item.metadata["group"]
         if title not in groups:

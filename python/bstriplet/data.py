@@ -1,8 +1,7 @@
 """The images of a classification task, found and split: the same seed gives the same split."""
 
-import csv
 import hashlib
-import warnings
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +12,29 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from sklearn.model_selection import StratifiedGroupKFold
 
-from bstriplet.config import DIGITS, TrainConfig
-from bstriplet.errors import UserError, one_line
-from bstriplet.images import Pixels, decode, list_images
+from bstriplet import splits
+from bstriplet.cache import Decoded, decode
+from bstriplet.config import DIGITS, MEDMNIST, TrainConfig
+from bstriplet.errors import UserError
+from bstriplet.images import Pixels
+from bstriplet.layouts import (
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Count,
+    Listing,
+    is_csv,
+    recognise,
+    recognise_test,
+)
+from bstriplet.medmnist import download, read_medmnist
+from bstriplet.splits import Ints, Mask
 
-Ints = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
+Strings = npt.NDArray[np.str_]
 
 # Each random choice has its own stream, so that one of them does not shift the others.
-_TEST_STREAM, _SUBSET_STREAM, _VALIDATION_STREAM = range(3)
+_TEST_STREAM, _SUBSET_STREAM, _VALIDATION_STREAM, _FOLD_STREAM = range(4)
 
 
 @dataclass(frozen=True)
@@ -63,18 +74,30 @@ class ImageSet:
 class Dataset:
     """All images of a task before they are split.
 
-    is_test: bool [N], or None where the data have no test set of their own.
+    parts: [N], "train", "validation" or "test" for each image; all "train" where nothing is said.
+    digests: N hashes of content: equal where two images are copies.
     patients: int64 [N], equal where two images show one patient; None where nothing says so.
+    folds: int64 [N], the fold of each image from 0, where the data give them.
     broken: files that were left out, with the reason.
+    layout: what the data were recognised as.
+    paper_set: its name in :mod:`bstriplet.paper`, where it is a set of the paper.
+    counts: images found beside those of the paper's table, for its sets.
+    notes: what a reader should know of the data.
     key: hash of the images' content.
     """
 
     classes: tuple[str, ...]
     images: ImageSet
-    is_test: Mask | None
+    parts: Strings
+    digests: tuple[str, ...]
     patients: Ints | None
+    folds: Ints | None
     broken: tuple[str, ...]
     key: str
+    layout: str
+    paper_set: str = ""
+    counts: tuple[Count, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,44 +136,69 @@ class Task:
 def load_dataset(data: str, image_size: int, *, skip_broken: bool = False) -> Dataset:
     """Return the images of ``data``, resized to ``image_size`` x ``image_size``.
 
-    ``data`` is ``"digits"`` (scikit-learn's 1,797 real digits) or a folder ``train/CLASS/*`` with
-    or without ``test/CLASS/*``. A ``manifest.csv`` in it with columns ``file`` and ``patient``
-    names the patient of each image. An image that cannot be read is an error that names it; with
-    ``skip_broken`` it is left out and named in ``Dataset.broken``.
+    ``data`` is ``"digits"`` (scikit-learn's 1,797 real digits), a folder or a CSV file (see
+    :func:`bstriplet.layouts.recognise`), a MedMNIST file, or ``medmnist:NAME[:SIZE]`` to download
+    one. An image that cannot be read is an error that names it; with ``skip_broken`` it is left out
+    and named in ``Dataset.broken``.
     """
     if data == DIGITS:
         return _load_digits(image_size)
-    root = _existing_folder(data)
-    if not (root / "train").is_dir():
-        raise UserError(
-            f"data folder {root} has no folder 'train'; lay images out as train/CLASS/*"
-        )
-    training = _list_classes(root / "train")
-    classes = tuple(sorted(training))
-    if len(classes) < 2:
-        raise UserError(
-            f"{root / 'train'} holds one class only, {classes[0]!r}; add a folder for each other"
-        )
-    test = _list_classes(root / "test") if (root / "test").is_dir() else {}
-    images, broken, key = _read(root, [training, test], classes, image_size, None, skip_broken)
-    is_test = np.array([file.startswith("test/") for file in images.files])
-    for name in classes:
-        if not np.any(images.labels[~is_test] == classes.index(name)):
-            raise UserError(f"no image in {root / 'train' / name} can be read; put some there")
-    patients = _read_patients(root / "manifest.csv", images.files)
-    return Dataset(classes, images, is_test if test else None, patients, broken, key)
+    if _is_medmnist(data):
+        return _load_medmnist(data, image_size)
+    listing = recognise(data)
+    images, broken, decoded = _read(listing, listing.classes, image_size, None, skip_broken)
+    entries = [listing.entries[row] for row in images.rows]
+    parts = np.array([entry.part for entry in entries])
+    for label, name in enumerate(listing.classes):
+        if not np.any(images.labels[parts == TRAIN] == label):
+            raise UserError(
+                f"no training image of class {name!r} in {listing.root} can be read; put some there"
+            )
+    patients = [
+        entry.patient or decoded.patients.get(int(row), "")
+        for row, entry in zip(images.rows, entries, strict=True)
+    ]
+    digests = tuple(decoded.digests[row] for row in images.rows)
+    plain = "CSV file" if is_csv(data) else "class tree"
+    notes = (
+        *_broken_note(broken),
+        *listing.notes,
+        *_shared_patients_note(patients, parts),
+        *_contradictions_note(digests, images, listing.classes),
+    )
+    return Dataset(
+        classes=listing.classes,
+        images=images,
+        parts=parts,
+        digests=digests,
+        patients=_numbered(patients, images.files) if any(patients) else None,
+        folds=_given_folds([entry.fold for entry in entries], images.files),
+        broken=broken,
+        key=decoded.key,
+        layout=listing.known.layout if listing.known else plain,
+        paper_set=listing.known.name if listing.known else "",
+        counts=listing.counts,
+        notes=notes,
+    )
 
 
 def load_test_images(
     data: str, classes: tuple[str, ...], image_size: int, channels: int, *, skip_broken: bool
 ) -> tuple[ImageSet, tuple[str, ...]]:
-    """Return the images of ``data/test/CLASS/*``, else of ``data/CLASS/*``, and the broken files.
+    """Return the images of ``data`` to test on (its test part, else all) and the broken files.
 
-    ``classes`` are those that the model knows; a folder of another name is an error.
+    ``data`` is what :func:`load_dataset` takes, or a folder CLASS/*. ``classes`` are those that the
+    model knows; an image of another class is an error.
     """
-    root = _existing_folder(data)
-    listing = _list_classes(root / "test" if (root / "test").is_dir() else root)
-    images, broken, _ = _read(root, [listing], classes, image_size, channels, skip_broken)
+    if _is_medmnist(data):
+        decoded, names, labels, parts = read_medmnist(_medmnist_file(data), image_size, channels)
+        if names != classes:
+            raise UserError(f"{data} has classes {names}, the model {classes}; give data that fit")
+        files = tuple(f"{part}/{number}" for number, part in enumerate(parts))
+        images = ImageSet(decoded.pixels, np.arange(len(labels)), labels, files)
+        return images.take(np.array(parts) == TEST), ()
+    listing = recognise_test(data)
+    images, broken, _ = _read(listing, classes, image_size, channels, skip_broken)
     return images, broken
 
 
@@ -158,30 +206,41 @@ def split_dataset(dataset: Dataset, config: TrainConfig) -> Task:
     """Return training, validation and test images for ``config.seed``.
 
     Every class is in each part. Where patients are known, no patient is on both sides of a split
-    that is made here, unless a class has too few of them; then images are split, and a note says
-    so. ``validation="test"`` takes validation images from the test set and leaves them in it, as
-    the paper does.
+    that is made here, unless ``split_by="image"`` asks for that or a class has too few of them;
+    then images are split, and a note says so. Parts that the data define are kept. With ``folds``,
+    they are not: all images are dealt into folds, one of which tests. ``validation="test"`` takes
+    validation images from the test set and leaves them in it, as the paper does.
     """
-    splitter = _Splitter(dataset, config.seed)
+    splitter = _Splitter(dataset, config)
     everything = np.arange(len(dataset.images))
-    if dataset.is_test is not None:
-        pool, test = everything[~dataset.is_test], everything[dataset.is_test]
-    else:
-        pool, test = splitter.split(everything, config.test_fraction, "test", _TEST_STREAM)
-    if config.train_per_class:
-        pool = splitter.subset(pool, config.train_per_class)
-    source = pool if config.validation == "train" else test
-    rest, validation = splitter.split(
-        source, config.validation_fraction, "validation", _VALIDATION_STREAM
+    train, validation, test = (
+        everything[dataset.parts == part] for part in (TRAIN, VALIDATION, TEST)
     )
-    if len(test) == 0:
-        raise UserError("no test image can be read; put some into the folder 'test'")
+    if config.folds:
+        train, test = splitter.fold(config)
+        validation = everything[:0]
+    elif not np.any(dataset.parts == TEST):
+        train, test = splitter.split(train, config.test_fraction, "test", _TEST_STREAM)
+    if config.train_per_class:
+        train = splitter.subset(train, config.train_per_class)
+    if config.validation == "test":
+        _, validation = splitter.split(
+            test, config.validation_fraction, "validation", _VALIDATION_STREAM
+        )
+    elif len(validation) == 0:
+        train, validation = splitter.split(
+            train, config.validation_fraction, "validation", _VALIDATION_STREAM
+        )
     return Task(
         classes=dataset.classes,
-        train=dataset.images.take(rest if config.validation == "train" else pool),
+        train=dataset.images.take(train),
         validation=dataset.images.take(validation),
         test=dataset.images.take(test),
-        notes=(*_broken_note(dataset.broken), *splitter.notes),
+        notes=(
+            *dataset.notes,
+            *splitter.notes,
+            *_copies_note(dataset, {TRAIN: train, VALIDATION: validation, TEST: test}),
+        ),
         key=dataset.key,
     )
 
@@ -189,80 +248,98 @@ def split_dataset(dataset: Dataset, config: TrainConfig) -> Task:
 class _Splitter:
     """Seeded choices over one dataset, with notes on what could not be done as asked."""
 
-    def __init__(self, dataset: Dataset, seed: int) -> None:
+    def __init__(self, dataset: Dataset, config: TrainConfig) -> None:
         self.dataset = dataset
-        self.seed = seed
+        self.seed = config.seed
+        self.patients = dataset.patients if config.split_by == "patient" else None
         self.notes: list[str] = []
-
-    def _generator(self, stream: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, stream])
 
     def split(self, source: Ints, fraction: float, what: str, stream: int) -> tuple[Ints, Ints]:
         """Return ``source`` without, and the held-out ``fraction`` of each class, both sorted."""
         labels = self.dataset.images.labels[source]
-        for index, name in enumerate(self.dataset.classes):
-            count = int(np.sum(labels == index))
-            if count < 2:
-                raise UserError(
-                    f"class {name!r} has {count} image(s) to hold {what} images out of; "
-                    "it needs 2 or more"
-                )
-        generator = self._generator(stream)
+        self._require(labels, 2, f"hold {what} images out of")
+        generator = np.random.default_rng([self.seed, stream])
         held_out = None
-        if self.dataset.patients is not None:
-            patients = self.dataset.patients[source]
-            held_out = _hold_out_patients(labels, patients, fraction, generator)
+        if self.patients is not None:
+            held_out = splits.hold_out_groups(labels, self.patients[source], fraction, generator)
             if held_out is None:
-                self.notes.append(
-                    f"{what} images are held out by image, not by patient: some class has too few "
-                    "patients"
-                )
+                self._note_by_image(f"{what} images are held out")
         if held_out is None:
-            held_out = _hold_out_images(labels, fraction, generator)
+            held_out = splits.hold_out(labels, fraction, generator)
         return source[~held_out], source[held_out]
+
+    def fold(self, config: TrainConfig) -> tuple[Ints, Ints]:
+        """Return all images but those of the fold that tests, and those, both sorted."""
+        repeat, by_seed = divmod(self.seed, config.folds)
+        number = config.fold - 1 if config.fold else by_seed
+        labels = self.dataset.images.labels
+        folds = self.dataset.folds
+        if folds is not None and (n_given := int(folds.max()) + 1) != config.folds:
+            raise UserError(f"--folds {config.folds}: the data give {n_given}; leave it at that")
+        if folds is None:
+            self._require(labels, config.folds, f"make {config.folds} folds of")
+            generator = np.random.default_rng([repeat, _FOLD_STREAM])
+            if self.patients is not None:
+                folds = splits.group_folds(labels, self.patients, config.folds, generator)
+                if folds is None:
+                    self._note_by_image("folds are made")
+            if folds is None:
+                folds = splits.folds(labels, config.folds, generator)
+        if np.any(self.dataset.parts != TRAIN):
+            self.notes.append(
+                f"{config.folds} folds are of all images: the data's own parts are not kept"
+            )
+        return np.flatnonzero(folds != number), np.flatnonzero(folds == number)
 
     def subset(self, pool: Ints, per_class: int) -> Ints:
         """Return at most ``per_class`` random images of each class of ``pool``, sorted."""
-        generator = self._generator(_SUBSET_STREAM)
+        generator = np.random.default_rng([self.seed, _SUBSET_STREAM])
         chosen = []
         for index in range(len(self.dataset.classes)):
             members = pool[self.dataset.images.labels[pool] == index]
             chosen.append(generator.permutation(members)[:per_class])
         return np.sort(np.concatenate(chosen))
 
+    def _require(self, labels: Ints, minimum: int, purpose: str) -> None:
+        """Raise if a class has fewer images than ``minimum``."""
+        for index, name in enumerate(self.dataset.classes):
+            count = int(np.sum(labels == index))
+            if count < minimum:
+                raise UserError(
+                    f"class {name!r} has {count} image(s) to {purpose}; it needs {minimum} or more"
+                )
 
-def _hold_out_images(labels: Ints, fraction: float, generator: np.random.Generator) -> Mask:
-    """Return a mask of ``fraction`` of each class: at least one image, and not all."""
-    held_out = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        members = generator.permutation(np.flatnonzero(labels == label))
-        count = min(max(1, round(fraction * len(members))), len(members) - 1)
-        held_out[members[:count]] = True
-    return held_out
+    def _note_by_image(self, what: str) -> None:
+        self.notes.append(f"{what} by image, not by patient: some class has too few patients")
 
 
-def _hold_out_patients(
-    labels: Ints, patients: Ints, fraction: float, generator: np.random.Generator
-) -> Mask | None:
-    """Return a mask of whole patients, nearly ``fraction`` of each class.
+def _is_medmnist(data: str) -> bool:
+    return data.startswith(MEDMNIST) or data.lower().endswith(".npz")
 
-    None where that leaves some class without images on a side.
-    """
-    n_folds = round(1 / fraction)
-    folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=int(generator.integers(2**31)))
-    n_classes = len(np.unique(labels))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of classes smaller than n_folds
-        try:
-            candidates = list(folds.split(labels, labels, patients))
-        except ValueError:  # every class has fewer images than there are folds
-            return None
-    for rest, held_out in candidates:
-        if len(np.unique(labels[rest])) == len(np.unique(labels[held_out])) == n_classes:
-            mask = np.zeros(len(labels), dtype=bool)
-            mask[held_out] = True
-            return mask
-    return None
+
+def _medmnist_file(data: str) -> Path:
+    return download(data) if data.startswith(MEDMNIST) else Path(data)
+
+
+def _load_medmnist(data: str, image_size: int) -> Dataset:
+    """Return the images of a MedMNIST file in the parts that it gives."""
+    path = _medmnist_file(data)
+    decoded, classes, labels, parts = read_medmnist(path, image_size)
+    files = tuple(f"{part}/{number}" for number, part in enumerate(parts))
+    images = ImageSet(decoded.pixels, np.arange(len(labels)), labels, files)
+    digests = tuple(decoded.digests)
+    return Dataset(
+        classes=classes,
+        images=images,
+        parts=np.array(parts),
+        digests=digests,
+        patients=None,
+        folds=None,
+        broken=(),
+        key=decoded.key,
+        layout=f"MedMNIST ({path.name})",
+        notes=_contradictions_note(digests, images, classes),
+    )
 
 
 def _load_digits(image_size: int) -> Dataset:
@@ -282,65 +359,68 @@ def _load_digits(image_size: int) -> Dataset:
         labels=digits.target.astype(np.int64),
         files=tuple(f"digits/{number:04d}" for number in range(len(pixels))),
     )
-    key = hashlib.sha256(pixels.tobytes()).hexdigest()
-    classes = tuple(str(name) for name in digits.target_names)
-    return Dataset(classes, images, is_test=None, patients=None, broken=(), key=key)
-
-
-def _existing_folder(data: str) -> Path:
-    """Return ``data`` as a path after checking that it is a folder with something in it."""
-    root = Path(data)
-    if not root.is_dir():
-        raise UserError(f"data folder {root} does not exist; give an existing one with --data")
-    if not any(root.iterdir()):
-        raise UserError(f"data folder {root} is empty; lay images out as train/CLASS/*")
-    return root
-
-
-def _list_classes(folder: Path) -> dict[str, list[Path]]:
-    """Return the image files of each class folder in ``folder``; one without images is an error."""
-    names = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not names:
-        raise UserError(f"{folder} has no class folders; lay images out as {folder.name}/CLASS/*")
-    listing = {path.name: list_images(path) for path in names}
-    for name, files in listing.items():
-        if not files:
-            raise UserError(f"class folder {folder / name} has no images; fill it or remove it")
-    return listing
+    return Dataset(
+        classes=tuple(str(name) for name in digits.target_names),
+        images=images,
+        parts=np.full(len(pixels), TRAIN),
+        digests=tuple(hashlib.sha256(image.tobytes()).hexdigest() for image in digits.images),
+        patients=None,
+        folds=None,
+        broken=(),
+        key=hashlib.sha256(pixels.tobytes()).hexdigest(),
+        layout="digits (scikit-learn)",
+    )
 
 
 def _read(
-    root: Path,
-    listings: list[dict[str, list[Path]]],
+    listing: Listing,
     classes: tuple[str, ...],
     image_size: int,
     channels: int | None,
     skip_broken: bool,
-) -> tuple[ImageSet, tuple[str, ...], str]:
-    """Return the readable images of ``listings``, the broken files, and the content's key."""
-    paths, labels = [], []
-    for listing in listings:
-        for name, files in listing.items():
-            if name not in classes:
-                raise UserError(
-                    f"class folder {files[0].parent} is not among the training classes "
-                    f"({', '.join(classes)}); rename or remove it"
-                )
-            paths += files
-            labels += [classes.index(name)] * len(files)
-    names = [path.relative_to(root).as_posix() for path in paths]
-    decoded = decode(paths, image_size, channels)
+) -> tuple[ImageSet, tuple[str, ...], Decoded]:
+    """Return the readable images of a listing, the broken files, and what was decoded."""
+    index = {name: number for number, name in enumerate(classes)}
+    names = [listing.name(entry.path) for entry in listing.entries]
+    for entry in listing.entries:
+        if entry.label not in index:
+            raise UserError(
+                f"{entry.path}: class {entry.label} is not among the training "
+                f"classes ({', '.join(classes)}); rename or remove it"
+            )
+    decoded = decode([entry.path for entry in listing.entries], image_size, channels)
     broken = tuple(f"{names[i]} ({reason})" for i, reason in sorted(decoded.broken.items()))
     if broken and not skip_broken:
         raise UserError(
-            f"{count_broken(broken, len(names))} in {root}; mend or remove them, or leave them out "
-            "with --skip-broken"
+            f"{count_broken(broken, len(names))} in {listing.root}; mend or remove them, or leave "
+            "them out with --skip-broken"
         )
+    if len(broken) == len(names):
+        raise UserError(f"no image in {listing.root} can be read; put some there")
     rows = np.array([i for i in range(len(names)) if i not in decoded.broken], dtype=np.int64)
-    images = ImageSet(
-        decoded.pixels, rows, np.array(labels, dtype=np.int64)[rows], tuple(names[i] for i in rows)
-    )
-    return images, broken, decoded.key
+    labels = np.array([index[entry.label] for entry in listing.entries], dtype=np.int64)
+    images = ImageSet(decoded.pixels, rows, labels[rows], tuple(names[i] for i in rows))
+    return images, broken, decoded
+
+
+def _numbered(patients: Sequence[str], files: Sequence[str]) -> Ints:
+    """Return a number for each patient; an image of an unknown one is a patient of its own."""
+    identities = [
+        ("patient", patient) if patient else ("file", file)
+        for patient, file in zip(patients, files, strict=True)
+    ]
+    numbers = {identity: number for number, identity in enumerate(dict.fromkeys(identities))}
+    return np.array([numbers[identity] for identity in identities], dtype=np.int64)
+
+
+def _given_folds(folds: Sequence[str], files: Sequence[str]) -> Ints | None:
+    """Return the data's own folds, numbered from 0 in sorted order; None where there are none."""
+    if not any(folds):
+        return None
+    for fold, file in zip(folds, files, strict=True):
+        if not fold:
+            raise UserError(f"{file} has no fold, others have; fill the column or remove it")
+    return np.unique(folds, return_inverse=True)[1].astype(np.int64)
 
 
 def count_broken(broken: Sequence[str], total: int) -> str:
@@ -356,21 +436,56 @@ def _broken_note(broken: tuple[str, ...]) -> tuple[str, ...]:
     return (f"{len(broken)} images that cannot be read were left out: {', '.join(broken)}",)
 
 
-def _read_patients(manifest: Path, files: Sequence[str]) -> Ints | None:
-    """Return a patient number for each file; None where there is no manifest or no such column.
+def _shared_patients_note(patients: Sequence[str], parts: Strings) -> tuple[str, ...]:
+    """Return the note on patients whom the data's own parts put on both sides."""
+    parts_of = defaultdict(set)
+    for patient, part in zip(patients, parts, strict=True):
+        if patient:
+            parts_of[patient].add(part)
+    shared = [patient for patient, of in parts_of.items() if TEST in of and len(of) > 1]
+    if not shared:
+        return ()
+    return (
+        f"{len(shared)} patients are in the test part and in another: {_first(shared)}; --folds "
+        "would keep each on one side",
+    )
 
-    A file that the manifest does not name counts as a patient of its own.
-    """
-    if not manifest.exists():
-        return None
-    try:
-        with manifest.open(newline="", encoding="utf-8-sig") as stream:
-            rows = csv.DictReader(stream)
-            if not {"file", "patient"} <= set(rows.fieldnames or ()):
-                return None
-            patient_of = {row["file"]: row["patient"] for row in rows if row["patient"]}
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read {manifest}: {one_line(error)}; mend or remove it") from error
-    identities = [("patient", patient_of[f]) if f in patient_of else ("file", f) for f in files]
-    numbers = {identity: number for number, identity in enumerate(dict.fromkeys(identities))}
-    return np.array([numbers[identity] for identity in identities], dtype=np.int64)
+
+def _contradictions_note(
+    digests: Sequence[str], images: ImageSet, classes: Sequence[str]
+) -> tuple[str, ...]:
+    """Return the note on images that occur under several classes."""
+    first: dict[str, int] = {}
+    pairs = []
+    for position, digest in enumerate(digests):
+        other = first.setdefault(digest, position)
+        if images.labels[other] != images.labels[position]:
+            pairs.append(
+                f"{images.files[position]} ({classes[images.labels[position]]}) = "
+                f"{images.files[other]} ({classes[images.labels[other]]})"
+            )
+    return (f"{len(pairs)} images occur with another class: {_first(pairs)}",) if pairs else ()
+
+
+def _copies_note(dataset: Dataset, rows_of: dict[str, Ints]) -> tuple[str, ...]:
+    """Return a note for each two parts of which one holds copies of images of the other."""
+    notes = []
+    for here, there in ((TEST, TRAIN), (VALIDATION, TRAIN), (TEST, VALIDATION)):
+        original = {dataset.digests[row]: row for row in rows_of[there]}
+        shared = set(rows_of[there].tolist())  # a validation set that is a part of the test set
+        files = dataset.images.files
+        copies = [
+            f"{files[row]} = {files[original[digest]]}"
+            for row in rows_of[here]
+            if row not in shared and (digest := dataset.digests[row]) in original
+        ]
+        if copies:
+            notes.append(
+                f"{len(copies)} {here} images are exact copies of {there} images: {_first(copies)}"
+            )
+    return tuple(notes)
+
+
+def _first(items: Sequence[str], count: int = 3) -> str:
+    """Return the first items, and that there are more."""
+    return ", ".join(items[:count]) + (", ..." if len(items) > count else "")

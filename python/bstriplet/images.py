@@ -1,30 +1,27 @@
-"""Reading image files: decoded once, in parallel, into a cache that is keyed by their content."""
+"""One image file as 8-bit pixels: any mode of Pillow, 16-bit and floating-point greys, DICOM."""
 
-import hashlib
-import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from io import BytesIO
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from bstriplet.errors import UserError, one_line
+from bstriplet.errors import one_line
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
-CACHE_VARIABLE = "BSTRIPLET_CACHE"
-CACHE_VERSION = 1  # part of the key: raise it when the same file would decode to other pixels
-CHUNK = 512  # images in flight at once, which bounds memory
+DICOM_SUFFIXES = frozenset({".dcm", ".dicom"})
+SUFFIXES = DICOM_SUFFIXES | {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
+IN_FLIGHT = 512  # files that are read ahead, which bounds memory
 
 Pixels = npt.NDArray[np.uint8]
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -32,44 +29,70 @@ class Unreadable(Exception):
     """Why one image cannot be read, in a few words."""
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """The pixels of a list of image files.
-
-    pixels: uint8 [N, C, size, size], a read-only map of the cache; rows of broken files are 0.
-    broken: reason by position in the list.
-    key: hash of all contents and of how they were decoded.
-    """
-
-    pixels: Pixels
-    broken: dict[int, str]
-    key: str
-
-
 def list_images(folder: Path) -> list[Path]:
-    """Return the image files below ``folder`` (by suffix, hidden files left out), sorted."""
+    """Return the image files below ``folder``, by suffix, sorted.
+
+    Hidden files and folders are left out, and ``__MACOSX``, which archives made on a Mac hold.
+    """
     return sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+        if path.suffix.lower() in SUFFIXES
+        and not any(
+            part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts
+        )
+        and path.is_file()
     )
 
 
 def read_image(path: Path, size: int, channels: int | None = None) -> Pixels:
-    """Return one image as uint8 [C, size, size], squeezed to a square (bilinear, antialiased).
+    """Return one image file as :func:`decode_image` does; :class:`Unreadable` says why not."""
+    return decode_image(read_content(path), size, channels)
 
-    ``channels`` is 1 (grey) or 3 (RGB); None gives 1 where all pixels are grey, else 3. 16-bit
-    greys keep their upper 8 bits. Raises :class:`Unreadable` with the reason.
-    """
+
+def read_content(path: Path) -> bytes:
+    """Return the bytes of a file, or raise :class:`Unreadable`."""
     try:
-        with Image.open(path) as opened:
-            image = _to_8_bit(ImageOps.exif_transpose(opened))
-    except UnidentifiedImageError:
-        raise Unreadable("not an image") from None
+        return path.read_bytes()
     except FileNotFoundError:
         raise Unreadable("not found") from None
-    except Exception as error:  # each codec of Pillow fails in its own way on damaged bytes
+    except OSError as error:
+        raise Unreadable(error.strerror or one_line(error)) from error
+
+
+def decode_image(content: bytes, size: int, channels: int | None = None) -> Pixels:
+    """Return an image as uint8 [C, size, size], squeezed to a square (bilinear, antialiased).
+
+    ``channels`` is 1 (grey) or 3 (RGB); None gives 1 where all pixels are grey, else 3.
+
+    Greys of more than 8 bits are scaled from their own smallest and largest value to 0 and 255:
+    files do not say how many of their bits are used. DICOM images are windowed as their header
+    says (:func:`bstriplet.dicom.read_dicom`). Of an animation or a stack, the first image is taken.
+    """
+    try:
+        if is_dicom(content):
+            from bstriplet.dicom import read_dicom  # pydicom is an optional package
+
+            image = read_dicom(content)
+        else:
+            with Image.open(BytesIO(content)) as opened:
+                image = _to_8_bit(ImageOps.exif_transpose(opened))
+    except Unreadable:
+        raise
+    except UnidentifiedImageError:
+        raise Unreadable("not an image") from None
+    except Exception as error:  # each codec fails in its own way on damaged bytes
         raise Unreadable(one_line(error)) from error
+    return resize(image, size, channels)
+
+
+def is_dicom(content: bytes) -> bool:
+    """Whether ``content`` begins as a DICOM file does."""
+    return content[128:132] == b"DICM"
+
+
+def resize(image: Image.Image, size: int, channels: int | None) -> Pixels:
+    """Return an "L" or "RGB" image as uint8 [C, size, size]; ``channels`` as for decode_image."""
     if channels is None:
         channels = 1 if image.mode == "L" or _is_grey(image) else 3
     image = image.convert("L" if channels == 1 else "RGB")
@@ -80,103 +103,45 @@ def read_image(path: Path, size: int, channels: int | None = None) -> Pixels:
 def read_all(paths: Sequence[Path], size: int, channels: int) -> Iterator[Pixels | Unreadable]:
     """Yield each image as :func:`read_image` returns it, or why not; in order, in parallel."""
     read = partial(_read_or_reason, size=size, channels=channels)
-    yield from _in_parallel(read, paths, "reading images")
+    yield from in_parallel(read, paths, len(paths), "reading images")
 
 
-def decode(paths: Sequence[Path], size: int, channels: int | None = None) -> Decoded:
-    """Return all images at ``size`` x ``size``, from the cache where they have been decoded before.
-
-    ``channels``: 1, 3, or None for 1 where every image is grey, else 3. The cache lies in
-    ``$BSTRIPLET_CACHE``, else below ``$XDG_CACHE_HOME`` or ``~/.cache``; it may be deleted.
-    """
-    contents = list(_in_parallel(_hash_file, paths, "looking for changes"))
-    key = hashlib.sha256(json.dumps([CACHE_VERSION, size, channels, contents]).encode()).hexdigest()
-    folder = cache_folder() / key
-    try:
-        if not folder.exists():
-            _fill_cache(folder, paths, size, channels)
-        pixels = np.load(folder / "pixels.npy", mmap_mode="r")
-        broken = json.loads((folder / "broken.json").read_text())
-    except OSError as error:
-        raise UserError(
-            f"image cache {folder.parent}: {error.strerror or one_line(error)}; set "
-            f"{CACHE_VARIABLE} to a folder that can be written and has room"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"image cache {folder} is damaged; delete that folder") from error
-    return Decoded(pixels, {int(position): reason for position, reason in broken.items()}, key)
-
-
-def cache_folder() -> Path:
-    """Return the folder of decoded images."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bstriplet"
-
-
-def _in_parallel(
-    function: Callable[[Path], Result], paths: Sequence[Path], what: str
+def in_parallel(
+    function: Callable[[Item], Result], items: Iterable[Item], total: int, what: str
 ) -> Iterator[Result]:
-    """Yield ``function(path)`` in order from a pool of threads, under a progress bar."""
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=len(paths), desc=what, unit="image", disable=None, leave=False) as bar,
-    ):
-        for start in range(0, len(paths), CHUNK):
-            for result in pool.map(function, paths[start : start + CHUNK]):
+    """Yield ``function(item)`` in order from a pool of threads, under a progress bar.
+
+    At most ``IN_FLIGHT`` of ``items`` are taken ahead of what has been yielded.
+    """
+    pending: deque[Future[Result]] = deque()
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        with tqdm(total=total, desc=what, unit="image", disable=None, leave=False) as bar:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) == IN_FLIGHT:
+                    yield pending.popleft().result()
+                    bar.update()
+            while pending:
+                yield pending.popleft().result()
                 bar.update()
-                yield result
-
-
-def _hash_file(path: Path) -> str:
-    """Return the hash of a file's content; empty where it cannot be opened."""
-    try:
-        with path.open("rb") as stream:
-            digest = hashlib.sha256()
-            while block := stream.read(1 << 20):
-                digest.update(block)
-            return digest.hexdigest()
-    except OSError:
-        return ""
-
-
-def _fill_cache(folder: Path, paths: Sequence[Path], size: int, channels: int | None) -> None:
-    """Decode into a new folder beside ``folder`` and move it there when it is whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
-    try:
-        # Grey until a colour image turns up, which in a set of colour images is the first.
-        broken = _decode_into(building / "pixels.npy", paths, size, channels or 1, channels is None)
-        if broken is None:
-            broken = _decode_into(building / "pixels.npy", paths, size, 3, False)
-        (building / "broken.json").write_text(json.dumps(broken))
-        try:
-            building.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process has just written the same content
-                raise
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        pool.shutdown(cancel_futures=True)
 
 
-def _decode_into(
-    file: Path, paths: Sequence[Path], size: int, channels: int, stop_at_colour: bool
-) -> dict[int, str] | None:
-    """Write all pixels to ``file``; return the broken ones, or None at the first colour image."""
-    shape = (len(paths), channels, size, size)
-    pixels = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
-    broken: dict[int, str] = {}
-    read = partial(_read_or_reason, size=size, channels=None if stop_at_colour else channels)
-    for position, image in enumerate(_in_parallel(read, paths, "decoding images")):
-        if isinstance(image, Unreadable):
-            broken[position] = str(image)
-        elif len(image) != channels:
-            return None
-        else:
-            pixels[position] = image
-    pixels.flush()
-    return broken
+def stretch(values: npt.NDArray[Any], low: float, high: float) -> Pixels:
+    """Return ``values`` as uint8 of the same shape: ``low`` becomes 0, ``high`` 255, linearly."""
+    scaled = (np.clip(values, low, high) - low) * (255 / (high - low))
+    return np.rint(scaled).astype(np.uint8)
+
+
+def stretch_own_range(values: npt.NDArray[Any]) -> Pixels:
+    """Return ``values`` as uint8, their smallest as 0 and their largest as 255; all equal: 0."""
+    values = np.asarray(values, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise Unreadable("holds pixels that are not finite")
+    low, high = values.min(), values.max()
+    return stretch(values, low, high if high > low else low + 1)
 
 
 def _read_or_reason(path: Path, size: int, channels: int | None) -> Pixels | Unreadable:
@@ -189,10 +154,8 @@ def _read_or_reason(path: Path, size: int, channels: int | None) -> Pixels | Unr
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
     """Return the image as 8-bit grey ("L") or RGB."""
-    if image.mode.startswith("I"):  # 16-bit grey; "I" is how older versions of Pillow open it
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype("u1"))
-    if image.mode == "F":
-        raise Unreadable("floating-point pixels are not supported")
+    if image.mode.startswith(("I", "F")):
+        return Image.fromarray(stretch_own_range(np.asarray(image)))
     return image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB")
 
 

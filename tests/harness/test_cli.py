@@ -60,7 +60,7 @@ def missing(root: Path) -> tuple[str, ...]:
 
 
 def without_train(root: Path) -> tuple[str, ...]:
-    (root / "train").rename(root / "training")
+    (root / "train").rename(root / "learn")
     return (str(root), "no folder 'train'", "train/CLASS/*")
 
 
@@ -78,7 +78,7 @@ def class_without_images(root: Path) -> tuple[str, ...]:
 
 def one_class(root: Path) -> tuple[str, ...]:
     shutil.rmtree(root / "train/class_1")
-    return (str(root / "train"), "one class only", "'class_0'", "add a folder")
+    return (str(root), "one class only", "'class_0'", "add images of other classes")
 
 
 def truncated(root: Path) -> tuple[str, ...]:
@@ -94,7 +94,12 @@ def text_named_png(root: Path) -> tuple[str, ...]:
 
 def unknown_test_class(root: Path) -> tuple[str, ...]:
     (root / "test/class_1").rename(root / "test/class_9")
-    return (str(root / "test/class_9"), "training classes", "class_0, class_1", "rename or remove")
+    return (
+        str(root / "test/class_9"),
+        "class class_9 is not among the training classes",
+        "class_0, class_1",
+        "rename or remove",
+    )
 
 
 def damaged_manifest(root: Path) -> tuple[str, ...]:
@@ -158,6 +163,38 @@ def test_broken_images_are_skipped_by_choice_named_and_counted(
     assert "test/class_0/1.png" in notes[0]
 
 
+def test_data_are_surveyed(make_tree: MakeTree, bstriplet: Run) -> None:
+    root = make_tree()
+    (root / "test/class_0/0.png").write_bytes((root / "train/class_0/7.png").read_bytes())
+    outcome = bstriplet("data", root, "--image-size", 32, "--validation-fraction", 0.25)
+    assert outcome.status == 0
+    lines = [line.split() for line in outcome.out.splitlines()]
+    assert ["layout", "class", "tree"] in lines
+    assert ["images", "24,", "grey"] in lines
+    assert ["patients", "unknown"] in lines
+    assert lines[lines.index(["class_0", "class_1", "all"]) + 1 :][:3] == [
+        ["train", "6", "6", "12"],
+        ["validation", "2", "2", "4"],
+        ["test", "4", "4", "8"],
+    ]
+    assert "note: 1 test images are exact copies of train" in outcome.out
+
+
+def test_a_survey_sets_the_papers_counts_beside_those_found(
+    tmp_path: Path, make_tree: MakeTree, bstriplet: Run
+) -> None:
+    root = make_tree(classes=3)
+    for part in ("train", "test"):
+        for number, label in enumerate(("COVID19", "NORMAL", "PNEUMONIA")):
+            (root / part / f"class_{number}").rename(root / part / label)
+    outcome = bstriplet("data", root, "--image-size", 32)
+    assert outcome.status == 0
+    assert "Chest-1" in outcome.out
+    lines = [line.split() for line in outcome.out.splitlines()]
+    assert ["test", "Covid-19", "4", "116", "-112"] in lines
+    assert ["train", "Pneumonia", "8", "3,418", "-3,410"] in lines
+
+
 # --- output folders, names and options ----------------------------------------------------------
 
 
@@ -197,6 +234,8 @@ def one_clear_line_at_the_end(outcome: Outcome, *words: object) -> None:
         (["--margin", "2"], ["--margin", "2.0", "at least 0 and at most 1"]),
         (["--epoch-count", "3"], ["--epoch-count", "--help"]),
         (["--train-per-class", "1"], ["class '0' has 1 image", "2 or more"]),
+        (["--folds", "1"], ["--folds 1", "2 folds or more"]),
+        (["--folds", "3", "--fold", "4"], ["--folds 3 --fold 4", "one of them"]),
     ],
 )
 def test_bad_options(tmp_path: Path, bstriplet: Run, flags: list[str], words: list[str]) -> None:

@@ -34,12 +34,20 @@ def synthetic(counts: list[int], patients: np.ndarray | None, n_test: int = 0) -
         files=tuple(f"{i}.png" for i in range(n)),
     )
     classes = tuple(f"c{i}" for i in range(len(counts)))
-    is_test = None
-    if n_test:
-        is_test = np.zeros(n, dtype=bool)
-        for label in range(len(counts)):
-            is_test[np.flatnonzero(labels == label)[:n_test]] = True
-    return Dataset(classes, images, is_test, patients, broken=(), key="key")
+    parts = np.full(n, "train", dtype="<U10")
+    for label in range(len(counts)):
+        parts[np.flatnonzero(labels == label)[:n_test]] = "test"
+    return Dataset(
+        classes=classes,
+        images=images,
+        parts=parts,
+        digests=images.files,
+        patients=patients,
+        folds=None,
+        broken=(),
+        key="key",
+        layout="synthetic",
+    )
 
 
 def parts(task: Task) -> dict[str, set[int]]:
@@ -169,6 +177,103 @@ def test_too_few_images_name_the_class(
         split_dataset(synthetic(counts, None), TrainConfig(**changes))  # type: ignore[arg-type]
 
 
+@given(
+    n_folds=st.integers(2, 5),
+    repeat=st.integers(0, 3),
+    with_patients=st.booleans(),
+    n_test=st.sampled_from([0, 3]),
+)
+@settings(derandomize=True, deadline=None, max_examples=30)
+def test_seeds_are_the_folds_of_a_cross_validation(
+    n_folds: int, repeat: int, with_patients: bool, n_test: int
+) -> None:
+    patients = np.arange(60) // 2 if with_patients else None
+    dataset = synthetic([30, 30], patients, n_test)
+    tested = []
+    for number in range(n_folds):
+        seed = repeat * n_folds + number
+        task = split_dataset(dataset, TrainConfig(folds=n_folds, seed=seed))
+        check_parts(dataset, task)
+        assert sum(map(len, (task.train, task.validation, task.test))) == 60
+        same = split_dataset(dataset, TrainConfig(folds=n_folds, fold=number + 1, seed=seed))
+        assert parts(same) == parts(task)
+        by_number = split_dataset(
+            dataset, TrainConfig(folds=n_folds, fold=number + 1, seed=repeat * n_folds)
+        )
+        assert parts(by_number)["test"] == parts(task)["test"]
+        if patients is not None:
+            of = {name: {patients[row] for row in rows} for name, rows in parts(task).items()}
+            assert not of["test"] & (of["train"] | of["validation"])
+            assert not of["train"] & of["validation"]
+        assert any("folds are of all images" in note for note in task.notes) == bool(n_test)
+        tested += task.test.rows.tolist()
+    assert sorted(tested) == list(range(60))
+
+
+def test_repeated_cross_validations_differ() -> None:
+    dataset = synthetic([30, 30], None)
+    first = {
+        tuple(split_dataset(dataset, TrainConfig(folds=5, seed=5 * repeat)).test.rows)
+        for repeat in range(6)
+    }
+    assert len(first) == 6
+
+
+@pytest.mark.parametrize(
+    ("folds", "message"), [(6, "class 'c1' has 5 image.* to make 6 folds of; it needs 6 or more")]
+)
+def test_too_few_images_for_folds_name_the_class(folds: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        split_dataset(synthetic([9, 5], None), TrainConfig(folds=folds))
+
+
+def test_too_few_patients_for_folds_are_split_by_image_and_a_note_says_so() -> None:
+    dataset = synthetic([10, 10], np.repeat(np.arange(4), 5))
+    task = split_dataset(dataset, TrainConfig(folds=5))
+    check_parts(dataset, task)
+    assert "folds are made by image, not by patient" in task.notes[0]
+
+
+def test_images_are_split_singly_by_choice() -> None:
+    patients = np.repeat(np.arange(20), 5)
+    dataset = synthetic([50, 50], patients)
+    task = split_dataset(dataset, TrainConfig(split_by="image"))
+    of = {name: {patients[row] for row in rows} for name, rows in parts(task).items()}
+    assert of["train"] & of["test"]
+    assert parts(task) == parts(split_dataset(replace(dataset, patients=None), TrainConfig()))
+
+
+def test_copies_across_parts_are_reported(make_tree: MakeTree) -> None:
+    root = make_tree(train=10, test=4, val=4)
+    for copy, original in (
+        ("test/class_0/0.png", "train/class_0/7.png"),
+        ("test/class_1/3.png", "val/class_1/2.png"),
+        ("train/class_0/1.png", "train/class_0/2.png"),  # within a part: no matter
+    ):
+        (root / copy).write_bytes((root / original).read_bytes())
+    assert split_dataset(load_dataset(str(root), 32), TrainConfig()).notes == (
+        "1 test images are exact copies of train images: test/class_0/0.png = train/class_0/7.png",
+        "1 test images are exact copies of validation images: test/class_1/3.png = "
+        "val/class_1/2.png",
+    )
+
+
+def test_a_validation_set_from_the_test_set_is_no_copy_of_it() -> None:
+    dataset = synthetic([20, 20], None, n_test=8)
+    assert split_dataset(dataset, TrainConfig(validation="test")).notes == ()
+
+
+def test_one_image_under_two_classes_is_reported(make_tree: MakeTree) -> None:
+    root = make_tree(train=10)
+    content = (root / "train/class_0/7.png").read_bytes()
+    (root / "train/class_1/4.png").write_bytes(content)
+    (note,) = load_dataset(str(root), 32).notes
+    assert note == (
+        "1 images occur with another class: train/class_1/4.png (class_1) = train/class_0/7.png "
+        "(class_0)"
+    )
+
+
 def test_digits_are_scikit_learns() -> None:
     dataset = load_dataset("digits", 32)
     assert dataset.images.pixels.shape == (1797, 1, 32, 32)
@@ -184,11 +289,10 @@ def test_a_tree_is_read_as_it_lies(make_tree: MakeTree, colour: bool) -> None:
     dataset = load_dataset(str(root), 32)
     assert dataset.classes == ("class_0", "class_1", "class_2")
     assert dataset.images.pixels.shape == (3 * 12, 3 if colour else 1, 32, 32)
-    assert dataset.is_test is not None
-    for file, label, tested in zip(
-        dataset.images.files, dataset.images.labels, dataset.is_test, strict=True
+    for file, label, part in zip(
+        dataset.images.files, dataset.images.labels, dataset.parts, strict=True
     ):
-        assert file.startswith(f"{'test' if tested else 'train'}/class_{label}/")
+        assert file.startswith(f"{part}/class_{label}/")
     task = split_dataset(dataset, TrainConfig())
     assert set(task.test.files) == {file for file in dataset.images.files if file[:4] == "test"}
 
@@ -205,7 +309,7 @@ def test_a_batch_holds_the_images_asked_for(make_tree: MakeTree) -> None:
 
 def test_without_a_test_folder_a_part_of_each_class_tests(make_tree: MakeTree) -> None:
     dataset = load_dataset(str(make_tree(train=10)), 32)
-    assert dataset.is_test is None
+    assert set(dataset.parts) == {"train"}
     assert split_dataset(dataset, TrainConfig()).summary()["images"] == {
         "train": {"class_0": 6, "class_1": 6},
         "validation": {"class_0": 2, "class_1": 2},
@@ -289,4 +393,5 @@ def test_real_chest_xrays_are_split_by_patient() -> None:
                          (task.train.rows, task.validation.rows))  # fmt: skip
     assert not train & validation
     assert abs(len(task.validation) / 3491 - 0.2) < 0.02
-    assert task.notes == ()
+    (note,) = task.notes  # it is a part of Chest-2
+    assert "Table 5 (in brackets): train Normal 900 (1341), test Normal 231 (234)" in note

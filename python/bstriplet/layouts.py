@@ -1,0 +1,487 @@
+"""How data lie on the disk: sets of the paper as they are downloaded, class trees, CSV files."""
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from bstriplet import paper
+from bstriplet.errors import UserError, one_line, unknown_name
+from bstriplet.images import list_images
+
+TRAIN, VALIDATION, TEST = PARTS = ("train", "validation", "test")
+
+# Spellings of the parts, as folders and in the column "split", in lower case.
+_SPELLINGS = {
+    "train": TRAIN,
+    "training": TRAIN,
+    "val": VALIDATION,
+    "valid": VALIDATION,
+    "validation": VALIDATION,
+    "test": TEST,
+    "testing": TEST,
+}
+
+# Names of the columns of a CSV file; the first is the one to write.
+_COLUMNS = {
+    "path": ("path", "file", "filename", "image"),
+    "label": ("label", "class"),
+    "patient": ("patient", "patient_id"),
+    "split": ("split",),
+    "fold": ("fold",),
+}
+
+_OSTEOSARCOMA_TABLE = "ML_Features_1144.csv"
+_OSTEOSARCOMA_CLASSES = {
+    "non-tumor": "Non-Tumor",
+    "non-viable-tumor": "Necrotic Tumor",
+    "viable": "Viable Tumor",
+    "viable-non-viable": "Viable Tumor",
+}
+
+# File names of Chest-2: Kaggle's (person12_bacteria_34.jpeg, IM-0115-0001.jpeg,
+# NORMAL2-IM-0012-0001.jpeg) and those of later Mendeley versions (BACTERIA-1008087-0001.jpeg).
+# Pneumonia of bacteria and of viruses may be numbered separately, which cannot be told: one number
+# is one patient here, so that no patient is on two sides of a split.
+_CHEST2_PATIENT = re.compile(
+    r"(person\d+)_|((?:NORMAL2-)?IM-\d+)-|(?:NORMAL|BACTERIA|VIRUS)-(\d+)-", re.IGNORECASE
+)
+_OSTEOSARCOMA_PATIENT = re.compile(r"(case-\d+|p\d+)-")
+
+# The 16 images of Kaggle's folder val are in no table of the paper.
+_CHEST2_VALIDATION = 16
+
+
+class Entry(NamedTuple):
+    """One image of a set; ``patient`` and ``fold`` are empty where nothing says them."""
+
+    path: Path
+    label: str
+    part: str = TRAIN
+    patient: str = ""
+    fold: str = ""
+
+
+@dataclass(frozen=True)
+class PaperSet:
+    """A data set of the paper as it is downloaded.
+
+    name: that of :func:`bstriplet.paper.data_set`. layout: how the data are called, and from where.
+    column: the column of the paper's table for a class folder.
+    """
+
+    name: str
+    layout: str
+    column: Callable[[str], str]
+
+    @property
+    def printed(self) -> paper.DataSet:
+        """What the paper prints of it."""
+        return paper.data_set(self.name)
+
+    @property
+    def table(self) -> str:
+        """The table that counts its images."""
+        return f"Table {self.printed.counts_table}"
+
+
+def _chest_column(label: str) -> str:
+    return "Covid-19" if "covid" in label.lower() else label.capitalize()
+
+
+def _rash_column(label: str) -> str:
+    negative = re.search("neg|non|not|no[^a-z]", label, re.IGNORECASE)
+    lyme = "lyme" in label.lower() and not negative
+    return "Lyme Disease" if lyme else "Non-Lyme Disease"
+
+
+CHEST1 = PaperSet(
+    "chest1", "Chest-1 (Kaggle prashant268/chest-xray-covid19-pneumonia)", _chest_column
+)
+CHEST2 = PaperSet(
+    "chest2", "Chest-2 (Kaggle paultimothymooney/chest-xray-pneumonia)", _chest_column
+)
+RASH = PaperSet("rash", "rash (Kaggle sshikamaru/lyme-disease-rashes)", _rash_column)
+OSTEOSARCOMA = PaperSet(
+    "osteosarcoma", "osteosarcoma (TCIA Osteosarcoma-Tumor-Assessment)", lambda label: label
+)
+
+
+@dataclass(frozen=True)
+class Count:
+    """Images of a class in a part (or ``"all"``) beside what the paper's table counts."""
+
+    table: str
+    part: str
+    label: str
+    found: int
+    paper: int
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The images of a set before any of them is read.
+
+    root: the folder that file names are relative to.
+    known: the set of the paper that it is, or None.
+    counts: found beside the paper's; empty for other sets.
+    notes: what a reader should know.
+    """
+
+    root: Path
+    classes: tuple[str, ...]
+    entries: tuple[Entry, ...]
+    known: PaperSet | None = None
+    counts: tuple[Count, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def name(self, path: Path) -> str:
+        """Return the path relative to the root, in POSIX spelling, where it lies below it."""
+        return (path.relative_to(self.root) if path.is_relative_to(self.root) else path).as_posix()
+
+
+def recognise(data: str) -> Listing:
+    """Return the images of a folder or a CSV file, for training.
+
+    A folder is one of the paper's sets as Kaggle, Mendeley or TCIA deliver it, or a tree
+    train/CLASS/*, with test/CLASS/* and val/CLASS/* where there are such (in any case; Training,
+    Testing, Valid, Validation too). A manifest.csv in it with columns file and patient names
+    patients.
+    """
+    if is_csv(data):
+        return _checked(_read_csv(Path(data)))
+    folder = _existing_folder(data)
+    return _checked(_osteosarcoma(folder) or _tree(folder))
+
+
+def recognise_test(data: str) -> Listing:
+    """Return the images to test a finished model on: those of the test part, where there is one.
+
+    Else all: of a CSV file, of the osteosarcoma set, or of a folder CLASS/*.
+    """
+    if is_csv(data):
+        listing = _read_csv(Path(data))
+    else:
+        folder = _existing_folder(data)
+        listing = _osteosarcoma(folder) or _tests(folder)
+    tested = tuple(entry for entry in listing.entries if entry.part == TEST)
+    return Listing(listing.root, listing.classes, tested or listing.entries)
+
+
+def is_csv(data: str) -> bool:
+    """Whether ``data`` is the path of a CSV file, by its suffix."""
+    return Path(data).suffix.lower() == ".csv"
+
+
+def _existing_folder(data: str) -> Path:
+    """Return ``data`` as a path after checking that it is a folder with something in it."""
+    root = Path(data)
+    if not root.exists():
+        raise UserError(f"data folder {root} does not exist; give an existing one with --data")
+    if not root.is_dir():
+        raise UserError(f"{root} is neither a folder nor a .csv or .npz file; give one of these")
+    if not any(root.iterdir()):
+        raise UserError(f"data folder {root} is empty; lay images out as train/CLASS/*")
+    return root
+
+
+def _checked(listing: Listing) -> Listing:
+    """Return the listing if a model can be trained on it."""
+    trained = {entry.label for entry in listing.entries if entry.part == TRAIN}
+    if len(trained) < 2:
+        only = f"one class only, {next(iter(trained))!r}" if trained else "no images for training"
+        raise UserError(f"{listing.root} holds {only}; add images of other classes to train on")
+    for entry in listing.entries:
+        if entry.label not in trained:
+            raise UserError(
+                f"{entry.path}: class {entry.label} is not among the training "
+                f"classes ({', '.join(sorted(trained))}); rename or remove it"
+            )
+    return listing
+
+
+# --- trees of class folders -----------------------------------------------------------------------
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Return the folders in ``folder``, without hidden ones and what a Mac adds to archives."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_dir() and not path.name.startswith(".") and path.name != "__MACOSX"
+    )
+
+
+def _parts(folder: Path) -> dict[str, Path]:
+    """Return the folders of the parts that lie in ``folder``, however they are spelled."""
+    found: dict[str, Path] = {}
+    for path in _folders(folder):
+        part = _SPELLINGS.get(path.name.lower())
+        if part in found:
+            raise UserError(f"{folder} has two folders for {part}: {found[part].name}, {path.name}")
+        if part:
+            found[part] = path
+    return {part: found[part] for part in PARTS if part in found}
+
+
+def _unwrap(folder: Path, is_root: Callable[[Path], bool]) -> Path | None:
+    """Return ``folder``, or the one at most three levels below it that archives wrap in others."""
+    inner = folder
+    for _ in range(4):
+        if is_root(inner):
+            return inner
+        below = _folders(inner)
+        if len(below) != 1:
+            return None
+        inner = below[0]
+    return None
+
+
+def _tree(folder: Path) -> Listing:
+    """Return the images of a tree train/CLASS/*."""
+    root = _unwrap(folder, lambda inner: TRAIN in _parts(inner))
+    if root is None:
+        raise UserError(
+            f"data folder {folder} has no folder 'train'; lay images out as train/CLASS/*"
+        )
+    parts = _parts(root)
+    # The rash set keeps its classes one level lower: Train/Train_2_Cases/CLASS/*.
+    cases = {part: _two_cases(path) for part, path in parts.items()}
+    entries = [entry for part, path in cases.items() for entry in _class_folders(path, part)]
+    classes = tuple(sorted({entry.label for entry in entries if entry.part == TRAIN}))
+    patients = _read_manifest(root / "manifest.csv")
+    known = _known_set(classes, entries)
+    notes: list[str] = []
+    if known is CHEST2:
+        patients = _chest2_patients(entries, root) | patients
+        entries, notes = _without_kaggles_validation(entries)
+    if known is RASH and TEST not in parts:  # what is delivered as Validation tests in the paper
+        entries = [e._replace(part=TEST) if e.part == VALIDATION else e for e in entries]
+    listed = tuple(
+        entry._replace(patient=patients.get(entry.path.relative_to(root).as_posix(), ""))
+        for entry in entries
+    )
+    counts = _count_parts(listed, known) if known else ()
+    return Listing(root, classes, listed, known, counts, (*notes, *_differences(counts)))
+
+
+def _known_set(classes: Sequence[str], entries: Sequence[Entry]) -> PaperSet | None:
+    """Return the set of the paper that has such classes, or None."""
+    keys = {re.sub("[^a-z0-9]", "", name.lower()) for name in classes}
+    if keys == {"normal", "pneumonia", "covid19"}:
+        return CHEST1
+    if keys == {"normal", "pneumonia"}:
+        n_named = sum(_CHEST2_PATIENT.match(entry.path.name) is not None for entry in entries)
+        return CHEST2 if n_named > 0.9 * len(entries) else None
+    if len(keys) == 2 and any("lyme" in key for key in keys):
+        return RASH
+    return None
+
+
+def _tests(folder: Path) -> Listing:
+    """Return the images of a tree CLASS/*, or of the parts of a larger one."""
+    root = _unwrap(folder, lambda inner: bool(_parts(inner)))
+    parts = _parts(root) if root else {}
+    if TEST not in parts and TRAIN in parts:
+        return _tree(folder)
+    tested = _two_cases(parts[TEST]) if TEST in parts else folder
+    entries = tuple(_class_folders(tested, TEST))
+    return Listing(root or folder, tuple(sorted({entry.label for entry in entries})), entries)
+
+
+def _two_cases(folder: Path) -> Path:
+    below = [path for path in _folders(folder) if path.name.lower().endswith("_2_cases")]
+    return below[0] if len(below) == 1 else folder
+
+
+def _class_folders(folder: Path, part: str) -> Iterator[Entry]:
+    """Yield the images of each class folder in ``folder``; one without images is an error."""
+    names = _folders(folder)
+    if not names:
+        raise UserError(f"{folder} has no class folders; lay images out as {folder.name}/CLASS/*")
+    for path in names:
+        files = list_images(path)
+        if not files:
+            raise UserError(f"class folder {path} has no images; fill it or remove it")
+        for file in files:
+            yield Entry(file, path.name, part)
+
+
+def _chest2_patients(entries: Sequence[Entry], root: Path) -> dict[str, str]:
+    """Return the patient of each image that is named as in Chest-2."""
+    return {
+        entry.path.relative_to(root).as_posix(): next(filter(None, match.groups()))
+        for entry in entries
+        if (match := _CHEST2_PATIENT.match(entry.path.name))
+    }
+
+
+def _without_kaggles_validation(entries: list[Entry]) -> tuple[list[Entry], list[str]]:
+    """Return the images without the 16 of Kaggle's folder val, as in Table 5, and a note."""
+    n_validation = sum(entry.part == VALIDATION for entry in entries)
+    if not 0 < n_validation <= _CHEST2_VALIDATION:
+        return entries, []
+    rest = [entry for entry in entries if entry.part != VALIDATION]
+    return rest, [
+        f"the {n_validation} images of the folder val are left out: too few to validate on, and "
+        f"{CHEST2.table} does not count them"
+    ]
+
+
+# --- osteosarcoma, as the Cancer Imaging Archive delivers it --------------------------------------
+
+
+def _osteosarcoma(folder: Path) -> Listing | None:
+    """Return the osteosarcoma tiles by the table beside them; None if ``folder`` is another set."""
+
+    def holds_tiles(inner: Path) -> bool:
+        return (inner / _OSTEOSARCOMA_TABLE).is_file() or any(
+            path.name.lower().startswith("training-set-") for path in _folders(inner)
+        )
+
+    root = _unwrap(folder, holds_tiles)
+    if root is None:
+        return None
+    table = root / _OSTEOSARCOMA_TABLE
+    if not table.is_file():
+        raise UserError(
+            f"{root} has no {_OSTEOSARCOMA_TABLE}, which says the class of each tile; put it there "
+            "(from the data set's page in the Cancer Imaging Archive)"
+        )
+    tiles = {_dashed(path.stem): path for path in list_images(root)}
+    entries = []
+    for line, row in _read_rows(table, {"name": ("image.name",), "label": ("classification",)}):
+        key = _dashed(row["label"])
+        if key not in _OSTEOSARCOMA_CLASSES:
+            raise unknown_name(f"{line}, classification", row["label"], _OSTEOSARCOMA_CLASSES)
+        name = _dashed(row["name"])
+        patient = _OSTEOSARCOMA_PATIENT.match(name)
+        entries.append(
+            Entry(
+                tiles.pop(name, root / f"{name}.jpg"),  # named in the error if it is missing
+                _OSTEOSARCOMA_CLASSES[key],
+                patient=patient.group(1) if patient else "",
+            )
+        )
+    notes = []
+    if tiles:
+        first = next(iter(tiles.values()))
+        notes.append(f"{len(tiles)} images are not in {table.name} and are left out ({first.name})")
+    classes = OSTEOSARCOMA.printed.classes
+    counts = tuple(
+        Count(
+            OSTEOSARCOMA.table,
+            "all",
+            label,
+            sum(entry.label == label for entry in entries),
+            sum(printed[label] for printed in OSTEOSARCOMA.printed.counts.values()),
+        )
+        for label in classes
+    )
+    notes += _differences(counts)
+    return Listing(root, classes, tuple(entries), OSTEOSARCOMA, counts, tuple(notes))
+
+
+def _dashed(name: str) -> str:
+    """Return a name in lower case with a dash for whatever separates its words."""
+    return re.sub("[^a-z0-9]+", "-", name.lower().removesuffix(".jpg")).strip("-")
+
+
+# --- counts ---------------------------------------------------------------------------------------
+
+
+def _count_parts(entries: Iterable[Entry], known: PaperSet) -> tuple[Count, ...]:
+    """Return the images of each class and part beside those of the paper."""
+    found = Counter((entry.part, known.column(entry.label)) for entry in entries)
+    return tuple(
+        Count(known.table, part, label, found[part, label], printed[label])
+        for label in known.printed.classes
+        for part, printed in known.printed.counts.items()
+    )
+
+
+def _differences(counts: Sequence[Count]) -> tuple[str, ...]:
+    """Return a note on the counts that are not the paper's."""
+    differing = [count for count in counts if count.found != count.paper]
+    if not differing:
+        return ()
+    listed = ", ".join(f"{c.part} {c.label} {c.found} ({c.paper})" for c in differing)
+    return (f"not the counts of {differing[0].table} (in brackets): {listed}",)
+
+
+# --- CSV files ------------------------------------------------------------------------------------
+
+
+def _read_rows(
+    file: Path, columns: dict[str, tuple[str, ...]], optional: frozenset[str] = frozenset()
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield where each row stands and its values by the keys of ``columns``, stripped.
+
+    ``columns`` gives the spellings of each; one that is not ``optional`` must be there, and must
+    have a value in every row. A column that is absent has no value in any row.
+    """
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            header = {name.strip().lower(): name for name in reader.fieldnames or () if name}
+            spelled = {
+                key: next((header[name] for name in names if name in header), None)
+                for key, names in columns.items()
+            }
+            for key, name in spelled.items():
+                if name is None and key not in optional:
+                    raise UserError(
+                        f"{file} has no column {columns[key][0]!r}; it has {', '.join(header)}"
+                    )
+            for row in reader:
+                where = f"{file}, line {reader.line_num}"
+                values = {key: (row[name] or "").strip() for key, name in spelled.items() if name}
+                for key, value in values.items():
+                    if not value and key not in optional:
+                        raise UserError(f"{where}: no {key}; fill it or remove the line")
+                yield where, values
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read {file}: {one_line(error)}; mend or remove it") from error
+
+
+def _read_csv(file: Path) -> Listing:
+    """Return the images that a CSV file lists; paths are relative to the file."""
+    if not file.is_file():
+        raise UserError(f"data file {file} does not exist; give an existing one with --data")
+    entries: list[Entry] = []
+    seen: dict[Path, str] = {}
+    for where, row in _read_rows(file, _COLUMNS, frozenset({"patient", "split", "fold"})):
+        split = row.get("split", TRAIN)
+        if split.lower() not in _SPELLINGS:
+            raise UserError(f"{where}: split {split!r} is not one of {', '.join(_SPELLINGS)}")
+        path = file.parent / row["path"]
+        if path in seen:
+            raise UserError(f"{where}: {row['path']} is also in {seen[path]}; list it once")
+        seen[path] = where
+        entries.append(
+            Entry(
+                path,
+                row["label"],
+                _SPELLINGS[split.lower()],
+                row.get("patient", ""),
+                row.get("fold", ""),
+            )
+        )
+    if not entries:
+        raise UserError(f"{file} lists no images; add lines path,label")
+    classes = tuple(sorted({entry.label for entry in entries}))
+    return Listing(file.parent, classes, tuple(entries))
+
+
+def _read_manifest(file: Path) -> dict[str, str]:
+    """Return the patient of each file that a manifest names; empty where there is none."""
+    if not file.exists():
+        return {}
+    columns = {"path": _COLUMNS["path"], "patient": _COLUMNS["patient"]}
+    rows = _read_rows(file, columns, frozenset(columns))
+    return {
+        row["path"]: row["patient"] for _, row in rows if row.get("path") and row.get("patient")
+    }

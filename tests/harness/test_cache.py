@@ -1,0 +1,212 @@
+"""Decoding once: the cache keyed by content, files that change or vanish, a full disk."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bstriplet import cache as image_cache
+from bstriplet import images
+from bstriplet.cache import decode, file_digests
+from bstriplet.errors import UserError
+from bstriplet.images import read_image
+from PIL import Image
+from quick import snapshot
+
+
+def make_images(folder: Path, count: int, colour_at: int | None = None) -> list[Path]:
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    paths = []
+    for number in range(count):
+        pixels = generator.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        if number != colour_at:
+            pixels[:] = pixels[..., :1]
+        paths.append(folder / f"{number:03d}.png")
+        Image.fromarray(pixels).save(paths[-1])
+    return paths
+
+
+@pytest.mark.parametrize("colour_at", [None, 0, 6, 12])
+def test_one_colour_image_makes_the_set_rgb(tmp_path: Path, colour_at: int | None) -> None:
+    paths = make_images(tmp_path / "set", 13, colour_at)
+    channels = 1 if colour_at is None else 3
+    pixels = decode(paths, 16).pixels
+    assert pixels.shape == (13, channels, 16, 16)
+    for path, row in zip(paths, pixels, strict=True):
+        np.testing.assert_array_equal(row, read_image(path, 16, channels))
+
+
+def test_images_are_decoded_once_whatever_they_are_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = make_images(tmp_path / "set", 5)
+    first = decode(paths, 16)
+    monkeypatch.setattr(images, "decode_image", None)  # decoding again would fail
+    os.utime(paths[0])
+    shutil.copytree(tmp_path / "set", tmp_path / "copy")
+    again = decode([tmp_path / "copy" / path.name for path in paths], 16)
+    assert again.key == first.key
+    np.testing.assert_array_equal(again.pixels, first.pixels)
+
+
+def test_changed_content_is_decoded_anew_even_at_the_same_time_and_size(tmp_path: Path) -> None:
+    paths = make_images(tmp_path / "set", 3)
+    before = decode(paths, 16)
+    times = (paths[0].stat().st_atime_ns, paths[0].stat().st_mtime_ns)
+    paths[0].write_bytes(paths[1].read_bytes())
+    os.utime(paths[0], ns=times)
+    after = decode(paths, 16)
+    assert after.key != before.key
+    np.testing.assert_array_equal(after.pixels[0], before.pixels[1])
+
+
+def test_size_and_channels_have_their_own_cache(tmp_path: Path) -> None:
+    paths = make_images(tmp_path / "set", 3)
+    assert len({decode(paths, 16).key, decode(paths, 17).key, decode(paths, 16, 3).key}) == 3
+
+
+def test_decoding_that_is_cut_leaves_nothing_to_be_mistaken(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = make_images(tmp_path / "set", 4)
+    whole, third = images.decode_image, paths[2].read_bytes()
+
+    def cut(content: bytes, size: int, channels: int | None) -> images.Pixels:
+        if content == third:
+            raise KeyboardInterrupt
+        return whole(content, size, channels)
+
+    monkeypatch.setattr(images, "decode_image", cut)
+    with pytest.raises(KeyboardInterrupt):
+        decode(paths, 16)
+    assert not snapshot(cache)
+    monkeypatch.setattr(images, "decode_image", whole)
+    assert not decode(paths, 16).broken
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path, cache: Path) -> None:
+    """A file of at most 4 kB stands for the disk; a memory map would die of it by SIGBUS."""
+    paths = make_images(tmp_path / "set", 20)
+    program = (
+        "import resource, signal, sys; from pathlib import Path\n"
+        "from bstriplet.cache import decode\n"
+        "from bstriplet.errors import UserError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "try: decode([Path(name) for name in sys.argv[1:]], 16)\n"
+        "except UserError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, paths)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "File too large" in done.stdout
+    assert "has room" in done.stdout
+    assert not snapshot(cache)
+
+
+def test_a_file_that_vanishes_before_it_is_decoded_is_broken_and_not_mistaken_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = make_images(tmp_path / "set", 4)
+    content = paths[1].read_bytes()
+    whole = images.read_content
+
+    def read(path: Path) -> bytes:
+        paths[1].unlink(missing_ok=True)
+        return whole(path)
+
+    monkeypatch.setattr(images, "read_content", read)
+    without = decode(paths, 16)
+    assert without.broken == {1: "not found"}
+    monkeypatch.setattr(images, "read_content", whole)
+    paths[1].write_bytes(content)
+    restored = decode(paths, 16)
+    assert not restored.broken
+    assert restored.key != without.key
+    np.testing.assert_array_equal(restored.pixels[1], read_image(paths[1], 16))
+
+
+def test_a_file_that_keeps_changing_is_an_error_that_names_it(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = make_images(tmp_path / "set", 3)
+    whole = images.read_content
+
+    def read(path: Path) -> bytes:
+        return whole(path) + (b"more" if path == paths[2] else b"")
+
+    monkeypatch.setattr(images, "read_content", read)
+    with pytest.raises(UserError, match=r"002\.png changes while it is read"):
+        decode(paths, 16)
+    assert not snapshot(cache)
+
+
+def test_decoded_images_outlive_their_files(tmp_path: Path) -> None:
+    paths = make_images(tmp_path / "set", 3)
+    decoded = decode(paths, 16)
+    expected = np.array(decoded.pixels)
+    shutil.rmtree(tmp_path / "set")
+    np.testing.assert_array_equal(decoded.pixels, expected)
+
+
+def test_files_that_rest_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = make_images(tmp_path / "set", 5)
+    monkeypatch.setattr(image_cache, "SETTLED_NS", -(10**12))  # as if written long ago
+    first = file_digests(paths)
+    hashed: list[Path] = []
+    whole = image_cache._hash_file
+
+    def hash_file(path: Path) -> str:
+        hashed.append(path)
+        return whole(path)
+
+    monkeypatch.setattr(image_cache, "_hash_file", hash_file)
+    assert file_digests(paths) == first
+    assert file_digests(paths[1:]) == first[1:]
+    assert not hashed
+    times = (paths[0].stat().st_atime_ns, paths[0].stat().st_mtime_ns)
+    paths[0].write_bytes(paths[0].read_bytes()[::-1])
+    os.utime(paths[0], ns=times)  # same size, same time of modification
+    changed = file_digests(paths)
+    assert hashed == paths[:1]
+    assert changed[0] != first[0]
+    assert changed[1:] == first[1:]
+    paths[3].unlink()
+    assert file_digests(paths) == [*changed[:3], "", changed[4]]
+
+
+def test_files_that_have_just_been_written_are_hashed_again(tmp_path: Path, cache: Path) -> None:
+    file_digests(make_images(tmp_path / "set", 2))
+    assert not snapshot(cache)
+
+
+def test_a_damaged_index_is_made_anew(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = make_images(tmp_path / "set", 2)
+    monkeypatch.setattr(image_cache, "SETTLED_NS", -(10**12))
+    digests = file_digests(paths)
+    (index,) = (cache / "index").iterdir()
+    index.write_bytes(index.read_bytes()[:100])
+    assert file_digests(paths) == digests
+    assert index.stat().st_size > 100
+
+
+def test_an_unusable_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = make_images(tmp_path / "set", 2)
+    monkeypatch.setenv("BSTRIPLET_CACHE", str(paths[0] / "below_a_file"))
+    with pytest.raises(UserError, match="BSTRIPLET_CACHE"):
+        decode(paths, 16)
+
+
+def test_a_damaged_cache_is_named(tmp_path: Path, cache: Path) -> None:
+    paths = make_images(tmp_path / "set", 2)
+    key = decode(paths, 16).key
+    (cache / "images" / key / "pixels.npy").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=f"{key} is damaged; delete that folder"):
+        decode(paths, 16)

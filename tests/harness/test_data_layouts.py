@@ -1,0 +1,361 @@
+"""Each layout as it is downloaded: recognised, counted, patients read from names and tables."""
+
+import csv
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bstriplet import paper
+from bstriplet.config import TrainConfig
+from bstriplet.data import Dataset, load_dataset, load_test_images, split_dataset
+from bstriplet.errors import UserError
+from bstriplet.layouts import recognise
+from PIL import Image
+
+GENERATOR = np.random.default_rng(0)
+
+
+def write_images(folder: Path, *names: str) -> None:
+    """Write an image of random greys under each name; the suffix decides the format."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        pixels = GENERATOR.integers(0, 256, (12, 12), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+
+
+def counts(dataset: Dataset) -> dict[tuple[str, str], int]:
+    return Counter(
+        (str(part), dataset.classes[label])
+        for part, label in zip(dataset.parts, dataset.images.labels, strict=True)
+    )
+
+
+def patient_of(dataset: Dataset) -> dict[str, int]:
+    """The patient's number by the bare file name."""
+    assert dataset.patients is not None
+    return {
+        Path(file).name: int(patient)
+        for file, patient in zip(dataset.images.files, dataset.patients, strict=True)
+    }
+
+
+# --- class trees ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "test"),
+    [("train", "val", "test"), ("Train", "Valid", "Test"), ("TRAINING", "Validation", "Testing")],
+)
+def test_parts_may_be_spelled_in_any_way(
+    tmp_path: Path, train: str, validation: str, test: str
+) -> None:
+    for part, count in ((train, 5), (validation, 2), (test, 3)):
+        for label in "ab":
+            write_images(tmp_path / part / label, *(f"{i}.png" for i in range(count)))
+    dataset = load_dataset(str(tmp_path), 16)
+    assert dataset.layout == "class tree"
+    task = split_dataset(dataset, TrainConfig())
+    assert (len(task.train), len(task.validation), len(task.test)) == (10, 4, 6)
+    assert all(file.startswith(f"{validation}/") for file in task.validation.files)
+    assert dataset.notes == task.notes == ()
+
+
+def test_a_delivered_validation_part_is_kept_while_a_test_part_is_made(tmp_path: Path) -> None:
+    for part, count in (("train", 10), ("val", 2)):
+        for label in "ab":
+            write_images(tmp_path / part / label, *(f"{i}.png" for i in range(count)))
+    task = split_dataset(load_dataset(str(tmp_path), 16), TrainConfig())
+    assert (len(task.train), len(task.validation), len(task.test)) == (16, 4, 4)
+    assert all(file.startswith("train/") for file in task.test.files)
+
+
+def test_two_spellings_of_one_part_are_an_error(tmp_path: Path) -> None:
+    for part in ("train", "training"):
+        write_images(tmp_path / part / "a", "1.png")
+    with pytest.raises(UserError, match="two folders for train: train, training"):
+        load_dataset(str(tmp_path), 16)
+
+
+# --- the sets of the paper ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_chest_1_as_kaggle_delivers_it(tmp_path: Path, inside: bool) -> None:
+    for part, count in (("train", 4), ("test", 2)):
+        for label in ("COVID19", "NORMAL", "PNEUMONIA"):
+            names = (f"{label}({number}).jpg" for number in range(count))
+            write_images(tmp_path / "Data" / part / label, *names)
+    dataset = load_dataset(str(tmp_path / "Data" if inside else tmp_path), 16)
+    assert dataset.layout.startswith("Chest-1")
+    assert dataset.classes == ("COVID19", "NORMAL", "PNEUMONIA")
+    assert counts(dataset)["test", "COVID19"] == 2
+    assert dataset.patients is None
+    assert [(c.part, c.label, c.found, c.paper) for c in dataset.counts][-2:] == [
+        ("train", "Covid-19", 4, 920),
+        ("test", "Covid-19", 2, 116),
+    ]
+    (note,) = dataset.notes
+    assert "Table 2" in note
+    assert "train Covid-19 4 (920)" in note
+
+
+def make_chest_2(root: Path, validation: bool = True) -> None:
+    write_images(
+        root / "train/NORMAL",
+        *("IM-0115-0001.jpeg", "IM-0117-0001.jpeg", "NORMAL2-IM-0592-0001.jpeg"),
+        *("NORMAL2-IM-0666-0001-0001.jpeg", "NORMAL2-IM-0666-0001-0002.jpeg"),
+    )
+    write_images(
+        root / "train/PNEUMONIA",
+        *("person1_bacteria_1.jpeg", "person1_bacteria_2.jpeg", "person10_bacteria_43.jpeg"),
+        *("person1_virus_7.jpeg", "person1005_virus_1688.jpeg"),
+    )
+    write_images(root / "test/NORMAL", "IM-0001-0001.jpeg", "NORMAL2-IM-0007-0001.jpeg")
+    write_images(root / "test/PNEUMONIA", "person100_bacteria_475.jpeg", "person10_virus_35.jpeg")
+    if validation:
+        write_images(root / "val/NORMAL", "NORMAL2-IM-1427-0001.jpeg")
+        write_images(root / "val/PNEUMONIA", "person1946_bacteria_4874.jpeg")
+
+
+def test_chest_2_as_kaggle_delivers_it(tmp_path: Path) -> None:
+    root = tmp_path / "chest_xray"
+    make_chest_2(root)
+    make_chest_2(root / "chest_xray")  # the archive holds itself once more
+    write_images(root / "__MACOSX/train/NORMAL", "._IM-0115-0001.png")
+    (root / "train/.DS_Store").write_bytes(b"\0")
+    (root / "train/NORMAL/.DS_Store").write_bytes(b"\0")
+    (root / "train/NORMAL/._IM-0115-0001.jpeg").write_bytes(b"\0")
+    dataset = load_dataset(str(tmp_path), 16)
+    assert dataset.layout.startswith("Chest-2")
+    assert counts(dataset) == {
+        ("train", "NORMAL"): 5,
+        ("train", "PNEUMONIA"): 5,
+        ("test", "NORMAL"): 2,
+        ("test", "PNEUMONIA"): 2,
+    }
+    who = patient_of(dataset)
+    same = {name for name in who if who[name] == who["person1_bacteria_1.jpeg"]}
+    assert same == {"person1_bacteria_1.jpeg", "person1_bacteria_2.jpeg", "person1_virus_7.jpeg"}
+    assert who["NORMAL2-IM-0666-0001-0001.jpeg"] == who["NORMAL2-IM-0666-0001-0002.jpeg"]
+    assert who["IM-0115-0001.jpeg"] != who["IM-0117-0001.jpeg"]
+    left_out, differing, shared = dataset.notes
+    assert "the 2 images of the folder val are left out" in left_out
+    assert "train Normal 5 (1341)" in differing
+    assert "1 patients are in the test part and in another: person10;" in shared
+
+
+def test_chest_2_as_mendeley_delivers_it(tmp_path: Path) -> None:
+    root = tmp_path / "ChestXRay2017/chest_xray"
+    write_images(
+        root / "train/NORMAL", "NORMAL-1003233-0001.jpeg", "NORMAL-1003233-0002.jpeg",
+        "NORMAL-2-0001.jpeg",
+    )  # fmt: skip
+    write_images(root / "train/PNEUMONIA", "BACTERIA-7422-0001.jpeg", "VIRUS-7423-0001.jpeg")
+    write_images(root / "test/NORMAL", "NORMAL-3-0001.jpeg")
+    write_images(root / "test/PNEUMONIA", "VIRUS-9-0001.jpeg")
+    (tmp_path / "__MACOSX").mkdir()
+    dataset = load_dataset(str(tmp_path), 16)
+    assert dataset.layout.startswith("Chest-2")
+    who = patient_of(dataset)
+    assert who["NORMAL-1003233-0001.jpeg"] == who["NORMAL-1003233-0002.jpeg"]
+    assert len(set(who.values())) == 6
+
+
+def test_a_manifest_says_more_than_names_do(tmp_path: Path) -> None:
+    make_chest_2(tmp_path, validation=False)
+    (tmp_path / "manifest.csv").write_text(
+        "file,patient\ntrain/PNEUMONIA/person1_virus_7.jpeg,another child\n"
+    )
+    who = patient_of(load_dataset(str(tmp_path), 16))
+    assert who["person1_bacteria_1.jpeg"] == who["person1_bacteria_2.jpeg"]
+    assert who["person1_bacteria_1.jpeg"] != who["person1_virus_7.jpeg"]
+
+
+def test_normal_and_pneumonia_under_other_names_are_a_tree_of_classes(tmp_path: Path) -> None:
+    for label in ("Normal", "Pneumonia"):
+        write_images(tmp_path / "train" / label, *(f"{i}.png" for i in range(4)))
+    dataset = load_dataset(str(tmp_path), 16)
+    assert dataset.layout == "class tree"
+    assert dataset.notes == ()
+
+
+@pytest.mark.parametrize("cases", [True, False])
+def test_rashes_as_kaggle_delivers_them(tmp_path: Path, cases: bool) -> None:
+    for part, count in (("Train", 4), ("Validation", 2)):
+        folder = tmp_path / "RashData" / part
+        if cases:
+            write_images(folder / f"{part}_4_Cases" / "Shingles", "1.jpg")
+            folder = folder / f"{part}_2_Cases"
+        for label in ("Lyme_Negative", "Lyme_Positive"):
+            write_images(folder / label, *(f"EM rash{number}.jpg" for number in range(count)))
+    dataset = load_dataset(str(tmp_path), 16)
+    assert dataset.layout.startswith("rash")
+    assert dataset.classes == ("Lyme_Negative", "Lyme_Positive")
+    assert counts(dataset)["test", "Lyme_Positive"] == 2
+    assert [(c.part, c.label, c.found) for c in dataset.counts] == [
+        ("train", "Non-Lyme Disease", 4),
+        ("test", "Non-Lyme Disease", 2),
+        ("train", "Lyme Disease", 4),
+        ("test", "Lyme Disease", 2),
+    ]
+    images, _ = load_test_images(str(tmp_path), dataset.classes, 16, 1, skip_broken=False)
+    assert len(images) == 4
+
+
+TILES = {
+    "Case-3-A10-33277-6761": "Non-Tumor",
+    "Case-3-A10-33300-6761": "Non-Viable-Tumor",
+    "Case-4-A7-35317-1973": "Viable",
+    "Case-48-P5-C16-53844-23083": "viable: non-viable",
+    "P9-B6-19328-19600": "Non-Tumor",
+}
+
+
+def make_osteosarcoma(root: Path) -> None:
+    names = list(TILES)
+    write_images(root / "Training-Set-1/set1", *(f"{name}.jpg" for name in names[:3]))
+    write_images(root / "Training-Set-2/set8", *(f"{name}.jpg" for name in names[3:]))
+    (root / "Training-Set-1/set1/PathologistValidation.csv").write_text("a,Viable\n")
+    with (root / "ML_Features_1144.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["image.name", "red.count", "classification"])
+        for name, label in TILES.items():  # the table spells names with blanks
+            spelled = name.replace("Case-", "Case ").replace("-", " - ", 1)
+            writer.writerow([spelled, "7", label])
+
+
+def test_osteosarcoma_as_tcia_delivers_it(tmp_path: Path) -> None:
+    make_osteosarcoma(tmp_path / "Osteosarcoma-UT")
+    dataset = load_dataset(str(tmp_path), 16)
+    assert dataset.layout.startswith("osteosarcoma")
+    assert dataset.classes == ("Non-Tumor", "Necrotic Tumor", "Viable Tumor")
+    assert counts(dataset) == {
+        ("train", "Non-Tumor"): 2,
+        ("train", "Necrotic Tumor"): 1,
+        ("train", "Viable Tumor"): 2,
+    }
+    who = patient_of(dataset)
+    assert len(set(who.values())) == 4
+    assert who["Case-3-A10-33277-6761.jpg"] == who["Case-3-A10-33300-6761.jpg"]
+    assert [(c.part, c.label, c.paper) for c in dataset.counts] == [
+        ("all", "Non-Tumor", 536),
+        ("all", "Necrotic Tumor", 263),
+        ("all", "Viable Tumor", 345),
+    ]
+
+
+def test_a_tile_that_is_missing_is_named_and_one_that_is_too_many_is_noted(tmp_path: Path) -> None:
+    make_osteosarcoma(tmp_path)
+    (tmp_path / "Training-Set-2/set8/P9-B6-19328-19600.jpg").rename(tmp_path / "extra.jpg")
+    with pytest.raises(UserError, match=r"p9-b6-19328-19600\.jpg \(not found\)"):
+        load_dataset(str(tmp_path), 16)
+    dataset = load_dataset(str(tmp_path), 16, skip_broken=True)
+    assert len(dataset.images) == 4
+    assert any("1 images are not in ML_Features_1144.csv" in note for note in dataset.notes)
+
+
+def test_osteosarcoma_without_its_table_says_what_is_missing(tmp_path: Path) -> None:
+    make_osteosarcoma(tmp_path)
+    (tmp_path / "ML_Features_1144.csv").unlink()
+    with pytest.raises(UserError, match=r"has no ML_Features_1144\.csv"):
+        load_dataset(str(tmp_path), 16)
+
+
+def test_an_unknown_tile_class_is_an_error(tmp_path: Path) -> None:
+    make_osteosarcoma(tmp_path)
+    table = tmp_path / "ML_Features_1144.csv"
+    table.write_text(table.read_text().replace("Non-Viable-Tumor", "Necrosis"))
+    with pytest.raises(UserError, match="line 3, classification: unknown name 'Necrosis'"):
+        load_dataset(str(tmp_path), 16)
+
+
+def test_the_papers_split_of_osteosarcoma_is_four_fifths_of_each_class_by_image() -> None:
+    """Table 9 to the image, from the class totals: what ``split_by="image"`` makes by default."""
+    counts = paper.data_set("osteosarcoma").counts
+    for label, tested in counts["test"].items():
+        assert tested == round(TrainConfig().test_fraction * (counts["train"][label] + tested))
+
+
+# --- CSV files ------------------------------------------------------------------------------------
+
+
+def make_csv(root: Path, header: str, *rows: str) -> str:
+    write_images(root / "images", *(f"{number}.png" for number in range(8)))
+    file = root / "list.csv"
+    file.write_text("\n".join([header, *rows]) + "\n")
+    return str(file)
+
+
+ROWS = [f"images/{number}.png,{'ab'[number % 2]}" for number in range(8)]
+
+
+def test_a_csv_file_lists_paths_beside_it(tmp_path: Path) -> None:
+    dataset = load_dataset(make_csv(tmp_path, "path,label", *ROWS), 16)
+    assert dataset.layout == "CSV file"
+    assert dataset.images.files[3] == "images/3.png"
+    assert dataset.classes == ("a", "b")
+    np.testing.assert_array_equal(dataset.images.labels, [0, 1] * 4)
+    assert dataset.patients is None
+    assert dataset.folds is None
+    assert set(dataset.parts) == {"train"}
+
+
+def test_a_csv_file_gives_patients_parts_and_folds(tmp_path: Path) -> None:
+    rows = [
+        f"{row},p{number // 2},{'train' if number < 6 else 'Test'},{number // 4}"
+        for number, row in enumerate(ROWS)
+    ]
+    data = make_csv(tmp_path, "File, class ,patient_id,split,fold", *rows)
+    dataset = load_dataset(data, 16)
+    np.testing.assert_array_equal(dataset.patients, np.arange(8) // 2)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(dataset.parts, ["train"] * 6 + ["test"] * 2)
+    np.testing.assert_array_equal(dataset.folds, [0] * 4 + [1] * 4)  # type: ignore[arg-type]
+    task = split_dataset(dataset, TrainConfig(folds=2, fold=2, validation_fraction=0.5))
+    assert task.test.files == tuple(f"images/{number}.png" for number in range(4, 8))
+    with pytest.raises(UserError, match="--folds 3: the data give 2"):
+        split_dataset(dataset, TrainConfig(folds=3))
+    images, _ = load_test_images(data, ("a", "b"), 16, 1, skip_broken=False)
+    assert images.files == ("images/6.png", "images/7.png")
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "message"),
+    [
+        ("path,kind", ROWS, "no column 'label'; it has path, kind"),
+        ("path,label", ["images/0.png,a", "images/1.png,"], "line 3: no label; fill it"),
+        ("path,label", [*ROWS, ROWS[0]], r"line 10: images/0\.png is also in .*line 2"),
+        ("path,label,split", [f"{row},fit" for row in ROWS], "line 2: split 'fit' is not one of"),
+        ("path,label,split", [f"{row}," for row in ROWS], "line 2: split '' is not one of"),
+        ("path,label,fold", [*(f"{row},1" for row in ROWS[1:]), f"{ROWS[0]},"], "has no fold"),
+        ("path,label", ROWS[::2], "one class only, 'a'"),
+        ("path,label", [], "lists no images"),
+        ("path,label,split", [f"{row},test" for row in ROWS], "no images for training"),
+        (
+            "path,label,split",
+            [*(f"{row},train" for row in ROWS), "images/x.png,c,test"],
+            "class c is not among the training classes",
+        ),
+    ],
+)
+def test_a_wrong_csv_file_is_explained(
+    tmp_path: Path, header: str, rows: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        load_dataset(make_csv(tmp_path, header, *rows), 16)
+
+
+def test_a_file_that_a_csv_lists_in_vain_is_named_or_skipped(tmp_path: Path) -> None:
+    data = make_csv(tmp_path, "path,label", *ROWS)
+    (tmp_path / "images/5.png").unlink()
+    with pytest.raises(UserError, match=r"1 of 8 images cannot be read: images/5\.png \(not foun"):
+        load_dataset(data, 16)
+    assert load_dataset(data, 16, skip_broken=True).broken == ("images/5.png (not found)",)
+
+
+def test_missing_data_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.csv does not exist"):
+        recognise(str(tmp_path / "nowhere.csv"))
+    (tmp_path / "data.zip").write_bytes(b"")
+    with pytest.raises(UserError, match=r"neither a folder nor a \.csv or \.npz file"):
+        recognise(str(tmp_path / "data.zip"))
