@@ -24,7 +24,7 @@ from .second_moments import through_normalisation
 
 PANEL_NUMBERS = 1 << 23  # entries of S at once: 32 MiB of float32, what a second-level cache holds
 _FEWEST_ROWS = 128  # of a panel, however long its rows are
-BLOCK_N, BLOCK_M, WARPS = 64, 128, 8
+BLOCK_N, BLOCK_M, WARPS = 64, 64, 8
 _LARGEST_WEIGHT = 13  # as a power of two: four of them are below float16's largest number
 
 

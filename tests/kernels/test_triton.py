@@ -400,12 +400,12 @@ def test_the_same_bits_again(schedule, dtype):
 
 @runs_here
 def test_an_inactive_tile_of_a_panel_is_not_read():
-    raw = torch.full((64, 128), torch.nan, device=DEVICE)
-    labels, ones = torch.zeros(128, dtype=torch.int64, device=DEVICE), torch.ones(128).to(DEVICE)
-    for pull, expected in ((torch.zeros(2, 128), 0), (torch.eye(2, 128), 1)):
+    raw = torch.full((64, 64), torch.nan, device=DEVICE)
+    labels, ones = torch.zeros(64, dtype=torch.int64, device=DEVICE), torch.ones(64).to(DEVICE)
+    for pull, expected in ((torch.zeros(2, 64), 0), (torch.eye(2, 64), 1)):
         weights = torch.empty_like(raw)
         vectors = (labels, labels, ones, ones, pull.to(DEVICE), pull.to(DEVICE))
-        sizes = (64, 128, 64, 128, 128, 128, 0, 0)
+        sizes = (64, 64, 64, 64, 64, 64, 0, 0)
         fused._tiles().panel_weights[1, 1](
             raw, weights, *vectors, *sizes, BLOCK_N=panels.BLOCK_N, BLOCK_M=panels.BLOCK_M
         )
