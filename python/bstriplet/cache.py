@@ -254,7 +254,7 @@ def _hash_file(path: Path) -> str:
 def _signature(path: Path) -> tuple[int, ...] | None:
     """Return what changes when the file changes; None where there is no such file."""
     try:
-        status = path.stat()
+        status = os.stat(path)
     except OSError:
         return None
     return tuple(getattr(status, name) for name in _SIGNATURE)
@@ -262,7 +262,7 @@ def _signature(path: Path) -> tuple[int, ...] | None:
 
 def _index_file(paths: Sequence[Path]) -> Path:
     """Return where hashes of these files are remembered: one file for each data folder."""
-    common = os.path.commonpath([path.absolute().parent for path in paths])
+    common = os.path.abspath(os.path.commonpath({os.path.dirname(path) for path in paths}))
     return cache_folder() / _INDEX / f"{hashlib.sha256(os.fsencode(common)).hexdigest()}.npz"
 
 

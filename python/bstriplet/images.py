@@ -34,15 +34,20 @@ def list_images(folder: Path) -> list[Path]:
 
     Hidden files and folders are left out, and ``__MACOSX``, which archives made on a Mac hold.
     """
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES
-        and not any(
-            part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts
-        )
-        and path.is_file()
-    )
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if is_visible(name)]
+        found += [
+            os.path.join(parent, name)
+            for name in files
+            if is_visible(name) and os.path.splitext(name)[1].lower() in SUFFIXES
+        ]
+    return [Path(file) for file in sorted(found, key=lambda file: file.split(os.sep))]
+
+
+def is_visible(name: str) -> bool:
+    """Whether a file or folder of that name is data, not hidden nor added by a Mac to archives."""
+    return not name.startswith(".") and name != "__MACOSX"
 
 
 def read_image(path: Path, size: int, channels: int | None = None) -> Pixels:
