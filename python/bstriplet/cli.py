@@ -1,14 +1,16 @@
-"""The ``bstriplet`` command: train, compare, sweep, evaluate, predict, data, demo."""
+"""The ``bstriplet`` command: train, compare, evaluate, predict, demo."""
 
 import argparse
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from bstriplet.config import (
@@ -16,15 +18,12 @@ from bstriplet.config import (
     TrainConfig,
     add_options,
     describe_difference,
-    fields_of,
     given_options,
 )
 from bstriplet.errors import UserError, one_line
 
 DEFAULT_SCHEMES = ("ce:random", "ce+bst:mined")
 DEFAULT_SEEDS = (0, 1, 2)
-SWEPT_LOSS = "ce+bst"
-DEFAULT_WEIGHTS = (0.0, 0.1, 0.3, 1.0, 3.0)
 
 # The commands import torch, timm and scikit-learn after a look at what was typed: help and most
 # mistakes are answered at once.
@@ -38,8 +37,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status: 0, 2 for bad input, 130 for Ctrl-C."""
+    """Run the command line and return the exit status.
+
+    0; 2 for bad input; 128 and the signal's number, 130 or 143, for Ctrl-C or SIGTERM.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         options = _parser().parse_args(given)
         options.run_command(options)
@@ -47,13 +50,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         _say(f"bstriplet: {one_line(error)}")
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         _say(f"bstriplet: interrupted; {_how_to_continue(given)}")
-        return 130
+        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     except BrokenPipeError:  # the reader of our output, such as head, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    """End a command at SIGTERM, which clusters send some time before they kill, as at Ctrl-C."""
+    raise KeyboardInterrupt(number)
 
 
 def _say(text: str) -> None:
@@ -64,7 +74,7 @@ def _say(text: str) -> None:
 def _how_to_continue(given: list[str]) -> str:
     """Return how a command that was interrupted is continued."""
     command = given[0] if given else ""
-    if command in ("train", "compare", "sweep"):
+    if command in ("train", "compare"):
         resume = [] if "--resume" in given else ["--resume"]
         return f"continue with: bstriplet {shlex.join([*given, *resume])}"
     if command == "demo":
@@ -94,35 +104,15 @@ def _parser() -> _Parser:
         help="what to compare, for example ce+bst:mined or ce:random:lr=0.01 "
         f"(default: {' '.join(DEFAULT_SCHEMES)})",
     )
-    _add_seeds(compare)
+    compare.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        metavar="SEED",
+        help=f"seeds of each scheme (default: {' '.join(map(str, DEFAULT_SEEDS))})",
+    )
     add_options(compare, without=("loss", "batches", "seed"))
     compare.set_defaults(run_command=_compare)
-
-    sweep = commands.add_parser(
-        "sweep", help="compare weights (lambda) and margins (m) of a loss; table, figure, report"
-    )
-    _add_output(sweep)
-    sweep.add_argument(
-        "--metric-weights",
-        nargs="+",
-        type=float,
-        metavar="WEIGHT",
-        help="values of lambda; 0 is plain cross entropy (default: "
-        f"{' '.join(f'{weight:g}' for weight in DEFAULT_WEIGHTS)})",
-    )
-    sweep.add_argument(
-        "--margins",
-        nargs="+",
-        type=float,
-        metavar="MARGIN",
-        help="values of m, each with each weight (default: that of a single run)",
-    )
-    _add_seeds(sweep)
-    sweep.add_argument(
-        "--loss", default=argparse.SUPPRESS, help=f"loss that is weighed (default: {SWEPT_LOSS})"
-    )
-    add_options(sweep, without=("loss", "metric_weight", "margin", "seed"))
-    sweep.set_defaults(run_command=_sweep)
 
     evaluate = commands.add_parser("evaluate", help="print the test metrics of a trained model")
     _add_run(evaluate)
@@ -136,13 +126,6 @@ def _parser() -> _Parser:
     predict.add_argument("images", nargs="+", type=Path, help="image files or folders")
     predict.add_argument("--output", type=Path, help="CSV file (default: standard output)")
     predict.set_defaults(run_command=_predict)
-
-    data = commands.add_parser(
-        "data", help="say what data were recognised as, how they split, and what is odd in them"
-    )
-    data.add_argument("data", metavar="DATA", help="what --data of train takes")
-    add_options(data, only=(*fields_of("data"), "seed"), without=("data",))
-    data.set_defaults(run_command=_data)
 
     demo = commands.add_parser(
         "demo", help="compare CE with CE + BST on a few images a class, in minutes"
@@ -165,16 +148,6 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_seeds(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--seeds",
-        nargs="+",
-        type=int,
-        metavar="SEED",
-        help=f"seeds of each (default: {' '.join(map(str, DEFAULT_SEEDS))})",
-    )
-
-
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     parser.add_argument(
@@ -187,17 +160,19 @@ def _train(options: argparse.Namespace) -> None:
     config = TrainConfig(**given)
 
     from bstriplet import report
+    from bstriplet.backbones import check_backbone
     from bstriplet.data import load_dataset, split_dataset
-    from bstriplet.runs import RunFolder, check_new
-    from bstriplet.training import check_names, train
+    from bstriplet.runs import RunFolder, check_free, check_new
+    from bstriplet.training import train
 
     run = RunFolder(options.out)
     if options.resume and run.started:
+        check_free(options.out)
         config = replace(run.config(), **given)
         run.check_config(config)
     else:
         check_new(options.out)
-    check_names(config)
+    check_backbone(config.backbone)
     dataset = load_dataset(config.data, config.image_size, skip_broken=config.skip_broken)
     task = split_dataset(dataset, config)
     for note in task.notes:
@@ -213,43 +188,16 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    schemes = tuple(Scheme.parse(text) for text in options.schemes or ())
-    default = tuple(Scheme.parse(text) for text in DEFAULT_SCHEMES)
-    _run_plan(_plan(options, given_options(options), schemes, default), options.out)
-
-
-def _sweep(options: argparse.Namespace) -> None:
-    from bstriplet.sweep import sweep_schemes, write_tables
-
     given = given_options(options)
-    typed = options.metric_weights or options.margins or {"loss", "batches"} & given.keys()
-    default = sweep_schemes(
-        given.pop("loss", SWEPT_LOSS),
-        given.pop("batches", TrainConfig.batches),
-        options.metric_weights or DEFAULT_WEIGHTS,
-        options.margins or (),
-    )
-    _run_plan(_plan(options, given, default if typed else (), default), options.out)
-    print(write_tables(options.out), end="")
-
-
-def _plan(
-    options: argparse.Namespace,
-    given: dict[str, Any],
-    schemes: tuple[Scheme, ...],
-    default: tuple[Scheme, ...],
-) -> Any:
-    """Return the plan that was typed, or the one to go on with after checking it against that.
-
-    ``schemes`` are those that were typed, ``default`` those of a new plan where none were.
-    """
     config = TrainConfig(**given)
+    schemes = tuple(Scheme.parse(text) for text in options.schemes or ())
     seeds = tuple(options.seeds or ())
 
     from bstriplet.compare import Plan, read_plan, started
-    from bstriplet.runs import check_new
+    from bstriplet.runs import check_free, check_new
 
     if options.resume and started(options.out):
+        check_free(options.out)
         plan = read_plan(options.out)
         difference = describe_difference(replace(plan.config, **given), plan.config)
         if (schemes or plan.schemes) != plan.schemes:
@@ -261,18 +209,24 @@ def _plan(
                 f"{options.out} was started with another configuration: {difference}; leave those "
                 "options as they were, or choose another --out"
             )
-        return plan
-    check_new(options.out)
-    return Plan(config, schemes or default, seeds or DEFAULT_SEEDS)
+    else:
+        check_new(options.out)
+        plan = Plan(
+            config=config,
+            schemes=schemes or tuple(Scheme.parse(text) for text in DEFAULT_SCHEMES),
+            seeds=seeds or DEFAULT_SEEDS,
+        )
+    _run_plan(plan, options.out)
 
 
 def _demo(options: argparse.Namespace) -> None:
     from bstriplet.compare import read_plan, started
     from bstriplet.demo import demo_plan
-    from bstriplet.runs import check_new
+    from bstriplet.runs import check_free, check_new
 
     plan = demo_plan(options.data)
     folder = options.out / Path(plan.config.data).name
+    check_free(folder)
     if not started(folder):
         check_new(folder)
     elif read_plan(folder) != plan:
@@ -322,16 +276,6 @@ def _predict(options: argparse.Namespace) -> None:
         _say(f"predictions: {options.output}")
     else:
         sys.stdout.write(table)
-
-
-def _data(options: argparse.Namespace) -> None:
-    config = TrainConfig(**given_options(options))
-
-    from bstriplet.data import load_dataset, split_dataset
-    from bstriplet.survey import survey
-
-    dataset = load_dataset(config.data, config.image_size, skip_broken=config.skip_broken)
-    print(survey(dataset, split_dataset(dataset, config)))
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:

@@ -26,12 +26,19 @@ PREDICTIONS = "predictions.csv"
 EMBEDDINGS = "embeddings.npz"
 METRICS = "metrics.json"
 
+# What the holder of a folder writes. A process that was killed may have left half of one of them,
+# under another name.
+_HELD_FILES = (ENVIRONMENT, CONFIG, LOG, LAST, BEST, PREDICTIONS, EMBEDDINGS, METRICS)
+
 # What a run that is killed before it has written its configuration may leave behind.
 _FIRST_FILES = (LOCK, ENVIRONMENT, f".{ENVIRONMENT}.", f".{CONFIG}.")
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path``: whoever reads it meets the old file or the new one, whole."""
+    """Write ``content`` to ``path``: whoever reads it meets the old file or the new one, whole.
+
+    That holds through a loss of power too, and what this function has returned from stays written.
+    """
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
@@ -41,11 +48,22 @@ def write_atomic(path: Path, content: bytes) -> None:
                 os.fsync(stream.fileno())
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
+            _sync_folder(path.parent)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def _sync_folder(path: Path) -> None:
+    """Make names in a folder durable, where a folder can be opened (not on Windows)."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -80,11 +98,18 @@ def check_new(path: Path) -> None:
         )
 
 
+def check_free(path: Path) -> None:
+    """Raise if another process holds the folder: better before the images are read than after."""
+    if (path / LOCK).exists():
+        with locked_folder(path):
+            pass
+
+
 @contextmanager
 def locked_folder(path: Path) -> Iterator[None]:
     """Make the folder if need be and hold it: a second writer gets an error instead of a mixture.
 
-    The lock goes with the process, however it ends.
+    The lock goes with the process, however it ends; what a killed one left half-written is removed.
     """
     lock = FileLock(path / LOCK, timeout=0)
     try:
@@ -97,6 +122,9 @@ def locked_folder(path: Path) -> Iterator[None]:
     except OSError as error:
         raise cannot_write(path, error) from error
     try:
+        for name in _HELD_FILES:
+            for left_over in path.glob(f".{name}.*"):
+                left_over.unlink(missing_ok=True)
         yield
     finally:
         lock.release()
@@ -190,5 +218,7 @@ class RunFolder:
         try:
             with (self.path / LOG).open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
         except OSError as error:
             raise cannot_write(self.path / LOG, error) from error

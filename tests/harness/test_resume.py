@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,11 @@ import pytest
 import torch
 from bstriplet import runs, training
 from bstriplet.config import TrainConfig
-from bstriplet.data import load_dataset, split_dataset
+from bstriplet.data import Task, load_dataset, split_dataset
 from bstriplet.errors import UserError
-from bstriplet.runs import RunFolder, load_checkpoint, locked_folder
+from bstriplet.runs import RunFolder, load_checkpoint
 from bstriplet.training import train
+from full_disk import NO_DISK
 from quick import Run, snapshot, tiny_flags
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -42,10 +45,14 @@ def contents(folder: Path) -> dict[str, Any]:
     files = snapshot(folder)
     for name in (runs.LOG, runs.LAST, runs.BEST, runs.LOCK):
         files.pop(name, None)
-    log = [json.loads(line) for line in (folder / runs.LOG).read_text().splitlines()]
+    log = read_log(RunFolder(folder))
     last, best = (load_checkpoint(folder / name) for name in (runs.LAST, runs.BEST))
     last["history"] = untimed(last["history"])
     return {"files": files, "log": untimed(log), "last": flat(last), "best": flat(best)}
+
+
+def read_log(run: RunFolder) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.path / runs.LOG).read_text().splitlines()]
 
 
 def flat(value: Any) -> Any:
@@ -101,33 +108,86 @@ def lines_in(log: Path) -> int:
     return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
-def test_kill_9_at_random_moments_loses_nothing(
-    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Kill processes that are forked from one with the imports behind it; continue; compare."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in this process
-    config = replace(tiny, **MINED, epochs=30)
-    task = split_dataset(load_dataset(config.data, config.image_size), config)
-    whole, cut = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "cut")
-    train(config, task, whole)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bstriplet.training"])
-    moments = random.Random(764)
-    for epochs_done in sorted(moments.sample(range(1, 26), 4)):
-        process = context.Process(target=train, args=(config, task, cut))
+@dataclass(frozen=True)
+class Background:
+    """Trains a run in processes that are forked from one with the imports behind it."""
+
+    config: TrainConfig
+    task: Task
+    run: RunFolder
+
+    @contextmanager
+    def process(self) -> Iterator[BaseProcess]:
+        """A process that trains the run, killed at the end."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["bstriplet.training"])
+        process = context.Process(target=train, args=(self.config, self.task, self.run))
         process.start()
-        while process.is_alive() and lines_in(cut.path / runs.LOG) < epochs_done:
-            time.sleep(0.01)
-        time.sleep(moments.uniform(0, 0.1))
-        process.kill()
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.join()
+
+    def wait_for_epoch(self, epoch: int, process: BaseProcess) -> None:
+        """Wait until the log has this epoch, or the process has ended."""
+        while process.is_alive() and lines_in(self.run.path / runs.LOG) < epoch:
+            time.sleep(0.002)
+
+
+@pytest.fixture
+def background(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Background]:
+    """Prepare a run in the folder ``cut`` for training in the background."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in this process
+
+    def prepare(**changes: object) -> Background:
+        config = replace(tiny, **changes)
+        task = split_dataset(load_dataset(config.data, config.image_size), config)
+        return Background(config, task, RunFolder(tmp_path / "cut"))
+
+    return prepare
+
+
+def test_kill_9_at_20_random_moments_loses_nothing(
+    tmp_path: Path, background: Callable[..., Background]
+) -> None:
+    """Kill between the start of a process and its last epochs; continue; compare."""
+    epochs = 24
+    cut = background(**MINED, epochs=epochs)
+    whole = RunFolder(tmp_path / "whole")
+    train(cut.config, cut.task, whole)
+    epoch_seconds = read_log(whole)[-1]["seconds"]
+    moments = random.Random(764)
+    for epochs_done in sorted(moments.choices(range(epochs - 3), k=20)):
+        with cut.process() as process:
+            cut.wait_for_epoch(epochs_done, process)
+            time.sleep(moments.uniform(0, 2 * epoch_seconds))
+            process.kill()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+    assert not cut.run.finished
+    train(cut.config, cut.task, cut.run)
+    assert contents(cut.run.path) == contents(whole.path)
+
+
+def test_a_second_process_is_refused_and_the_first_unharmed(
+    tmp_path: Path, background: Callable[..., Background], bstriplet: Run
+) -> None:
+    first = background(epochs=25)
+    with first.process() as process:
+        first.wait_for_epoch(1, process)
+        with pytest.raises(UserError, match="another process is writing"):
+            train(first.config, first.task, first.run)
+        command = ("train", "--out", first.run.path, "--resume")
+        outcome = bstriplet(*command, "--data", tmp_path)  # refused before an image is looked for
         process.join()
-        assert process.exitcode == -signal.SIGKILL
-    assert not cut.finished
-    train(config, task, cut)
-    results = [contents(run.path) for run in (whole, cut)]
-    for name in [name for name in results[1]["files"] if name.startswith(".")]:
-        del results[1]["files"][name]  # half-written by a process that was killed
-    assert results[0] == results[1]
+        assert process.exitcode == 0
+    assert outcome.status == 2
+    assert "another process is writing" in outcome.err
+    assert [row["epoch"] for row in read_log(first.run)] == list(range(1, 26))
+    assert first.run.finished
 
 
 def heed_interrupts() -> None:
@@ -135,7 +195,10 @@ def heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_ctrl_c_says_how_to_continue_and_the_run_continues(tmp_path: Path, bstriplet: Run) -> None:
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_says_how_to_continue_and_continues(
+    tmp_path: Path, bstriplet: Run, stop: signal.Signals
+) -> None:
     out = tmp_path / "run"
     command = ["train", *tiny_flags(epochs=400), "--stop-patience", "400", "--out", str(out)]
     process = subprocess.Popen(
@@ -148,11 +211,11 @@ def test_ctrl_c_says_how_to_continue_and_the_run_continues(tmp_path: Path, bstri
         deadline = time.monotonic() + 120
         while not (out / "last.pt").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(stop)
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130
+    assert process.returncode == 128 + stop
     assert re.fullmatch(r"bstriplet: interrupted; continue with: bstriplet train .*--resume\n", err)
     assert err.split("bstriplet train ")[1].split() == [*command[1:], "--resume"]
     assert not (out / "metrics.json").exists()
@@ -179,20 +242,11 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, bstriplet: Run) -> None
     assert after == before
 
 
-def test_two_processes_cannot_write_into_one_folder(tiny: TrainConfig, tmp_path: Path) -> None:
-    task = split_dataset(load_dataset(tiny.data, tiny.image_size), tiny)
-    run = RunFolder(tmp_path / "run")
-    with locked_folder(run.path), pytest.raises(UserError, match="another process is writing"):
-        train(tiny, task, run)
-    train(replace(tiny, epochs=1), task, run)
-    assert run.finished
-
-
-@pytest.mark.parametrize("fails_at", range(1, 8))
-def test_a_full_disk_is_one_clear_line_and_the_run_continues(
+@pytest.mark.parametrize("fails_at", range(1, 16))
+def test_a_failed_write_is_one_clear_line_and_the_run_continues(
     tmp_path: Path, bstriplet: Run, monkeypatch: pytest.MonkeyPatch, fails_at: int
 ) -> None:
-    """Each file of a run in turn meets a full disk; the run then goes on as if it had not."""
+    """Each write of a run in turn meets a full disk; the run then goes on as if it had not."""
     out = tmp_path / "run"
     sync: Callable[[int], None] = os.fsync
     calls = 0
@@ -211,3 +265,37 @@ def test_a_full_disk_is_one_clear_line_and_the_run_continues(
     assert not [path for path in out.iterdir() if path.name.startswith(".") and
                 path.name != runs.LOCK]  # fmt: skip
     assert bstriplet("train", *tiny_flags(epochs=1), "--out", out, "--resume").status == 0
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_continues(
+    tiny: TrainConfig, tmp_path: Path
+) -> None:
+    """On a disk of its own that has room for one checkpoint and not for the next beside it."""
+    config = replace(tiny, **MINED, epochs=3)
+    task = split_dataset(load_dataset(config.data, config.image_size), config)
+    whole = RunFolder(tmp_path / "whole")
+    train(config, task, whole)
+    (tmp_path / "disk").mkdir()
+    checkpoint = (whole.path / runs.LAST).stat().st_size
+    done = subprocess.run(
+        [
+            *("unshare", "--user", "--map-root-user", "--mount", sys.executable),
+            *(Path(__file__).with_name("full_disk.py"), tmp_path / "disk", tmp_path / "cut"),
+            *(str(round(1.5 * checkpoint)), *tiny_flags(epochs=3), "--loss", "ce+bst"),
+            *("--batches", "mined"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    if done.returncode == NO_DISK:
+        pytest.skip("a disk of its own needs Linux and the right to mount one")
+    assert done.returncode == 0, done.stderr
+    errors = done.stderr.splitlines()
+    assert len(errors) == 2
+    for line in errors:
+        assert re.fullmatch(
+            r"bstriplet: cannot write .*last\.pt: No space left on device; .*", line
+        )
+    assert contents(tmp_path / "cut") == contents(whole.path)
