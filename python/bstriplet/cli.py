@@ -1,4 +1,4 @@
-"""The ``bstriplet`` command: train, compare, evaluate, predict, demo."""
+"""The ``bstriplet`` command: train, compare, sweep, evaluate, predict, data, demo."""
 
 import argparse
 import os
@@ -18,12 +18,15 @@ from bstriplet.config import (
     TrainConfig,
     add_options,
     describe_difference,
+    fields_of,
     given_options,
 )
 from bstriplet.errors import UserError, one_line
 
 DEFAULT_SCHEMES = ("ce:random", "ce+bst:mined")
 DEFAULT_SEEDS = (0, 1, 2)
+SWEPT_LOSS = "ce+bst"
+DEFAULT_WEIGHTS = (0.0, 0.1, 0.3, 1.0, 3.0)
 
 # The commands import torch, timm and scikit-learn after a look at what was typed: help and most
 # mistakes are answered at once.
@@ -74,7 +77,7 @@ def _say(text: str) -> None:
 def _how_to_continue(given: list[str]) -> str:
     """Return how a command that was interrupted is continued."""
     command = given[0] if given else ""
-    if command in ("train", "compare"):
+    if command in ("train", "compare", "sweep"):
         resume = [] if "--resume" in given else ["--resume"]
         return f"continue with: bstriplet {shlex.join([*given, *resume])}"
     if command == "demo":
@@ -104,15 +107,35 @@ def _parser() -> _Parser:
         help="what to compare, for example ce+bst:mined or ce:random:lr=0.01 "
         f"(default: {' '.join(DEFAULT_SCHEMES)})",
     )
-    compare.add_argument(
-        "--seeds",
-        nargs="+",
-        type=int,
-        metavar="SEED",
-        help=f"seeds of each scheme (default: {' '.join(map(str, DEFAULT_SEEDS))})",
-    )
+    _add_seeds(compare)
     add_options(compare, without=("loss", "batches", "seed"))
     compare.set_defaults(run_command=_compare)
+
+    sweep = commands.add_parser(
+        "sweep", help="compare weights (lambda) and margins (m) of a loss; table, figure, report"
+    )
+    _add_output(sweep)
+    sweep.add_argument(
+        "--metric-weights",
+        nargs="+",
+        type=float,
+        metavar="WEIGHT",
+        help="values of lambda; 0 is plain cross entropy (default: "
+        f"{' '.join(f'{weight:g}' for weight in DEFAULT_WEIGHTS)})",
+    )
+    sweep.add_argument(
+        "--margins",
+        nargs="+",
+        type=float,
+        metavar="MARGIN",
+        help="values of m, each with each weight (default: that of a single run)",
+    )
+    _add_seeds(sweep)
+    sweep.add_argument(
+        "--loss", default=argparse.SUPPRESS, help=f"loss that is weighed (default: {SWEPT_LOSS})"
+    )
+    add_options(sweep, without=("loss", "metric_weight", "margin", "seed"))
+    sweep.set_defaults(run_command=_sweep)
 
     evaluate = commands.add_parser("evaluate", help="print the test metrics of a trained model")
     _add_run(evaluate)
@@ -126,6 +149,13 @@ def _parser() -> _Parser:
     predict.add_argument("images", nargs="+", type=Path, help="image files or folders")
     predict.add_argument("--output", type=Path, help="CSV file (default: standard output)")
     predict.set_defaults(run_command=_predict)
+
+    data = commands.add_parser(
+        "data", help="say what data were recognised as, how they split, and what is odd in them"
+    )
+    data.add_argument("data", metavar="DATA", help="what --data of train takes")
+    add_options(data, only=(*fields_of("data"), "seed"), without=("data",))
+    data.set_defaults(run_command=_data)
 
     demo = commands.add_parser(
         "demo", help="compare CE with CE + BST on a few images a class, in minutes"
@@ -148,6 +178,16 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_seeds(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        metavar="SEED",
+        help=f"seeds of each (default: {' '.join(map(str, DEFAULT_SEEDS))})",
+    )
+
+
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     parser.add_argument(
@@ -160,10 +200,9 @@ def _train(options: argparse.Namespace) -> None:
     config = TrainConfig(**given)
 
     from bstriplet import report
-    from bstriplet.backbones import check_backbone
     from bstriplet.data import load_dataset, split_dataset
     from bstriplet.runs import RunFolder, check_free, check_new
-    from bstriplet.training import train
+    from bstriplet.training import check_names, train
 
     run = RunFolder(options.out)
     if options.resume and run.started:
@@ -172,7 +211,7 @@ def _train(options: argparse.Namespace) -> None:
         run.check_config(config)
     else:
         check_new(options.out)
-    check_backbone(config.backbone)
+    check_names(config)
     dataset = load_dataset(config.data, config.image_size, skip_broken=config.skip_broken)
     task = split_dataset(dataset, config)
     for note in task.notes:
@@ -188,9 +227,37 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    given = given_options(options)
-    config = TrainConfig(**given)
     schemes = tuple(Scheme.parse(text) for text in options.schemes or ())
+    default = tuple(Scheme.parse(text) for text in DEFAULT_SCHEMES)
+    _run_plan(_plan(options, given_options(options), schemes, default), options.out)
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    from bstriplet.sweep import sweep_schemes, write_tables
+
+    given = given_options(options)
+    typed = options.metric_weights or options.margins or {"loss", "batches"} & given.keys()
+    default = sweep_schemes(
+        given.pop("loss", SWEPT_LOSS),
+        given.pop("batches", TrainConfig.batches),
+        options.metric_weights or DEFAULT_WEIGHTS,
+        options.margins or (),
+    )
+    _run_plan(_plan(options, given, default if typed else (), default), options.out)
+    print(write_tables(options.out), end="")
+
+
+def _plan(
+    options: argparse.Namespace,
+    given: dict[str, Any],
+    schemes: tuple[Scheme, ...],
+    default: tuple[Scheme, ...],
+) -> Any:
+    """Return the plan that was typed, or the one to go on with after checking it against that.
+
+    ``schemes`` are those that were typed, ``default`` those of a new plan where none were.
+    """
+    config = TrainConfig(**given)
     seeds = tuple(options.seeds or ())
 
     from bstriplet.compare import Plan, read_plan, started
@@ -209,14 +276,9 @@ def _compare(options: argparse.Namespace) -> None:
                 f"{options.out} was started with another configuration: {difference}; leave those "
                 "options as they were, or choose another --out"
             )
-    else:
-        check_new(options.out)
-        plan = Plan(
-            config=config,
-            schemes=schemes or tuple(Scheme.parse(text) for text in DEFAULT_SCHEMES),
-            seeds=seeds or DEFAULT_SEEDS,
-        )
-    _run_plan(plan, options.out)
+        return plan
+    check_new(options.out)
+    return Plan(config, schemes or default, seeds or DEFAULT_SEEDS)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -276,6 +338,16 @@ def _predict(options: argparse.Namespace) -> None:
         _say(f"predictions: {options.output}")
     else:
         sys.stdout.write(table)
+
+
+def _data(options: argparse.Namespace) -> None:
+    config = TrainConfig(**given_options(options))
+
+    from bstriplet.data import load_dataset, split_dataset
+    from bstriplet.survey import survey
+
+    dataset = load_dataset(config.data, config.image_size, skip_broken=config.skip_broken)
+    print(survey(dataset, split_dataset(dataset, config)))
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:
