@@ -98,7 +98,7 @@ def extensions() -> list[Extension]:
         "py_limited_api": True,
         "optional": True,
     }
-    cpu = [f"csrc/{name}.cpp" for name in ("schema", "operator", "cpu", "cpu_baseline")]
+    cpu = [f"csrc/{name}.cpp" for name in ("schema", "operator", "cpu", "moments", "cpu_baseline")]
     found = [
         Extension(
             "bstriplet_kernels._native",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .calibration import CONSTANTS
-from .paths import PATHS, fused, gram
+from .paths import PATHS, fused, gram, native
 from .spec import Spec
 
 _MOMENTS_FROM = 3
@@ -238,7 +238,9 @@ def _gram(work: Work, class_sizes: Sequence[int]) -> Cost:
     """See `paths.gram`; the columns' classes are those that have moments."""
     n, d, itemsize = max(work.n, work.columns), work.d, work.dtype.itemsize
     return Cost(
-        flops=gram.flops(n, d, class_sizes, work.reduction != "none"),
+        flops=gram.flops(
+            n, d, class_sizes, work.reduction != "none", work.m is None and native.missing() is None
+        ),
         bytes=gram.traffic(n, d, itemsize),
         extra_memory=gram.extra_memory(n, d, itemsize),
     )

@@ -40,20 +40,36 @@ inline int64_t grain(int64_t multiply_adds_per_unit) {
   return std::max<int64_t>(1, (int64_t{1} << 18) / std::max<int64_t>(1, multiply_adds_per_unit));
 }
 
-// Memory of one thread, kept for its next call, cache-line aligned.
+// Uninitialised numbers from the start of a cache line on.
+template <class T>
+class AlignedArray {
+ public:
+  AlignedArray() = default;
+  explicit AlignedArray(int64_t n) : memory_(new T[n + kLine]) {
+    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+    data_ = memory_.get() + (round_up(address, 64) - address) / sizeof(T);
+  }
+
+  T* data() const { return data_; }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(T);
+  std::unique_ptr<T[]> memory_;
+  T* data_ = nullptr;
+};
+
+// Memory of one thread, kept for its next call.
 template <class T>
 T* thread_scratch(int64_t n) {
-  thread_local std::unique_ptr<T[]> memory;
+  thread_local AlignedArray<T> memory;
   thread_local int64_t size = 0;
-  constexpr int64_t line = 64 / sizeof(T);
-  if (size < n + line) {
-    memory.reset();
+  if (size < n) {
     size = 0;
-    memory.reset(new T[n + line]);
-    size = n + line;
+    memory = {};  // before the new memory is there
+    memory = AlignedArray<T>(n);
+    size = n;
   }
-  const auto address = reinterpret_cast<uintptr_t>(memory.get());
-  return memory.get() + (round_up(address, 64) - address) / sizeof(T);
+  return memory.data();
 }
 
 // One element of a strided tensor after another, as T.

@@ -8,6 +8,7 @@
 namespace bstriplet {
 
 inline constexpr int64_t kPad = 16;        // the widest vector, in elements
+inline constexpr int64_t kWidestPanel = 32;  // of `product`, in elements
 inline constexpr int64_t kBlock = 12;      // rows and columns of a tile of S
 inline constexpr int64_t kRowGroup = 96;   // rows that share one packed panel in `product`
 
@@ -53,6 +54,18 @@ struct Similarity {
   bool is_signed;  // phi(s) = s|s| instead of s^2
 };
 
+// Consecutive rows, `stride` elements apart, of a scratch; a row is readable, and zero, from its last
+// column up to a multiple of kWidestPanel.
+template <class T>
+struct Block {
+  T* data;
+  int64_t rows;
+  int64_t columns;
+  int64_t stride;
+
+  T* row(int64_t i) const { return data + i * stride; }
+};
+
 // The kernels of one instruction set for one accumulation type.
 template <class T>
 struct Kernels {
@@ -76,6 +89,24 @@ struct Kernels {
                   const Matrix<T>& own, const T* inverse, const T* along, T* gradient, T* packed,
                   int64_t begin, int64_t end);
   int64_t panel;  // columns of the gradient that one unit of `product` writes
+
+  // Second moments. Unit rows u_i are the rows of a Block; a packed matrix M [D, D] is panels of
+  // `panel` columns, D lines each, so that panel p begins at M + p D panel.
+
+  // rows_i *= factor_i.
+  void (*scale_rows)(Block<T> rows, const T* factor);
+  // total += sum_i weighted_i^T unit_i [D, D], from the first line down to each panel's diagonal.
+  void (*add_moment)(Block<const T> weighted, Block<const T> unit, T* total, int64_t total_stride);
+  // form_i = u_i^T M u_i, of a panel the lines down to its last column: what stands above the
+  // panel's diagonal block counts for what stands below, so it has to be doubled.
+  void (*forms)(Block<const T> unit, const T* packed, T* form);
+  // result_i = factor_i u_i M, or where `add` is true that is added; factor null: 1.
+  void (*multiply)(Block<const T> unit, const T* packed, const T* factor, bool add, Block<T> result);
+  // result_i += sum_j weights[i][j] u_j, for as many weights a row as there are unit rows.
+  void (*add_block)(const T* weights, int64_t weights_stride, Block<const T> unit, Block<T> result);
+  // v_i = (v_i - (v_i . u_i) u_i) inverse_i.
+  void (*through_normalisation)(Block<T> v, Block<const T> unit, const T* inverse);
+
   // Half precision rows to float.
   void (*widen_bfloat16)(const uint16_t* from, float* to, int64_t n);
   void (*widen_float16)(const uint16_t* from, float* to, int64_t n);

@@ -202,15 +202,17 @@ void pack_panel(const Matrix<T>& from, int64_t left, T* packed) {
   }
 }
 
-// total[r] = sum_j weights[r][j] packed[j], kProductRows x kPanel numbers.
+// total[r] = sum_j weights[r][j] others[j], kProductRows x kPanel numbers, where others[j] begins
+// `stride` elements after others[j - 1].
 template <class T>
-BST_INLINE void product_tile(const T* const* weights, const T* packed, int64_t depth, T* total) {
+BST_INLINE void product_tile(const T* const* weights, const T* others, int64_t stride,
+                             int64_t depth, T* total) {
   constexpr int lanes = kLanes<T>;
   Vec<T> acc[kProductRows][kProductVectors] = {};
-  for (int64_t j = 0; j < depth; ++j, packed += kPanel<T>) {
+  for (int64_t j = 0; j < depth; ++j, others += stride) {
     Vec<T> b[kProductVectors];
     BST_UNROLL
-    for (int v = 0; v < kProductVectors; ++v) b[v] = load(packed + v * lanes);
+    for (int v = 0; v < kProductVectors; ++v) b[v] = load(others + v * lanes);
     BST_UNROLL
     for (int r = 0; r < kProductRows; ++r) {
       const Vec<T> a = broadcast(weights[r][j]);
@@ -244,7 +246,7 @@ void product(const T* weights, int64_t weights_stride, const Matrix<T>& others,
       for (int64_t r = 0; r < kProductRows; ++r) {
         weight_row[r] = weights + (top + r < own.rows ? top + r : own.rows - 1) * weights_stride;
       }
-      product_tile(weight_row, packed, others.rows, total);
+      product_tile(weight_row, packed, kPanel<T>, others.rows, total);
       for (int64_t i = top; i < bottom && i < top + kProductRows; ++i) {
         const T* f = own.row(i) + left;
         const T* sum_row = total + (i - top) * kPanel<T>;
@@ -255,6 +257,8 @@ void product(const T* weights, int64_t weights_stride, const Matrix<T>& others,
     }
   }
 }
+
+#include "moment_kernels.h"
 
 BST_INLINE float from_bits(uint32_t bits) {
   float x;
@@ -282,8 +286,10 @@ void widen_float16(const uint16_t* from, float* to, int64_t n) {
 
 template <class T>
 constexpr Kernels<T> table() {
-  return {dots<T>,    squared_norms<T>, row_sums<T>,    row_weights<T>,
-          product<T>, kPanel<T>,        widen_bfloat16, widen_float16};
+  return {dots<T>,       squared_norms<T>, row_sums<T>,  row_weights<T>,
+          product<T>,    kPanel<T>,        scale_rows<T>, add_moment<T>,
+          forms<T>,       multiply_rows<T>, add_block<T>, through_normalisation<T>,
+          widen_bfloat16, widen_float16};
 }
 
 }  // namespace

@@ -4,7 +4,6 @@
 #include <utility>
 
 namespace bstriplet {
-namespace {
 
 void check_matrix(const char* name, const Tensor& matrix) {
   const ScalarType dtype = matrix.scalar_type();
@@ -34,23 +33,6 @@ void check_device(const char* name, const Tensor& tensor, const Tensor& embeddin
                   " must be on the device of embeddings");
 }
 
-Tensor empty_strided(int64_t dimensions, const int64_t* sizes, const int64_t* strides,
-                     ScalarType dtype, const Tensor& like) {
-  int32_t device_type = 0, device_index = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  AtenTensorHandle made = nullptr;
-  const int32_t type =
-      dtype == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-  const AOTITorchError error = aoti_torch_empty_strided(dimensions, sizes, strides, type,
-                                                        device_type, device_index, &made);
-  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "cannot allocate memory for ",
-                  dimensions > 0 ? sizes[0] : 1, " x ", dimensions > 1 ? sizes[1] : 1, " numbers");
-  return Tensor(made);
-}
-
-}  // namespace
-
 Inputs checked(Tensor embeddings, std::optional<Tensor> ref_emb, Tensor labels,
                std::optional<Tensor> ref_labels, std::optional<Tensor> upstream) {
   check_matrix("embeddings", embeddings);
@@ -78,19 +60,37 @@ Inputs checked(Tensor embeddings, std::optional<Tensor> ref_emb, Tensor labels,
           std::move(ref_labels), std::move(upstream), accumulation};
 }
 
-Tensor empty_scalar(ScalarType dtype, const Tensor& like) {
-  return empty_strided(0, nullptr, nullptr, dtype, like);
+Tensor empty_tensor(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
+  STD_TORCH_CHECK(sizes.size() <= 3, "at most 3 dimensions");
+  int64_t strides[3];
+  int64_t numbers = 1;
+  for (size_t k = sizes.size(); k-- > 0;) {
+    const int64_t size = sizes.begin()[k];
+    strides[k] = numbers;
+    if (size > 0) numbers = checked_product(size, numbers);
+  }
+  int32_t device_type = 0, device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle made = nullptr;
+  const int32_t type = dtype == ScalarType::Long     ? aoti_torch_dtype_int64()
+                       : dtype == ScalarType::Double ? aoti_torch_dtype_float64()
+                                                     : aoti_torch_dtype_float32();
+  const AOTITorchError error =
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+                               type, device_type, device_index, &made);
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "cannot allocate memory for ", numbers, " numbers");
+  return Tensor(made);
 }
 
+Tensor empty_scalar(ScalarType dtype, const Tensor& like) { return empty_tensor({}, dtype, like); }
+
 Tensor empty_vector(int64_t n, ScalarType dtype, const Tensor& like) {
-  const int64_t stride = 1;
-  return empty_strided(1, &n, &stride, dtype, like);
+  return empty_tensor({n}, dtype, like);
 }
 
 Tensor empty_matrix(int64_t rows, int64_t columns, ScalarType dtype, const Tensor& like) {
-  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
-  checked_product(rows, columns);
-  return empty_strided(2, sizes, strides, dtype, like);
+  return empty_tensor({rows, columns}, dtype, like);
 }
 
 int64_t checked_product(int64_t rows, int64_t columns) {

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 
@@ -50,6 +51,13 @@ struct Inputs {
 // Throws std::runtime_error, naming the argument and what is allowed, unless everything fits.
 Inputs checked(Tensor embeddings, std::optional<Tensor> ref_emb, Tensor labels,
                std::optional<Tensor> ref_labels, std::optional<Tensor> upstream);
+
+void check_matrix(const char* name, const Tensor& matrix);
+void check_vector(const char* name, const Tensor& vector, ScalarType dtype, int64_t n);
+void check_device(const char* name, const Tensor& tensor, const Tensor& embeddings);
+
+// An uninitialised contiguous tensor of float32, float64 or int64, on the device of `like`.
+Tensor empty_tensor(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like);
 
 // An uninitialised tensor of zero, one or two dimensions, on the device of `like`.
 Tensor empty_scalar(ScalarType dtype, const Tensor& like);

@@ -1,21 +1,30 @@
 """impl="gram": exact, in time linear in the batch, by second moments. Nothing is N x M.
 
-One mathematics (`second_moments`), two schedules: `gram_host` where sizes can be read, on the CPU;
-`gram_device` where reading them would stop a GPU. Both stand behind two operators.
+One mathematics (`second_moments`), three schedules behind two operators: on the CPU, where sizes
+can be read, `gram_native` where the native library is, else `gram_host`; `gram_device` where
+reading them would stop a GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ..spec import Path, Rows, Spec, State, reduce_losses, row_gradient
-from . import gram_device, gram_host
+from . import gram_device, gram_host, gram_native
 from .second_moments import form_fraction, moment_fraction
 
 _BYTES_A_ROW = 96  # order, inverse norms, means, a and the vectors that make them
+
+
+def _schedule(embeddings: Tensor, ref_emb: Tensor | None) -> ModuleType:
+    """The module that serves this input."""
+    if gram_native.takes(embeddings, ref_emb):
+        return gram_native
+    return gram_host if embeddings.is_cpu else gram_device
 
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -40,8 +49,7 @@ def _means(
     ref_labels: Tensor | None,
     eps: float,
 ) -> list[Tensor]:
-    schedule = gram_host if embeddings.is_cpu else gram_device
-    return schedule.forward(embeddings, ref_emb, labels, ref_labels, eps)
+    return _schedule(embeddings, ref_emb).forward(embeddings, ref_emb, labels, ref_labels, eps)
 
 
 @torch.library.register_fake("bstriplet::gram_means")
@@ -52,16 +60,14 @@ def _(
     ref_labels: Tensor | None,
     eps: float,
 ) -> list[Tensor]:
-    schedule = gram_host if embeddings.is_cpu else gram_device
-    return schedule.empty_outputs(embeddings, ref_emb)
+    return _schedule(embeddings, ref_emb).empty_outputs(embeddings, ref_emb)
 
 
 @torch.library.impl("bstriplet::gram_gradients", "CompositeExplicitAutograd")
 def _gradients(
     a: Tensor, embeddings: Tensor, ref_emb: Tensor | None, state: list[Tensor], sigma: float
 ) -> list[Tensor]:
-    schedule = gram_host if embeddings.is_cpu else gram_device
-    return schedule.gradients(a, embeddings, ref_emb, state, sigma)
+    return _schedule(embeddings, ref_emb).gradients(a, embeddings, ref_emb, state, sigma)
 
 
 @torch.library.register_fake("bstriplet::gram_gradients")
@@ -115,18 +121,25 @@ def refuses(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str | Non
 PATH = Path(forward, backward, refuses=refuses)
 
 
-def flops(n: int, d: int, class_sizes: Sequence[int], one_weight: bool = True) -> int:
+def flops(
+    n: int, d: int, class_sizes: Sequence[int], one_weight: bool = True, by_native: bool = False
+) -> int:
     """Floating-point operations of the products of forward and backward on the CPU.
 
     class_sizes: members of each class, summing to n. one_weight: all rows have h > 0 (or none), and
     the reduction is a scalar; otherwise the weighted moments and a second product are added.
+    by_native: by the native operators, which compute less of what is symmetric.
     """
-    large = [s for s in class_sizes if _has_moment(s, n, d)]
-    blocks = [s for s in class_sizes if not _has_moment(s, n, d)]
-    moments = n * moment_fraction(d)
-    forms = sum(2 * s * form_fraction(d, s) for s in large) + sum(blocks) * form_fraction(d, n)
-    pairs = sum(s * s for s in blocks if s > 1)
-    products = (moments + forms + n) * d * d + 3 * pairs * d
+    schedule = gram_native if by_native else gram_host
+    smallest = schedule.smallest_moment(d)
+    half = moment_fraction(d, gram_native.PANEL)
+    large = [s for s in class_sizes if s >= smallest or 2 * s > n]
+    blocks = [s for s in class_sizes if not (s >= smallest or 2 * s > n)]
+    moments = n * (half if by_native else moment_fraction(d))
+    forms = sum(2 * s * (half if by_native else form_fraction(d, s)) for s in large)
+    forms += sum(blocks) * (half if by_native else form_fraction(d, n))
+    pairs = schedule.BLOCK_PRODUCTS * sum(s * s for s in blocks if s > 1)
+    products = (moments + forms + n) * d * d + pairs * d
     if not one_weight:
         products += (moments + n) * d * d
     return int(2 * products)
@@ -143,10 +156,7 @@ def traffic(n: int, d: int, itemsize: int = 4) -> int:
 def extra_memory(n: int, d: int, itemsize: int = 4) -> int:
     """Peak bytes beyond the inputs on the CPU, the gradient included, whatever the classes are."""
     accumulation = max(4, itemsize)
-    matrices = (n // gram_host.smallest_moment(d) + 8) * d * d
+    smallest = min(gram_host.smallest_moment(d), gram_native.smallest_moment(d))
+    matrices = (n // smallest + 8) * d * d
     panel = 6 * gram_host.panel_rows(d) * max(d, gram_host.smallest_moment(d))
     return n * (d * itemsize + _BYTES_A_ROW) + (matrices + panel) * accumulation
-
-
-def _has_moment(size: int, n: int, d: int) -> bool:
-    return size >= gram_host.smallest_moment(d) or 2 * size > n

@@ -30,6 +30,7 @@ from .second_moments import (
 )
 
 PANEL_BYTES = 1 << 20  # of unit rows: what meets them then stays in the second-level cache
+BLOCK_PRODUCTS = 3  # of the members of a small class: S forward, S and its weights backward
 SMALLEST_MOMENT = 256  # a smaller class costs less as a block than the operator calls of a matrix
 
 

@@ -87,9 +87,9 @@ def quadratic_forms(unit: Tensor, halves: list[Tensor], count: int) -> Tensor:
     return parts[0] if len(parts) == 1 else sum(parts[1:], start=parts[0])
 
 
-def moment_fraction(d: int) -> float:
-    """What `add_moment` computes of a symmetric [D, D] product."""
-    blocks = -(-d // _BLOCK)
+def moment_fraction(d: int, columns: int = _BLOCK) -> float:
+    """What is computed of a symmetric [D, D] product, so many columns at once, as `add_moment`."""
+    blocks = -(-d // columns)
     return (blocks + 1) / (2 * blocks)
 
 

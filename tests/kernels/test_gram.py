@@ -8,9 +8,9 @@ from oracle import Options, assert_as_exact_as_plain, batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bstriplet_kernels import bstriplet_loss
-from bstriplet_kernels.paths import gram, gram_device, gram_host
+from bstriplet_kernels.paths import gram, gram_device, gram_host, gram_native, native
 
-SCHEDULES = [gram_host, gram_device]
+SCHEDULES = [gram_host, gram_native, gram_device]
 
 
 @pytest.fixture(autouse=True)
@@ -18,14 +18,17 @@ def _every_class_size_meets_both_ways(monkeypatch):
     """Small batches then hold classes with and without a moment matrix, and several panels."""
     monkeypatch.setattr(gram_host, "SMALLEST_MOMENT", 6)
     monkeypatch.setattr(gram_host, "panel_rows", lambda d: 7)
+    monkeypatch.setattr(gram_native, "SMALLEST_MOMENT", 6)
     monkeypatch.setattr(gram_device, "CHUNK_NUMBERS", 1 << 14)
 
 
-@pytest.fixture(params=SCHEDULES, ids=["host", "device"])
+@pytest.fixture(params=SCHEDULES, ids=["host", "native", "device"])
 def schedule(request, monkeypatch):
-    """Both schedules, on CPU tensors, behind the public function."""
+    """Every schedule, on CPU tensors, behind the public function."""
+    if request.param is gram_native and native.missing() is not None:
+        pytest.skip(native.missing())
+    monkeypatch.setattr(gram, "_schedule", lambda embeddings, ref_emb: request.param)
     if request.param is gram_device:
-        monkeypatch.setattr(gram, "gram_host", gram_device)
         monkeypatch.setattr(gram_device, "smallest_moment", lambda d: max(d, 5))
     return request.param
 
@@ -125,6 +128,68 @@ def test_schedules_agree_and_repeat_their_bits(schedule):
     ):
         assert torch.equal(first, second)
         torch.testing.assert_close(of_host, first, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+class TestNative:
+    """What is particular to the native operators."""
+
+    @pytest.mark.parametrize("labels_are", ["dense", "sparse"])
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    def test_many_blocks_of_many_parts(self, reduction, labels_are, monkeypatch):
+        """Classes of more rows than one block, one sum or one batch of packed matrices holds."""
+        monkeypatch.setattr(gram_native, "SMALLEST_MOMENT", 100)
+        x, labels = sized([700, 500, 110, *[40] * 10, *range(1, 90, 9)], 24, 0, torch.float32)
+        if labels_are == "sparse":
+            labels = labels * (1 << 40) - (1 << 50)
+        assert_as_exact_as_plain("gram", x, labels, Options(reduction=reduction, margin=0.3))
+
+    def test_bits_do_not_depend_on_the_number_of_threads(self):
+        x, labels = sized([3000, 1500, *[20] * 40], 32, 0, torch.float32)
+        before, results = torch.get_num_threads(), []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            outputs = gram_native.forward(x, None, labels, None, 1e-12)
+            a = torch.linspace(0, 1, len(x))
+            results.append((*outputs, *gram_native.gradients(a, x, None, outputs[2:], 1.0)))
+        torch.set_num_threads(before)
+        assert all(
+            torch.equal(a, b) for r in results[1:] for a, b in zip(results[0], r, strict=True)
+        )
+
+    @pytest.mark.parametrize(
+        ("name", "change"),
+        [
+            ("a", lambda t: t[:-1]),
+            ("a", lambda t: t.double()),
+            ("table", lambda t: t.float()),
+            ("table", lambda t: t + 1),
+            ("table", lambda t: -t),
+            ("table", torch.zeros_like),
+            ("small", lambda t: t[:1]),
+            ("slots", lambda t: t[0]),
+            ("slots", lambda t: t.mT.expand_as(t)[:, ::1, 1:]),
+            ("slots", lambda t: t.repeat(100, 1, 1)),
+            ("order", lambda t: t - 1),
+            ("order", lambda t: t * 1000),
+            ("order", lambda t: t.int()),
+            ("inverse", lambda t: t[::2]),
+        ],
+    )
+    def test_a_state_that_does_not_fit_raises(self, name, change):
+        x, labels = sized([30, 20, 2, 1], 8, 0, torch.float32)
+        state = dict(
+            zip(
+                ("table", "small", "slots", "order", "inverse"),
+                torch.ops.bstriplet.moment_means(x, labels, 1e-12, 10)[2:],
+                strict=True,
+            )
+        )
+        arguments = {"a": torch.ones(len(x)), "embeddings": x, **state}
+        torch.ops.bstriplet.moment_gradient(*arguments.values(), 1.0)
+        arguments[name] = change(arguments[name])
+        with pytest.raises(RuntimeError, match=r"must|moment_means"):
+            torch.ops.bstriplet.moment_gradient(*arguments.values(), 1.0)
 
 
 def test_device_schedule_reads_no_value_of_a_tensor():

@@ -1,0 +1,830 @@
+// The second-moment path on the CPU: Eq. 3 and its gradient in time linear in the batch, without an
+// N x N matrix (paths/second_moments.py has the mathematics and its names).
+//
+// Rows are put in class order, classes by size. A large class is served by its moment matrix T_c, a
+// small one by the block of S of its own members; every row also meets the moments of all others.
+// Rows are gathered, widened and normalised block by block into a cache-sized scratch, where the
+// products find them, so that memory is read three times and the gradient is written once:
+//
+//   moments   the half of T_c on one side of the diagonal: about N D^2 / 2 multiply-adds
+//   means     u^T T_c u and u^T (T - T_c) u by halves, N D^2; for a small class one of the two
+//   gradient  u M_c where the rows of a class share one weight, N D^2; else another moment and
+//             product
+//
+// Sums over many rows are added up in double, by parts that depend on sizes alone, so that the bits
+// depend on neither the number of threads nor on chance.
+#include <cstring>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "cpu.h"
+
+namespace bstriplet {
+namespace {
+
+constexpr int64_t kPartRows = 4096;      // of one sum in the accumulation type
+constexpr int64_t kBlockBytes = 1 << 17;  // of unit rows in a thread's scratch
+constexpr int64_t kFewestRows = 48;      // of a block: a matrix is read once for all of them
+constexpr int64_t kPackedNumbers = 1 << 21;  // of the matrices that are packed at once
+
+// Consecutive rows in class order.
+struct Range {
+  int64_t begin;
+  int64_t end;
+
+  int64_t size() const { return end - begin; }
+};
+
+// A range cut into the fewest parts of at most `most` rows, as even as can be.
+template <class Take>
+void split(Range range, int64_t most, Take take) {
+  const int64_t parts = round_up(range.size(), most) / most;
+  for (int64_t p = 0; p < parts; ++p) {
+    take(Range{range.begin + range.size() * p / parts, range.begin + range.size() * (p + 1) / parts});
+  }
+}
+
+// The classes by size, smallest first; the last `slots` have moment matrices.
+struct Classes {
+  std::vector<int64_t> starts{0};
+  int64_t slots = 0;
+
+  int64_t count() const { return static_cast<int64_t>(starts.size()) - 1; }
+  int64_t rows() const { return starts.back(); }
+  int64_t size(int64_t c) const { return starts[c + 1] - starts[c]; }
+  Range range(int64_t c) const { return {starts[c], starts[c + 1]}; }
+  int64_t small() const { return count() - slots; }
+  Range small_rows() const { return {0, starts[small()]}; }
+  int64_t largest_small() const { return small() > 0 ? size(small() - 1) : 0; }
+  // The class with more than half of the rows, or none: T - T_c of it would cancel.
+  int64_t dominating() const {
+    return count() > 0 && 2 * size(count() - 1) > rows() ? count() - 1 : -1;
+  }
+  // Eq. 3's weights of a row: one over its positives, and over its negatives; 0 of none.
+  double p(int64_t c) const { return size(c) > 1 ? 1.0 / static_cast<double>(size(c) - 1) : 0.0; }
+  double q(int64_t c) const {
+    return size(c) < rows() ? 1.0 / static_cast<double>(rows() - size(c)) : 0.0;
+  }
+};
+
+// Dense class numbers of labels, and how many rows each class has.
+class Numbered {
+ public:
+  explicit Numbered(const Tensor& labels) : numbers_(labels.size(0)) {
+    const int64_t n = labels.size(0);
+    std::vector<int64_t> values(n);
+    gather<int64_t>(labels.const_data_ptr(), n, labels.stride(0), values.data());
+    const auto [low, high] = std::minmax_element(values.begin(), values.end());
+    const uint64_t least = static_cast<uint64_t>(*low);
+    const uint64_t span = static_cast<uint64_t>(*high) - least;
+    if (span < static_cast<uint64_t>(4 * n + 1024)) {  // a table of all labels is small
+      sizes_.assign(span + 1, 0);
+      for (int64_t i = 0; i < n; ++i) {
+        numbers_[i] = static_cast<int64_t>(static_cast<uint64_t>(values[i]) - least);
+        ++sizes_[numbers_[i]];
+      }
+      return;
+    }
+    std::unordered_map<int64_t, int64_t> known;
+    for (int64_t i = 0; i < n; ++i) {
+      const auto [at, is_new] = known.emplace(values[i], static_cast<int64_t>(sizes_.size()));
+      if (is_new) sizes_.push_back(0);
+      numbers_[i] = at->second;
+      ++sizes_[at->second];
+    }
+  }
+
+  // The classes by size, and the rows in their order, as they come within a class.
+  Classes sort(int64_t* order) const {
+    std::vector<int64_t> by_size;
+    for (size_t c = 0; c < sizes_.size(); ++c) {
+      if (sizes_[c] > 0) by_size.push_back(static_cast<int64_t>(c));
+    }
+    std::stable_sort(by_size.begin(), by_size.end(),
+                     [&](int64_t a, int64_t b) { return sizes_[a] < sizes_[b]; });
+    Classes classes;
+    std::vector<int64_t> next(sizes_.size());
+    for (int64_t c : by_size) {
+      next[c] = classes.starts.back();
+      classes.starts.push_back(classes.starts.back() + sizes_[c]);
+    }
+    for (size_t i = 0; i < numbers_.size(); ++i) {
+      order[next[numbers_[i]]++] = static_cast<int64_t>(i);
+    }
+    return classes;
+  }
+
+ private:
+  std::vector<int64_t> numbers_;
+  std::vector<int64_t> sizes_;
+};
+
+// The table of classes that is kept for the backward: a line (rows, columns, k) for the next k
+// classes, which have so many rows and, here, as many columns each; lines of zeros after the last.
+int64_t table_capacity(int64_t n) { return 65 + n / 128; }
+
+Tensor make_table(const Classes& classes, const Tensor& like) {
+  const int64_t capacity = table_capacity(classes.rows());
+  Tensor table = empty_tensor({capacity, 3}, ScalarType::Long, like);
+  int64_t* const lines = static_cast<int64_t*>(table.mutable_data_ptr());
+  std::fill(lines, lines + 3 * capacity, 0);
+  int64_t* line = lines - 3;
+  for (int64_t c = 0; c < classes.count(); ++c) {
+    if (c == 0 || classes.size(c) != classes.size(c - 1)) {
+      line += 3;
+      line[0] = line[1] = classes.size(c);
+    }
+    ++line[2];
+  }
+  return table;
+}
+
+// What `make_table` wrote, or an error.
+Classes read_table(const Tensor& table, int64_t rows, int64_t slots) {
+  STD_TORCH_CHECK(table.scalar_type() == ScalarType::Long && table.dim() == 2 &&
+                      table.size(1) == 3 && table.is_contiguous(),
+                  "table must be int64 [lines, 3], contiguous");
+  const int64_t* line = static_cast<const int64_t*>(table.const_data_ptr());
+  Classes classes;
+  for (int64_t i = 0; i < table.size(0); ++i, line += 3) {
+    STD_TORCH_CHECK(line[2] == 0 || (line[0] >= 1 && line[0] == line[1] && line[2] > 0 &&
+                                     line[0] <= rows && line[2] <= rows),
+                    "table must come from moment_means");
+    for (int64_t k = 0; k < line[2]; ++k) {
+      STD_TORCH_CHECK(classes.rows() <= rows - line[0] &&
+                          (classes.count() == 0 || classes.size(classes.count() - 1) <= line[0]),
+                      "table must have the rows of embeddings, classes by size");
+      classes.starts.push_back(classes.starts.back() + line[0]);
+    }
+  }
+  STD_TORCH_CHECK(classes.rows() == rows && slots <= classes.count(),
+                  "table and slots must be of the classes of embeddings");
+  classes.slots = slots;
+  return classes;
+}
+
+// Ask for large pages: a fresh result of many megabytes is otherwise spent on page faults.
+void prefer_large_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t page = int64_t{1} << 21;
+  if (bytes < 4 * page) return;
+  const auto from = round_up(reinterpret_cast<uintptr_t>(data), page);
+  const auto to = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+  madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+// Matrices [count, lines, stride] of zeros.
+template <class T>
+class Matrices {
+ public:
+  Matrices(int64_t count, int64_t lines, int64_t stride)
+      : size_(checked_product(lines, stride)),
+        numbers_(count == 0 ? 0 : checked_product(size_, count), T(0)) {}
+
+  T* operator[](int64_t i) { return numbers_.data() + i * size_; }
+  const T* operator[](int64_t i) const { return numbers_.data() + i * size_; }
+
+ private:
+  int64_t size_;
+  std::vector<T> numbers_;
+};
+
+// Sums of [D, D] matrices over all classes, and over all but the dominating one.
+struct Complements {
+  std::vector<double> total;
+  std::vector<double> rest;
+
+  const std::vector<double>& without(bool dominating) const { return dominating ? rest : total; }
+};
+
+template <class T>
+class Moments {
+ public:
+  Moments(const Tensor& embeddings, const Classes& classes, const int64_t* order, T* inverse)
+      : classes_(classes),
+        d_(embeddings.size(1)),
+        wide_(round_up(d_, kWidestPanel)),
+        stride_(wide_ + (wide_ % (2 * kWidestPanel) == 0 ? kPad : 0)),
+        read_(embeddings),
+        order_(order),
+        inverse_(inverse) {
+    const int64_t cached = kBlockBytes / static_cast<int64_t>(sizeof(T)) / stride_;
+    const int64_t rows = std::max(kFewestRows, std::min(classes.rows() / 32, cached));
+    block_rows_ = std::max(rows, classes.largest_small());
+    part_rows_ = std::max({d_, 2 * kFewestRows, std::min(classes.rows() / 32, kPartRows)});
+  }
+
+  // T_c of the classes that have slots, [slots, D, D], and of the others the sums of T_c and q_c
+  // T_c, [2, D, D]. Fills `inverse`.
+  void moments(T* slots, T* small) {
+    const auto normalise = [&](Range rows, const Scratch& scratch) {
+      read(rows, scratch.unit);
+      T* const inverse = inverse_ + rows.begin;
+      k_.squared_norms({scratch.unit.data, rows.size(), d_, stride_}, inverse, 0, rows.size());
+      invert_norms(inverse, rows.size(), squared_eps_);
+      k_.scale_rows(with_rows(scratch.unit, rows.size()), inverse);
+      return scratch.unit.data;
+    };
+    std::vector<Part> parts = small_parts();
+    const int64_t n_small = static_cast<int64_t>(parts.size());
+    for (int64_t s = 0; s < classes_.slots; ++s) {
+      split(classes_.range(classes_.small() + s), part_rows_,
+            [&](Range rows) { parts.push_back({rows, s, 0.0}); });
+    }
+    const Matrices<T> sums = part_moments(parts, normalise);
+    add_up(sums, {0, n_small}, parts, small, small + d_ * d_);
+    for_each_slot_sum(parts, n_small, [&](int64_t s, Range range) {
+      add_up(sums, range, parts, slots + s * d_ * d_, nullptr);
+    });
+  }
+
+  void set_eps(double eps) { squared_eps_ = static_cast<T>(eps * eps); }
+
+  // Eq. 3's two means of each row, in the order of the embeddings.
+  void means(const T* slots, const T* small, T* positive, T* negative) {
+    const Complements others = complements(small, [&](int64_t s, int64_t at) {
+      return static_cast<double>(slots[s * d_ * d_ + at]);
+    });
+    small_means(others, positive, negative);
+    for_slot_batches(2, [&](int64_t s, int64_t p, T* const* packed) {
+      const T* own = slots + s * d_ * d_;
+      const std::vector<double>& rest = others.without(is_dominating(s));
+      pack_half(p, packed[0], [&](int64_t at) { return own[at]; });
+      pack_half(p, packed[1], [&](int64_t at) { return static_cast<T>(rest[at] - own[at]); },
+                is_dominating(s) ? rest.data() : nullptr);
+    }, [&](int64_t s, Range rows, T* const* packed) {
+      const int64_t c = classes_.small() + s;
+      const T weight_p = static_cast<T>(classes_.p(c)), weight_q = static_cast<T>(classes_.q(c));
+      const Scratch scratch = make_scratch(1);
+      read_units(rows, scratch.unit);
+      const Block<const T> unit = as_const(with_rows(scratch.unit, rows.size()));
+      k_.forms(unit, packed[0], scratch.numbers);
+      k_.forms(unit, packed[1], scratch.more_numbers);
+      for (int64_t i = 0; i < rows.size(); ++i) {
+        const int64_t at = order_[rows.begin + i];
+        positive[at] = weight_p * (scratch.numbers[i] - self(rows.begin + i));
+        negative[at] = weight_q * scratch.more_numbers[i];
+      }
+    });
+  }
+
+  // dL/df for a = dL/dl [h > 0], in class order.
+  void gradient(const T* a, const T* slots, const T* small, double sigma, T* result) {
+    if (std::all_of(a, a + classes_.rows(), [](T x) { return x == 0; })) {
+      std::fill(result, result + classes_.rows() * d_, T(0));
+      return;
+    }
+    const Weighted weighted = weighted_moments(a, slots, small);
+    const Complements columns = complements(small, [&](int64_t s, int64_t at) {
+      return static_cast<double>(slots[s * d_ * d_ + at]);
+    });
+    const Complements rows_served = complements(weighted.small.data(), [&](int64_t s, int64_t at) {
+      return classes_.q(classes_.small() + s) * weighted.at(s, at);
+    });
+    small_gradient(a, columns, rows_served, sigma, result);
+    // What a row's own loss makes of it, and what the rows make of it whose column it is.
+    for_slot_batches(2, [&](int64_t s, int64_t p, T* const* packed) {
+      const int64_t c = classes_.small() + s;
+      const double weight_p = classes_.p(c), weight_q = classes_.q(c);
+      const T* own = slots + s * d_ * d_;
+      const bool dominates = is_dominating(s);
+      const std::vector<double>& rest = columns.without(dominates);
+      const std::vector<double>& rest_served = rows_served.without(dominates);
+      const auto as_row = [&](int64_t at) {
+        const double mine = own[at], others = dominates ? rest[at] : rest[at] - mine;
+        return 2 * (sigma * weight_q * others - weight_p * mine);
+      };
+      const auto as_column = [&](int64_t at) {
+        const double mine = weighted.at(s, at);
+        const double others = dominates ? rest_served[at] : rest_served[at] - weight_q * mine;
+        return 2 * (sigma * others - weight_p * mine);
+      };
+      if (weighted.is_level[s]) {
+        const double level = weighted.level[s];
+        pack(p, packed[0], [&](int64_t at) { return level * as_row(at) + as_column(at); });
+      } else {
+        pack(p, packed[0], as_row);
+        pack(p, packed[1], as_column);
+      }
+    }, [&](int64_t s, Range rows, T* const* packed) {
+      const Scratch scratch = make_scratch(2);
+      read_units(rows, scratch.unit);
+      const Block<const T> unit = as_const(with_rows(scratch.unit, rows.size()));
+      const Block<T> v = with_rows(scratch.result, rows.size());
+      if (weighted.is_level[s]) {
+        k_.multiply(unit, packed[0], nullptr, false, v);
+      } else {
+        k_.multiply(unit, packed[0], a + rows.begin, false, v);
+        k_.multiply(unit, packed[1], nullptr, true, v);
+      }
+      write(rows, v, unit, result);
+    });
+  }
+
+ private:
+  // A part of one sum over rows: of a slot's class, or with its q of small classes of one size.
+  struct Part {
+    Range rows;
+    int64_t slot;
+    double q;
+  };
+
+  // A_c = sum of a_j u_j u_j^T: level times T_c where all rows of the class have one a.
+  struct Weighted {
+    std::vector<T> small;  // [D, D], the sum of q_c A_c over the classes without slots
+    std::vector<char> is_level;
+    std::vector<double> level;
+    std::vector<const T*> matrix;
+    std::vector<T> mixed;  // [D, D] for each class whose rows differ
+
+    double at(int64_t s, int64_t i) const { return level[s] * static_cast<double>(matrix[s][i]); }
+  };
+
+  struct Scratch {
+    Block<T> unit;
+    Block<T> result;
+    T* numbers;
+    T* more_numbers;
+    T* similarity;  // [largest small class, padded]
+    int64_t similarity_stride;
+  };
+
+  // A thread's scratch; `blocks` says whether it has room for results beside the unit rows.
+  Scratch make_scratch(int64_t blocks) const {
+    const int64_t block = (block_rows_ + 1) * stride_, rows = round_up(block_rows_, kPad);
+    const int64_t members = classes_.largest_small();
+    const int64_t similarity_stride = round_up(members, kPad) + kPad;
+    T* const base = thread_scratch<T>(blocks * block + 2 * rows + members * similarity_stride);
+    T* const numbers = base + blocks * block;
+    return {{base, block_rows_, d_, stride_}, {base + (blocks - 1) * block, block_rows_, d_, stride_},
+            numbers,  numbers + rows, numbers + 2 * rows, similarity_stride};
+  }
+
+  static Block<T> with_rows(Block<T> block, int64_t rows) {
+    block.rows = rows;
+    return block;
+  }
+
+  static Block<const T> as_const(Block<T> block) {
+    return {block.data, block.rows, block.columns, block.stride};
+  }
+
+  bool is_dominating(int64_t s) const { return classes_.small() + s == classes_.dominating(); }
+
+  // |u_i|^4: 1, or 0 for a zero row.
+  T self(int64_t i) const { return inverse_[i] != 0 ? T(1) : T(0); }
+
+  void read(Range rows, Block<T> to) const {
+    for (int64_t i = 0; i < rows.size(); ++i) read_(order_[rows.begin + i], to.row(i), wide_);
+  }
+
+  void read_units(Range rows, Block<T> to) const {
+    read(rows, to);
+    k_.scale_rows(with_rows(to, rows.size()), inverse_ + rows.begin);
+  }
+
+  // Work worth a thread: units of so many rows against a matrix.
+  int64_t unit_grain() const { return grain(block_rows_ * d_ * d_); }
+
+  // Small classes of one size, cut into parts.
+  std::vector<Part> small_parts() const {
+    std::vector<Part> parts;
+    for (int64_t c = 0, next = 0; c < classes_.small(); c = next) {
+      while (next < classes_.small() && classes_.size(next) == classes_.size(c)) ++next;
+      split({classes_.starts[c], classes_.starts[next]}, part_rows_,
+            [&](Range rows) { parts.push_back({rows, -1, classes_.q(c)}); });
+    }
+    return parts;
+  }
+
+  // Sum of weighted_i u_i^T over each part, down to the diagonal's panel; [parts, D, wide].
+  // fill(rows, scratch) puts unit rows into the scratch and returns the weighted ones.
+  template <class Fill>
+  Matrices<T> part_moments(const std::vector<Part>& parts, const Fill& fill) const {
+    Matrices<T> sums(static_cast<int64_t>(parts.size()), d_, wide_);
+    torch::stable::parallel_for(
+        0, static_cast<int64_t>(parts.size()), grain(part_rows_ * d_ * d_ / 2),
+        [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) {
+            split(parts[i].rows, block_rows_, [&](Range rows) {
+              const Scratch scratch = make_scratch(2);
+              const T* const weighted = fill(rows, scratch);
+              k_.add_moment({weighted, rows.size(), d_, stride_},
+                            as_const(with_rows(scratch.unit, rows.size())), sums[i], wide_);
+            });
+          }
+        });
+    return sums;
+  }
+
+  // The sum of parts [range), mirrored, into result [D, D]; times q into `times_q` if not null.
+  void add_up(const Matrices<T>& sums, Range range, const std::vector<Part>& parts, T* result,
+              T* times_q) const {
+    torch::stable::parallel_for(0, d_, grain(range.size() * d_), [&](int64_t begin, int64_t end) {
+      std::vector<double> line(2 * d_);
+      for (int64_t i = begin; i < end; ++i) {
+        std::fill(line.begin(), line.end(), 0.0);
+        for (int64_t part = range.begin; part < range.end; ++part) {
+          const T* const from = sums[part] + i * wide_;
+          const double q = parts[part].q;
+          for (int64_t j = i; j < d_; ++j) {
+            line[j] += static_cast<double>(from[j]);
+            line[d_ + j] += q * static_cast<double>(from[j]);
+          }
+        }
+        for (int64_t j = i; j < d_; ++j) {
+          if (result != nullptr) result[i * d_ + j] = result[j * d_ + i] = static_cast<T>(line[j]);
+          if (times_q != nullptr) {
+            times_q[i * d_ + j] = times_q[j * d_ + i] = static_cast<T>(line[d_ + j]);
+          }
+        }
+      }
+    });
+  }
+
+  // use(slot, range of its parts) for each slot among the parts from `first` on.
+  template <class Use>
+  static void for_each_slot_sum(const std::vector<Part>& parts, int64_t first, const Use& use) {
+    const int64_t count = static_cast<int64_t>(parts.size());
+    for (int64_t begin = first, end = first; begin < count; begin = end) {
+      while (end < count && parts[end].slot == parts[begin].slot) ++end;
+      use(parts[begin].slot, Range{begin, end});
+    }
+  }
+
+  template <class At>
+  Complements complements(const T* small, const At& slot_at) const {
+    Complements sums{std::vector<double>(d_ * d_), std::vector<double>(d_ * d_)};
+    torch::stable::parallel_for(
+        0, d_ * d_, grain(classes_.slots + 1), [&](int64_t begin, int64_t end) {
+          for (int64_t at = begin; at < end; ++at) sums.rest[at] = static_cast<double>(small[at]);
+          for (int64_t s = 0; s < classes_.slots; ++s) {
+            if (is_dominating(s)) continue;
+            for (int64_t at = begin; at < end; ++at) sums.rest[at] += slot_at(s, at);
+          }
+          for (int64_t at = begin; at < end; ++at) sums.total[at] = sums.rest[at];
+          if (classes_.dominating() >= 0) {
+            const int64_t s = classes_.slots - 1;
+            for (int64_t at = begin; at < end; ++at) sums.total[at] += slot_at(s, at);
+          }
+        });
+    return sums;
+  }
+
+  // Panel p of a symmetric matrix [D, D] given by element, packed for `multiply`.
+  template <class At>
+  void pack(int64_t p, T* packed, const At& at) const {
+    const int64_t left = p * k_.panel, width = std::min(k_.panel, d_ - left);
+    T* to = packed + left * d_;
+    for (int64_t i = 0; i < d_; ++i, to += k_.panel) {
+      for (int64_t j = 0; j < width; ++j) to[j] = static_cast<T>(at(i * d_ + left + j));
+      std::fill(to + width, to + k_.panel, T(0));
+    }
+  }
+
+  // The same for `forms`.
+  template <class At>
+  void pack_half(int64_t p, T* packed, const At& at, const double* instead = nullptr) const {
+    const int64_t left = p * k_.panel, width = std::min(k_.panel, d_ - left);
+    T* to = packed + left * d_;
+    for (int64_t i = 0; i < left + width; ++i, to += k_.panel) {
+      const T scale = i < left ? T(2) : T(1);
+      for (int64_t j = 0; j < width; ++j) {
+        const int64_t k = i * d_ + left + j;
+        to[j] = scale * (instead != nullptr ? static_cast<T>(instead[k]) : at(k));
+      }
+      std::fill(to + width, to + k_.panel, T(0));
+    }
+  }
+
+  int64_t panels() const { return round_up(d_, k_.panel) / k_.panel; }
+  int64_t packed_size() const { return panels() * k_.panel * d_; }
+
+  // For the classes with slots, as many at once as there is room to pack matrices for: first
+  // make(slot, panel, matrices) of each panel, then use(slot, rows, matrices) of each block of rows.
+  template <class Make, class Use>
+  void for_slot_batches(int64_t matrices, const Make& make, const Use& use) const {
+    const int64_t each = matrices * packed_size();
+    if (classes_.slots == 0) return;
+    const int64_t most = std::clamp<int64_t>(kPackedNumbers / each, 1, classes_.slots);
+    const AlignedArray<T> packed(checked_product(most, each));
+    struct Unit {
+      int64_t slot;
+      Range rows;
+    };
+    std::vector<Unit> units;
+    for (int64_t first = 0; first < classes_.slots; first += most) {
+      const int64_t last = std::min(first + most, classes_.slots);
+      const auto matrices_of = [&](int64_t s, T** found) {
+        for (int64_t m = 0; m < matrices; ++m) {
+          found[m] = packed.data() + (s - first) * each + m * packed_size();
+        }
+      };
+      torch::stable::parallel_for(
+          0, (last - first) * panels(), grain(4 * matrices * d_ * k_.panel),
+          [&](int64_t begin, int64_t end) {
+            T* found[2];
+            for (int64_t i = begin; i < end; ++i) {
+              const int64_t s = first + i / panels();
+              matrices_of(s, found);
+              make(s, i % panels(), found);
+            }
+          });
+      units.clear();
+      for (int64_t s = first; s < last; ++s) {
+        split(classes_.range(classes_.small() + s), block_rows_,
+              [&](Range rows) { units.push_back({s, rows}); });
+      }
+      torch::stable::parallel_for(0, static_cast<int64_t>(units.size()), unit_grain(),
+                                  [&](int64_t begin, int64_t end) {
+                                    T* found[2];
+                                    for (int64_t i = begin; i < end; ++i) {
+                                      matrices_of(units[i].slot, found);
+                                      use(units[i].slot, units[i].rows, found);
+                                    }
+                                  });
+    }
+  }
+
+  // Small classes, as many at once as fit a block: (first, last) class of each unit.
+  std::vector<Range> small_units() const {
+    std::vector<Range> units;
+    for (int64_t c = 0; c < classes_.small(); ++c) {
+      if (units.empty() || classes_.starts[c + 1] - classes_.starts[units.back().begin] > block_rows_) {
+        units.push_back({c, c});
+      }
+      units.back().end = c + 1;
+    }
+    return units;
+  }
+
+  Range rows_of(Range unit) const { return {classes_.starts[unit.begin], classes_.starts[unit.end]}; }
+
+  // S of one small class from its unit rows, the diagonal 0, whole vectors readable.
+  void similarities(const T* unit, int64_t members, const Scratch& scratch) const {
+    const int64_t stride = scratch.similarity_stride;
+    T* const s = scratch.similarity;
+    std::fill(s, s + members * stride, T(0));
+    const Matrix<T> rows{unit, members, d_, stride_};
+    k_.dots(rows, rows, s, stride, s, stride, scratch.more_numbers, 0, tiles(members, members, true));
+  }
+
+  void small_means(const Complements& others, T* positive, T* negative) const {
+    if (classes_.small() == 0) return;
+    const AlignedArray<T> packed(packed_size());
+    for (int64_t p = 0; p < panels(); ++p) {
+      pack_half(p, packed.data(), [&](int64_t at) { return static_cast<T>(others.total[at]); });
+    }
+    const std::vector<Range> units = small_units();
+    torch::stable::parallel_for(0, static_cast<int64_t>(units.size()), unit_grain(),
+                                [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Range rows = rows_of(units[i]);
+        const Scratch scratch = make_scratch(1);
+        read_units(rows, scratch.unit);
+        T* const all = scratch.numbers;
+        k_.forms(as_const(with_rows(scratch.unit, rows.size())), packed.data(), all);
+        for (int64_t c = units[i].begin; c < units[i].end; ++c) {
+          const int64_t members = classes_.size(c), first = classes_.starts[c] - rows.begin;
+          const T weight_p = static_cast<T>(classes_.p(c)), weight_q = static_cast<T>(classes_.q(c));
+          T* const own = scratch.more_numbers;
+          if (members > 1) {
+            similarities(scratch.unit.row(first), members, scratch);
+            k_.squared_norms({scratch.similarity, members, members, scratch.similarity_stride}, own,
+                             0, members);
+          } else {
+            own[0] = 0;
+          }
+          for (int64_t r = 0; r < members; ++r) {
+            const int64_t at = order_[classes_.starts[c] + r];
+            positive[at] = weight_p * own[r];
+            negative[at] = weight_q * (all[first + r] - own[r] - self(classes_.starts[c] + r));
+          }
+        }
+      }
+    });
+  }
+
+  void small_gradient(const T* a, const Complements& columns, const Complements& served,
+                      double sigma, T* result) const {
+    if (classes_.small() == 0) return;
+    const AlignedArray<T> as_row(packed_size()), as_column(packed_size());
+    for (int64_t p = 0; p < panels(); ++p) {
+      pack(p, as_row.data(), [&](int64_t at) { return 2 * sigma * columns.total[at]; });
+      pack(p, as_column.data(), [&](int64_t at) { return 2 * sigma * served.total[at]; });
+    }
+    // Where the rows of small classes have one weight, both matrices are one.
+    const int64_t n = classes_.small_rows().size();
+    std::vector<T> factor(n);
+    for (int64_t c = 0; c < classes_.small(); ++c) {
+      for (int64_t i = classes_.starts[c]; i < classes_.starts[c + 1]; ++i) {
+        factor[i] = a[i] * static_cast<T>(classes_.q(c));
+      }
+    }
+    const bool is_level = std::all_of(factor.begin(), factor.end(), [&](T x) { return x == factor[0]; });
+    if (is_level) {
+      for (int64_t i = 0; i < packed_size(); ++i) as_column.data()[i] += factor[0] * as_row.data()[i];
+    }
+    const std::vector<Range> units = small_units();
+    torch::stable::parallel_for(0, static_cast<int64_t>(units.size()), unit_grain(),
+                                [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Range rows = rows_of(units[i]);
+        const Scratch scratch = make_scratch(2);
+        read_units(rows, scratch.unit);
+        const Block<const T> unit = as_const(with_rows(scratch.unit, rows.size()));
+        const Block<T> v = with_rows(scratch.result, rows.size());
+        k_.multiply(unit, as_column.data(), nullptr, false, v);
+        if (!is_level) k_.multiply(unit, as_row.data(), factor.data() + rows.begin, true, v);
+        for (int64_t c = units[i].begin; c < units[i].end; ++c) add_own(c, rows, a, sigma, scratch);
+        write(rows, v, unit, result);
+      }
+    });
+  }
+
+  // What the members of a small class make of each other: their share as others, which the moments
+  // of all rows hold, is taken out with it.
+  void add_own(int64_t c, Range rows, const T* a, double sigma, const Scratch& scratch) const {
+    const int64_t members = classes_.size(c), first = classes_.starts[c] - rows.begin;
+    if (members == 1) return;
+    const T* const unit = scratch.unit.row(first);
+    const Block<T> v{scratch.result.row(first), members, d_, stride_};
+    similarities(unit, members, scratch);
+    const T taken = static_cast<T>(-2 * sigma * classes_.q(c));
+    const T scale = taken - static_cast<T>(2 * classes_.p(c));
+    const T* const own_a = a + classes_.starts[c];
+    for (int64_t i = 0; i < members; ++i) {
+      T* const s = scratch.similarity + i * scratch.similarity_stride;
+      for (int64_t j = 0; j < members; ++j) s[j] *= scale * (own_a[i] + own_a[j]);
+    }
+    k_.add_block(scratch.similarity, scratch.similarity_stride, {unit, members, d_, stride_}, v);
+  }
+
+  // Rows of dL/df from those of dL/du, to their places.
+  void write(Range rows, Block<T> v, Block<const T> unit, T* result) const {
+    k_.through_normalisation(v, unit, inverse_ + rows.begin);
+    for (int64_t i = 0; i < rows.size(); ++i) {
+      std::memcpy(result + order_[rows.begin + i] * d_, v.row(i), d_ * sizeof(T));
+    }
+  }
+
+  Weighted weighted_moments(const T* a, const T* slots, const T* small) const {
+    const auto level_of = [&](Range rows) {
+      return std::all_of(a + rows.begin, a + rows.end, [&](T x) { return x == a[rows.begin]; });
+    };
+    Weighted found;
+    std::vector<Part> parts;
+    const bool small_is_level = level_of(classes_.small_rows());
+    if (!small_is_level) parts = small_parts();
+    const int64_t n_small = static_cast<int64_t>(parts.size());
+    int64_t mixed = 0;
+    for (int64_t s = 0; s < classes_.slots; ++s) {
+      const Range rows = classes_.range(classes_.small() + s);
+      found.is_level.push_back(level_of(rows));
+      found.level.push_back(found.is_level.back() ? static_cast<double>(a[rows.begin]) : 1.0);
+      found.matrix.push_back(slots + s * d_ * d_);
+      if (found.is_level.back()) continue;
+      ++mixed;
+      split(rows, part_rows_, [&](Range part) { parts.push_back({part, s, 0.0}); });
+    }
+    const Matrices<T> sums = part_moments(parts, [&](Range rows, const Scratch& scratch) {
+      read_units(rows, scratch.unit);
+      std::copy(scratch.unit.data, scratch.unit.row(rows.size()), scratch.result.data);
+      k_.scale_rows(with_rows(scratch.result, rows.size()), a + rows.begin);
+      return scratch.result.data;
+    });
+    found.small.assign(d_ * d_, T(0));
+    if (!small_is_level) {
+      add_up(sums, {0, n_small}, parts, nullptr, found.small.data());
+    } else if (classes_.small() > 0) {
+      for (int64_t i = 0; i < d_ * d_; ++i) found.small[i] = a[0] * small[d_ * d_ + i];
+    }
+    found.mixed.resize(mixed * d_ * d_);
+    T* next = found.mixed.data();
+    for_each_slot_sum(parts, n_small, [&](int64_t s, Range range) {
+      add_up(sums, range, parts, next, nullptr);
+      found.matrix[s] = next;
+      next += d_ * d_;
+    });
+    return found;
+  }
+
+  const Classes& classes_;
+  const Kernels<T>& k_ = kernels<T>();
+  const int64_t d_;
+  const int64_t wide_;    // D up to whole panels
+  const int64_t stride_;  // of the rows of a block
+  RowReader<T> read_;
+  const int64_t* order_;
+  T* inverse_;
+  T squared_eps_ = 0;
+  int64_t block_rows_;
+  int64_t part_rows_;
+};
+
+using Means = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class T>
+Means means_of(const Tensor& embeddings, const Tensor& labels, double eps, int64_t smallest_moment,
+               ScalarType accumulation) {
+  const int64_t n = embeddings.size(0), d = embeddings.size(1);
+  Tensor order = empty_tensor({n}, ScalarType::Long, embeddings);
+  int64_t* const places = static_cast<int64_t*>(order.mutable_data_ptr());
+  Classes classes = Numbered(labels).sort(places);
+  while (classes.slots < classes.count()) {
+    const int64_t c = classes.small() - 1;
+    if (classes.size(c) < smallest_moment && c != classes.dominating()) break;
+    ++classes.slots;
+  }
+  checked_product(checked_product(d, d), classes.slots + 2);
+  Tensor table = make_table(classes, embeddings);
+  Tensor positive = empty_tensor({n}, accumulation, embeddings);
+  Tensor negative = empty_tensor({n}, accumulation, embeddings);
+  Tensor small = empty_tensor({2, d, d}, accumulation, embeddings);
+  Tensor slots = empty_tensor({classes.slots, d, d}, accumulation, embeddings);
+  Tensor inverse = empty_tensor({n}, accumulation, embeddings);
+  T* const small_data = static_cast<T*>(small.mutable_data_ptr());
+  T* const slot_data = static_cast<T*>(slots.mutable_data_ptr());
+  Moments<T> path(embeddings, classes, places, static_cast<T*>(inverse.mutable_data_ptr()));
+  path.set_eps(eps);
+  path.moments(slot_data, small_data);
+  path.means(slot_data, small_data, static_cast<T*>(positive.mutable_data_ptr()),
+             static_cast<T*>(negative.mutable_data_ptr()));
+  return {positive, negative, table, small, slots, order, inverse};
+}
+
+Means moment_means(Tensor embeddings, Tensor labels, double eps, int64_t smallest_moment) {
+  const Inputs in = checked(embeddings, std::nullopt, labels, std::nullopt, std::nullopt);
+  return in.accumulation == ScalarType::Double
+             ? means_of<double>(embeddings, labels, eps, smallest_moment, in.accumulation)
+             : means_of<float>(embeddings, labels, eps, smallest_moment, in.accumulation);
+}
+
+template <class T>
+Tensor gradient_of(const Tensor& a, const Tensor& embeddings, const Classes& classes,
+                   const Tensor& small, const Tensor& slots, const Tensor& order,
+                   const Tensor& inverse, double sigma, ScalarType accumulation) {
+  const int64_t n = embeddings.size(0), d = embeddings.size(1);
+  const int64_t* const places = static_cast<const int64_t*>(order.const_data_ptr());
+  const T* const given = static_cast<const T*>(a.const_data_ptr());
+  const int64_t stride = a.stride(0);
+  std::vector<T> in_order(n), inverses(n);
+  std::memcpy(inverses.data(), inverse.const_data_ptr(), n * sizeof(T));
+  for (int64_t i = 0; i < n; ++i) in_order[i] = given[places[i] * stride];
+  Tensor result = empty_tensor({n, d}, accumulation, embeddings);
+  T* const to = static_cast<T*>(result.mutable_data_ptr());
+  prefer_large_pages(to, n * d * static_cast<int64_t>(sizeof(T)));
+  Moments<T>(embeddings, classes, places, inverses.data())
+      .gradient(in_order.data(), static_cast<const T*>(slots.const_data_ptr()),
+                static_cast<const T*>(small.const_data_ptr()), sigma, to);
+  return result;
+}
+
+void check_state(const char* name, const Tensor& tensor, ScalarType dtype,
+                 std::initializer_list<int64_t> sizes, const Tensor& embeddings) {
+  bool fits = tensor.scalar_type() == dtype && tensor.is_contiguous() &&
+              tensor.dim() == static_cast<int64_t>(sizes.size());
+  int64_t k = 0;
+  for (const int64_t size : sizes) fits = fits && tensor.size(k++) == size;
+  STD_TORCH_CHECK(fits, name, " must come from moment_means of these embeddings");
+  check_device(name, tensor, embeddings);
+}
+
+Tensor moment_gradient(Tensor a, Tensor embeddings, Tensor table, Tensor small, Tensor slots,
+                       Tensor order, Tensor inverse, double sigma) {
+  check_matrix("embeddings", embeddings);
+  const int64_t n = embeddings.size(0), d = embeddings.size(1);
+  const ScalarType accumulation =
+      embeddings.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  check_vector("a", a, accumulation, n);
+  check_device("a", a, embeddings);
+  check_device("table", table, embeddings);
+  STD_TORCH_CHECK(slots.dim() == 3, "slots must have 3 dimensions, got ", slots.dim());
+  check_state("small", small, accumulation, {2, d, d}, embeddings);
+  check_state("slots", slots, accumulation, {slots.size(0), d, d}, embeddings);
+  check_state("order", order, ScalarType::Long, {n}, embeddings);
+  check_state("inverse", inverse, accumulation, {n}, embeddings);
+  const int64_t* const places = static_cast<const int64_t*>(order.const_data_ptr());
+  STD_TORCH_CHECK(std::all_of(places, places + n, [n](int64_t i) { return 0 <= i && i < n; }),
+                  "order must hold rows of embeddings, from 0 to ", n - 1);
+  const Classes classes = read_table(table, n, slots.size(0));
+  const auto run = accumulation == ScalarType::Double ? gradient_of<double> : gradient_of<float>;
+  return run(a, embeddings, classes, small, slots, order, inverse, sigma, accumulation);
+}
+
+}  // namespace
+}  // namespace bstriplet
+
+STABLE_TORCH_LIBRARY_IMPL(bstriplet, CPU, library) {
+  library.impl("moment_means", TORCH_BOX(&bstriplet::moment_means));
+  library.impl("moment_gradient", TORCH_BOX(&bstriplet::moment_gradient));
+}
