@@ -38,7 +38,7 @@ asan: $(READY)  ## the native operator under AddressSanitizer and UndefinedBehav
 	for set in avx512 avx2 baseline; do \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 OMP_NUM_THREADS=1 BSTRIPLET_INSTRUCTION_SET=$$set \
-	  PYTHONPATH=build/sanitized $(BIN)/pytest tests/kernels/test_native.py \
+	  PYTHONPATH=build/sanitized $(BIN)/pytest tests/kernels/test_native.py tests/kernels/test_gram.py::TestNative \
 	  -k "not instruction_set" || exit 1; \
 	done
 
