@@ -38,14 +38,17 @@ class Classifier(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, backbone: str, num_classes: int, channels: int) -> None:
+    def __init__(
+        self, backbone: str, num_classes: int, channels: int, *, channels_last: bool = True
+    ) -> None:
         super().__init__()
         check_backbone(backbone)
         self.backbone = timm.create_model(backbone, num_classes=num_classes, in_chans=channels)
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
         self.register_buffer("std", torch.ones(channels, 1, 1))
         # Convolutions of light CNNs run up to twice as fast on a CPU with channels last in memory.
-        self.to(memory_format=torch.channels_last)
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.to(memory_format=self.layout)
 
     def standardise_with(self, mean: Tensor, std: Tensor) -> None:
         """Set the mean and standard deviation of each channel, float [C], in grey levels."""
@@ -59,7 +62,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Output:
         """images uint8 [N, C, H, W] -> :class:`Output`, float32."""
-        pixels = images.to(torch.float32, memory_format=torch.channels_last)
+        pixels = images.to(torch.float32, memory_format=self.layout)
         standardised = (pixels - self.mean) / self.std
         features = self.backbone.forward_features(standardised)
         embeddings = self.backbone.forward_head(features, pre_logits=True)

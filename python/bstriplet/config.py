@@ -150,17 +150,46 @@ class TrainConfig:
         choices=("proportional", "equal"),
     )
     batch_size: int = _option("batches", 36, "images a batch", minimum=2)
+    augment: str = _option(
+        "batches",
+        "none",
+        "copies: each training image also rotated, flipped and moved by 5 pixels, the seven copies "
+        "of section 3.5; online: rotated, flipped and moved at random, anew in each epoch",
+        choices=("none", "copies", "online"),
+    )
     epochs: int = _option("recipe", 400, "epochs at most", minimum=1)
-    lr: float = _option("recipe", 1e-3, "initial learning rate of Adam", minimum=1e-12)
+    optimiser: str = _option(
+        "recipe", "adam", "optimiser; sgd has momentum 0.9", choices=("adam", "adamw", "sgd")
+    )
+    weight_decay: float = _option(
+        "recipe",
+        0.0,
+        "decay of weights, not of biases and normalisations; decoupled in adamw, else L2",
+        minimum=0,
+    )
+    lr: float = _option("recipe", 1e-3, "initial learning rate", minimum=1e-12)
+    schedule: str = _option(
+        "recipe",
+        "plateau",
+        "plateau: the learning rate falls when the training loss stalls; cosine: to --lr-floor "
+        "over --epochs (early stop goes on as --stop-patience says)",
+        choices=("plateau", "cosine"),
+    )
+    warmup_epochs: int = _option(
+        "recipe", 0, "first epochs in which the learning rate rises (cosine)", minimum=0
+    )
     lr_factor: float = _option(
         "recipe",
         0.3,
-        "factor on the learning rate when the training loss stalls",
+        "factor on the learning rate when the training loss stalls (plateau)",
         minimum=0.01,
         maximum=0.59,
     )
     lr_patience: int = _option(
-        "recipe", 20, "epochs without a better training loss before the rate falls", minimum=1
+        "recipe",
+        20,
+        "epochs without a better training loss before it falls (plateau)",
+        minimum=1,
     )
     lr_floor: float = _option("recipe", 1e-8, "lowest learning rate", minimum=0)
     stop_patience: int = _option(
@@ -169,11 +198,29 @@ class TrainConfig:
     stop_delta: float = _option(
         "recipe", 1e-4, "smallest fall of validation loss that is better", minimum=0
     )
+    ema: float = _option(
+        "recipe",
+        0.0,
+        "decay a step of averaged weights, which are then validated and kept; 0: none",
+        minimum=0,
+        maximum=0.99999,
+    )
+    amp: bool = _option("recipe", False, "compute the network in bfloat16 where that is safe")
     seed: int = _option(
         "machine", 0, "seed of split, weights and batches", minimum=0, maximum=2**31 - 1
     )
     device: str = _option(
         "machine", "auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda")
+    )
+    channels_last: bool = _option(
+        "machine", True, "keep channels last in memory: faster convolutions, the same results"
+    )
+    compile: bool = _option("machine", False, "compile the network with torch.compile")
+    cuda_graph: str = _option(
+        "machine",
+        "auto",
+        "replay a training step as one CUDA graph; auto: on a GPU, for losses that allow it",
+        choices=("auto", "on", "off"),
     )
 
     def __post_init__(self) -> None:
@@ -189,6 +236,11 @@ class TrainConfig:
             )
         if self.data != DIGITS and not self.data.startswith(MEDMNIST):
             object.__setattr__(self, "data", str(Path(self.data).expanduser().absolute()))
+        if self.warmup_epochs >= self.epochs:
+            raise UserError(
+                f"--warmup-epochs: {self.warmup_epochs} is not allowed; it must be less than "
+                f"--epochs, {self.epochs}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict that JSON can hold."""
@@ -311,7 +363,10 @@ def add_options(
         text = item.metadata["help"].replace("%", "%%")
         if types[item.name] is bool:
             group.add_argument(
-                flag(item.name), action="store_true", default=argparse.SUPPRESS, help=text
+                flag(item.name),
+                action=argparse.BooleanOptionalAction,
+                default=argparse.SUPPRESS,
+                help=text + (" (default: on)" if item.default else ""),
             )
             continue
         if item.metadata["choices"] and not item.metadata["or_like"]:

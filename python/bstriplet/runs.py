@@ -25,6 +25,7 @@ BEST = "best.pt"
 PREDICTIONS = "predictions.csv"
 EMBEDDINGS = "embeddings.npz"
 METRICS = "metrics.json"
+BAD_BATCH = "bad_batch.pt"
 
 # What the holder of a folder writes. A process that was killed may have left half of one of them,
 # under another name.
@@ -162,7 +163,8 @@ class RunFolder:
     ``config.json`` and ``environment.json`` say what was asked for and where it ran; ``log.jsonl``
     has a line an epoch; ``last.pt`` continues the run and ``best.pt`` is the evaluated model;
     ``predictions.csv`` (test set), ``embeddings.npz`` (training set) and, last of all,
-    ``metrics.json`` are its results.
+    ``metrics.json`` are its results. ``bad_batch.pt`` is left by a run that stopped at a loss that
+    is not finite.
     """
 
     path: Path

@@ -6,21 +6,25 @@ import random
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from itertools import islice
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch import Tensor
 from tqdm import tqdm
 
-from bstriplet.backbones import Classifier, Output, check_backbone
-from bstriplet.batches import make_sampler, make_validation_batches
+from bstriplet import cuda_graph
+from bstriplet.backbones import Output, check_backbone
+from bstriplet.batches import Batch, Feed, make_validation_batches
 from bstriplet.config import TrainConfig
 from bstriplet.data import ImageSet, Task
 from bstriplet.errors import UserError
 from bstriplet.evaluation import TrainedModel, choose_device, embed, write_results
-from bstriplet.losses import TrainingLoss, check_loss
+from bstriplet.learner import Learner
+from bstriplet.losses import LossTerms, check_loss
 from bstriplet.runs import (
+    BAD_BATCH,
     BEST,
     CONFIG,
     ENVIRONMENT,
@@ -101,35 +105,23 @@ def _train(config: TrainConfig, task: Task, run: RunFolder) -> Row:
     device = choose_device(config.device)
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
     seed_everything(config.seed, 0)
-    model = Classifier(config.backbone, len(task.classes), task.channels).to(device)
-    model.standardise_with(*grey_level_statistics(task.train))
-    class_counts = np.bincount(task.train.labels, minlength=len(task.classes)).tolist()
-    criterion = TrainingLoss(config, class_counts, model.embedding_size).to(device)
-    parameters = [*model.parameters(), *criterion.parameters()]
-    optimiser = torch.optim.Adam(parameters, lr=config.lr, fused=True)
-    scheduler = ReduceLROnPlateau(
-        optimiser,
-        factor=config.lr_factor,
-        patience=config.lr_patience - 1,  # torch acts one epoch after its patience is used up
-        threshold=0,
-        min_lr=config.lr_floor,
-        eps=0,
-    )
-    sampler = make_sampler(config, task.train)
+    learner = Learner(config, task, device)
+    feed = Feed(config, task.train, device)
     validation_batches = make_validation_batches(config, len(task.validation))
     progress = Progress()
     if (run.path / LAST).exists():
         checkpoint = run.load(LAST, config)
         progress = Progress(checkpoint["history"], checkpoint["best_weights"])
-        model.load_state_dict(checkpoint["model"])
-        criterion.load_state_dict(checkpoint["criterion"])
-        optimiser.load_state_dict(checkpoint["optimiser"])
-        scheduler.load_state_dict(checkpoint["scheduler"])
+        learner.load_state_dict(checkpoint["learner"])
     else:
         write_json(run.path / ENVIRONMENT, describe_environment(device, task))
         write_json(run.path / CONFIG, config.to_dict())
     run.write_log(progress.history)
 
+    training, validation = Tally(config, task, device), Tally(config, task, device)
+    step: cuda_graph.Step = Step(learner, training)
+    if uses_cuda_graph(config, learner):
+        step = cuda_graph.GraphedStep(step, learner.optimiser, config.batch_size)
     identity = {"config": config.to_dict(), "classes": list(task.classes)}
     saved_at, save_seconds = time.perf_counter(), 0.0
     bar = tqdm(
@@ -144,26 +136,27 @@ def _train(config: TrainConfig, task: Task, run: RunFolder) -> Row:
         epoch = len(progress.history) + 1
         started = time.perf_counter()
         seed_everything(config.seed, epoch)
-        sampler.set_epoch(epoch)
-        training = Averages()
-        model.train()
-        for positions in sampler:
-            images, labels = task.train.batch(positions)
-            images, labels = images.to(device), labels.to(device)
-            output = model(images)
-            loss = criterion(output, labels)
-            optimiser.zero_grad()
-            loss.total.backward()
-            optimiser.step()
-            training.add(loss, output.logits, labels)
+        training.reset()
+        learner.model.train()
+        for batch in feed.epoch(epoch):
+            step(batch.images, batch.labels)
+            if device.type == "cpu" and training.first_bad is not None:
+                break  # on a GPU, to look would be to wait for it at every step
+        if training.first_bad is not None:
+            batch = next(islice(feed.epoch(epoch), training.first_bad, None))
+            stop_at(batch, "train", training, task.train, epoch, run)
         train_seconds = time.perf_counter() - started
 
-        output, labels = embed(model, task.validation, device)
-        validation = Averages()
+        output, labels = embed(learner.evaluated, task.validation, device)
+        validation.reset()
         with torch.no_grad():
             for positions in validation_batches:
                 part, answers = Output(*(t[positions] for t in output)), labels[positions]
-                validation.add(criterion(part, answers), part.logits, answers)
+                validation.add(learner.criterion(part, answers), part.logits, answers)
+        if validation.first_bad is not None:
+            positions = validation_batches[validation.first_bad]
+            batch = Batch(positions, *task.validation.batch(positions))
+            stop_at(batch, "validation", validation, task.validation, epoch, run)
         row = {
             "epoch": epoch,
             "train_loss": training.loss,
@@ -172,24 +165,22 @@ def _train(config: TrainConfig, task: Task, run: RunFolder) -> Row:
             "train_accuracy": training.accuracy,
             "validation_loss": validation.loss,
             "validation_accuracy": validation.accuracy,
-            "lr": optimiser.param_groups[0]["lr"],
+            "lr": learner.optimiser.param_groups[0]["lr"],
             "seconds": time.perf_counter() - started,
             "images_per_second": training.n_images / train_seconds,
         }
-        refuse_nan(row, run)
-        scheduler.step(training.loss)
+        learner.schedule(training.loss)
         progress.history.append(row)
         if progress.best_epoch == epoch:
-            progress.best_weights = {k: v.clone() for k, v in model.state_dict().items()}
+            progress.best_weights = {
+                k: v.clone() for k, v in learner.evaluated.state_dict().items()
+            }
         run.append_log(row)
 
         now = time.perf_counter()
         if progress.finished(config) or now - saved_at > save_seconds / CHECKPOINT_SHARE:
             state = {
-                "model": model.state_dict(),
-                "criterion": criterion.state_dict(),
-                "optimiser": optimiser.state_dict(),
-                "scheduler": scheduler.state_dict(),
+                "learner": learner.state_dict(),
                 "history": progress.history,
                 "best_weights": progress.best_weights,
             }
@@ -201,51 +192,103 @@ def _train(config: TrainConfig, task: Task, run: RunFolder) -> Row:
 
     best = {"epoch": progress.best_epoch, "model": progress.best_weights}
     save_checkpoint(run.path / BEST, identity | best)
-    model.load_state_dict(progress.best_weights)
-    trained = TrainedModel(model, task.classes, config, device)
+    learner.evaluated.load_state_dict(progress.best_weights)
+    trained = TrainedModel(learner.evaluated, task.classes, config, device)
     return write_results(run, trained, task, progress.best_epoch, len(progress.history))
 
 
-class Averages:
-    """Means over the images of an epoch, summed where the tensors are: no wait for a GPU."""
+class Step:
+    """One update of the weights, from images uint8 [B, C, H, W] and labels int64 [B]."""
 
-    def __init__(self) -> None:
-        self.n_images = 0
-        self._sums: dict[str, torch.Tensor] = {}
+    def __init__(self, learner: Learner, tally: "Tally") -> None:
+        self.learner = learner
+        self.tally = tally
+        compiled = learner.config.compile
+        self.model = torch.compile(learner.model, dynamic=False) if compiled else learner.model
 
-    def add(self, loss: Any, logits: torch.Tensor, labels: torch.Tensor) -> None:
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
+        learner = self.learner
+        with torch.autocast(images.device.type, learner.amp_dtype, enabled=learner.config.amp):
+            output = self.model(images)
+        output = Output(*(part.float() for part in output))
+        loss = learner.criterion(output, labels)
+        learner.optimiser.zero_grad()
+        learner.scaler.scale(loss.total).backward()
+        learner.scaler.step(learner.optimiser)
+        learner.scaler.update()
+        if learner.ema:
+            learner.ema.update(learner.model)
+        self.tally.add(loss, output.logits, labels)
+
+
+class Tally:
+    """Means over the images of an epoch, and its first batch whose loss is not finite.
+
+    All is kept on the device and in place: adding neither waits for a GPU nor breaks a CUDA graph,
+    reading waits.
+    """
+
+    def __init__(self, config: TrainConfig, task: Task, device: torch.device) -> None:
+        self._sums = torch.zeros(5, dtype=torch.float64, device=device)
+        self._batches = torch.zeros((), dtype=torch.int64, device=device)
+        self._first_bad = torch.full_like(self._batches, -1)
+        self._has_metric = config.loss != "ce"
+        # RandomBatchSampler may add one image to a batch.
+        self.bad_logits = torch.zeros(config.batch_size + 1, len(task.classes), device=device)
+
+    def reset(self) -> None:
+        """Begin an epoch."""
+        self._sums.zero_()
+        self._batches.zero_()
+        self._first_bad.fill_(-1)
+
+    def add(self, loss: LossTerms, logits: Tensor, labels: Tensor) -> None:
         """Add the mean losses of a batch, weighted by its size, and its right answers."""
-        n_images = len(labels)
-        self.n_images += n_images
-        sums = {"right": (logits.argmax(dim=1) == labels).sum()}
-        for name, value in loss._asdict().items():
-            if value is not None:
-                sums[name] = value.detach().double() * n_images
-        for name, value in sums.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        logits, n_images = logits.detach(), len(labels)
+        losses = [loss.total, loss.ce, loss.total if loss.metric is None else loss.metric]
+        means = torch.stack([value.detach().double() for value in losses])
+        self._sums[:3] += means * n_images
+        self._sums[3] += (logits.argmax(dim=1) == labels).sum()
+        self._sums[4] += n_images
+        bad = ~means[0].isfinite() & (self._first_bad < 0)
+        self._first_bad.copy_(torch.where(bad, self._batches, self._first_bad))
+        kept = self.bad_logits[:n_images]
+        kept.copy_(torch.where(bad, logits, kept))
+        self._batches += 1
 
-    def _mean(self, name: str) -> float:
-        return self._sums[name].item() / self.n_images
+    @property
+    def first_bad(self) -> int | None:
+        """The number, from 0, of the first batch whose loss is NaN or infinite."""
+        number = int(self._first_bad)
+        return None if number < 0 else number
+
+    @property
+    def n_images(self) -> int:
+        """How many images were added."""
+        return int(self._sums[4])
+
+    def _mean(self, position: int) -> float:
+        return self._sums[position].item() / self.n_images
 
     @property
     def loss(self) -> float:
         """The loss that is minimised."""
-        return self._mean("total")
+        return self._mean(0)
 
     @property
     def ce(self) -> float:
         """Its cross entropy."""
-        return self._mean("ce")
+        return self._mean(1)
 
     @property
     def metric(self) -> float | None:
         """Its metric loss, before lambda; None where there is none."""
-        return self._mean("metric") if "metric" in self._sums else None
+        return self._mean(2) if self._has_metric else None
 
     @property
     def accuracy(self) -> float:
         """The share of right answers."""
-        return self._mean("right")
+        return self._mean(3)
 
 
 def seed_everything(*numbers: int) -> None:
@@ -254,25 +297,6 @@ def seed_everything(*numbers: int) -> None:
     random.seed(value)
     np.random.seed(value)  # noqa: NPY002  (libraries draw from it)
     torch.manual_seed(value)
-
-
-def grey_level_statistics(images: ImageSet) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and standard deviation of each channel, float32 [C], over all pixels.
-
-    Counts of the 256 levels give them exactly, a few images at a time. A constant channel gets 1.
-    """
-    channels = images.pixels.shape[1]
-    counts = np.zeros((channels, 256))
-    for start in range(0, len(images), 1024):
-        pixels = images.pixels[images.rows[start : start + 1024]]
-        for channel in range(channels):
-            counts[channel] += np.bincount(pixels[:, channel].ravel(), minlength=256)
-    share = counts / counts.sum(axis=1, keepdims=True)
-    levels = np.arange(256)
-    mean = share @ levels
-    std = np.sqrt(np.sum(share * (levels - mean[:, None]) ** 2, axis=1))
-    std[std == 0] = 1
-    return torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
 
 
 def describe_environment(device: torch.device, task: Task) -> Row:
@@ -300,11 +324,35 @@ def check_same_images(run: RunFolder, task: Task) -> None:
         )
 
 
-def refuse_nan(row: Row, run: RunFolder) -> None:
-    """Raise if a loss of this epoch is not a number: no later epoch could mend it."""
-    for name in ("train_loss", "validation_loss"):
-        if not math.isfinite(row[name]):
-            raise UserError(
-                f"{name} became {row[name]} in epoch {row['epoch']} of {run.path}; train again "
-                "into another folder with a lower --lr"
-            )
+def uses_cuda_graph(config: TrainConfig, learner: Learner) -> bool:
+    """Whether the training step is replayed as a CUDA graph."""
+    on_gpu, scaled = learner.device.type == "cuda", learner.scaler.is_enabled()
+    if config.cuda_graph == "on" and not on_gpu:
+        raise UserError("--cuda-graph on: there is no GPU here; use auto or off")
+    if config.cuda_graph == "on" and scaled:
+        raise UserError("--cuda-graph on: not with --amp on a GPU without bfloat16; use off")
+    # What stands in other libraries' losses may wait for the device.
+    allowed = config.loss in ("ce", "ce+bst") and not scaled
+    return config.cuda_graph == "on" or (config.cuda_graph == "auto" and on_gpu and allowed)
+
+
+def stop_at(
+    batch: Batch, part: str, tally: Tally, images: ImageSet, epoch: int, run: RunFolder
+) -> NoReturn:
+    """Save a batch whose loss is not finite, and raise: no later epoch could mend it."""
+    n_images, files = len(batch.labels), [images.files[position] for position in batch.positions]
+    saved = {
+        "part": part,
+        "epoch": epoch,
+        "batch": tally.first_bad,
+        "positions": batch.positions,
+        "files": files,
+        "images": batch.images.cpu(),
+        "labels": batch.labels.cpu(),
+        "logits": tally.bad_logits[:n_images].cpu(),
+    }
+    save_checkpoint(run.path / BAD_BATCH, saved)
+    raise UserError(
+        f"{part}_loss became {tally.loss} in epoch {epoch} of {run.path}; its batch is in "
+        f"{run.path / BAD_BATCH}: look at it, or train again into another folder with a lower --lr"
+    )

@@ -228,7 +228,7 @@ def one_clear_line_at_the_end(outcome: Outcome, *words: object) -> None:
     ("flags", "words"),
     [
         (["--backbone", "mobilnetv3_small_100"], ["--backbone", "'mobilenetv3_small_100'", "timm"]),
-        (["--loss", "ce+bts"], ["--loss", "did you mean 'ce+bst'", "ce, ce+bst"]),
+        (["--loss", "ce+bts"], ["--loss", "did you mean 'ce+bst'", "ce, ce+triplet"]),
         (["--batches", "minde"], ["--batches", "did you mean 'mined'"]),
         (["--epochs", "many"], ["--epochs", "many"]),
         (["--margin", "2"], ["--margin", "2.0", "at least 0 and at most 1"]),

@@ -36,6 +36,11 @@ configurations = st.builds(
     lr=st.floats(1e-8, 1),
     epochs=st.integers(1, 1000),
     seed=st.integers(0, 2**31 - 1),
+    amp=st.booleans(),
+    channels_last=st.booleans(),
+    augment=st.sampled_from(["none", "copies", "online"]),
+    optimiser=st.sampled_from(["adam", "adamw", "sgd"]),
+    ema=st.floats(0, 0.999),
 )
 
 
@@ -50,7 +55,7 @@ def words_of(config: TrainConfig) -> list[str]:
     for name, value in config.to_dict().items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
-            words += [flag] if value else []
+            words += [flag if value else flag.replace("--", "--no-", 1)]
         else:
             words.append(f"{flag}={value!r}" if isinstance(value, float) else f"{flag}={value}")
     return words
@@ -72,6 +77,9 @@ def test_defaults_are_section_3_1_of_the_paper() -> None:
     assert (config.epochs, config.stop_patience, config.stop_delta) == (400, 30, 1e-4)
     assert (config.batch_size, config.metric_weight) == (36, 1.0)
     assert config.validation == "train"
+    assert (config.optimiser, config.schedule, config.weight_decay) == ("adam", "plateau", 0)
+    assert (config.augment, config.amp, config.ema) == ("none", False, 0)
+    assert (config.class_weights, config.label_smoothing) == ("none", 0)
     assert config == parsed(["--data", "folder"])
 
 
@@ -110,6 +118,14 @@ def test_only_typed_options_are_given() -> None:
         ("validation_fraction", 0.6),
         ("skip_broken", 1),
         ("image_size", 7),
+        ("ema", 1.0),
+        ("optimiser", "adm"),
+        ("schedule", "cosin"),
+        ("augment", "copy"),
+        ("warmup_epochs", 400),
+        ("weight_decay", -0.1),
+        ("label_smoothing", 1.0),
+        ("class_weights", "balance"),
         ("validation", "tests"),
     ],
 )

@@ -134,5 +134,5 @@ def test_the_parameters_of_a_loss_are_trained_and_continued(
     two = load_checkpoint(tmp_path / "two" / LAST)
     frozen = replace(config, lr=1e-12, epochs=1)
     train(frozen, task, RunFolder(tmp_path / "start"))
-    start = load_checkpoint(tmp_path / "start" / LAST)["criterion"]
-    assert not torch.equal(two["criterion"]["metric.W"], start["metric.W"])
+    start = load_checkpoint(tmp_path / "start" / LAST)["learner"]["criterion"]
+    assert not torch.equal(two["learner"]["criterion"]["metric.W"], start["metric.W"])

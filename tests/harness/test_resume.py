@@ -31,6 +31,18 @@ from quick import Run, snapshot, tiny_flags
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 MINED = {"loss": "ce+bst", "batches": "mined"}
+# Each part of a run that has a state of its own, between them.
+RECIPES: dict[str, dict[str, Any]] = {
+    "section 3.1": MINED,
+    "ema, cosine, amp": MINED | {
+        "ema": 0.9, "schedule": "cosine", "warmup_epochs": 1, "amp": True, "optimiser": "adamw",
+        "weight_decay": 0.01, "augment": "online",
+    },
+    "loss with parameters, sgd, copies": {
+        "loss": "ce+ProxyAnchorLoss", "optimiser": "sgd", "augment": "copies", "train_per_class": 3,
+        "label_smoothing": 0.1, "class_weights": "balanced",
+    },
+}  # fmt: skip
 
 
 def contents(folder: Path) -> dict[str, Any]:
@@ -102,6 +114,32 @@ def test_a_kill_before_any_write_loses_nothing(
         train(config, task, run)
         assert contents(run.path) == expected, f"killed at write {kill_at}"
         shutil.rmtree(run.path)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_continues_to_the_same_bits(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    config = replace(tiny, **RECIPES[recipe], epochs=4)
+    task = split_dataset(load_dataset(config.data, config.image_size), config)
+    monkeypatch.setattr(training, "CHECKPOINT_SHARE", float("inf"))  # a checkpoint an epoch
+    whole, cut = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "cut")
+    train(config, task, whole)
+    append_log, stop_at = RunFolder.append_log, 2
+
+    def killed_later(run: RunFolder, row: dict[str, Any]) -> None:
+        if row["epoch"] == stop_at:
+            raise Killed
+        append_log(run, row)
+
+    for stop_at in (2, 4, 0):
+        monkeypatch.setattr(RunFolder, "append_log", killed_later)
+        if stop_at:
+            with pytest.raises(Killed):
+                train(config, task, cut)
+        else:
+            train(config, task, cut)
+    assert contents(cut.path) == contents(whole.path)
 
 
 def lines_in(log: Path) -> int:

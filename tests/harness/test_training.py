@@ -4,21 +4,25 @@ import csv
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from bstriplet.backbones import Classifier
-from bstriplet.batches import RandomBatchSampler, make_sampler
+from bstriplet import training
+from bstriplet.backbones import Classifier, Output
+from bstriplet.batches import Feed, RandomBatchSampler, make_sampler
 from bstriplet.config import BATCHES, LOSSES, TrainConfig
-from bstriplet.data import Task, load_dataset, split_dataset
+from bstriplet.data import ImageSet, Task, load_dataset, split_dataset
 from bstriplet.errors import UserError
 from bstriplet.evaluation import embed, load_trained
+from bstriplet.learner import grey_level_statistics
+from bstriplet.losses import LossTerms
 from bstriplet.metrics import classification_metrics
 from bstriplet.runs import LAST, RunFolder, load_checkpoint
-from bstriplet.training import epochs_without_improvement, grey_level_statistics, train
+from bstriplet.training import epochs_without_improvement, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning.losses import GeneralizedLiftedStructureLoss
@@ -141,7 +145,7 @@ def test_schemes_start_from_the_same_weights_and_split(tiny: TrainConfig, tmp_pa
             config = replace(tiny, loss=loss, batches=batches, epochs=1, lr=1e-12, lr_floor=0.0)
             run = RunFolder(tmp_path / f"{loss}{batches}")
             train(config, make_task(config), run)
-            state = load_checkpoint(run.path / LAST)["model"]
+            state = load_checkpoint(run.path / LAST)["learner"]["model"]
             weights.append([v for k, v in state.items() if k.endswith(("weight", "bias"))])
             data.append(json.loads((run.path / "environment.json").read_text())["data"])
     for other in weights[1:]:
@@ -155,7 +159,7 @@ def test_seeds_start_from_different_weights(tiny: TrainConfig, tmp_path: Path) -
     for seed in range(2):
         config = replace(tiny, epochs=1, lr=1e-12, seed=seed)
         train(config, make_task(config), RunFolder(tmp_path / str(seed)))
-        states.append(load_checkpoint(tmp_path / str(seed) / LAST)["model"])
+        states.append(load_checkpoint(tmp_path / str(seed) / LAST)["learner"]["model"])
     name = next(name for name in states[0] if name.endswith("weight") and states[0][name].ndim == 4)
     assert not torch.equal(states[0][name], states[1][name])
 
@@ -237,8 +241,74 @@ def test_it_learns(tiny: TrainConfig, tmp_path: Path) -> None:
     assert metrics["accuracy"] > 0.6  # chance is 0.1
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tiny: TrainConfig, tmp_path: Path) -> None:
-    config = replace(tiny, lr=1e30, epochs=20)
-    with pytest.raises(UserError, match=r"_loss became (nan|inf) in epoch \d+ .*--lr"):
-        train(config, make_task(config), RunFolder(tmp_path / "run"))
-    assert not RunFolder(tmp_path / "run").finished
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_batch(
+    tiny: TrainConfig, tmp_path: Path
+) -> None:
+    config = replace(tiny, lr=1e30, epochs=20, batch_size=12, augment="online")
+    task, run = make_task(config), RunFolder(tmp_path / "run")
+    file = run.path / "bad_batch.pt"
+    with pytest.raises(
+        UserError, match=rf"train_loss became (nan|inf) in epoch \d+ .*{file}.*--lr"
+    ):
+        train(config, task, run)
+    assert not run.finished
+    saved = torch.load(file, weights_only=True)
+    assert (saved["part"], saved["images"].dtype) == ("train", torch.uint8)
+    batches = list(Feed(config, task.train, torch.device("cpu")).epoch(saved["epoch"]))
+    batch = batches[saved["batch"]]
+    assert saved["positions"] == batch.positions
+    assert saved["files"] == [task.train.files[position] for position in batch.positions]
+    assert torch.equal(saved["images"], batch.images)
+    assert torch.equal(saved["labels"], batch.labels)
+    loss = functional.cross_entropy(saved["logits"], saved["labels"])
+    assert not loss.isfinite()
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoilt(model: Classifier, images: ImageSet, device: torch.device) -> tuple[Output, Any]:
+        output, labels = embed(model, images, device)
+        return Output(output.logits.log(), output.embeddings), labels
+
+    monkeypatch.setattr(training, "embed", spoilt)
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(UserError, match="validation_loss became nan in epoch 1 "):
+        train(tiny, make_task(tiny), run)
+    assert torch.load(run.path / "bad_batch.pt", weights_only=True)["part"] == "validation"
+
+
+def test_only_the_first_bad_batch_counts(tiny: TrainConfig) -> None:
+    task = make_task(tiny)
+    tally = training.Tally(tiny, task, torch.device("cpu"))
+    finite = LossTerms(torch.tensor(1.0), torch.tensor(0.5), torch.tensor(0.5))
+    bad = LossTerms(torch.tensor(math.inf), torch.tensor(0.5), torch.tensor(math.inf))
+    for _ in range(2):
+        tally.reset()
+        for number, loss in enumerate([finite, finite, bad, finite, bad]):
+            tally.add(loss, torch.full((3, 10), float(number)), torch.zeros(3, dtype=torch.int64))
+        assert tally.first_bad == 2
+        assert (tally.bad_logits[:3] == 2).all()
+    tally.reset()
+    assert tally.first_bad is None
+
+
+@pytest.mark.parametrize("options", [{"compile": True}, {"channels_last": False}])
+def test_how_it_runs_changes_little(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, bool]
+) -> None:
+    """The compiler is replaced by one that only traces: what is tested is what it is given."""
+    traced = partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", traced)
+    config = replace(tiny, epochs=1, loss="ce+bst")
+    rows = []
+    for name, changes in (("usual", {}), ("other", options)):
+        run = RunFolder(tmp_path / name)
+        train(replace(config, **changes), make_task(config), run)
+        rows.append(log_of(run)[0])
+    assert rows[0] == pytest.approx(rows[1], rel=1e-3)
+
+
+def test_a_cuda_graph_needs_a_gpu(tiny: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--cuda-graph on: there is no GPU"):
+        train(replace(tiny, cuda_graph="on"), make_task(tiny), RunFolder(tmp_path / "run"))

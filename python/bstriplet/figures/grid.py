@@ -32,7 +32,7 @@ def sweep(comparison: Comparison) -> Picture:
         for number, margin in enumerate(margins or [None]):
             line = [cell for cell in found if cell.weight and cell.margin == margin]
             axes.errorbar(
-                [places[cell.weight] for cell in line],
+                [places[cell.weight] + 0.06 * (number - len(margins) // 2) for cell in line],
                 [cell.accuracy.mean or 0 for cell in line],
                 [cell.accuracy.sd or 0 for cell in line],
                 color=CLASS_COLOURS[number % len(CLASS_COLOURS)],

@@ -1,0 +1,109 @@
+"""Moved training images: each against NumPy, seeded, and in the groups of their originals."""
+
+from collections import Counter
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from bstriplet import batches
+from bstriplet.augmentation import COPIES, Augmentation
+from bstriplet.batches import Feed, make_sampler
+from bstriplet.config import TrainConfig
+from bstriplet.data import load_dataset, split_dataset
+from bstriplet.sampler import GroupBatchSampler
+
+CPU = torch.device("cpu")
+
+
+def some_images(count: int, channels: int = 2, size: int = 9) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    shape = (count, channels, size, size)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def moved(image: np.ndarray, down: int, right: int) -> np.ndarray:
+    """[C, H, W] moved, its edge repeated."""
+    padded = np.pad(image, ((0, 0), (5, 5), (5, 5)), mode="edge")
+    height, width = image.shape[1:]
+    return padded[:, 5 - down : 5 - down + height, 5 - right : 5 - right + width]
+
+
+def test_the_seven_copies_of_section_3_5() -> None:
+    image = some_images(1)
+    copies = Augmentation("copies", 9, CPU)(image.expand(COPIES, -1, -1, -1), range(COPIES), (0,))
+    one = image[0].numpy()
+    expected = [
+        one,
+        *(np.rot90(one, turns, axes=(1, 2)) for turns in (1, 2, 3)),
+        one[:, :, ::-1],
+        one[:, ::-1],
+        moved(one, 0, 5),
+        moved(one, 5, 0),
+    ]
+    assert copies.dtype == torch.uint8
+    np.testing.assert_array_equal(copies, np.stack(expected))
+
+
+def test_online_moves_are_seeded_and_are_a_symmetry_and_a_translation() -> None:
+    images = some_images(24, channels=1)
+    augment = Augmentation("online", 9, CPU)
+    first = augment(images, [0] * 24, (0, 1, 2))
+    assert torch.equal(first, augment(images, [0] * 24, (0, 1, 2)))
+    assert not torch.equal(first, augment(images, [0] * 24, (0, 1, 3)))
+    seen = set()
+    for before, after in zip(images.numpy(), first.numpy(), strict=True):
+        ways = set()
+        for flip, turns in product((1, -1), range(4)):
+            padded = np.pad(np.rot90(before[0, :, ::flip], turns), 5, mode="edge")
+            windows = np.lib.stride_tricks.sliding_window_view(padded, (9, 9))
+            for top, left in np.argwhere((windows == after[0]).all(axis=(2, 3))).tolist():
+                ways.add((flip, turns, 5 - top, 5 - left))
+        assert len(ways) == 1
+        seen |= ways
+    assert len({way[:2] for way in seen}) == 8
+    assert {-5, 5} < {way[2] for way in seen} | {way[3] for way in seen}
+
+
+def test_an_epoch_has_each_copy_once(tiny: TrainConfig) -> None:
+    config = replace(tiny, augment="copies", image_size=8)
+    images = split_dataset(load_dataset("digits", 8), config).train
+    drawn = Counter(position for batch in make_sampler(config, images) for position in batch)
+    assert drawn == Counter(range(COPIES * len(images)))
+
+
+def test_mined_copies_are_in_the_group_of_their_original(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def spy(groups: np.ndarray, *arguments: object, **options: object) -> GroupBatchSampler:
+        given.append(groups)
+        return GroupBatchSampler(groups, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(batches, "GroupBatchSampler", spy)
+    images = split_dataset(load_dataset("digits", 8), tiny).train
+    for augment in ("none", "copies"):
+        make_sampler(replace(tiny, augment=augment, batches="mined", image_size=8), images)
+    np.testing.assert_array_equal(given[1].reshape(-1, COPIES), given[0][:, None].repeat(COPIES, 1))
+
+
+def test_a_feed_gives_the_images_moved_and_the_labels_of_their_originals(tiny: TrainConfig) -> None:
+    config = replace(tiny, augment="copies", batch_size=7)
+    images = split_dataset(load_dataset("digits", 32), config).train
+    feed = Feed(config, images, CPU)
+    for number, batch in enumerate(feed.epoch(3)):
+        assert batch.labels.tolist() == images.labels[batch.positions].tolist()
+        assert batch.images.dtype == torch.uint8
+        if number == 0:
+            assert not torch.equal(batch.images, images.batch(batch.positions)[0])
+    again = list(feed.epoch(3))
+    assert torch.equal(again[-1].images, batch.images)
+    assert sum(len(batch.labels) for batch in again) == COPIES * len(images)
+
+
+def test_without_augmentation_images_are_as_they_are(tiny: TrainConfig) -> None:
+    images = split_dataset(load_dataset("digits", 32), tiny).train
+    for batch in Feed(tiny, images, CPU).epoch(1):
+        assert torch.equal(batch.images, images.batch(batch.positions)[0])

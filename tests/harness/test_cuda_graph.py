@@ -1,0 +1,79 @@
+"""The graphed step: which batches are replayed, which are eager, each trained on exactly once.
+
+A stand-in for CUDA records a step as the function and tensors that replaying calls again.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from bstriplet.batches import Feed
+from bstriplet.config import TrainConfig
+from bstriplet.cuda_graph import WARM_UP, GraphedStep, Step
+from bstriplet.data import load_dataset, split_dataset
+from bstriplet.errors import UserError
+from bstriplet.learner import Learner
+from bstriplet.training import Step as TrainingStep
+from bstriplet.training import Tally, seed_everything
+
+CPU = torch.device("cpu")
+
+
+class Recorder:
+    """In place of ``cuda_graph.Cuda``."""
+
+    def __init__(self) -> None:
+        self.eager: list[int] = []
+        self.captures = 0
+
+    def run(self, step: Step, images: torch.Tensor, labels: torch.Tensor) -> None:
+        self.eager.append(len(labels))
+        step(images, labels)
+
+    def capture(self, step: Step, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+        self.captures += 1
+        return lambda: step(images, labels)
+
+
+def test_replayed_and_eager_steps_train_as_eager_ones_alone(tiny: TrainConfig) -> None:
+    config = replace(tiny, batch_size=9, loss="ce+bst", ema=0.9)
+    task = split_dataset(load_dataset(config.data, config.image_size), config)
+    states, losses, recorder = [], [], Recorder()
+    for graphed in (False, True):
+        seed_everything(0)
+        learner, tally = Learner(config, task, CPU), Tally(config, task, CPU)
+        step: Step = TrainingStep(learner, tally)
+        if graphed:
+            step = GraphedStep(step, learner.optimiser, config.batch_size, recorder)
+        learner.model.train()
+        for epoch in range(4):
+            if epoch == 2:
+                for group in learner.optimiser.param_groups:
+                    group["lr"] = 1e-4
+            for batch in Feed(config, task.train, CPU).epoch(epoch):
+                step(batch.images, batch.labels)
+        states.append(learner.state_dict())
+        losses.append((tally.loss, tally.n_images))
+    assert losses[0] == losses[1]
+    for part in ("model", "ema"):
+        for name, value in states[0][part].items():
+            assert torch.equal(value, states[1][part][name]), name
+    rest = len(task.train) % config.batch_size
+    assert recorder.eager.count(9) == WARM_UP
+    assert recorder.eager.count(rest) == 4
+    assert recorder.captures == 2  # the second for the other learning rate
+
+
+def test_a_step_that_cannot_be_captured_says_so(tiny: TrainConfig) -> None:
+    class Failing(Recorder):
+        def capture(self, *arguments: object) -> Callable[[], None]:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    weight = torch.nn.Parameter(torch.zeros(1))
+    step = GraphedStep(lambda *batch: None, torch.optim.SGD([weight]), 2, Failing())
+    batch = torch.zeros(2), torch.zeros(2)
+    for _ in range(WARM_UP):
+        step(*batch)
+    with pytest.raises(UserError, match=r"--cuda-graph: .*stream is capturing.* use off"):
+        step(*batch)

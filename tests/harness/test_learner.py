@@ -1,0 +1,104 @@
+"""The recipe's options: optimiser, schedules, mixed precision, averaged weights."""
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from bstriplet.config import TrainConfig
+from bstriplet.data import Task, load_dataset, split_dataset
+from bstriplet.evaluation import embed, load_trained
+from bstriplet.learner import Learner, cosine_factor
+from bstriplet.runs import LAST, RunFolder, load_checkpoint
+from bstriplet.training import Step, Tally, train
+from torch.optim import SGD, Adam, AdamW
+
+CPU = torch.device("cpu")
+
+
+def make_task(config: TrainConfig) -> Task:
+    return split_dataset(load_dataset(config.data, config.image_size), config)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adam", Adam), ("adamw", AdamW), ("sgd", SGD)])
+def test_optimisers_decay_filters_and_matrices_only(
+    tiny: TrainConfig, name: str, kind: type
+) -> None:
+    config = replace(tiny, optimiser=name, weight_decay=0.1, loss="ce+ArcFaceLoss")
+    learner = Learner(config, make_task(config), CPU)
+    assert type(learner.optimiser) is kind
+    decay = {
+        id(p): group["weight_decay"]
+        for group in learner.optimiser.param_groups
+        for p in group["params"]
+    }
+    parameters = [*learner.model.parameters(), *learner.criterion.parameters()]
+    assert len(decay) == len(parameters)
+    assert [decay[id(p)] for p in parameters] == [0.1 * (p.ndim > 1) for p in parameters]
+
+
+def test_the_cosine_schedule_rises_and_falls(tiny: TrainConfig) -> None:
+    config = replace(tiny, schedule="cosine", warmup_epochs=3, epochs=13, lr=1.0, lr_floor=0.1)
+    rates = [cosine_factor(config, epoch) for epoch in range(14)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[8] == pytest.approx(0.55)
+    assert rates[13] == pytest.approx(0.1)
+    assert all(one > other for one, other in pairwise(rates[3:]))
+    learner = Learner(config, make_task(config), CPU)
+    seen = []
+    for _ in range(13):
+        seen.append(learner.optimiser.param_groups[0]["lr"])
+        learner.optimiser.step()
+        learner.schedule(math.nan)
+    assert seen == pytest.approx(rates[:13])
+
+
+def test_averaged_weights_are_validated_and_kept(tiny: TrainConfig, tmp_path: Path) -> None:
+    config = replace(tiny, ema=0.5, epochs=2)
+    task, run = make_task(config), RunFolder(tmp_path / "run")
+    train(config, task, run)
+    state = load_checkpoint(run.path / LAST)
+    trained = load_trained(run)
+    best = state["history"][-1]["validation_loss"] <= state["history"][0]["validation_loss"]
+    if best:
+        for name, value in trained.model.state_dict().items():
+            assert torch.equal(value, state["learner"]["ema"][name])
+    assert not torch.equal(
+        state["learner"]["ema"]["backbone.classifier.weight"],
+        state["learner"]["model"]["backbone.classifier.weight"],
+    )
+    output, labels = embed(trained.model, task.validation, CPU)
+    loss = torch.nn.functional.cross_entropy(output.logits, labels).item()
+    assert loss == pytest.approx(min(row["validation_loss"] for row in state["history"]), rel=1e-5)
+
+
+def test_averaging_follows_its_equation(tiny: TrainConfig) -> None:
+    config = replace(tiny, ema=0.75)
+    task = make_task(config)
+    learner = Learner(config, task, CPU)
+    average = learner.model.backbone.classifier.weight.detach().clone()
+    step = Step(learner, Tally(config, task, CPU))
+    for _ in range(3):
+        step(*task.train.batch(range(24)))
+        average = 0.75 * average + 0.25 * learner.model.backbone.classifier.weight.detach()
+    torch.testing.assert_close(learner.evaluated.backbone.classifier.weight.detach(), average)
+
+
+def test_mixed_precision_computes_the_network_in_bfloat16_and_the_loss_in_float32(
+    tiny: TrainConfig,
+) -> None:
+    config = replace(tiny, amp=True, loss="ce+bst")
+    task = make_task(config)
+    learner = Learner(config, task, CPU)
+    seen = {}
+    convolution = next(m for m in learner.model.modules() if isinstance(m, torch.nn.Conv2d))
+    convolution.register_forward_hook(lambda m, i, out: seen.update(network=out.dtype))
+    learner.criterion.register_forward_hook(
+        lambda m, inputs, out: seen.update(logits=inputs[0].logits.dtype, loss=out.total.dtype)
+    )
+    Step(learner, Tally(config, task, CPU))(*task.train.batch(range(24)))
+    assert seen == {"network": torch.bfloat16, "logits": torch.float32, "loss": torch.float32}
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in
+               learner.model.parameters())  # fmt: skip
