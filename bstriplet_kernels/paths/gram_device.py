@@ -1,14 +1,15 @@
 """The second-moment path where sizes must not be read: no shape depends on the labels.
 
-Rows are sorted by class, classes without a moment matrix first. At most N / t classes have t
-members or more, so a fixed number of moment matrices ("segments", the first of which holds all
-smaller classes together) and of row tiles, none of which crosses a segment, serves any labels; what
-is over is masked. A smaller class ends less than t rows from any of its members: a tile meets the
-rows from t before to t behind it and masks other classes.
+Rows are sorted by class: classes without a moment matrix first, one that holds most rows last. At
+most N / t classes have t members or more, so a fixed number of moment matrices ("segments", the
+first of which holds all smaller classes together) and of row tiles, none of which crosses a
+segment, serves any labels; what is over is masked. A smaller class ends less than t rows behind any
+of its members: consecutive blocks of rows meet the t rows behind them, and a pair counts for both.
 
-A row costs about 1.5 D x D products for the moments and 3 for the means, as much again in the
-backward, and 4 and 8 for the band of small classes, whether or not there are any: the price of
-asking nothing of the device. Sums have a fixed order: no atomics, the same bits from run to run.
+A row costs 1.5 D x D products (tiles are padded) for its class's moments and as much for what it
+makes of them, 1.5 for the moments of all others and 1.25 for the band of small classes, whether or
+not there are any: 5.75 forward and 9.5 backward, the price of asking nothing of the device. Sums
+have a fixed order: no atomics, the same bits from run to run.
 """
 
 from __future__ import annotations
@@ -20,15 +21,9 @@ import torch
 from torch import Tensor
 
 from ..spec import accumulation_dtype
-from .second_moments import (
-    class_weights,
-    inverse_norms,
-    others_share,
-    own_share,
-    through_normalisation,
-)
+from .second_moments import class_weights, inverse_norms, through_normalisation
 
-CHUNK_NUMBERS = 1 << 24  # what the tiles computed at once may hold: 64 MiB of float32
+CHUNK_NUMBERS = 1 << 24  # what is computed at once may hold: 64 MiB of float32
 
 
 class Layout(NamedTuple):
@@ -46,14 +41,30 @@ class Layout(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """All row tiles: segment [K], rows [K, B] (positions in class order), valid [K, B].
-
-    A row that is not valid has position N.
-    """
+    """Row tiles: segment [K] and rows [K, B], positions in class order; N where there is no row."""
 
     segment: Tensor
     rows: Tensor
-    valid: Tensor
+
+
+class Blocks(NamedTuple):
+    """Consecutive blocks of rows and the rows behind them that share small classes with them.
+
+    start: the first position. own: unit rows [k, b, D]. near: for each block the units of its own
+    rows and of the `reach` rows behind, [k, W, D]. same: [k, b, W], two rows of one small class.
+    """
+
+    start: int
+    own: Tensor
+    near: Tensor
+    same: Tensor
+
+
+class Moments(NamedTuple):
+    """Of all segments together, [D, D] each: all but a dominating one, and that one alone."""
+
+    rest: Tensor
+    dominating: Tensor
 
 
 def smallest_moment(d: int) -> int:
@@ -85,10 +96,8 @@ def forward(
 ) -> list[Tensor]:
     """[positive [N], negative [N], *state]: the two means of Eq. 3, and what `gradients` wants."""
     batch = Batch(embeddings, make_layout(embeddings, labels, eps))
-    ones = torch.ones_like(batch.layout.inverse)
-    moments = batch.moments(ones)
-    positive, negative = batch.means(moments, ones)
-    return [positive, negative, moments, *batch.layout]
+    moments = batch.moments(torch.ones_like(batch.layout.inverse))
+    return [*batch.means(moments), moments, *batch.layout]
 
 
 def gradients(
@@ -101,13 +110,14 @@ def gradients(
 
 
 def make_layout(embeddings: Tensor, labels: Tensor, eps: float) -> Layout:
-    """Sort by class, then classes without a moment matrix of their own to the front."""
+    """Sort by class, then classes without a moment matrix to the front, a dominating one last."""
     n, d = embeddings.shape
     labels, order = labels.sort(stable=True)
     first = torch.searchsorted(labels, labels)
     members = torch.searchsorted(labels, labels, right=True) - first
-    large = (members >= smallest_moment(d)) | (2 * members > n)
-    moved = large.to(torch.uint8).sort(stable=True).indices
+    dominates = dominating(members, n)
+    large = (members >= smallest_moment(d)) | dominates
+    moved = (large.to(torch.uint8) + dominates).sort(stable=True).indices
     here = torch.arange(n, device=labels.device)
     first = here - (moved - first[moved])
     segment = ((first == here) & large[moved]).cumsum(0)
@@ -116,28 +126,29 @@ def make_layout(embeddings: Tensor, labels: Tensor, eps: float) -> Layout:
     return Layout(order, inverse, members[moved], first, segment)
 
 
+def dominating(members: Tensor, n: int) -> Tensor:
+    """Whether a class of n rows has so many members that T - T_c would cancel."""
+    return 2 * members > n
+
+
 class Batch:
-    """The embeddings [N, D] in class order, cut into tiles."""
+    """The embeddings [N, D] in class order, cut into tiles and into blocks."""
 
     def __init__(self, embeddings: Tensor, layout: Layout) -> None:
         self.embeddings, self.layout = embeddings, layout
         n, d = embeddings.shape
-        self.reach = smallest_moment(d)
         self.width = max(16, d // 2)
+        self.block = max(16, d // 4)
+        self.blocks_behind = -(-smallest_moment(d) // self.block)
         self.p, self.q = (
             w.to(layout.inverse.dtype) for w in class_weights(layout.members, n, own=True)
         )
         self.small = layout.segment == 0
+        self.row_dominates = dominating(layout.members, n)
         every = torch.arange(segment_count(n, d), device=embeddings.device)
         self.ends = torch.searchsorted(layout.segment, every, right=True)
         self.starts = torch.searchsorted(layout.segment, every)
-        at = self.starts.clamp(max=n - 1)
-        shared = every == 0
-        # The rows of segment 0 have weights of their own; they enter as weights of its rows.
-        self.segment_p = self.p[at].masked_fill(shared, 0.0)
-        self.segment_q = self.q[at].masked_fill(shared, 1.0)
-        self.row_q = torch.where(self.small, self.q, torch.ones_like(self.q))
-        self.dominates = (2 * (self.ends - self.starts) > n) & ~shared
+        self.dominates = dominating(self.ends - self.starts, n) & (every != 0)
         self.tiles = self.make_tiles()
 
     def make_tiles(self) -> Tiles:
@@ -149,24 +160,46 @@ class Batch:
         segment = torch.searchsorted(until, index, right=True).clamp(max=len(needed) - 1)
         start = self.starts[segment] + (index - (until - needed)[segment]) * self.width
         rows = start[:, None] + torch.arange(self.width, device=device)
-        valid = rows < self.ends[segment][:, None]
-        return Tiles(segment, rows.masked_fill(~valid, n), valid)
+        return Tiles(segment, rows.masked_fill(rows >= self.ends[segment][:, None], n))
 
     def chunks(self) -> Iterator[Tiles]:
         """The tiles, some at once."""
         d = self.embeddings.shape[1]
-        window = self.width + 2 * self.reach
-        size = max(1, CHUNK_NUMBERS // (6 * d * d + 2 * (window + self.width) * (d + self.width)))
+        size = max(1, CHUNK_NUMBERS // (2 * d * d + 4 * self.width * d))
         for parts in zip(*(t.split(size) for t in self.tiles), strict=True):
             yield Tiles(*parts)
 
+    def blocks(self) -> Iterator[Blocks]:
+        """All rows in blocks, some blocks at once; rows beyond N are zeros of no class."""
+        n, d = self.embeddings.shape
+        behind = self.blocks_behind * self.block
+        window = self.block + behind
+        size = max(1, CHUNK_NUMBERS // (self.block * (4 * window + 6 * d)))
+        not_itself = ~torch.eye(self.block, window, dtype=torch.bool, device=self.small.device)
+        for start in range(0, n, size * self.block):
+            count = min(size, -(-(n - start) // self.block))
+            rows = torch.arange(
+                start, start + count * self.block + behind, device=self.small.device
+            )
+            at = rows.clamp(max=n - 1)
+            small = self.small[at] & (rows < n)
+            key = torch.where(small, self.layout.first[at], -1 - rows)  # of no other row if large
+            unit = self.units(rows)
+            own = slice(count * self.block)
+            same = key[own].view(count, -1, 1) == key.unfold(0, window, self.block)[:, None]
+            yield Blocks(
+                start,
+                unit[own].view(count, self.block, d),
+                unit.unfold(0, window, self.block).mT,
+                same & not_itself,
+            )
+
     def units(self, rows: Tensor) -> Tensor:
-        """Unit rows [*rows.shape, D] at positions; zeros at positions outside of 0..N-1."""
-        inside = (rows >= 0) & (rows < len(self.small))
-        at = rows.clamp(0, len(self.small) - 1)
+        """Unit rows [*rows.shape, D] at positions; zeros at positions from N on."""
+        at = rows.clamp(max=len(self.small) - 1)
         unit = self.embeddings[self.layout.order[at]].to(self.layout.inverse.dtype)
-        scaled = unit.mul_(self.layout.inverse[at].unsqueeze(-1))
-        return scaled.masked_fill_(~inside.unsqueeze(-1), 0.0)
+        inverse = self.layout.inverse[at].masked_fill_(rows >= len(self.small), 0.0)
+        return unit.mul_(inverse.unsqueeze(-1))
 
     def moments(self, weights: Tensor) -> Tensor:
         """sum_j w_j u_j u_j^T over each segment, [segments, D, D]; weights [N] in class order."""
@@ -179,106 +212,120 @@ class Batch:
         return total
 
     def at(self, values: Tensor, tiles: Tiles) -> Tensor:
-        """Values [N] of the rows of tiles, [K, B]; what stands at rows not valid is not used."""
+        """Values [N] of the rows of tiles, [K, B]; what stands where no row is is not used."""
         return values[tiles.rows.clamp(max=len(values) - 1)]
 
-    def others(self, matrices: Tensor, scale: Tensor) -> Others:
-        """Sums over segments of scale * matrix, for all and for all but a dominating one."""
+    def together(self, matrices: Tensor, scale: Tensor) -> Moments:
+        """Sums over segments of scale [segments] * matrix [segments, D, D]."""
         flat = matrices.flatten(1)
-        rest, large = (
-            (scale.masked_fill(mask, 0.0) @ flat).view_as(matrices[0])
-            for mask in (self.dominates, ~self.dominates)
+        return Moments(
+            *(
+                (scale.masked_fill(mask, 0.0) @ flat).view_as(matrices[0])
+                for mask in (self.dominates, ~self.dominates)
+            )
         )
-        return Others(rest, rest + large, matrices, scale)
 
-    def own_and_others(self, others: Others, tiles: Tiles) -> tuple[Tensor, Tensor]:
-        """For each tile its class's matrix and the scaled sum of the others, [K, D, D] each.
+    def times(self, blocks: Blocks, moments: Moments) -> Tensor:
+        """Rows [k b, D] times all moments; for rows of a dominating class, those of the others."""
+        unit = blocks.own.flatten(0, 1)
+        product = unit @ moments.rest
+        few = min((len(self.small) + 1) // 2 - blocks.start, len(unit))  # the others come first
+        if few > 0:
+            aside = self.row_dominates[blocks.start :][:few]
+            few = len(aside)
+            add = (unit[:few] @ moments.dominating).masked_fill_(aside.unsqueeze(1), 0.0)
+            product[:few] += add
+        return product
 
-        Small classes are in the sum of the others: the band takes them out again.
-        """
-        segment = tiles.segment
-        own = others.matrices[segment].masked_fill_((segment == 0)[:, None, None], 0.0)
-        without = others.total - own * others.scale[segment][:, None, None]
-        return own, torch.where(self.dominates[segment][:, None, None], others.rest, without)
-
-    def band(self, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor]:
-        """Members of small classes near tiles: positions [K, W], units [K, W, D], mask [K, B, W].
-
-        The mask is 1 where row and column are two rows of one small class.
-        """
-        n, device = len(self.small), self.small.device
-        offsets = torch.arange(-self.reach, self.width + self.reach, device=device)
-        columns = tiles.rows[:, :1] + offsets
-        inside = (columns >= 0) & (columns < n)
-        first = self.layout.first[columns.clamp(0, n - 1)]
-        same = self.at(self.layout.first, tiles)[:, :, None] == first[:, None, :]
-        same &= (self.at(self.small, tiles) & tiles.valid)[:, :, None] & inside[:, None, :]
-        same &= tiles.rows[:, :, None] != columns[:, None, :]
-        return columns.clamp(0, n - 1), self.units(columns), same
-
-    def means(self, moments: Tensor, ones: Tensor) -> tuple[Tensor, Tensor]:
+    def means(self, moments: Tensor) -> tuple[Tensor, Tensor]:
         """The two means of Eq. 3 for each row, [N] each in the given order."""
-        others = self.others(moments, torch.ones_like(self.segment_q))
-        result = [ones.new_zeros(len(ones) + 1) for _ in range(2)]
-        self_sums = (self.layout.inverse != 0).to(ones.dtype)  # |u|^4
+        n = len(self.small)
+        own = moments.new_zeros(n + 1)
         for tiles in self.chunks():
             unit = self.units(tiles.rows)
-            own_sums, other_sums = (
-                torch.linalg.vecdot(unit @ m, unit) for m in self.own_and_others(others, tiles)
-            )
-            _, near, same = self.band(tiles)
-            near_sums = torch.where(same, (unit @ near.mT).square_(), 0.0).sum(2)
-            small = self.at(self.small, tiles)
-            self_sum = self.at(self_sums, tiles)
-            positive = torch.where(small, near_sums, own_sums - self_sum)
-            negative = torch.where(small, other_sums - near_sums - self_sum, other_sums)
-            to = torch.where(tiles.valid, self.given(tiles), len(ones)).flatten()
-            for out, sums, weight in zip(
-                result, (positive, negative), (self.p, self.q), strict=True
-            ):
-                out.index_copy_(0, to, (sums * self.at(weight, tiles)).flatten())
-        return result[0][:-1].clone(), result[1][:-1].clone()
+            forms = torch.linalg.vecdot(unit @ moments[tiles.segment], unit)
+            own.index_copy_(0, tiles.rows.flatten(), forms.flatten())
+        own = own[:n]
+        whole = self.together(moments, torch.ones_like(moments[:, 0, 0]))
+        every, near = moments.new_zeros(2, n + (self.blocks_behind + 1) * self.block)
+        for blocks in self.blocks():
+            unit = blocks.own.flatten(0, 1)
+            here = slice(blocks.start, blocks.start + len(unit))
+            every[here] = torch.linalg.vecdot(self.times(blocks, whole), unit)
+            squares = torch.where(blocks.same, (blocks.own @ blocks.near.mT).square_(), 0.0)
+            near[here] += squares.sum(2).flatten()
+            self.add_behind(near[blocks.start :], squares[:, :, self.block :].sum(1))
+        every, near = every[:n], near[:n]
+        itself = (self.layout.inverse != 0).to(own.dtype)  # |u|^4
+        positive = torch.where(self.small, near, own - itself)
+        taken_out = torch.where(self.small, near + itself, own.masked_fill(self.row_dominates, 0.0))
+        positive, negative = positive * self.p, (every - taken_out) * self.q
+        return self.given(positive), self.given(negative)
 
-    def given(self, tiles: Tiles) -> Tensor:
-        """Given indices of the rows of tiles, [K, B]."""
-        return self.at(self.layout.order, tiles)
+    def add_behind(self, total: Tensor, parts: Tensor) -> None:
+        """total[(k + s) b + r] += parts[k, (s - 1) b + r] for each block k and each s behind it."""
+        for s, part in enumerate(parts.split(self.block, dim=1), start=1):
+            total[s * self.block :][: len(parts) * self.block] += part.flatten(0, 1)
+
+    def given(self, values: Tensor) -> Tensor:
+        """Values [N] in the given order."""
+        return torch.empty_like(values).index_copy_(0, self.layout.order, values)
 
     def gradient(self, a: Tensor, moments: Tensor, sigma: float) -> Tensor:
         """dL/d(embeddings), [N, D] in the given order, for a [N] in class order."""
         n, d = self.embeddings.shape
-        of_columns = self.others(moments, torch.ones_like(self.segment_q))
-        of_rows = self.others(self.moments(a * self.row_q), self.segment_q)
-        p, q = self.segment_p[:, None, None], self.segment_q[:, None, None]
         gradient = self.embeddings.new_empty(n + 1, d)
+        self.write_others_share(gradient, a, moments, sigma)
+        # of T_c as of A_c, what the rows of class c get: -2 p, and 2 sigma q less than all get
+        of_row = -2 * (self.p + (sigma * self.q).masked_fill(self.row_dominates, 0.0))
+        first = self.starts.clamp(max=n - 1)
+        shared = torch.arange(len(first), device=first.device) == 0
+        of_segment = of_row[first].masked_fill(shared, 0.0)
+        back = self.moments(a * torch.where(self.small, self.q, 1.0))
+        whole = self.together(back, self.q[first].masked_fill(shared, 1.0))
+        back.mul_(of_segment[:, None, None]).add_(2 * sigma * whole.rest)
+        back.addcmul_(2 * sigma * whole.dominating, (~self.dominates)[:, None, None].to(back.dtype))
+        order = torch.nn.functional.pad(self.layout.order, (0, 1), value=n)
         for tiles in self.chunks():
-            unit, segment = self.units(tiles.rows), tiles.segment
-            own, others = self.own_and_others(of_columns, tiles)
-            v = unit @ own_share(own, others, p[segment], q[segment], sigma)
-            v *= self.at(a * self.row_q, tiles).unsqueeze(-1)
-            own, others = self.own_and_others(of_rows, tiles)
-            v += unit @ others_share(own, others, p[segment], sigma)
-            columns, near, same = self.band(tiles)
-            pairs = self.at(a, tiles)[:, :, None] + a[columns][:, None, :]
-            pairs = torch.where(same, pairs * (unit @ near.mT), 0.0)
-            scale = -2 * (self.p + sigma * self.q)
-            v += (pairs @ near) * self.at(scale, tiles).unsqueeze(-1)
+            unit, to = self.units(tiles.rows), order[tiles.rows].flatten()
+            scale = self.at(a, tiles) * of_segment[tiles.segment][:, None]
+            v = (unit * scale.unsqueeze(-1)) @ moments[tiles.segment]
+            v = torch.baddbmm(v, unit, back[tiles.segment])
             inverse = self.at(self.layout.inverse, tiles)
             v = through_normalisation(v.flatten(0, 1), unit.flatten(0, 1), inverse.flatten())
-            to = torch.where(tiles.valid, self.given(tiles), n).flatten()
-            gradient.index_copy_(0, to, v.to(gradient.dtype))
+            gradient.index_copy_(0, to, v.add_(gradient[to]).to(gradient.dtype))
         return gradient[:n]
 
-
-class Others(NamedTuple):
-    """Sums over segments of scale * matrix: all but the dominating one, and all; [D, D].
-
-    matrices: [segments, D, D]; scale: [segments].
-    """
-
-    rest: Tensor
-    total: Tensor
-    matrices: Tensor
-    scale: Tensor
+    def write_others_share(
+        self, gradient: Tensor, a: Tensor, moments: Tensor, sigma: float
+    ) -> None:
+        """What each row's own loss makes of all moments, and pairs within small classes."""
+        n, d = self.embeddings.shape
+        behind = self.blocks_behind * self.block
+        whole = self.together(moments, torch.ones_like(moments[:, 0, 0]))
+        padded = torch.nn.functional.pad(a, (0, behind + self.block))
+        carried = moments.new_zeros(behind, d)
+        for blocks in self.blocks():
+            count, rows = len(blocks.own), blocks.own.shape[0] * blocks.own.shape[1]
+            near_a = padded[blocks.start :][: rows + behind]
+            pairs = near_a[:rows].view(count, -1, 1) + near_a.unfold(
+                0, behind + self.block, self.block
+            ).unsqueeze(1)
+            pairs = torch.where(blocks.same, pairs * (blocks.own @ blocks.near.mT), 0.0)
+            v = torch.nn.functional.pad(carried, (0, 0, 0, rows))
+            v[:rows] += (pairs @ blocks.near).flatten(0, 1)
+            self.add_behind(v, pairs[:, :, self.block :].mT @ blocks.own)
+            carried = v[rows:].clone()
+            here = slice(blocks.start, min(blocks.start + rows, n))
+            v, unit = (
+                v[: here.stop - here.start],
+                blocks.own.flatten(0, 1)[: here.stop - here.start],
+            )
+            v *= (-2 * (self.p + sigma * self.q))[here].unsqueeze(1)
+            weight = (2 * sigma * a * self.q)[here].unsqueeze(1)
+            v.addcmul_(self.times(blocks, whole)[: len(v)], weight)
+            v = through_normalisation(v, unit, self.layout.inverse[here])
+            gradient.index_copy_(0, self.layout.order[here], v.to(gradient.dtype))
 
 
 def segment_sums(values: Tensor, segment: Tensor, count: int) -> Tensor:

@@ -6,6 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from oracle import Options, assert_as_exact_as_plain, batch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from bstriplet_kernels import bstriplet_loss
 from bstriplet_kernels.paths import gram, gram_device, gram_host, gram_native, native
@@ -199,6 +200,24 @@ def test_device_schedule_reads_no_value_of_a_tensor():
         outputs = gram_device.forward(x, None, labels, None, 1e-12)
         grads = gram_device.gradients(torch.empty(500), x, None, outputs[2:], 1.0)
     assert [(g.shape, g.dtype) for g in grads] == [(x.shape, x.dtype)]
+
+
+def test_device_schedule_costs_what_it_says(monkeypatch):
+    """Products of a row with D x D matrices, as its docstring counts them."""
+    monkeypatch.undo()
+    n, d = 1 << 15, 128
+    counted = []
+    with FakeTensorMode():
+        x, labels = torch.empty(n, d), torch.empty(n, dtype=torch.int64)
+        with FlopCounterMode(display=False) as counter:
+            outputs = gram_device.forward(x, None, labels, None, 1e-12)
+        counted.append(counter.get_total_flops())
+        with FlopCounterMode(display=False) as counter:
+            gram_device.gradients(torch.empty(n), x, None, outputs[2:], 1.0)
+        counted.append(counter.get_total_flops())
+    forward, backward = (flops / (2 * n * d * d) for flops in counted)
+    assert forward == pytest.approx(5.75, rel=0.02)
+    assert backward == pytest.approx(9.5, rel=0.02)
 
 
 def test_device_schedule_refuses_reference_embeddings():
