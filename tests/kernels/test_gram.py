@@ -20,7 +20,7 @@ def _every_class_size_meets_both_ways(monkeypatch):
     monkeypatch.setattr(gram_host, "SMALLEST_MOMENT", 6)
     monkeypatch.setattr(gram_host, "panel_rows", lambda d: 7)
     monkeypatch.setattr(gram_native, "SMALLEST_MOMENT", 6)
-    monkeypatch.setattr(gram_device, "CHUNK_NUMBERS", 1 << 14)
+    monkeypatch.setattr(gram_device, "CHUNK_NUMBERS", 1 << 12)
 
 
 @pytest.fixture(params=SCHEDULES, ids=["host", "native", "device"])
