@@ -17,8 +17,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from . import table
-from .cases import FORWARD_BACKWARD, TRAINING_STEP
-from .providers import EMPTY, MOMENT_PRODUCTS, OURS, PAIR_PRODUCTS
+from .cases import FORWARD, FORWARD_BACKWARD, TRAINING_STEP
+from .providers import EMPTY, MOMENT_PRODUCTS, OURS, PAIR_PRODUCTS, ROW_MOVES
 from .steps import CE
 from .table import EAGER, GRAPH, Row
 
@@ -28,9 +28,12 @@ _COLOURS = {
     "reference": "#a6761d", "naive": "#1f5fa8", "eager": "#6aa5d8", "compiled naive": "#14705a",
     "compiled eager": "#5fb39a", "pml contrastive": "#6b3fa0", "pml SupCon": "#9a77c7",
     "pml lifted": "#b9a3d8", "pml triplet": "#d8b4e2", "tiled SupCon": "#5c6370",
-    EMPTY: "#9aa0a8", PAIR_PRODUCTS: "#4a4f57", MOMENT_PRODUCTS: "#4a4f57",
+    "Liger InfoNCE": "#3d4350", EMPTY: "#9aa0a8", PAIR_PRODUCTS: "#4a4f57",
+    MOMENT_PRODUCTS: "#4a4f57",
 }  # fmt: skip
 _DASHED = {EMPTY: ":", PAIR_PRODUCTS: "--", MOMENT_PRODUCTS: "-."}
+_FLOORS = (EMPTY, PAIR_PRODUCTS, MOMENT_PRODUCTS, ROW_MOVES)
+_SHARES = (0.0, 1e-3, 1e-2, 0.1, 0.5, 1.0)
 _PATHS = ("reference", "native", "gram", "triton")
 _LABELS = {1e-3: "1 µs", 1e-2: "10 µs", 0.1: "0.1 ms", 1: "1 ms", 10: "10 ms", 100: "0.1 s",
            1e3: "1 s", 1e4: "10 s", 1e5: "100 s"}  # fmt: skip
@@ -67,7 +70,7 @@ def paper(rows: Sequence[Row]) -> Figure:
     figure, panels = _panels(len(operations))
     for axes, operation in zip(panels, operations, strict=True):
         chosen = [row for row in _best_mode(rows) if row.operation == operation]
-        _lines(axes, chosen, lambda row: row.ms, skip=(MOMENT_PRODUCTS,))
+        _lines(axes, chosen, lambda row: row.ms, skip=(MOMENT_PRODUCTS, ROW_MOVES))
         axes.set(title=f"{operation}, D = {chosen[0].d:,}, float32", xlabel="batch size N_b")
         axes.set_yscale("log")
         axes.set_xticks(sorted({row.n for row in chosen}))
@@ -100,12 +103,9 @@ def memory(rows: Sequence[Row]) -> Figure:
         own = [4 * n * chosen[0].d / 2**20 for n in sizes]
         axes.plot(sizes, own, ":", color=INK, linewidth=1.2, label="the embeddings")
 
-    floors = (EMPTY, PAIR_PRODUCTS, MOMENT_PRODUCTS)
     return _against_n(
-        rows,
-        lambda row: (
-            None if row.provider in floors or not row.peak_bytes else row.peak_bytes / 2**20
-        ),
+        [row for row in rows if row.provider not in _FLOORS],
+        lambda row: row.peak_bytes / 2**20 if row.peak_bytes else None,
         embeddings,
         lambda axes: axes.set_ylabel("peak extra memory, MiB"),
     )
@@ -215,6 +215,35 @@ def crossover(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+def hinge(rows: Sequence[Row]) -> Figure:
+    """Time against the share of active rows for each size, and the forward alone."""
+    rows = _best_mode(rows)
+    sizes = sorted({(row.n, row.d, row.c) for row in rows})
+    figure, panels = _panels(len(sizes))
+    for axes, (n, d, c) in zip(panels, sizes, strict=True):
+        here = [row for row in rows if row.n == n]
+        for provider in _providers(here):
+            own = [row for row in here if row.provider == provider]
+            both = sorted(
+                (row.active_share or 0.0, row.ms)
+                for row in own
+                if row.operation == FORWARD_BACKWARD
+            )
+            colour = _COLOURS.get(provider, MUTED)
+            axes.plot(*zip(*both, strict=True), "-o", color=colour, markersize=4, label=provider)
+            for row in own:
+                if row.operation == FORWARD:
+                    axes.axhline(row.ms, color=colour, linestyle=":", linewidth=1)
+        axes.set_xscale("symlog", linthresh=1e-3, linscale=0.4)
+        axes.set_xticks(_SHARES, [f"{100 * share:g} %" for share in _SHARES])
+        axes.set(xlabel="rows with h_i > 0", title=f"N = {n:,}, D = {d:,}, C = {c}")
+        axes.set_yscale("log")
+        axes.minorticks_off()
+        _time_ticks(axes)
+    _legend(figure, panels)
+    return figure
+
+
 def training_step(rows: Sequence[Row]) -> Figure:
     """The loss's share of a training step at N_b = 36: ours, and the paper-literal form."""
     figure, (axes,) = _panels(1, (7.2, 3.6))
@@ -263,6 +292,7 @@ _PICTURES: tuple[tuple[str, str, Draw], ...] = (
     ("memory", "sweep", memory),
     ("roofline", "sweep", roofline),
     ("crossover", "crossover", crossover),
+    ("hinge", "hinge", hinge),
     ("training_step", "training_step", training_step),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import os
 import platform
 import re
 import statistics
@@ -15,7 +16,8 @@ from typing import NamedTuple
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-_PACKAGES = ("torch", "triton", "numpy", "pytorch-metric-learning", "timm")
+_PACKAGES = ("torch", "triton", "numpy", "pytorch-metric-learning", "liger-kernel", "timm")
+_LONG_PRODUCT_S = 0.1
 _MEASURED_PATHS = ("bench", "bstriplet_kernels", "csrc")
 
 
@@ -27,10 +29,13 @@ class Limits(NamedTuple):
 
 
 def device_name(device: str) -> str:
-    """What a person calls the device."""
+    """What a person calls the device; of a processor also the vector instructions torch uses.
+
+    A virtual machine's "AMD EPYC" may be any of several generations, which these tell apart.
+    """
     if device == "cuda":
         return torch.cuda.get_device_name()
-    return f"{_processor()}, {_cores()} cores"
+    return f"{_processor()} ({torch.backends.cpu.get_cpu_capability()}), {_cores()} cores"
 
 
 def device_slug(device: str) -> str:
@@ -64,10 +69,13 @@ def limits(device: str, dtype: torch.dtype, threads: int) -> Limits:
     """Measured here and now: the best of a few square products, and of a sum of two arrays."""
     torch.set_num_threads(threads)
     gemm = 0.0
-    for size in (1024, 2048) if device == "cpu" else (4096, 8192):
+    for size in (256, 512, 1024, 2048) if device == "cpu" else (4096, 8192):
         a = torch.randn(size, size, device=device).to(dtype)
         out = torch.empty_like(a)
-        gemm = max(gemm, 2 * size**3 / _median_seconds(lambda a=a, o=out: torch.mm(a, a, out=o)))
+        seconds = _median_seconds(lambda a=a, o=out: torch.mm(a, a, out=o))
+        gemm = max(gemm, 2 * size**3 / seconds)
+        if seconds > _LONG_PRODUCT_S:  # a precision without vector instructions
+            break
     a, b = (torch.randn(1 << (24 if device == "cpu" else 27), device=device) for _ in range(2))
     out = torch.empty_like(a)
     seconds = _median_seconds(lambda: torch.add(a, b, out=out))
@@ -108,8 +116,6 @@ def _processor() -> str:
 
 
 def _cores() -> int:
-    import os
-
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

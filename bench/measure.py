@@ -178,7 +178,7 @@ def _time(
         tell(Starting("", _timing_limit(list(passed.values()), budget)))
         samples = timing.interleave(turns, {n: passed[n].call_s for n in turns}, budget)
         for name in turns:
-            passed[name].outcomes[mode] = _quantiles(samples[name])
+            passed[name].outcomes[mode] = _quantiles(samples[name] or [passed[name].call_s])
 
 
 def _turn(step: Step, problem: Problem, mode: str) -> timing.Turn:

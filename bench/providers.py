@@ -17,16 +17,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from bstriplet_kernels import available_impls, bstriplet_loss
-from bstriplet_kernels.paths.gram_host import panel_rows, smallest_moment
-from bstriplet_kernels.paths.second_moments import add_moment, half_matrices
 from bstriplet_kernels.reference import naive_loss
 
+from . import floors
 from .cases import FORWARD, Problem
 
 Step = Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]
 Loss = Callable[[Tensor, Tensor], Tensor]
 FLOOR, BASELINE, COMPILED, PEER, OURS = "floor", "baseline", "compiled", "peer", "ours"
 EMPTY, PAIR_PRODUCTS, MOMENT_PRODUCTS = "empty function", "products of pairs", "products of moments"
+ROW_MOVES = "moves of rows"
+PML = ("pml contrastive", "pml SupCon", "pml lifted", "pml triplet")
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,16 @@ def providers() -> dict[str, Provider]:
     """All of them by name; our paths are those that can run here, and "auto"."""
     every = (
         Provider(EMPTY, FLOOR, _empty_function, "nothing"),
-        Provider(PAIR_PRODUCTS, FLOOR, _pair_products, "nothing"),
-        Provider(MOMENT_PRODUCTS, FLOOR, _moment_products, "nothing"),
+        Provider(PAIR_PRODUCTS, FLOOR, floors.pair_products, "nothing"),
+        Provider(MOMENT_PRODUCTS, FLOOR, floors.moment_products, "nothing"),
+        Provider(ROW_MOVES, FLOOR, floors.row_moves, "nothing"),
         Provider("naive", BASELINE, partial(_of_margin, naive_loss)),
         Provider("eager", BASELINE, partial(_of_margin, eager_loss)),
         _compiled("naive", naive_loss),
         _compiled("eager", eager_loss),
         *_metric_learning(),
         Provider("tiled SupCon", PEER, lambda p: _differentiated(TiledSupCon.apply, p), "itself"),
+        Provider("Liger InfoNCE", PEER, _liger, "itself", _missing("liger_kernel", "liger-kernel")),
         *(Provider(name, OURS, partial(_ours, name)) for name in (*available_impls(), "auto")),
     )
     return {provider.name: provider for provider in every}
@@ -123,19 +126,6 @@ class TiledSupCon(torch.autograd.Function):
         return gradient * grad_loss, None
 
 
-class _Empty(torch.autograd.Function):
-    """What any loss costs: one small kernel forward, the gradient's allocation backward."""
-
-    @staticmethod
-    def forward(ctx: Any, embeddings: Tensor) -> Tensor:
-        ctx.save_for_backward(embeddings)
-        return embeddings.new_ones(())
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> Tensor:
-        return torch.empty_like(ctx.saved_tensors[0])
-
-
 def _differentiated(loss: Loss, problem: Problem) -> Step:
     """The step that the case's operation asks for; the upstream gradient exists beforehand."""
     if problem.case.operation == FORWARD:
@@ -188,71 +178,12 @@ def _ours(impl: str, problem: Problem) -> Step:
 
 
 def _empty_function(problem: Problem) -> Step:
-    return _differentiated(lambda x, labels: _Empty.apply(x), problem)
-
-
-def _pair_products(problem: Problem) -> Step:
-    """S = F F' and, with a backward, W F: what a form with an N x N matrix cannot avoid."""
-    only_forward = problem.case.operation == FORWARD
-
-    def products(x: Tensor, labels: Tensor) -> tuple[None, Tensor | None]:
-        x = x.detach()
-        s = x @ x.T
-        return None, None if only_forward else s @ x
-
-    return products
-
-
-def _moment_products(problem: Problem) -> Step:
-    """The products that the form by second moments executes, alone, on rows that lie ready.
-
-    For a class with a moment matrix the halves of F_c' F_c and of two quadratic forms; for smaller
-    ones S_c = F_c F_c', the half of F' F and of one form. With a backward F M, and for small
-    classes S_c anew and W_c F_c. Panels that stay in cache, as the path has them on a CPU.
-    """
-    d, only_forward = problem.case.d, problem.case.operation == FORWARD
-    step_rows = panel_rows(d) if problem.x.device.type == "cpu" else problem.case.n
-    sizes = torch.bincount(problem.labels).sort(descending=True).values
-    n_large = int(sizes[sizes >= smallest_moment(d)].sum())
-    small = sizes[(sizes < smallest_moment(d)) & (sizes > 1)]
-    blocks = [tuple(run) for run in torch.stack(
-        small.unique_consecutive(return_counts=True), dim=1).tolist()]  # fmt: skip
-    matrix = torch.randn(d, d).to(problem.x)
-    moment = torch.zeros_like(matrix)
-    counts = {1: problem.case.n - n_large, 2: n_large}
-    halves = {forms: half_matrices((matrix,) * forms, n) for forms, n in counts.items()}
-
-    def dense(rows: Tensor, forms: int) -> None:
-        for panel in rows.split(step_rows):
-            add_moment(moment, panel, panel)
-            for half in halves[forms]:
-                torch.mm(panel[:, : half.shape[0]], half)
-            if not only_forward:
-                torch.mm(panel, matrix)
-
-    def products(x: Tensor, labels: Tensor) -> tuple[None, None]:
-        rows = x.detach()
-        dense(rows[:n_large], 2)
-        dense(rows[n_large:], 1)
-        start = n_large
-        for size, classes in blocks:
-            own = rows[start : start + size * classes]
-            start += size * classes
-            for panel in own.split(max(1, step_rows // size) * size):
-                members = panel.unflatten(0, (-1, size))
-                similarity = members @ members.mT
-                if not only_forward:
-                    similarity = members @ members.mT
-                    torch.bmm(similarity, members)
-        return None, None
-
-    return products
+    return _differentiated(lambda x, labels: floors.EmptyFunction.apply(x), problem)
 
 
 def _metric_learning() -> tuple[Provider, ...]:
     """pytorch-metric-learning's nearest losses, as its users would make them."""
-    package = "pytorch_metric_learning"
-    missing = None if importlib.util.find_spec(package) else "pytorch-metric-learning"
+    missing = _missing("pytorch_metric_learning", "pytorch-metric-learning")
 
     def make(loss: str, cosine: dict[str, float] | None, problem: Problem) -> Step:
         from pytorch_metric_learning import distances, losses
@@ -263,12 +194,43 @@ def _metric_learning() -> tuple[Provider, ...]:
         return _differentiated(getattr(losses, loss)(**options), problem)
 
     margins = {"pos_margin": 1.0, "neg_margin": 0.0}
-    return tuple(
-        Provider(f"pml {name}", PEER, partial(make, loss, cosine), "itself", missing)
-        for name, loss, cosine in (
-            ("contrastive", "ContrastiveLoss", margins),
-            ("SupCon", "SupConLoss", None),
-            ("lifted", "GeneralizedLiftedStructureLoss", margins),
-            ("triplet", "TripletMarginLoss", None),
-        )
+    made_by = (
+        ("ContrastiveLoss", margins),
+        ("SupConLoss", None),
+        ("GeneralizedLiftedStructureLoss", margins),
+        ("TripletMarginLoss", None),
     )
+    return tuple(
+        Provider(name, PEER, partial(make, loss, cosine), "itself", missing)
+        for name, (loss, cosine) in zip(PML, made_by, strict=True)
+    )
+
+
+def _missing(module: str, distribution: str) -> str | None:
+    """The distribution's name where its module is not installed."""
+    return None if importlib.util.find_spec(module) else distribution
+
+
+def _liger(problem: Problem) -> Step:
+    """InfoNCE of the same N by Liger's fused product and cross entropy, without N x N storage.
+
+    Each row's positive is the next member of its class; all rows, itself too, are in the
+    denominator. In float64, where it is judged, the same in plain torch.
+    """
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    order = problem.labels.argsort(stable=True)
+    _, sizes = problem.labels[order].unique_consecutive(return_counts=True)
+    target = torch.empty_like(order)
+    for members in order.split(sizes.tolist()):
+        target[members] = members.roll(-1)
+    fused = LigerFusedLinearCrossEntropyLoss()
+
+    def loss(x: Tensor, labels: Tensor) -> Tensor:
+        unit = functional.normalize(x, dim=1)
+        scaled = unit / TiledSupCon.TEMPERATURE
+        if x.dtype is torch.float64:
+            return functional.cross_entropy(scaled @ unit.T, target)
+        return fused(unit, scaled, target)
+
+    return _differentiated(loss, problem)

@@ -20,7 +20,10 @@ README = ROOT / "README.md"
 _PICTURES = (
     ("time", "time against N: this package, the naive form, peers, and the products alone"),
     ("memory", "peak extra memory against N"),
+    ("roofline", "rate against intensity, under the machine's measured limits"),
     ("crossover", "the fastest path by N and D"),
+    ("hinge", "time against the share of rows with h_i > 0"),
+    ("training_step", "the loss's share of a training step"),
 )
 _MINUS = "-"
 
@@ -74,6 +77,7 @@ def _device(folder: Path) -> str:
     lines += _verdict_table(targets.verdicts(rows))
     lines += _paper_table(rows)
     lines += _sweep_table(rows)
+    lines += _hinge_table(rows)
     lines += _step_lines(rows)
     for name, caption in _PICTURES:
         if (folder / f"{name}.png").exists():
@@ -146,6 +150,28 @@ def _sweep_table(rows: Sequence[Row]) -> list[str]:
         header = ("N", "auto", "path", "naive", "eager", "fastest peer", "auto: peak extra memory")
         lines += [f"D = {d:,}, ten classes:", "", *_table(header, cells)]
     return lines
+
+
+def _hinge_table(rows: Sequence[Row]) -> list[str]:
+    """Time by the share of active rows, as a multiple of the time where all are active."""
+    at = [row for row in rows if row.suite == "hinge" and row.is_measured and row.mode == EAGER
+          and row.operation == FORWARD_BACKWARD]  # fmt: skip
+    if not at:
+        return []
+    shares = sorted({row.active for row in at if row.active is not None})
+    cells = []
+    for n, d in sorted({(row.n, row.d) for row in at}):
+        for name in dict.fromkeys(row.provider for row in at):
+            ms = {row.active: row.ms for row in at if (row.n, row.d, row.provider) == (n, d, name)}
+            if 1.0 in ms:
+                cells.append((
+                    f"{n:,} x {d:,}", name, milliseconds(ms[1.0]),
+                    *(f"{ms[share] / ms[1.0]:.2f}" if share in ms else _MINUS
+                      for share in shares if share < 1),
+                ))  # fmt: skip
+    title = "Late in training, when few rows have h_i > 0: time over that with all rows active."
+    header = ("N x D", "path", "all active", *(f"{share:.1%}" for share in shares if share < 1))
+    return [title, "", *_table(header, cells)]
 
 
 def _step_lines(rows: Sequence[Row]) -> list[str]:

@@ -1,4 +1,4 @@
-"""`python -m bench.run [SUITE ...]`: measure, and write one CSV for each suite."""
+"""`python -m bench.run [SUITE ...]`: measure, and write a CSV for each suite that is complete."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from .suites import DEFAULT, Suite, suites
 from .table import OK, RESULTS, Row
 from .worker import Lost, Worker
 
+_INTERRUPTED = 130
+
 
 def main(arguments: list[str] | None = None) -> int:
     """0 where every row of ours that was written is right; 1 where one is not."""
@@ -26,18 +28,31 @@ def main(arguments: list[str] | None = None) -> int:
     names = options.suites or [name for name in DEFAULT if name in known]
     folder = options.results / machine.device_slug(options.device)
     worker = Worker(options.device)
-    wrong = 0
+    wrong, begin = 0, time.monotonic()
     try:
         for name in names:
-            start = time.monotonic()
-            rows = run_suite(known[name], worker)
-            path = folder / f"{name}.csv"
+            start, path = time.monotonic(), folder / f"{name}.csv"
+            if options.missing and path.exists():
+                print(f"{path}: kept")
+                continue
+            rows = run_suite(_budgeted(known[name], options.seconds), worker)
             table.write(path, rows)
             print(f"{path}: {len(rows)} rows in {time.monotonic() - start:.0f} s", flush=True)
             wrong += sum(row.status.startswith("wrong") and row.group == "ours" for row in rows)
+    except KeyboardInterrupt:
+        print(f"interrupted: finished suites are in {folder}; --missing goes on with the others")
+        return _INTERRUPTED
     finally:
         worker.stop()
+    print(f"{len(names)} suites in {time.monotonic() - begin:.0f} s")
     return 1 if wrong else 0
+
+
+def _budgeted(suite: Suite, seconds: float | None) -> Suite:
+    """The suite with another time for each provider, and as few samples as fit it."""
+    if seconds is None:
+        return suite
+    return replace(suite, budget=replace(suite.budget, seconds=seconds, least=1))
 
 
 def run_suite(suite: Suite, worker: Worker) -> list[Row]:
@@ -45,14 +60,15 @@ def run_suite(suite: Suite, worker: Worker) -> list[Row]:
     print(f"{suite.name}: {suite.purpose}", flush=True)
     commit, rows = machine.commit(), []
     limits = _Limits()
-    for case in suite.cases:
+    for case, wanted in suite.work():
+        start = time.monotonic()
         known = steps.providers() if case.backbone else providers()
-        names = tuple(p.name for p in known.values() if p.group in suite.groups)
+        names = tuple(p.name for p in known.values() if {p.group, p.name} & {*wanted})
         job = Job(suite.name, case, names, limits.known(case, names), suite.budget)
         found = [replace(row, commit=commit) for row in _run_job(job, known, worker)]
         limits.learn(case, found)
         rows += found
-        print(f"  {case}: {_summary(found)}", flush=True)
+        print(f"  {case}, {time.monotonic() - start:.1f} s: {_summary(found)}", flush=True)
     return rows
 
 
@@ -118,6 +134,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         choices=("cpu", "cuda"),
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="default: a GPU where there is one",
+    )
+    parser.add_argument(
+        "--missing", action="store_true", help="measure only suites that have no file yet"
+    )
+    parser.add_argument(
+        "--seconds", type=float, help="for each provider on each case, instead of the suite's own"
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"default: {RESULTS.name}/")
     options = parser.parse_args(arguments)

@@ -5,9 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import NamedTuple
 
 from .cases import DTYPES, FORWARD, FORWARD_BACKWARD, TRAINING_STEP, Case
-from .providers import BASELINE, COMPILED, FLOOR, OURS, PEER
+from .providers import (
+    BASELINE,
+    COMPILED,
+    EMPTY,
+    FLOOR,
+    MOMENT_PRODUCTS,
+    OURS,
+    PAIR_PRODUCTS,
+    PEER,
+    PML,
+    ROW_MOVES,
+)  # fmt: skip
 from .timing import Budget
 
 BACKBONES = {
@@ -19,45 +31,61 @@ BACKBONES = {
 """The paper's backbones as timm or `bstriplet` calls them, and D of their embeddings."""
 _ALL = (FLOOR, BASELINE, COMPILED, PEER, OURS)
 _UNCOMPILED = (FLOOR, BASELINE, PEER, OURS)
+_NO_PEERS = (FLOOR, BASELINE, OURS)
+_FAST = ("native", "gram", "triton", "auto")  # ours, without the reference
+_LINEAR = (EMPTY, MOMENT_PRODUCTS, ROW_MOVES, "gram", "auto")  # the others would take N^2
 _BUDGET = Budget()
 _GPU_SPEEDUP = 4  # a GPU's clock scatters less, and each provider is measured in two modes
 _BOTH = (FORWARD, FORWARD_BACKWARD)
 
 
+class Part(NamedTuple):
+    """Cases in ascending size, and the groups or names of the providers that run on them."""
+
+    cases: tuple[Case, ...]
+    wanted: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Suite:
-    """Cases in ascending size, the groups of providers that run on them, and the time for each."""
+    """Parts that share a file, and the time for each provider on each case."""
 
     name: str
     purpose: str
-    cases: tuple[Case, ...]
-    groups: tuple[str, ...]
+    parts: tuple[Part, ...]
     budget: Budget = _BUDGET
+
+    @property
+    def cases(self) -> tuple[Case, ...]:
+        """The cases of all parts."""
+        return tuple(case for case, _ in self.work())
+
+    def work(self) -> Iterator[tuple[Case, tuple[str, ...]]]:
+        """Each case, and what runs on it."""
+        return ((case, part.wanted) for part in self.parts for case in part.cases)
 
 
 def suites(device: str = "cpu") -> dict[str, Suite]:
     """All suites by name, in the order in which they run."""
     every = (
-        Suite("smoke", "every line of the framework, in seconds", _smoke(), _ALL, Budget(0.01)),
-        Suite("targets", "the work that the targets name", _targets(device),
-              (FLOOR, BASELINE, COMPILED, OURS)),
-        Suite("paper", "the paper's batches, Fig. 5", _paper(), _UNCOMPILED),
-        Suite("sweep", "N to a million", _sweep(), _UNCOMPILED),
-        Suite("classes", "2 to N/2 classes, even and not", _classes(), (FLOOR, OURS)),
-        Suite("dtypes", "precisions", _dtypes(), (FLOOR, BASELINE, OURS)),
-        Suite("threads", "one thread and all", _threads(), (FLOOR, BASELINE, OURS)),
-        Suite("hinge", "the share of rows with h_i > 0", _hinge(), (BASELINE, OURS)),
-        Suite("crossover", "which path is fastest where", _crossover(), (OURS,), Budget(0.15)),
-        Suite("training_step", "a step with and without the loss", _training_steps(),
-              (BASELINE, OURS), Budget(2.0)),
-    )  # fmt: skip
+        Suite("smoke", "every line of the framework, in seconds", _smoke(), Budget(0.01)),
+        Suite("targets", "the work that the targets name", _targets(device), Budget(0.6, least=5)),
+        Suite("paper", "the paper's batches, Fig. 5", _paper(), Budget(0.25)),
+        Suite("sweep", "N to a million", _sweep(), Budget(0.15)),
+        Suite("classes", "2 to N/2 classes, even and not", _classes(), Budget(0.25)),
+        Suite("dtypes", "precisions", _dtypes(), Budget(0.25)),
+        Suite("threads", "one thread and all", _threads()),
+        Suite("hinge", "the share of rows with h_i > 0", _hinge()),
+        Suite("crossover", "which path is fastest where", _crossover(), Budget(0.15)),
+        Suite("training_step", "a step with and without the loss", _training_steps(), Budget(2.0)),
+    )
     found = {suite.name: suite for suite in every}
     if device == "cpu":
         return found
     return {
         name: replace(
             suite,
-            cases=tuple(_on_gpu(suite.cases, device)),
+            parts=tuple(_on(device, part) for part in suite.parts),
             budget=replace(suite.budget, seconds=suite.budget.seconds / _GPU_SPEEDUP),
         )
         for name, suite in found.items()
@@ -71,73 +99,109 @@ DEFAULT = (
 )  # fmt: skip
 
 
-def _on_gpu(cases: tuple[Case, ...], device: str) -> Iterator[Case]:
-    """A GPU's cases; its threads do not matter."""
-    return (replace(case, device=device) for case in cases)
+def _on(device: str, part: Part) -> Part:
+    """The part on a GPU; its threads do not matter."""
+    return part._replace(cases=tuple(replace(case, device=device) for case in part.cases))
 
 
-def _smoke() -> tuple[Case, ...]:
+def _smoke() -> tuple[Part, ...]:
     small = Case(12, 16, 3)
-    return (small, replace(small, operation=FORWARD), Case(64, 16, 4, active=0.5))
+    losses = (replace(small, operation=FORWARD), Case(64, 16, 4, active=0.5))
+    step = Case(2, 1024, 2, operation=TRAINING_STEP, backbone="mobilenetv3_small_100")
+    return Part((small,), _ALL), Part((*losses, step), _UNCOMPILED)
 
 
-def _targets(device: str) -> tuple[Case, ...]:
-    """What the sweep does not hold already."""
-    cpu = (
-        Case(36, 128, 3), Case(36, 1280, 3), Case(256, 512, 8), Case(1024, 128, 3),
-        Case(1024, 512, 8), Case(4096, 128, 3), Case(65536, 128, 8192),
+def _targets(device: str) -> tuple[Part, ...]:
+    """Compiled forms where a target names them: each takes long to compile."""
+    pairs = [Case(4096, 128, 3)]
+    if device != "cpu":
+        pairs.append(Case(4096, 512, 8, "bfloat16"))
+    linear = (
+        Case(65536, 128, 8192), Case(1 << 17, 128, 10), Case(1 << 18, 128, 10),
+        Case(1 << 20, 128, 10),
     )  # fmt: skip
-    return cpu if device == "cpu" else (*cpu, Case(4096, 512, 8, "bfloat16"))
+    return (
+        Part((Case(36, 1280, 3), Case(1024, 128, 3)), (*_NO_PEERS, COMPILED)),
+        Part((Case(36, 128, 3), Case(256, 512, 8), Case(1024, 512, 8)),
+             (*_NO_PEERS, "compiled naive")),
+        Part(tuple(pairs), _NO_PEERS),
+        Part(linear, _LINEAR),
+    )  # fmt: skip
 
 
-def _paper() -> tuple[Case, ...]:
+def _paper() -> tuple[Part, ...]:
     batches = (6, 12, 18, 24, 30, 36)
-    return tuple(Case(n, 1280, 3, operation=o) for n, o in product(batches, _BOTH))
+    return (Part(tuple(Case(n, 1280, 3, operation=o) for n, o in product(batches, _BOTH)),
+                 _UNCOMPILED),)  # fmt: skip
 
 
-def _sweep() -> tuple[Case, ...]:
-    """Each D up to a size that takes seconds a call; the forward alone where N is moderate."""
-    last = {128: 1 << 20, 512: 1 << 17, 1280: 1 << 14}
-    sizes = (64, 256, 1024, 4096, 1 << 14, 1 << 17, 1 << 18, 1 << 20)
-    both = [Case(n, 128, 10, operation=FORWARD) for n in sizes if n <= 4096]
-    return (*both, *(Case(n, d, 10) for d in last for n in sizes if n <= last[d]))
+def _sweep() -> tuple[Part, ...]:
+    """Each D up to a size that takes seconds a call, the others up to where they fail or take one.
+
+    Beyond N = 32,768 what needs N^2 memory is asked for only to have the row that says so.
+    """
+    small, quadratic = (64, 256, 1024), (BASELINE, *PML)
+    return (
+        Part((Case(256, 128, 10, operation=FORWARD), Case(4096, 128, 10, operation=FORWARD)),
+             _UNCOMPILED),
+        Part(tuple(Case(n, 128, 10) for n in (*small, 4096, 1 << 14)), _UNCOMPILED),
+        Part((Case(1 << 15, 128, 10),), (*_LINEAR, *quadratic)),
+        Part((Case(1 << 17, 128, 10), Case(1 << 20, 128, 10)),
+             (*_LINEAR, *quadratic, "reference", "native", PAIR_PRODUCTS)),
+        *(Part(tuple(Case(n, d, 10) for n in small), _UNCOMPILED) for d in (512, 1280)),
+        *(Part((Case(4096, d, 10),), _NO_PEERS) for d in (512, 1280)),
+        Part((Case(1 << 14, 512, 10), Case(1 << 17, 512, 10), Case(1 << 14, 1280, 10)), _LINEAR),
+    )  # fmt: skip
 
 
-def _classes() -> tuple[Case, ...]:
+def _classes() -> tuple[Part, ...]:
     counts = (2, 10, 100, 1024, 2048)
     even = [Case(4096, 128, c) for c in counts]
     uneven = [Case(4096, 128, c, balance=b) for b, c in product(("zipf", "dominant"), (10, 100))]
-    return tuple(even + uneven)
+    return (Part(tuple(even + uneven), (FLOOR, *_FAST)),)
 
 
-def _dtypes() -> tuple[Case, ...]:
-    sizes = ((36, 1280, 3), (1024, 512, 8), (4096, 128, 10))
-    return tuple(Case(*size, dtype) for size, dtype in product(sizes, DTYPES))
+def _dtypes() -> tuple[Part, ...]:
+    """Baselines on small inputs alone: a processor may have no fast product of half precision."""
+    small, large = ((36, 1280, 3), (256, 256, 8)), (4096, 128, 10)
+    return (
+        Part(tuple(Case(*size, dtype) for size, dtype in product(small, DTYPES)), _NO_PEERS),
+        Part(tuple(Case(*large, dtype) for dtype in DTYPES), (OURS,)),
+    )
 
 
-def _threads() -> tuple[Case, ...]:
+def _threads() -> tuple[Part, ...]:
     sizes = ((36, 1280, 3), (1024, 512, 8), (4096, 128, 10))
     every = sorted({1, Case(2, 1, 1).threads})
-    return tuple(Case(*size, threads=t) for size, t in product(sizes, every))
+    return (Part(tuple(Case(*size, threads=t) for size, t in product(sizes, every)), _NO_PEERS),)
 
 
-def _hinge() -> tuple[Case, ...]:
-    shares = (0.0, 0.01, 0.1, 0.5, 1.0)
-    return tuple(Case(n, 128, 10, active=a) for n, a in product((1024, 4096), shares))
+def _hinge() -> tuple[Part, ...]:
+    """From all rows active to none, as late in training: what skipping inactive rows saves."""
+    shares = (0.0, 0.001, 0.01, 0.1, 0.5, 1.0)
+    sizes = ((36, 1280, 3), (1024, 128, 10), (4096, 128, 10))
+    active = (
+        Case(*size, active=a) for size, a in product(sizes, shares) if a * size[0] >= 1 or a == 0
+    )
+    forward = (Case(*size, active=1.0, operation=FORWARD) for size in sizes)
+    return (Part((*active, *forward), _FAST),)
 
 
-def _crossover() -> tuple[Case, ...]:
+def _crossover() -> tuple[Part, ...]:
     """A log grid of 60 points: ten N by six D, the classes changing along both."""
     ns = (16, 36, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
     ds = (32, 64, 128, 256, 512, 1280)
     classes = (2, 8, 64)
-    return tuple(
+    grid = [
         Case(n, d, min(classes[(i + j) % 3], n // 2))
         for (i, n), (j, d) in product(enumerate(ns), enumerate(ds))
-    )
+    ]
+    small = tuple(case for case in grid if case.n <= 1024)
+    return Part(small, (OURS,)), Part(tuple(grid[len(small) :]), _FAST)
 
 
-def _training_steps() -> tuple[Case, ...]:
+def _training_steps() -> tuple[Part, ...]:
     """For each backbone its step, and the loss alone on embeddings of its dimension."""
     whole = [Case(36, d, 3, operation=TRAINING_STEP, backbone=b) for b, d in BACKBONES.items()]
-    return (*whole, *(Case(36, d, 3) for d in sorted(set(BACKBONES.values()))))
+    alone = [Case(36, d, 3) for d in sorted(set(BACKBONES.values()))]
+    return (Part((*whole, *alone), (BASELINE, OURS)),)

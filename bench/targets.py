@@ -42,7 +42,7 @@ class Results:
     rows: tuple[Row, ...]
 
     def row(self, case: Case, provider: str, mode: str = EAGER) -> Row | None:
-        """The measured row of one of the suites that hold the targets' work, or None."""
+        """The measured row of the first of the suites that hold the targets' work, or None."""
         key = (provider, mode, case.n, case.d, case.c, case.dtype, case.operation)
         for row in self.rows:
             found = (row.provider, row.mode, row.n, row.d, row.c, row.dtype, row.operation)
@@ -116,9 +116,11 @@ def _on_cpu(results: Results) -> list[Verdict]:
         if floor is not None:
             floors = (EMPTY, PAIR_PRODUCTS)
             found.append(_within(results, case, floors, floor))
-    for case in (Case(1 << 20, 128, 10), Case(1 << 16, 128, 8192)):
-        found.append(_within(results, case, (MOMENT_PRODUCTS,), 1.5))
-        found.append(_memory(results, case, 3))
+    few_classes, many_classes = Case(1 << 20, 128, 10), Case(1 << 16, 128, 8192)
+    found.append(_within(results, few_classes, (MOMENT_PRODUCTS,), 1.5))
+    found.append(_memory(results, few_classes, 3))
+    found.append(_within_count(results, many_classes, MOMENT_PRODUCTS, 1.5))
+    found.append(_memory(results, many_classes, 3))
     small, large = (results.row(Case(n, 128, 10), OURS) for n in (1 << 17, 1 << 18))
     growth = None if small is None or large is None else large.ms / small.ms
     work = _work(Case(1 << 18, 128, 10))
@@ -159,6 +161,16 @@ def _within(results: Results, case: Case, floors: tuple[str, ...], bound: float)
     inverse = results.ratio(case, floors, OURS)
     claim = f"time, over {' + '.join(floors)}"
     return Verdict(_work(case), claim, None if inverse is None else 1 / inverse, bound, True)
+
+
+def _within_count(results: Results, case: Case, products: str, bound: float) -> Verdict:
+    """Our time over that of the FLOPs the plan counts, at the rate of the products alone."""
+    ours, floor = results.row(case, OURS), results.row(case, products)
+    figure = None
+    if ours is not None and floor is not None and ours.flops and floor.flops:
+        figure = (ours.ms / ours.flops) / (floor.ms / floor.flops)
+    claim = f"time, over that of the FLOPs the plan counts at the rate of {products}"
+    return Verdict(_work(case), claim, figure, bound, True)
 
 
 def _memory(results: Results, case: Case, bound: float) -> Verdict:

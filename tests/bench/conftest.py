@@ -42,6 +42,7 @@ def made_up_rows():
                 rows.append(make_row(name, case, "empty function", "floor", best / 4))
                 rows.append(make_row(name, case, "products of pairs", "floor", best / 2))
                 rows.append(make_row(name, case, "products of moments", "floor", best / 2))
+                rows.append(make_row(name, case, "moves of rows", "floor", best / 8))
             rows.append(make_row(name, case, "pml triplet", "peer", 0, status="out of memory",
                                  p20_ms=None, p50_ms=None, p80_ms=None))  # fmt: skip
     return rows

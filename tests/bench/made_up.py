@@ -13,6 +13,7 @@ def make_row(suite, case, provider, group, seconds, **more):
         "mode": EAGER, "dtype": case.dtype, "n": case.n, "d": case.d, "c": case.c,
         "threads": case.threads, "balance": case.balance, "backbone": case.backbone,
         "status": OK, "device": "test machine", "commit": "0123456789", "versions": "python 3",
+        "active": case.active, "active_share": case.active,
         "path": provider if group == "ours" else "", "p20_ms": 900 * seconds,
         "p50_ms": 1e3 * seconds, "p80_ms": 1100 * seconds, "repeats": 5,
         "peak_bytes": 4 * case.n * case.d, "resident_bytes": 5 * case.n * case.d,

@@ -47,6 +47,12 @@ def test_targets_are_judged(made_up_rows):
     assert big.is_met is False
     memory = found["N = 1,048,576, D = 128, C = 10", "peak extra memory, over the embeddings"]
     assert memory.figure == pytest.approx(5 / 4)
+    work = "N = 65,536, D = 128, C = 8,192"
+    counted = found[
+        work, "time, over that of the FLOPs the plan counts at the rate of products of moments"
+    ]
+    assert counted.figure == pytest.approx(2)  # both count the same FLOPs here
+    assert counted.is_met is False
     worst, row = targets.worst_choice(made_up_rows)
     assert worst == pytest.approx(1)
     assert row.provider == "auto"

@@ -1,14 +1,16 @@
 """What judges the others: the truth, the providers' formulas, the gate, the made-up inputs."""
 
+import sys
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import cases, gate, providers, truth
+from bench import cases, counting, floors, gate, providers, truth
 from bench.cases import FORWARD, Case, make_problem
 from bstriplet_kernels.reference import naive_loss
 
@@ -146,3 +148,46 @@ def test_inputs_repeat_and_balance_is_as_asked():
     assert zipf[0] > 3 * zipf[4]
     assert zipf.min() >= 1
     assert (a.x != 0).all()
+
+
+@pytest.mark.parametrize(("n", "d", "c"), [(40, 8, 2), (40, 8, 20), (41, 64, 9), (96, 33, 96)])
+@pytest.mark.parametrize("operation", [FORWARD, cases.FORWARD_BACKWARD])
+def test_floors_do_no_less_than_they_say(n, d, c, operation):
+    problem = make_problem(Case(n, d, c, operation=operation))
+    sizes = problem.labels.bincount()
+    small = sizes[(sizes < d) & (sizes > 1)]
+    backward = operation == cases.FORWARD_BACKWARD
+    least = {
+        floors.pair_products: (1 + 2 * backward) * n * n * d,
+        floors.moment_products: (2 + 2 * backward) * n * d * d
+        + (2 + 2 * backward) * int(small.square().sum()) * d,
+    }
+    for floor, expected in least.items():
+        step = floor(problem)
+        with counting.Operations() as operations:
+            step(problem.x, problem.labels)
+        assert expected <= operations.flops <= 2 * expected
+
+
+def test_moves_of_rows_bring_every_row_home():
+    problem = make_problem(Case(700, 900, 5))
+    assert torch.equal(floors.row_moves(problem)(problem.x, problem.labels)[1], problem.x)
+    forward = make_problem(Case(36, 8, 3, operation=FORWARD))
+    assert floors.row_moves(forward)(forward.x, forward.labels) == (None, None)
+
+
+def test_liger_is_infonce_of_the_same_rows(monkeypatch):
+    """Its own module is not needed to be told apart from another loss."""
+
+    class Fused:
+        def __call__(self, weight, rows, target):
+            return torch.nn.functional.cross_entropy(rows @ weight.T, target)
+
+    module = SimpleNamespace(LigerFusedLinearCrossEntropyLoss=Fused)
+    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace(transformers=module))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", module)
+    problem = make_problem(Case(24, 16, 3))
+    provider = providers.Provider("Liger", providers.PEER, providers._liger, "itself")
+    result = provider.make(problem)(problem.x, problem.labels)
+    errors = gate.Gate(problem).judge(provider, *result)
+    assert errors.reason_to_refuse(torch.float32) is None
