@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from bstriplet.backbones import Classifier, Output
 from bstriplet.config import TrainConfig
@@ -29,6 +30,7 @@ from bstriplet.runs import (
     BEST,
     EMBEDDINGS,
     METRICS,
+    MISTAKES,
     PREDICTIONS,
     RunFolder,
     write_atomic,
@@ -36,6 +38,9 @@ from bstriplet.runs import (
 )
 
 BATCH = 256
+# What is kept of the test images that a model gets wrong: the most confident ones, this large.
+MISTAKES_KEPT = 24
+THUMBNAIL = 128
 
 
 @dataclass(frozen=True)
@@ -95,12 +100,13 @@ def probabilities(logits: Tensor) -> npt.NDArray[np.float64]:
 def write_results(
     run: RunFolder, trained: TrainedModel, task: Task, best_epoch: int, epochs: int
 ) -> dict[str, Any]:
-    """Write predictions, training embeddings and, last, metrics of a run; return the metrics."""
+    """Write predictions, mistakes, training embeddings and, last, metrics; return the metrics."""
     output, _ = embed(trained.model, task.test, trained.device)
     scores = probabilities(output.logits)
     true_names = [task.classes[label] for label in task.test.labels]
     table = predictions_csv(task.test.files, scores, task.classes, true_names)
     write_atomic(run.path / PREDICTIONS, table.encode())
+    write_atomic(run.path / MISTAKES, mistakes_npz(task.test, scores))
     training, _ = embed(trained.model, task.train, trained.device)
     buffer = io.BytesIO()
     np.savez(
@@ -114,6 +120,27 @@ def write_results(
     metrics |= {"best_epoch": best_epoch, "epochs": epochs}
     write_json(run.path / METRICS, metrics)
     return metrics
+
+
+def mistakes_npz(images: ImageSet, scores: npt.NDArray[np.float64]) -> bytes:
+    """Return the most confident wrong predictions as an .npz: ``files`` and ``pixels``.
+
+    ``pixels`` is uint8 [K, C, H, W] with K at most ``MISTAKES_KEPT`` and no side longer than
+    ``THUMBNAIL``, the most confident first. With them a report shows mistakes wherever it is
+    built; predictions.csv has the classes.
+    """
+    predicted = scores.argmax(axis=1)
+    wrong = np.flatnonzero(predicted != images.labels)
+    chosen = wrong[np.argsort(-scores[wrong, predicted[wrong]], kind="stable")][:MISTAKES_KEPT]
+    pixels, _ = images.batch(chosen)
+    step = -(-max(pixels.shape[2:]) // THUMBNAIL)
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer,
+        files=np.array([images.files[index] for index in chosen], dtype=str),
+        pixels=avg_pool2d(pixels.float(), step).round().byte().numpy(),
+    )
+    return buffer.getvalue()
 
 
 def evaluate_run(run: RunFolder, data: str | None, *, skip_broken: bool) -> dict[str, Any]:

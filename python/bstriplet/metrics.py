@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from sklearn.calibration import calibration_curve
 from sklearn.metrics import (
     accuracy_score,
     confusion_matrix,
+    f1_score,
     multilabel_confusion_matrix,
     precision_score,
     recall_score,
@@ -21,6 +24,25 @@ from sklearn.metrics import (
 HEALTHY_WORDS = frozenset(
     ("normal", "healthy", "negative", "benign", "control", "clear", "no", "not", "without")
 )
+CONFIDENCE_BINS = 15
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How often predictions of each confidence are right, in the bins that hold any.
+
+    Confidence is the probability of the predicted class. `confidence` and `accuracy` are float64
+    [B], the means of each bin; `count` int64 [B], its predictions.
+    """
+
+    confidence: NDArray[np.float64]
+    accuracy: NDArray[np.float64]
+    count: NDArray[np.int64]
+
+    @property
+    def error(self) -> float:
+        """The expected calibration error: the mean |accuracy - confidence|, by predictions."""
+        return float(np.average(np.abs(self.accuracy - self.confidence), weights=self.count))
 
 
 def classification_metrics(
@@ -47,8 +69,9 @@ def classification_metrics(
           macro means of Eqs. 10 and 11 and of the one-vs-rest AUCs, over the classes for which
           the quantity is defined.
         - `positive`: the positive class, None for three classes or more.
-        - `per_class`: one dict a class, in order: `class`, `support`, `sensitivity`,
-          `specificity`, `precision`, `auc` (that class against all others).
+        - `ece`: expected calibration error of the predicted class, see `reliability`.
+        - `per_class`: one dict a class, in order: `class`, `support`, `sensitivity` (recall),
+          `specificity`, `precision`, `f1`, `auc` (that class against all others).
         - `confusion_matrix`: C x C counts; rows are true classes, columns predicted ones.
         - `n_images`: N.
 
@@ -77,9 +100,26 @@ def classification_metrics(
             quantity: _mean_of_defined([row[quantity] for row in headline])
             for quantity in ("sensitivity", "specificity", "auc")
         },
+        "ece": reliability(true, scores).error,
         "per_class": per_class,
         "confusion_matrix": confusion_matrix(true, predicted, labels=range(len(names))).tolist(),
     }
+
+
+def reliability(labels: ArrayLike, probabilities: ArrayLike) -> Reliability:
+    """Accuracy by confidence, in `CONFIDENCE_BINS` bins of equal width between 0 and 1.
+
+    Args:
+        labels: [N] integers in 0..C-1, N at least 1.
+        probabilities: [N, C] floats, each row a softmax output.
+    """
+    scores = np.asarray(probabilities, dtype=np.float64)
+    confidence = np.clip(scores.max(axis=1), 0, 1)
+    right = scores.argmax(axis=1) == np.asarray(labels)
+    accuracy, mean_confidence = calibration_curve(right, confidence, n_bins=CONFIDENCE_BINS)
+    inner_edges = np.linspace(0, 1, CONFIDENCE_BINS + 1)[1:-1]
+    counts = np.bincount(np.searchsorted(inner_edges, confidence))
+    return Reliability(mean_confidence, accuracy, counts[counts > 0])
 
 
 def positive_class(classes: Sequence[str]) -> str:
@@ -145,6 +185,7 @@ def _per_class(
     each: dict[str, Any] = {"labels": range(len(names)), "average": None, "zero_division": np.nan}
     sensitivity = recall_score(true, predicted, **each)
     precision = precision_score(true, predicted, **each)
+    f1 = f1_score(true, predicted, **each)
     matrices = multilabel_confusion_matrix(true, predicted, labels=range(len(names)))
     rows = []
     for index, name in enumerate(names):
@@ -157,6 +198,7 @@ def _per_class(
                 "sensitivity": _number(sensitivity[index]),
                 "specificity": true_negative / others if others else None,
                 "precision": _number(precision[index]),
+                "f1": _number(f1[index]),
                 "auc": float(roc_auc_score(true == index, scores[:, index]))
                 if support and others
                 else None,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader
 
+from bstriplet.config import TrainConfig, flag
 from bstriplet.figures import DARK, Picture, pictures, scheme_colour
 from bstriplet.results import Comparison, Run, read, scheme_label
 from bstriplet.runs import cannot_write, write_atomic
@@ -18,6 +21,7 @@ from bstriplet.summary import (
     Spread,
     area,
     metrics_note,
+    per_class_csv,
     percent,
     runs_csv,
     schemes_csv,
@@ -34,8 +38,8 @@ FEW_SEEDS = 5
 def summarise(directory: Path | str) -> str:
     """Summarise the finished runs of a compare folder.
 
-    Writes summary.csv (a row a run) and summary_by_scheme.csv (means, standard deviations and
-    the paired test; fractions of 1) into it, each atomically.
+    Writes summary.csv (a row a run), summary_by_scheme.csv (means, standard deviations and the
+    paired test) and per_class.csv (a row a run and class) into it, each atomically; fractions of 1.
 
     Args:
         directory: the compare folder, finished or not.
@@ -51,6 +55,7 @@ def summarise(directory: Path | str) -> str:
     write_atomic(comparison.folder / "summary.csv", runs_csv(comparison).encode())
     by_scheme = schemes_csv(summarise_schemes(comparison))
     write_atomic(comparison.folder / "summary_by_scheme.csv", by_scheme.encode())
+    write_atomic(comparison.folder / "per_class.csv", per_class_csv(comparison).encode())
     return text_table(comparison)
 
 
@@ -105,8 +110,10 @@ def _page(comparison: Comparison, drawn: Sequence[Picture]) -> str:
         per_class=_per_class(comparison),
         runs=[_run_row(run) for run in comparison.runs],
         notes=_notes(comparison, summaries),
+        command=_command(comparison),
+        images=_images(comparison),
         configuration=_settings(run.config for run in comparison.runs),
-        environment=_settings(run.environment for run in comparison.runs),
+        environment=_settings(_without_counts(run.environment) for run in comparison.runs),
     )
 
 
@@ -155,9 +162,10 @@ def _per_class(comparison: Comparison) -> list[dict[str, Any]]:
     if not comparison.finished:
         return []
     columns: tuple[tuple[str, Callable[[Spread], str]], ...] = (
-        ("sensitivity", percent),
-        ("specificity", percent),
         ("precision", percent),
+        ("sensitivity", percent),
+        ("f1", percent),
+        ("specificity", percent),
         ("auc", area),
     )
     return [
@@ -226,6 +234,8 @@ def _notes(comparison: Comparison, summaries: Sequence[SchemeSummary]) -> list[s
             f"Without test images in some run: {', '.join(absent)}. Their sensitivity and AUC are "
             "undefined and left out of the means."
         )
+    if comparison.finished and not any(run.mistakes for run in comparison.finished):
+        notes.append("No run has kept images that it gets wrong: there is no sheet of mistakes.")
     notes.append(
         "Accuracy is the share of images classified right. Eq. 9 of the paper, as printed, also "
         "counts true negatives and would exceed 1 for more than two classes."
@@ -238,6 +248,54 @@ def _absent_classes(runs: Iterable[Run]) -> list[str]:
         row["class"]: None for run in runs for row in run.metrics["per_class"] if not row["support"]
     }
     return list(found)
+
+
+def _command(comparison: Comparison) -> str:
+    """The command that makes these runs: each option that is not as it is by default."""
+    if not comparison.runs:
+        return ""
+    config = comparison.runs[0].config
+    defaults = TrainConfig(data=config.get("data", TrainConfig.data)).to_dict() | {
+        "data": TrainConfig.data
+    }
+    varied = {"seed", "loss", "batches"}
+    words = ["bstriplet", "compare", "--schemes", *map(str, comparison.schemes)]
+    words += ["--seeds", *map(str, comparison.seeds)]
+    if len(comparison.schemes) == len(comparison.seeds) == 1:
+        words, varied = ["bstriplet", "train"], set()
+    for name, default in defaults.items():
+        value = config.get(name, default)
+        if value != default and name not in varied:
+            words += [flag(name)] if value is True else [flag(name), str(value)]
+    return shlex.join(words)
+
+
+def _images(comparison: Comparison) -> dict[str, Any]:
+    """Images of each class (columns) in each part (rows); "701-704" where runs differ."""
+    found = [
+        run.environment["data"]["images"]
+        for run in comparison.runs
+        if "images" in run.environment.get("data", {})
+    ]
+    if not found or not all(isinstance(counts, dict) for counts in found[0].values()):
+        return {}
+    classes = list(next(iter(found[0].values())))
+    rows = []
+    for part in found[0]:
+        each = np.array([[images[part].get(name, 0) for name in classes] for images in found])
+        each = np.column_stack([each, each.sum(axis=1)])
+        rows.append((part, [_range(column.min(), column.max()) for column in each.T]))
+    return {"classes": classes, "rows": rows}
+
+
+def _range(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def _without_counts(environment: dict[str, Any]) -> dict[str, Any]:
+    """The environment without what the table of images shows."""
+    data = {name: value for name, value in environment.get("data", {}).items() if name != "images"}
+    return environment | ({"data": data} if data else {})
 
 
 def _settings(each: Iterable[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -253,7 +311,10 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Settings in rows: nested names joined by dots, and an innermost dict on one row."""
     rows: list[tuple[str, Any]] = []
     for name, value in settings.items():
-        if isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values()):
+        nested = isinstance(value, dict) and any(
+            isinstance(inner, dict | list) for inner in value.values()
+        )
+        if nested:
             rows += _flat(value, f"{prefix}{name}.")
         elif isinstance(value, dict):
             rows.append((prefix + name, ", ".join(f"{k}: {inner}" for k, inner in value.items())))

@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 
 from bstriplet.config import Scheme
 from bstriplet.errors import UserError
+from bstriplet.metrics import classification_metrics
 from bstriplet.runs import (
     CONFIG,
     EMBEDDINGS,
     ENVIRONMENT,
     LOG,
     METRICS,
+    MISTAKES,
     PREDICTIONS,
     read_json,
 )
@@ -45,11 +47,17 @@ def scheme_label(scheme: Scheme) -> str:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Test predictions: `labels` [N] int64, `probabilities` [N, C] float64, C `classes`."""
+    """Of N test images and C classes: `labels` [N] int64, `probabilities` [N, C] float64."""
 
     labels: NDArray[np.int64]
     probabilities: NDArray[np.float64]
     classes: tuple[str, ...]
+    files: tuple[str, ...]
+
+    @property
+    def predicted(self) -> NDArray[np.int64]:
+        """The predicted classes, int64 [N]."""
+        return self.probabilities.argmax(axis=1)
 
 
 @dataclass(frozen=True)
@@ -88,15 +96,34 @@ class Run:
                 columns = [name for name in reader.fieldnames or () if name.startswith(PROBABILITY)]
                 classes = tuple(name.removeprefix(PROBABILITY) for name in columns)
                 rows = [
-                    (classes.index(row["label"]), [float(row[name]) for name in columns])
+                    (
+                        row["file"],
+                        classes.index(row["label"]),
+                        [float(row[name]) for name in columns],
+                    )
                     for row in reader
                 ]
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise _damaged(path, error) from error
         if not rows:
             raise _damaged(path, "it lists no image")
-        labels, probabilities = zip(*rows, strict=True)
-        return Predictions(np.array(labels, np.int64), np.array(probabilities), classes)
+        files, labels, probabilities = zip(*rows, strict=True)
+        return Predictions(np.array(labels, np.int64), np.array(probabilities), classes, files)
+
+    @cached_property
+    def mistakes(self) -> dict[str, NDArray[np.uint8]]:
+        """Pixels [C, H, W] of the most confidently wrong test images, by file name.
+
+        None in a run of a version that kept no images.
+        """
+        path = self.folder / MISTAKES
+        if not path.is_file():
+            return {}
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                return dict(zip(stored["files"].tolist(), stored["pixels"], strict=True))
+        except (OSError, KeyError, ValueError) as error:
+            raise _damaged(path, error) from error
 
     @cached_property
     def embeddings(self) -> Embeddings:
@@ -177,7 +204,7 @@ def _read_run(folder: Path) -> Run:
         scheme, seed = Scheme(config["loss"], config["batches"]), int(config["seed"])
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(folder / CONFIG, error) from error
-    return Run(
+    run = Run(
         folder=folder,
         scheme=scheme,
         seed=seed,
@@ -186,6 +213,21 @@ def _read_run(folder: Path) -> Run:
         log=_read_log(folder / LOG),
         metrics=_object_if_there(folder / METRICS),
     )
+    return replace(run, metrics=_completed(run)) if run.finished else run
+
+
+def _completed(run: Run) -> dict[str, Any]:
+    """Metrics with those that the version which wrote them did not have yet."""
+    if "ece" in run.metrics:
+        return run.metrics
+    found = run.predictions
+    try:
+        anew = classification_metrics(
+            found.labels, found.probabilities, found.classes, run.metrics["positive"]
+        )
+    except (KeyError, ValueError) as error:
+        raise _damaged(run.folder / METRICS, error) from error
+    return run.metrics | anew
 
 
 def _read_comparison(folder: Path) -> Comparison:

@@ -24,12 +24,13 @@ LAST = "last.pt"
 BEST = "best.pt"
 PREDICTIONS = "predictions.csv"
 EMBEDDINGS = "embeddings.npz"
+MISTAKES = "mistakes.npz"
 METRICS = "metrics.json"
 BAD_BATCH = "bad_batch.pt"
 
 # What the holder of a folder writes. A process that was killed may have left half of one of them,
 # under another name.
-_HELD_FILES = (ENVIRONMENT, CONFIG, LOG, LAST, BEST, PREDICTIONS, EMBEDDINGS, METRICS)
+_HELD_FILES = (ENVIRONMENT, CONFIG, LOG, LAST, BEST, PREDICTIONS, MISTAKES, EMBEDDINGS, METRICS)
 
 # What a run that is killed before it has written its configuration may leave behind.
 _FIRST_FILES = (LOCK, ENVIRONMENT, f".{ENVIRONMENT}.", f".{CONFIG}.")
@@ -162,9 +163,9 @@ class RunFolder:
 
     ``config.json`` and ``environment.json`` say what was asked for and where it ran; ``log.jsonl``
     has a line an epoch; ``last.pt`` continues the run and ``best.pt`` is the evaluated model;
-    ``predictions.csv`` (test set), ``embeddings.npz`` (training set) and, last of all,
-    ``metrics.json`` are its results. ``bad_batch.pt`` is left by a run that stopped at a loss that
-    is not finite.
+    ``predictions.csv`` and ``mistakes.npz`` (test set), ``embeddings.npz`` (training set) and, last
+    of all, ``metrics.json`` are its results. ``bad_batch.pt`` is left by a run that stopped at a
+    loss that is not finite.
     """
 
     path: Path

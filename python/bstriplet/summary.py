@@ -204,6 +204,19 @@ def runs_csv(comparison: Comparison) -> str:
     )
 
 
+def per_class_csv(comparison: Comparison) -> str:
+    """A row a finished run and class. Metrics are fractions of 1; empty means undefined."""
+    quantities = ("support", "precision", "sensitivity", "f1", "specificity", "auc")
+    return to_csv(
+        ("scheme", "seed", "class", *quantities),
+        (
+            (scheme_label(run.scheme), run.seed, row["class"], *(row[name] for name in quantities))
+            for run in comparison.finished
+            for row in run.metrics["per_class"]
+        ),
+    )
+
+
 def schemes_csv(summaries: Sequence[SchemeSummary]) -> str:
     """A row a scheme: means, standard deviations and the paired test, as fractions of 1."""
     tested = ("difference", "low", "high", "p", "p_holm", "verdict")

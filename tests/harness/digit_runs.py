@@ -105,6 +105,10 @@ def write_run(
         for index, row in zip(test, probabilities, strict=True):
             names = classes[labels[index]], classes[row.argmax()]
             writer.writerow([f"digit-{index}", *names, *row.tolist()])
+    wrong = [row for row, index in enumerate(test) if probabilities[row].argmax() != labels[index]]
+    pixels = (255 * images[test[wrong]]).astype(np.uint8).reshape(-1, 1, 8, 8)
+    files = np.array([f"digit-{index}" for index in test[wrong]], dtype=str)
+    np.savez(folder / "mistakes.npz", files=files, pixels=pixels)
     hidden = np.maximum(images[train] @ network.coefs_[0] + network.intercepts_[0], 0)
     np.savez(
         folder / "embeddings.npz",

@@ -37,7 +37,15 @@ def test_each_picture_is_written_as_png_svg_and_csv(comparison, tmp_path):
     before = dict(rcParams)
     drawn = figures.pictures(comparison)
     names = [picture.name for picture in drawn]
-    assert names == ["accuracy", "loss_curves", "embeddings", "confusion_matrix", "roc"]
+    assert names == [
+        "accuracy",
+        "loss_curves",
+        "embeddings",
+        "confusion_matrix",
+        "roc",
+        "calibration",
+        "misclassified",
+    ]
     for picture in drawn:
         picture.write(tmp_path)
         with Image.open(tmp_path / f"{picture.name}.png") as image:
@@ -147,7 +155,8 @@ def predictions(draw):
     labels = np.array(draw(st.lists(st.integers(0, n_classes - 1), min_size=n, max_size=n)))
     rng = np.random.default_rng(draw(st.integers(0, 10_000)))
     names = tuple(f"class {index}" for index in range(n_classes))
-    return results.Predictions(labels, rng.dirichlet(np.ones(n_classes), n), names)
+    files = tuple(map(str, range(n)))
+    return results.Predictions(labels, rng.dirichlet(np.ones(n_classes), n), names, files)
 
 
 @CASES
@@ -169,6 +178,37 @@ def test_a_roc_curve_climbs_from_corner_to_corner_over_its_area(found):
     # A step may lie anywhere between two points of the grid, at most 0.01 apart.
     area = np.sum(np.diff(figures.RATES) * (curve[1:] + curve[:-1]) / 2)
     assert area == pytest.approx(np.mean(areas), abs=0.02)
+
+
+def test_calibration_pools_the_seeds(comparison):
+    shown = rows(figures.calibration(comparison))
+    for scheme in comparison.schemes:
+        runs = comparison.finished_of(scheme)
+        mine = [row for row in shown if row["scheme"] == results.scheme_label(scheme)]
+        images = sum(row["images"] for row in mine)
+        assert images == sum(run.metrics["n_images"] for run in runs)
+        right = sum(row["images"] * row["accuracy"] for row in mine)
+        assert right / images == pytest.approx(np.mean([run.metrics["accuracy"] for run in runs]))
+
+
+def test_mistakes_are_all_wrong_predictions_the_surest_over_seeds_first(comparison):
+    scheme = comparison.schemes[0]
+    runs = comparison.finished_of(scheme)
+    found = [row for row in rows(figures.misclassified(comparison)) if row["scheme"] == "CE (RS)"]
+    weights = [row["confidence"] * row["wrong_runs"] / row["runs"] for row in found]
+    assert weights == sorted(weights, reverse=True)
+    for row in found:
+        wrong = []
+        for run in runs:
+            predictions = run.predictions
+            for index, file in enumerate(predictions.files):
+                name = predictions.classes[predictions.predicted[index]]
+                if file == row["file"] and name != row["true"]:
+                    wrong.append(predictions.probabilities[index].max())
+        assert len(wrong) == row["wrong_runs"]
+        assert np.mean(wrong) == pytest.approx(row["confidence"])
+    wrong = sum(int((run.predictions.predicted != run.predictions.labels).sum()) for run in runs)
+    assert sum(row["wrong_runs"] for row in found) == wrong
 
 
 def test_one_run_cut_off_in_its_first_epoch_still_has_its_loss_drawn(comparison, tmp_path):

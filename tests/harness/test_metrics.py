@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 
 import numpy as np
 import pytest
-from bstriplet.metrics import classification_metrics, positive_class
+from bstriplet.metrics import CONFIDENCE_BINS, classification_metrics, positive_class, reliability
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -78,6 +79,7 @@ def test_every_number_equals_a_count_by_loops(case):
                 "sensitivity": ratio(c["tp"], c["tp"] + c["fn"]),
                 "specificity": ratio(c["tn"], c["tn"] + c["fp"]),
                 "precision": ratio(c["tp"], c["tp"] + c["fp"]),
+                "f1": ratio(2 * c["tp"], 2 * c["tp"] + c["fp"] + c["fn"]),
                 "auc": pairwise_auc(labels, scores, index),
             }
         )
@@ -95,6 +97,27 @@ def test_every_number_equals_a_count_by_loops(case):
         for j, cell in enumerate(row):
             pairs = zip(labels, predicted, strict=True)
             assert cell == sum(int(a == i and b == j) for a, b in pairs)
+
+
+@CASES
+@given(predictions())
+def test_reliability_equals_a_count_by_loops(case):
+    labels, scores, names = case
+    bins = {}
+    for label, row in zip(labels, scores, strict=True):
+        confidence = max(row)
+        # bins are closed above, as in Guo et al. (2017)
+        number = max(1, math.ceil(round(confidence * CONFIDENCE_BINS, 9)))
+        bins.setdefault(number, []).append((confidence, row.argmax() == label))
+    found = reliability(labels, scores)
+    wanted = [bins[number] for number in sorted(bins)]
+    assert found.count.tolist() == [len(members) for members in wanted]
+    means = [np.mean(members, axis=0) for members in wanted]
+    assert np.allclose(found.confidence, [mean[0] for mean in means])
+    assert np.allclose(found.accuracy, [mean[1] for mean in means])
+    gaps = sum(len(m) * abs(mean[1] - mean[0]) for m, mean in zip(wanted, means, strict=True))
+    assert found.error == pytest.approx(gaps / len(labels))
+    assert classification_metrics(labels, scores, names)["ece"] == pytest.approx(found.error)
 
 
 @CASES

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from bstriplet import report, results, summary
+from bstriplet import figures, report, results, summary
 from bstriplet.config import Scheme
 from bstriplet.errors import UserError
 from digit_runs import write_comparison, write_run
@@ -31,6 +31,12 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def compare_folder(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "compare")
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Leave out the drawing, seconds each, where a test reads only the text of a report."""
+    monkeypatch.setattr(report, "pictures", lambda comparison: [])
 
 
 def comparison_of(accuracies: dict[Scheme, dict[int, float]]) -> results.Comparison:
@@ -157,6 +163,10 @@ def test_the_table_and_its_files_hold_mean_and_sd_of_the_runs(compare_folder):
     assert [(row["scheme"], row["seed"]) for row in rows] == [
         (scheme, str(seed)) for scheme in ("CE (RS)", "CE+BST (DM)") for seed in range(3)
     ]
+    with (compare_folder / "per_class.csv").open() as file:
+        classes = list(csv.DictReader(file))
+    assert len(classes) == 6 * 3
+    assert float(classes[1]["f1"]) == metrics[0]["per_class"][1]["f1"]
     with (compare_folder / "summary_by_scheme.csv").open() as file:
         first, second = csv.DictReader(file)
     assert float(first["accuracy_mean"]) == pytest.approx(mean)
@@ -166,6 +176,7 @@ def test_the_table_and_its_files_hold_mean_and_sd_of_the_runs(compare_folder):
     assert second["verdict"] in text
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_missing_and_unfinished_runs_are_said(compare_folder):
     shutil.rmtree(compare_folder / "runs" / "ce-random" / "seed-1")
     (compare_folder / "runs" / "ce-bst-mined" / "seed-2" / "metrics.json").unlink()
@@ -210,6 +221,7 @@ def test_a_log_cut_in_the_middle_of_a_line_is_read_up_to_there(compare_folder):
         ("predictions.csv", "", "predictions.csv"),
         ("predictions.csv", "file,label,prob_0,prob_1,prob_2\na,9,1,0,0\n", "predictions.csv"),
         ("embeddings.npz", "no zip", "embeddings.npz"),
+        ("mistakes.npz", "no zip", "mistakes.npz"),
     ],
 )
 def test_a_damaged_file_is_named(compare_folder, name, content, words):
@@ -228,6 +240,17 @@ def test_two_folders_of_one_scheme_and_seed_are_refused(compare_folder):
     shutil.copytree(runs / "seed-0", runs / "copy of seed-0")
     with pytest.raises(UserError, match="hold the same scheme and seed"):
         report.summarise(compare_folder)
+
+
+def test_metrics_of_an_older_version_are_completed_from_predictions(compare_folder):
+    path = compare_folder / "runs" / "ce-random" / "seed-0" / "metrics.json"
+    whole = json.loads(path.read_text())
+    older = {name: value for name, value in whole.items() if name != "ece"}
+    older["per_class"] = [
+        {name: value for name, value in row.items() if name != "f1"} for row in whole["per_class"]
+    ]
+    path.write_text(json.dumps(older))
+    assert results.read(compare_folder).runs[0].metrics == whole
 
 
 # -- report.html
@@ -266,8 +289,8 @@ def test_the_report_stands_alone_and_holds_every_part(compare_folder):
     assert page.open == []
     assert "script" not in page.tags
     assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
-    # accuracy 1; loss curves, embeddings and confusion matrices a panel a scheme; ROC 2
-    assert len(page.alternatives) == 1 + 3 * 2 + 2
+    # accuracy 1; ROC 2; calibration 2; the others a panel a scheme
+    assert len(page.alternatives) == 1 + 2 + 2 + 4 * 2
     assert all(page.alternatives)
     text = " ".join(" ".join(page.texts).split())
     for words in (
@@ -279,13 +302,14 @@ def test_the_report_stands_alone_and_holds_every_part(compare_folder):
         "seed 0, 1, 2",
         "python 3.11",
         "packages torch: 2.14, timm: 1.0",
-        "data.images train: 24, test:",
+        "bstriplet compare --schemes ce:random ce+bst:mined --seeds 0 1 2 --backbone mlp",
+        "Images 0 1 2 Total train 8 8 8 24 test",
         "data.notes none",
     ):
         assert words in text
     names = {file.name for file in (compare_folder / "figures").iterdir()}
-    for name in ("accuracy", "loss_curves", "embeddings", "confusion_matrix", "roc"):
-        assert {f"{name}.png", f"{name}.svg", f"{name}.csv"} <= names
+    for picture in figures.pictures(results.read(compare_folder)):
+        assert {f"{picture.name}.png", f"{picture.name}.svg", f"{picture.name}.csv"} <= names
 
 
 def test_a_single_run_has_a_report(finished, tmp_path):
@@ -294,7 +318,8 @@ def test_a_single_run_has_a_report(finished, tmp_path):
     text = " ".join(" ".join(page.texts).split())
     assert "CE+BST (DM), seed 1" in text
     assert f"{100 * json.loads((run / 'metrics.json').read_text())['accuracy']:.2f}" in text
-    assert len(page.alternatives) == 3 + 2
+    assert len(page.alternatives) == 4 + 2 + 2
+    assert "bstriplet train --backbone mlp --loss ce+bst --batches mined --seed 1" in text
     assert "against CE (RS)" not in text
 
 
@@ -319,6 +344,14 @@ def test_text_from_outside_is_escaped(tmp_path):
     assert "<b>bold</b>" in text
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_runs_that_kept_no_mistakes_are_reported_without_them(compare_folder):
+    for path in compare_folder.glob("runs/*/*/mistakes.npz"):
+        path.unlink()
+    assert "no sheet of mistakes" in report.build(compare_folder).read_text()
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_validation_on_test_images_is_held_against_the_numbers(tmp_path):
     run = write_run(tmp_path / "run", CE, 0)
     assert "too good" not in report.build(run).read_text()

@@ -1,9 +1,11 @@
 """The figures of a report: a function each, from runs to a `Picture` and its numbers."""
 
 from bstriplet.figures.accuracy import accuracies
+from bstriplet.figures.calibration import calibration
 from bstriplet.figures.confusion import confusion_matrices
 from bstriplet.figures.grid import sweep
 from bstriplet.figures.loss import loss_curves
+from bstriplet.figures.mistakes import misclassified
 from bstriplet.figures.picture import Panel, Picture
 from bstriplet.figures.projection import embeddings, principal_plane
 from bstriplet.figures.rates import RATES, roc, roc_curves
@@ -16,9 +18,11 @@ __all__ = [
     "Panel",
     "Picture",
     "accuracies",
+    "calibration",
     "confusion_matrices",
     "embeddings",
     "loss_curves",
+    "misclassified",
     "pictures",
     "principal_plane",
     "roc",
@@ -37,5 +41,7 @@ def pictures(comparison: Comparison) -> list[Picture]:
         embeddings(comparison),
         confusion_matrices(comparison),
         roc_curves(comparison),
+        calibration(comparison),
+        misclassified(comparison),
     ]
     return [picture for picture in drawn if picture.panels]

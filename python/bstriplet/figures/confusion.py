@@ -56,8 +56,8 @@ def confusion_matrices(comparison: Comparison) -> Picture:
 
 
 def _confusion(predictions: Predictions) -> NDArray[np.int64]:
-    predicted = predictions.probabilities.argmax(axis=1)
-    return confusion_matrix(predictions.labels, predicted, labels=range(len(predictions.classes)))
+    every_class = range(len(predictions.classes))
+    return confusion_matrix(predictions.labels, predictions.predicted, labels=every_class)
 
 
 def _confusion_panel(
