@@ -1,4 +1,4 @@
-"""The ``bstriplet`` command: train, compare, sweep, evaluate, predict, data, demo."""
+"""The ``bstriplet`` command: what it reads, and what it calls for each of its verbs."""
 
 import argparse
 import os
@@ -22,11 +22,13 @@ from bstriplet.config import (
     given_options,
 )
 from bstriplet.errors import UserError, one_line
+from bstriplet.paper import REPRODUCIBLE
 
 DEFAULT_SCHEMES = ("ce:random", "ce+bst:mined")
 DEFAULT_SEEDS = (0, 1, 2)
 SWEPT_LOSS = "ce+bst"
 DEFAULT_WEIGHTS = (0.0, 0.1, 0.3, 1.0, 3.0)
+REPRODUCE_SEEDS = 5
 
 # The commands import torch, timm and scikit-learn after a look at what was typed: help and most
 # mistakes are answered at once.
@@ -48,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, _stop)
     try:
         options = _parser().parse_args(given)
+        options.typed = given
         options.run_command(options)
         sys.stdout.flush()
     except UserError as error:
@@ -80,7 +83,7 @@ def _how_to_continue(given: list[str]) -> str:
     if command in ("train", "compare", "sweep"):
         resume = [] if "--resume" in given else ["--resume"]
         return f"continue with: bstriplet {shlex.join([*given, *resume])}"
-    if command == "demo":
+    if command in ("demo", "reproduce"):
         return f"continue with: bstriplet {shlex.join(given)}"
     return "nothing was written"
 
@@ -136,6 +139,36 @@ def _parser() -> _Parser:
     )
     add_options(sweep, without=("loss", "metric_weight", "margin", "seed"))
     sweep.set_defaults(run_command=_sweep)
+
+    reproduce = commands.add_parser(
+        "reproduce", help="the paper's tables and figures from runs of your own"
+    )
+    reproduce.add_argument(
+        "targets", nargs="+", metavar="TARGET", help=f"{', '.join(REPRODUCIBLE)}, or all"
+    )
+    reproduce.add_argument(
+        "--out", type=Path, required=True, help="folder of runs, tables and figures"
+    )
+    reproduce.add_argument(
+        "--seeds",
+        type=int,
+        metavar="K",
+        help=f"seeds 0 to K-1 of each scheme (default: {REPRODUCE_SEEDS})",
+    )
+    reproduce.add_argument(
+        "--from",
+        dest="folders",
+        nargs="+",
+        type=Path,
+        metavar="FOLDER",
+        help="train nothing: draw from the finished runs of these compare folders",
+    )
+    add_options(reproduce, without=("loss", "batches", "seed"))
+    reproduce.set_defaults(run_command=_reproduce)
+
+    report = commands.add_parser("report", help="table and report of runs that are there")
+    report.add_argument("folder", type=Path, help="a run folder or a compare folder")
+    report.set_defaults(run_command=_report)
 
     evaluate = commands.add_parser("evaluate", help="print the test metrics of a trained model")
     _add_run(evaluate)
@@ -314,6 +347,39 @@ def _run_plan(plan: Any, folder: Path) -> None:
     _say(f"training and evaluation: {time.perf_counter() - started_at:.0f} s")
     print(report.summarise(folder))
     print(f"report: {report.build(folder)}")
+
+
+def _reproduce(options: argparse.Namespace) -> None:
+    given = given_options(options)
+
+    from bstriplet import report
+    from bstriplet.reproduce import draw_targets, targets_named, train_targets
+
+    targets = targets_named(options.targets, given)
+    if options.folders:
+        if given or options.seeds:
+            raise UserError("--from takes runs as they are; leave --seeds and training options out")
+        drawn = draw_targets(targets, None, options.folders, options.out)
+    else:
+        config = TrainConfig(**given)
+        n_seeds = REPRODUCE_SEEDS if options.seeds is None else options.seeds
+        if n_seeds < 1:
+            raise UserError(f"--seeds: {n_seeds} is not allowed; give 1 or more")
+        train_targets(targets, config, n_seeds, options.out, _say)
+        drawn = draw_targets(targets, config, [options.out], options.out)
+    for reproduction in drawn:
+        print(reproduction.markdown())
+    command = shlex.join(["bstriplet", *options.typed])
+    print(f"report: {report.build_reproduction(drawn, command, options.out)}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from bstriplet import report
+    from bstriplet.compare import started
+
+    if started(options.folder):
+        print(report.summarise(options.folder))
+    print(f"report: {report.build(options.folder)}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

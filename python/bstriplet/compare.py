@@ -81,7 +81,15 @@ def read_plan(folder: Path) -> Plan:
 
 
 def compare(plan: Plan, folder: Path, say: Callable[[str], None]) -> None:
-    """Run what ``plan`` lists and ``folder`` does not have yet; ``say`` is told of each run.
+    """Run what ``plan`` lists and ``folder`` does not have yet; ``say`` is told of each run."""
+    with locked_folder(folder):
+        if not started(folder):
+            write_json(folder / COMPARE, plan.to_dict())
+        train_missing(plan, folder, say)
+
+
+def train_missing(plan: Plan, folder: Path, say: Callable[[str], None]) -> None:
+    """Train those runs of ``plan`` that ``folder``, locked, does not have yet.
 
     Images are read once for all runs. One seed gives all schemes the same split, the same initial
     weights and, for the same kind of batches, the same batches: schemes are compared in pairs.
@@ -92,16 +100,13 @@ def compare(plan: Plan, folder: Path, say: Callable[[str], None]) -> None:
     tasks = Tasks()
     for note in dict.fromkeys(note for _, config in runs for note in tasks.of(config).notes):
         say(f"note: {note}")
-    with locked_folder(folder):
-        if not started(folder):
-            write_json(folder / COMPARE, plan.to_dict())
-        for number, (scheme, config) in enumerate(runs, start=1):
-            run = RunFolder(run_folder(folder, scheme, config.seed))
-            metrics = train(config, tasks.of(config), run)
-            say(
-                f"[{number}/{len(runs)}] {scheme_label(scheme)}, seed {config.seed}: test accuracy "
-                f"{metrics['accuracy']:.2%} (epoch {metrics['best_epoch']} of {metrics['epochs']})"
-            )
+    for number, (scheme, config) in enumerate(runs, start=1):
+        run = RunFolder(run_folder(folder, scheme, config.seed))
+        metrics = train(config, tasks.of(config), run)
+        say(
+            f"[{number}/{len(runs)}] {scheme_label(scheme)}, seed {config.seed}: test accuracy "
+            f"{metrics['accuracy']:.2%} (epoch {metrics['best_epoch']} of {metrics['epochs']})"
+        )
 
 
 class Tasks:

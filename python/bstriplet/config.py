@@ -293,6 +293,11 @@ class Scheme:
         """The fields of :class:`TrainConfig` that the scheme sets."""
         return {"loss": self.loss, "batches": self.batches, **dict(self.settings)}
 
+    def without(self, *names: str) -> "Scheme":
+        """The scheme without some of its settings."""
+        kept = tuple(item for item in self.settings if item[0] not in names)
+        return Scheme(self.loss, self.batches, kept)
+
     @property
     def slug(self) -> str:
         """The scheme as a folder name, for example ``ce-bst-mined``."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bstriplet import paper
 from bstriplet.config import Scheme
 from bstriplet.errors import UserError
 from bstriplet.metrics import classification_metrics
@@ -30,7 +31,7 @@ from bstriplet.runs import (
 
 LOSS_NAMES = {"ce": "CE", "bst": "BST", "triplet": "Triplet", "ls": "LS"}
 BATCH_NAMES = {"random": "RS", "mined": "DM"}
-SETTING_NAMES = {"metric_weight": "λ", "margin": "m", "backbone": ""}
+SETTING_NAMES = {"metric_weight": "λ", "margin": "m", "backbone": "", "batch_size": "N_b"}
 PROBABILITY = "prob_"
 COMPARE = "compare.json"
 
@@ -39,10 +40,14 @@ def scheme_label(scheme: Scheme) -> str:
     """The scheme as Table 3 writes it: "CE+BST (DM)" for ce+bst on mined batches."""
     loss = "+".join(LOSS_NAMES.get(part, part) for part in scheme.loss.split("+"))
     settings = [
-        f"{SETTING_NAMES.get(name, name.replace('_', ' '))} {value}".strip()
+        f"{SETTING_NAMES.get(name, name.replace('_', ' '))} {_value_name(name, value)}".strip()
         for name, value in scheme.settings
     ]
     return ", ".join([f"{loss} ({BATCH_NAMES.get(scheme.batches, scheme.batches)})", *settings])
+
+
+def _value_name(name: str, value: Any) -> Any:
+    return paper.BACKBONES.get(value, value) if name == "backbone" else value
 
 
 @dataclass(frozen=True)
@@ -161,10 +166,20 @@ class Comparison:
         """The finished runs of one scheme, by seed."""
         return [run for run in self.finished if run.scheme == scheme]
 
-    @property
-    def baseline(self) -> Scheme | None:
-        """The first scheme that is plain cross entropy; None where there is none."""
-        return next((scheme for scheme in self.schemes if scheme.loss == "ce"), None)
+    def baseline_of(self, scheme: Scheme) -> Scheme | None:
+        """What a scheme is compared with: the plain cross entropy that is most like it.
+
+        The first of those that differ from it in the fewest settings (loss and batches apart);
+        None where no scheme is plain cross entropy.
+        """
+
+        def n_differing(other: Scheme) -> int:
+            names = {name for name, _ in scheme.settings + other.settings}
+            ours, theirs = dict(scheme.settings), dict(other.settings)
+            return sum(ours.get(name) != theirs.get(name) for name in names)
+
+        candidates = [other for other in self.schemes if other.loss == "ce"]
+        return min(candidates, key=n_differing, default=None)
 
     def gaps(self) -> list[str]:
         """A sentence for each run that was asked for and has not finished."""
@@ -239,7 +254,7 @@ def _read_comparison(folder: Path) -> Comparison:
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(path, error) from error
     # What a run is stands in its own config.json; the names of the folders are only names.
-    found = [_read_run(config.parent) for config in sorted(folder.glob(f"runs/*/*/{CONFIG}"))]
+    found = read_runs(folder)
     names = sorted({name for scheme in schemes for name in scheme.fields})
     shared = asked.get("config", {})
     scheme_of = {
@@ -252,11 +267,21 @@ def _read_comparison(folder: Path) -> Comparison:
     ]
     wanted = [run for run in named if run.seed in seeds]
     wanted.sort(key=lambda run: (schemes.index(run.scheme), seeds.index(run.seed)))
-    _refuse_doubles(wanted)
+    refuse_doubles(wanted)
     return Comparison(folder, schemes, seeds, tuple(wanted))
 
 
-def _refuse_doubles(runs: Sequence[Run]) -> None:
+def read_runs(folder: Path) -> list[Run]:
+    """Read every run in ``folder``/runs, in the order of their folders' names.
+
+    Raises:
+        UserError: one of the files is damaged; the message names it.
+    """
+    return [_read_run(config.parent) for config in sorted(folder.glob(f"runs/*/*/{CONFIG}"))]
+
+
+def refuse_doubles(runs: Sequence[Run]) -> None:
+    """Raise if two neighbours of sorted runs have the same scheme and seed."""
     for one, other in pairwise(runs):
         if (one.scheme, one.seed) == (other.scheme, other.seed):
             raise UserError(

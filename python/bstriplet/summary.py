@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.stats import ttest_rel
+from scipy.optimize import brentq
+from scipy.stats import nct, t, ttest_rel
 
 from bstriplet.config import Scheme
 from bstriplet.results import Comparison, Run, scheme_label
 
 METRICS = ("accuracy", "sensitivity", "specificity", "auc")
 LEVEL = 0.05
+POWER = 0.8
 TERMINAL_WIDTH = 88
 # Equal accuracies are quotients of integers; what is below this is the last bit of a float.
 ROUNDING = 1e-12
@@ -37,8 +40,9 @@ class PairedTest:
 
     `low` and `high` bound the 95 % confidence interval of the mean difference, `p` is that of the
     two-sided paired t test and `p_holm` the same after Holm's adjustment for all schemes that are
-    compared with the baseline. All four are None where the test has nothing to judge by: fewer
-    than two shared seeds, or differences that are all the same.
+    compared with a baseline; `detectable` is the true difference that the test would find with a
+    power of 80 %. All five are None where the test has nothing to judge by: fewer than two shared
+    seeds, or differences that are all the same.
     """
 
     n: int
@@ -46,6 +50,7 @@ class PairedTest:
     low: float | None = None
     high: float | None = None
     p: float | None = None
+    detectable: float | None = None
     p_holm: float | None = None
 
     @property
@@ -73,15 +78,16 @@ class SchemeSummary:
 
 def summarise_schemes(comparison: Comparison) -> list[SchemeSummary]:
     """Summaries of the finished runs, a scheme each, in the order of the comparison."""
-    baseline = comparison.baseline
-    others = [scheme for scheme in comparison.schemes if baseline and scheme != baseline]
-    tests = dict(
-        zip(
-            others,
-            _holm([_paired_test(comparison, scheme, baseline) for scheme in others if baseline]),
-            strict=True,
-        )
-    )
+    pairs = {
+        scheme: baseline
+        for scheme in comparison.schemes
+        if (baseline := comparison.baseline_of(scheme)) not in (None, scheme)
+    }
+    found = [
+        paired_test(_accuracies(comparison, scheme), _accuracies(comparison, baseline))
+        for scheme, baseline in pairs.items()
+    ]
+    tests = dict(zip(pairs, holm(found), strict=True))
     return [
         SchemeSummary(
             scheme=scheme,
@@ -124,12 +130,18 @@ def verdict_sentence(summary: SchemeSummary, baseline: Scheme) -> str:
         f"p {p_value(test.p)}{adjusted}, {test.n} paired seeds"
     )
     if test.verdict == "not told apart":
-        unseen = 100 * (test.high - test.low) / 2
-        return (
-            f"{one} is not told apart from {other}: {evidence}. "
-            f"Less than about {unseen:.1f} points cannot be told from the spread of these seeds."
-        )
+        return f"{one} is not told apart from {other}: {evidence}. {power_sentence(test)}"
     return f"{one} is {test.verdict} than {other}: {evidence}."
+
+
+def power_sentence(test: PairedTest) -> str:
+    """Which true difference the seeds of a test could have told, in a sentence for people."""
+    if test.detectable is None:
+        return "Without any spread there is nothing to judge the power of the test by."
+    return (
+        f"With {test.n} seeds that vary so, a true difference of "
+        f"{100 * test.detectable:.1f} points is found in {POWER:.0%} of experiments."
+    )
 
 
 def text_table(comparison: Comparison) -> str:
@@ -175,12 +187,13 @@ def verdicts(comparison: Comparison, summaries: Sequence[SchemeSummary]) -> list
     """A sentence for each scheme that is compared with the baseline."""
     if len(comparison.schemes) == 1:
         return []
-    if comparison.baseline is None:
+    baselines = {scheme: comparison.baseline_of(scheme) for scheme in comparison.schemes}
+    if None in baselines.values():
         return ["No scheme is plain cross entropy (ce): there is no baseline to compare with."]
     return [
-        verdict_sentence(summary, comparison.baseline)
+        verdict_sentence(summary, baseline)
         for summary in summaries
-        if summary.scheme != comparison.baseline
+        if (baseline := baselines[summary.scheme]) and baseline != summary.scheme
     ]
 
 
@@ -219,7 +232,7 @@ def per_class_csv(comparison: Comparison) -> str:
 
 def schemes_csv(summaries: Sequence[SchemeSummary]) -> str:
     """A row a scheme: means, standard deviations and the paired test, as fractions of 1."""
-    tested = ("difference", "low", "high", "p", "p_holm", "verdict")
+    tested = ("difference", "low", "high", "p", "p_holm", "verdict", "detectable")
     header = ["scheme", "loss", "batches", "runs"]
     header += [f"{name}_{part}" for name in METRICS for part in ("mean", "sd")]
     header += ["paired_seeds", *tested]
@@ -230,7 +243,7 @@ def schemes_csv(summaries: Sequence[SchemeSummary]) -> str:
         for name in METRICS:
             row += [summary.metrics[name].mean, summary.metrics[name].sd]
         test = summary.paired
-        row += [test.n, *(getattr(test, name) for name in tested)] if test else [None] * 7
+        row += [test.n, *(getattr(test, name) for name in tested)] if test else [None] * 8
         rows.append(row)
     return to_csv(header, rows)
 
@@ -281,8 +294,8 @@ def _accuracies(comparison: Comparison, scheme: Scheme) -> dict[int, float]:
     return dict(zip((run.seed for run in runs), _metric(runs, "accuracy"), strict=True))
 
 
-def _paired_test(comparison: Comparison, scheme: Scheme, baseline: Scheme) -> PairedTest:
-    ours, theirs = _accuracies(comparison, scheme), _accuracies(comparison, baseline)
+def paired_test(ours: Mapping[int, float], theirs: Mapping[int, float]) -> PairedTest:
+    """The two-sided paired t test of values by seed, on the seeds that both have."""
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         return PairedTest(0, None)
@@ -293,11 +306,35 @@ def _paired_test(comparison: Comparison, scheme: Scheme, baseline: Scheme) -> Pa
     result = ttest_rel([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
     interval = result.confidence_interval(1 - LEVEL)
     return PairedTest(
-        len(seeds), mean, float(interval.low), float(interval.high), float(result.pvalue)
+        n=len(seeds),
+        difference=mean,
+        low=float(interval.low),
+        high=float(interval.high),
+        p=float(result.pvalue),
+        detectable=detectable_difference(float(differences.std(ddof=1)), len(seeds)),
     )
 
 
-def _holm(tests: Sequence[PairedTest]) -> list[PairedTest]:
+def detectable_difference(sd: float, n: int, power: float = POWER) -> float:
+    """The least true mean difference that a paired t test at 5 % finds with this power.
+
+    Args:
+        sd: standard deviation of the differences, > 0.
+        n: pairs, at least 2.
+        power: the share of experiments in which the test finds it, between 0.05 and 1.
+    """
+    critical = t.ppf(1 - LEVEL / 2, n - 1)
+
+    def shortfall(shift: float) -> float:
+        return power - (nct.sf(critical, n - 1, shift) + nct.cdf(-critical, n - 1, shift))
+
+    highest = critical
+    while shortfall(highest) > 0:
+        highest *= 2
+    return float(brentq(shortfall, 0, highest)) * sd / math.sqrt(n)
+
+
+def holm(tests: Sequence[PairedTest]) -> list[PairedTest]:
     """The tests with Holm's adjusted p-values: the step-down form of Bonferroni's bound."""
     judged = sorted((test.p, index) for index, test in enumerate(tests) if test.p is not None)
     adjusted = list(tests)

@@ -94,7 +94,13 @@ def write_run(
     environment = {
         "python": "3.11",
         "packages": {"torch": "2.14", "timm": "1.0"},
-        "data": {"images": {"train": 24, "test": len(test)}, "notes": []},
+        "data": {
+            "images": {
+                part: {name: int(np.sum(labels[rows] == c)) for c, name in enumerate(classes)}
+                for part, rows in (("train", train), ("validation", validation), ("test", test))
+            },
+            "notes": [],
+        },
     }
     (folder / "environment.json").write_text(json.dumps(environment))
 

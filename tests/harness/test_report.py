@@ -135,11 +135,39 @@ def test_verdicts_are_plain(ours, words):
 
 def test_the_first_ce_scheme_is_the_baseline_wherever_it_stands():
     accuracies = {BST: {0: 0.9}, CE_MINED: {0: 0.8}, CE: {0: 0.7}}
-    assert comparison_of(accuracies).baseline == CE_MINED
+    comparison = comparison_of(accuracies)
+    assert {comparison.baseline_of(scheme) for scheme in accuracies} == {CE_MINED}
     without = comparison_of({BST: {0: 0.9}, BST_MINED: {0: 0.9}})
-    assert without.baseline is None
+    assert without.baseline_of(BST) is None
     (sentence,) = summary.verdicts(without, summary.summarise_schemes(without))
     assert "no baseline" in sentence
+
+
+def test_the_baseline_is_the_cross_entropy_of_the_same_network():
+    networks = [("backbone", "peleenet")], [("backbone", "efficientnet_b1")], []
+    schemes = [
+        Scheme(loss, batches, (*settings, *more))
+        for settings in networks
+        for loss, batches, more in (
+            ("ce", "random", ()),
+            ("ce+bst", "mined", (("groups_per_class", 3), ("margin", 0.5))),
+        )
+    ]
+    comparison = comparison_of({scheme: {0: 0.9} for scheme in schemes})
+    assert [comparison.baseline_of(scheme) for scheme in schemes[1::2]] == schemes[::2]
+    assert [comparison.baseline_of(scheme) for scheme in schemes[::2]] == schemes[::2]
+    tests = [row.paired for row in summary.summarise_schemes(comparison)]
+    assert [test is None for test in tests] == [True, False] * 3
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 10, 30])
+def test_the_detectable_difference_is_found_as_often_as_it_says(n):
+    sd = 0.013
+    shift = summary.detectable_difference(sd, n)
+    samples = np.random.default_rng(n).normal(shift, sd, (20_000, n))
+    found = stats.ttest_1samp(samples, 0, axis=1).pvalue < 0.05
+    assert found.mean() == pytest.approx(0.8, abs=0.015)
+    assert summary.detectable_difference(2 * sd, n) == pytest.approx(2 * shift)
 
 
 # -- summarise
@@ -323,7 +351,8 @@ def test_a_single_run_has_a_report(finished, tmp_path):
     assert "against CE (RS)" not in text
 
 
-def test_a_report_is_replaced_whole_and_leaves_no_other_file(tmp_path):
+def test_a_report_is_replaced_whole_and_leaves_no_other_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "pictures", lambda shown: [figures.confusion_matrices(shown)])
     run = write_run(tmp_path / "run", CE, 0)
     first = report.build(run).read_bytes()
     files = sorted(run.rglob("*"))
@@ -331,7 +360,8 @@ def test_a_report_is_replaced_whole_and_leaves_no_other_file(tmp_path):
     assert sorted(run.rglob("*")) == files
 
 
-def test_text_from_outside_is_escaped(tmp_path):
+def test_text_from_outside_is_escaped(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "pictures", lambda shown: [figures.confusion_matrices(shown)])
     names = ("<script>alert(1)</script>", 'a"b', "a&b")
     run = write_run(tmp_path / "run", CE, 0, names)
     config = json.loads((run / "config.json").read_text())

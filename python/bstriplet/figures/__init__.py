@@ -1,6 +1,7 @@
 """The figures of a report: a function each, from runs to a `Picture` and its numbers."""
 
 from bstriplet.figures.accuracy import accuracies
+from bstriplet.figures.batch_size import batch_sizes
 from bstriplet.figures.calibration import calibration
 from bstriplet.figures.confusion import confusion_matrices
 from bstriplet.figures.grid import sweep
@@ -18,6 +19,7 @@ __all__ = [
     "Panel",
     "Picture",
     "accuracies",
+    "batch_sizes",
     "calibration",
     "confusion_matrices",
     "embeddings",

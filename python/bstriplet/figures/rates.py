@@ -7,6 +7,8 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 
+from bstriplet import paper
+from bstriplet.config import Scheme
 from bstriplet.figures.picture import Panel, Picture
 from bstriplet.figures.style import MUTED, scheme_colour
 from bstriplet.results import Comparison, Predictions, scheme_label
@@ -16,7 +18,10 @@ RATES = np.linspace(0, 1, 201) ** 2  # dense where good classifiers differ
 
 
 def roc_curves(comparison: Comparison) -> Picture:
-    """ROC curves of all schemes, mean over seeds with a band of one sd, as in Fig. 11."""
+    """ROC curves of all schemes, mean over seeds with a band of one sd, as in Fig. 11.
+
+    Of one network, the whole curves and their corner; of several, a panel a network.
+    """
     curves = {
         scheme: [
             (run, curve)
@@ -27,10 +32,14 @@ def roc_curves(comparison: Comparison) -> Picture:
     }
     curves = {scheme: found for scheme, found in curves.items() if found}
 
-    def panel(title: str, highest: float) -> Panel:
+    networks = {_network(scheme): None for scheme in curves}
+
+    def panel(title: str, highest: float, network: str) -> Panel:
         def draw(axes: Axes) -> None:
             axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=":")
             for scheme, found in curves.items():
+                if _network(scheme) != network:
+                    continue
                 values = np.array([curve for _, curve in found])
                 mean, colour = values.mean(axis=0), scheme_colour(scheme)
                 areas = spread([run.metrics["auc"] for run, _ in found])
@@ -43,7 +52,7 @@ def roc_curves(comparison: Comparison) -> Picture:
                     mean,
                     color=colour,
                     linestyle="-" if scheme.batches == "mined" else "--",
-                    label=f"{scheme_label(scheme)}, AUC {area(areas)}",
+                    label=f"{scheme_label(scheme.without('backbone'))}, AUC {area(areas)}",
                 )
             axes.set_xlim(-0.01 * highest, highest)
             axes.set_ylim(-0.01, 1.01)
@@ -53,6 +62,14 @@ def roc_curves(comparison: Comparison) -> Picture:
 
         return Panel(title, draw)
 
+    if len(networks) == 1:
+        (network,) = networks
+        panels = [
+            panel("Whole curve", 1.0, network),
+            panel("Up to 20 % false positives", 0.2, network),
+        ]
+    else:
+        panels = [panel(network, 1.0, network) for network in networks]
     return Picture(
         name="roc",
         title="ROC",
@@ -61,12 +78,7 @@ def roc_curves(comparison: Comparison) -> Picture:
             "dashes are random batches. For three classes or more, the mean of the "
             "one-against-rest curves of the classes."
         ),
-        panels=(
-            panel("Whole curve", 1.0),
-            panel("Up to 20 % false positives", 0.2),
-        )
-        if curves
-        else (),
+        panels=tuple(panels),
         size=(4.2, 3.9),
         header=("scheme", "seed", "false_positive_rate", "true_positive_rate"),
         rows=tuple(
@@ -76,6 +88,12 @@ def roc_curves(comparison: Comparison) -> Picture:
             for x, y in zip(RATES, curve, strict=True)
         ),
     )
+
+
+def _network(scheme: Scheme) -> str:
+    """The name of the network that a scheme sets, "" where it sets none."""
+    backbone = dict(scheme.settings).get("backbone", "")
+    return paper.BACKBONES.get(backbone, backbone)
 
 
 def roc(predictions: Predictions, positive: str | None) -> NDArray[np.float64] | None:

@@ -1,0 +1,412 @@
+"""The paper's tables and figures from runs of one's own: `TARGETS` says what each one needs.
+
+Runs lie in OUT/runs, a folder for each scheme and seed, and are shared by all targets that name
+them; a run that is there is not trained again, one that was cut is continued.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bstriplet import figures, paper
+from bstriplet.compare import Plan, train_missing
+from bstriplet.config import Scheme, TrainConfig, describe_difference, field_types, flag
+from bstriplet.errors import UserError, unknown_name
+from bstriplet.figures import Picture
+from bstriplet.paper_table import NOTE as TABLE_NOTE
+from bstriplet.paper_table import Row, csv_text, markdown, table_rows
+from bstriplet.results import Comparison, Run, read_runs, refuse_doubles
+from bstriplet.runs import check_new, locked_folder, read_json, write_atomic, write_json
+from bstriplet.summary import summarise_schemes, verdicts
+
+STATE = "reproduce.json"
+SMALL = "mobilenetv3_small_100"
+FEW_SEEDS = 5
+# What a run must agree in with a target, besides its loss and its batches.
+SETTLED = ("backbone", "batch_size", "epochs")
+SETTLED_IF_MINED = ("groups_per_class", "group_share")
+# What may differ from the paper without changing what is reproduced.
+FREE = frozenset(("data", "device", "seed", "skip_broken"))
+
+
+@dataclass(frozen=True)
+class Target:
+    """A table or figure of the paper: the runs that it needs, and how it is drawn from them.
+
+    `schemes` set every field in which the paper departs from the recipe of section 3.1; those
+    named in `telling` are what tells two of them apart, besides loss and batches. A target is a
+    printed table, by `table`, or a picture, by `draw`.
+    """
+
+    title: str
+    data_set: str
+    schemes: tuple[Scheme, ...]
+    telling: tuple[str, ...] = ()
+    table: int | None = None
+    draw: Callable[[Comparison], Picture] | None = None
+
+    def shown(self, scheme: Scheme) -> Scheme:
+        """A scheme with those settings alone that tell it from others."""
+        return scheme.without(*(name for name, _ in scheme.settings if name not in self.telling))
+
+    def given(self, options: Mapping[str, Any]) -> Target:
+        """The target with options in the place of its own settings."""
+        schemes = dict.fromkeys(scheme.without(*options) for scheme in self.schemes)
+        return replace(self, schemes=tuple(schemes))
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A target drawn from runs: rows of its table or its picture, and what to know of them."""
+
+    name: str
+    target: Target
+    comparison: Comparison
+    rows: tuple[Row, ...]
+    picture: Picture | None
+    verdicts: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def markdown(self) -> str:
+        """Title, table or picture, verdicts and notes, as Markdown."""
+        parts = [f"## {self.target.title}"]
+        if self.rows:
+            parts += [markdown(self.rows), TABLE_NOTE]
+        if self.picture:
+            parts += [f"![{self.target.title}]({self.name}.png)", self.picture.caption]
+        parts += ["\n".join(f"- {line}" for line in self.verdicts)] if self.verdicts else []
+        parts += ["\n".join(f"- {line}" for line in self.notes)] if self.notes else []
+        return "\n\n".join(parts) + "\n"
+
+    def write(self, folder: Path) -> None:
+        """Write NAME.md, and NAME.csv or the three files of the picture, each atomically."""
+        write_atomic(folder / f"{self.name}.md", self.markdown().encode())
+        if self.rows:
+            write_atomic(folder / f"{self.name}.csv", csv_text(self.rows).encode())
+        if self.picture:
+            replace(self.picture, name=self.name).write(folder)
+
+
+def _schemes(
+    backbones: Sequence[str], losses: Sequence[str], mined: Mapping[str, Any] | None = None
+) -> tuple[Scheme, ...]:
+    """Each loss on each network: CE+BST on mined batches, the others on random ones."""
+    groups = tuple((mined or {}).items())
+    return tuple(
+        Scheme(loss, "mined", (("backbone", backbone), *groups))
+        if loss == "ce+bst"
+        else Scheme(loss, "random", (("backbone", backbone),))
+        for backbone in backbones
+        for loss in losses
+    )
+
+
+_NETWORKS, _LOSSES = tuple(paper.BACKBONES), tuple(paper.LOSSES)
+_TWO = ("ce", "ce+bst")
+_FOUR_SCHEMES = tuple(
+    Scheme(loss, batches, (("backbone", SMALL),))
+    for loss in _TWO
+    for batches in ("random", "mined")
+)
+# Section 3.5: three groups in each of two classes, six images from each.
+_CHEST2 = _schemes(_NETWORKS, _LOSSES, {"groups_per_class": 3, "group_share": "equal"})
+_RASH = _schemes(_NETWORKS, _LOSSES)
+_OSTEOSARCOMA = _schemes((SMALL,), _LOSSES)
+
+TARGETS: dict[str, Target] = {
+    "table3": Target(
+        "Table 3. Accuracy of different training schemes for MobileNet-V3-Small on Chest-1",
+        "chest1",
+        _FOUR_SCHEMES,
+        table=3,
+    ),
+    "table4": Target(
+        "Table 4. Metrics for the compared networks on Chest-1",
+        "chest1",
+        _schemes(_NETWORKS, _LOSSES),
+        ("backbone",),
+        table=4,
+    ),
+    "table6": Target(
+        "Table 6. Metrics for the compared networks on Chest-2",
+        "chest2",
+        _CHEST2,
+        ("backbone",),
+        table=6,
+    ),
+    "table8": Target(
+        "Table 8. Metrics for the compared networks on the rash images",
+        "rash",
+        _RASH,
+        ("backbone",),
+        table=8,
+    ),
+    "table10": Target(
+        "Table 10. Metrics for MobileNet-V3-Small on the osteosarcoma histology images",
+        "osteosarcoma",
+        _OSTEOSARCOMA,
+        table=10,
+    ),
+    "figure5": Target(
+        "Figure 5. Accuracy of MobileNet-V3-Small for different N_b on Chest-1",
+        "chest1",
+        tuple(
+            Scheme("ce+bst", "mined", (("backbone", SMALL), ("batch_size", size)))
+            for size in range(6, 37, 6)
+        ),
+        ("batch_size",),
+        draw=figures.batch_sizes,
+    ),
+    "figure6": Target(
+        "Figure 6. Embeddings of MobileNet-V3-Small after 10 epochs, CE and CE+BST, on Chest-1",
+        "chest1",
+        tuple(
+            Scheme(loss, batches, (("backbone", SMALL), ("epochs", 10)))
+            for loss, batches in (("ce", "random"), ("ce+bst", "mined"))
+        ),
+        draw=figures.embeddings,
+    ),
+    "figure7": Target(
+        "Figure 7. Loss curves of different training schemes for MobileNet-V3-Small on Chest-1",
+        "chest1",
+        _FOUR_SCHEMES,
+        draw=figures.loss_curves,
+    ),
+    "figure8": Target(
+        "Figure 8. Loss curves of the compared networks on Chest-1",
+        "chest1",
+        _schemes(_NETWORKS, _TWO),
+        ("backbone",),
+        draw=figures.loss_curves,
+    ),
+    "figure9": Target(
+        "Figure 9. Confusion matrices of the compared networks on Chest-1",
+        "chest1",
+        _schemes(_NETWORKS, _TWO),
+        ("backbone",),
+        draw=figures.confusion_matrices,
+    ),
+    "figure11": Target(
+        "Figure 11. ROC curves of the compared networks on Chest-2",
+        "chest2",
+        _CHEST2,
+        ("backbone",),
+        draw=figures.roc_curves,
+    ),
+    "figure13": Target(
+        "Figure 13. ROC curves of the compared networks on the rash images",
+        "rash",
+        _RASH,
+        ("backbone",),
+        draw=figures.roc_curves,
+    ),
+    "figure15": Target(
+        "Figure 15. ROC curves of MobileNet-V3-Small on the osteosarcoma histology images",
+        "osteosarcoma",
+        _OSTEOSARCOMA,
+        draw=figures.roc_curves,
+    ),
+}
+ALL = "all"
+
+
+def targets_named(names: Sequence[str], options: Mapping[str, Any]) -> dict[str, Target]:
+    """The targets of these names ("all" for every one), with options in place of settings.
+
+    Raises:
+        UserError: no target has that name.
+    """
+    for name in names:
+        if name not in TARGETS and name != ALL:
+            raise unknown_name("target", name, (*TARGETS, ALL))
+    chosen = [name for name in TARGETS if name in names or ALL in names]
+    return {name: TARGETS[name].given(options) for name in chosen}
+
+
+def train_targets(
+    targets: Mapping[str, Target],
+    config: TrainConfig,
+    n_seeds: int,
+    out: Path,
+    say: Callable[[str], None],
+) -> None:
+    """Train those runs of these targets that `out` does not have yet, on the data of `config`.
+
+    Raises:
+        UserError: `out` holds something else, or runs of another configuration.
+    """
+    schemes = dict.fromkeys(
+        _distinct(scheme, config) for target in targets.values() for scheme in target.schemes
+    )
+    plan = Plan(config, tuple(schemes), tuple(range(n_seeds)))
+    if not (out / STATE).exists():
+        check_new(out)
+    with locked_folder(out):
+        if not (out / STATE).exists():
+            write_json(out / STATE, {"config": config.to_dict()})
+        started = TrainConfig.from_dict(read_json(out / STATE)["config"])
+        if difference := describe_difference(config, started):
+            raise UserError(
+                f"{out} was started with another configuration: {difference}; leave those options "
+                "as they were, or choose another --out"
+            )
+        train_missing(plan, out, say)
+
+
+def draw_targets(
+    targets: Mapping[str, Target], config: TrainConfig | None, folders: Sequence[Path], out: Path
+) -> list[Reproduction]:
+    """Draw these targets from the finished runs of some folders, and write them into `out`.
+
+    Args:
+        targets: by name.
+        config: what the runs must have besides a target's settings; None takes runs of any
+            number of epochs and the recipe's defaults.
+        folders: each holds runs/*/*: an earlier `out`, or a compare folder.
+        out: receives NAME.md and NAME.csv of a table, NAME.png, .svg and .csv of a figure.
+
+    Raises:
+        UserError: a file is damaged, two runs are the same, or `out` cannot be written.
+    """
+    runs = [run for folder in folders for run in read_runs(folder)]
+    if not runs:
+        raise UserError(f"no run lies in {', '.join(map(str, folders))}; give a compare folder")
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = [draw(name, target, config, runs, out) for name, target in targets.items()]
+    for reproduction in drawn:
+        reproduction.write(out)
+    return drawn
+
+
+def _distinct(scheme: Scheme, config: TrainConfig) -> Scheme:
+    """A scheme without settings that are as in the configuration: the same run, the same name."""
+    usual = [name for name, value in scheme.settings if getattr(config, name) == value]
+    settings = sorted(scheme.without(*usual).settings)
+    return Scheme(scheme.loss, scheme.batches, tuple(settings))
+
+
+def draw(
+    name: str, target: Target, config: TrainConfig | None, runs: Sequence[Run], out: Path
+) -> Reproduction:
+    chosen = []
+    for scheme in target.schemes:
+        wanted = _wanted(scheme, config)
+        of_scheme = [run for run in runs if _has(run, wanted)]
+        of_scheme.sort(key=lambda run: run.seed)
+        chosen += [replace(run, scheme=target.shown(scheme)) for run in of_scheme]
+    refuse_doubles(chosen)
+    schemes = tuple(dict.fromkeys(target.shown(scheme) for scheme in target.schemes))
+    seeds = tuple(sorted({run.seed for run in chosen}))
+    comparison = Comparison(out, schemes, seeds, tuple(chosen))
+    rows: tuple[Row, ...] = ()
+    said: tuple[str, ...] = ()
+    if target.table:
+        backbones = {
+            target.shown(scheme): _wanted(scheme, config)["backbone"] for scheme in target.schemes
+        }
+        rows = tuple(table_rows(comparison, target.table, backbones))
+        said = tuple(verdicts(comparison, summarise_schemes(comparison)))
+    picture = target.draw(comparison) if target.draw and comparison.finished else None
+    return Reproduction(
+        name, target, comparison, rows, picture, said, tuple(_notes(target, comparison))
+    )
+
+
+def _wanted(scheme: Scheme, config: TrainConfig | None) -> dict[str, Any]:
+    """The fields that a run of a scheme has, by name."""
+    names = [*SETTLED, *(SETTLED_IF_MINED if scheme.batches == "mined" else ())]
+    if config is None:
+        names.remove("epochs")
+    usual = config or TrainConfig()
+    return {name: getattr(usual, name) for name in names} | scheme.fields
+
+
+def _has(run: Run, wanted: Mapping[str, Any]) -> bool:
+    """Whether a run has these fields; one that its version did not know is as by default."""
+    return all(
+        run.config.get(name, TrainConfig.__dataclass_fields__[name].default) == value
+        for name, value in wanted.items()
+    )
+
+
+def _notes(target: Target, comparison: Comparison) -> list[str]:
+    """What a careful reader should hold against a comparison of these runs with the paper's."""
+    notes = [*comparison.gaps()] if comparison.seeds else ["No run has been made for it yet."]
+    if not comparison.finished:
+        return notes
+    notes += data_notes(target.data_set, comparison)
+    departures = _departures(target, comparison)
+    if departures:
+        notes.append(f"Not as in the paper: {', '.join(departures)}.")
+    if any(run.config.get("validation", "train") == "train" for run in comparison.runs):
+        notes.append(
+            "Validation images are held out of the training images; the paper took them from the "
+            "test images."
+        )
+    if target.table:
+        fewest = min(len(comparison.finished_of(scheme)) for scheme in comparison.schemes)
+        if fewest < FEW_SEEDS:
+            notes.append(
+                f"A scheme has as few as {fewest} finished seeds: little can be told apart."
+            )
+        notes += [
+            f"The paper contradicts itself. {sentence}."
+            for sentence in paper.inconsistencies()
+            if sentence.startswith(f"Table {target.table}:")
+        ]
+    return notes
+
+
+def data_notes(name: str, comparison: Comparison) -> list[str]:
+    """How the images of some runs differ from those that the paper counts."""
+    expected = paper.data_set(name)
+    found = comparison.finished[0].environment.get("data", {}).get("images", {})
+    if not found:
+        return []
+    wanted = {_plain(label): label for label in expected.classes}
+    classes = {_plain(label): label for label in found["test"]}
+    if classes.keys() != wanted.keys():
+        folder = Path(str(comparison.finished[0].config.get("data", ""))).name
+        return [
+            f"The paper's numbers are of {expected.name} ({', '.join(wanted.values())}); these "
+            f"runs are of {folder} ({', '.join(classes.values())}), so do not compare the two."
+        ]
+    held_out = found.get("validation", {})
+    if comparison.finished[0].config.get("validation", "train") == "test":
+        held_out = {}  # they are among the test images
+    notes = []
+    for part, counts in expected.counts.items():
+        more = held_out if part == "train" else {}
+        differing = [
+            f"{label} {n} instead of {counts[wanted[key]]}"
+            for key, label in classes.items()
+            if (n := found[part][label] + more.get(label, 0)) != counts[wanted[key]]
+        ]
+        if differing:
+            notes.append(
+                f"Images to {part}, against Table {expected.counts_table}: {', '.join(differing)}."
+            )
+    return notes
+
+
+def _plain(name: str) -> str:
+    """A class name without case, spaces and signs: "Non-Lyme Disease" is "nonlymedisease"."""
+    return "".join(letter for letter in name.casefold() if letter.isalnum())
+
+
+def _departures(target: Target, comparison: Comparison) -> list[str]:
+    """Options of these runs that are neither as by default nor what a scheme is about."""
+    varied = {name for scheme in target.schemes for name in scheme.fields}
+    departures = []
+    for name in field_types():
+        if name in FREE | varied | {*SETTLED, *SETTLED_IF_MINED} - {"epochs"}:
+            continue
+        default = TrainConfig.__dataclass_fields__[name].default
+        default = TrainConfig(data=".").image_size if name == "image_size" else default
+        values = {run.config.get(name, default): None for run in comparison.runs}
+        if list(values) != [default]:
+            departures.append(f"{flag(name)} {' or '.join(map(str, values))}")
+    return departures
