@@ -115,4 +115,4 @@ def csv_text(rows: Sequence[Row]) -> str:
 
 
 def _fraction(name: str, printed: Decimal | None) -> Decimal | None:
-    return printed if printed is None or name == "auc" else printed / 100
+    return printed if printed is None or name == "auc" else printed.scaleb(-2)

@@ -402,7 +402,7 @@ def _departures(target: Target, comparison: Comparison) -> list[str]:
     varied = {name for scheme in target.schemes for name in scheme.fields}
     departures = []
     for name in field_types():
-        if name in FREE | varied | {*SETTLED, *SETTLED_IF_MINED} - {"epochs"}:
+        if name in FREE | varied:
             continue
         default = TrainConfig.__dataclass_fields__[name].default
         default = TrainConfig(data=".").image_size if name == "image_size" else default

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.stats import nct, t, ttest_rel
+from scipy.special import ncfdtr
+from scipy.stats import t, ttest_rel
 
 from bstriplet.config import Scheme
 from bstriplet.results import Comparison, Run, scheme_label
@@ -140,7 +141,7 @@ def power_sentence(test: PairedTest) -> str:
         return "Without any spread there is nothing to judge the power of the test by."
     return (
         f"With {test.n} seeds that vary so, a true difference of "
-        f"{100 * test.detectable:.1f} points is found in {POWER:.0%} of experiments."
+        f"{100 * test.detectable:.1f} points is found in {100 * POWER:.0f} % of experiments."
     )
 
 
@@ -323,10 +324,11 @@ def detectable_difference(sd: float, n: int, power: float = POWER) -> float:
         n: pairs, at least 2.
         power: the share of experiments in which the test finds it, between 0.05 and 1.
     """
-    critical = t.ppf(1 - LEVEL / 2, n - 1)
+    critical = float(t.ppf(1 - LEVEL / 2, n - 1))
 
     def shortfall(shift: float) -> float:
-        return power - (nct.sf(critical, n - 1, shift) + nct.cdf(-critical, n - 1, shift))
+        # t² is a noncentral F: both tails at once, and without the gaps of scipy's noncentral t.
+        return float(power - 1 + ncfdtr(1, n - 1, shift**2, critical**2))
 
     highest = critical
     while shortfall(highest) > 0:

@@ -19,7 +19,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import log_loss
 from sklearn.neural_network import MLPClassifier
 
-WIDTHS = {"ce": 12, "ce+bst": 24}
+WIDTHS = {"ce": 12, "ce+triplet": 16, "ce+ls": 20, "ce+bst": 24}
 STEPS = {"random": 0.02, "mined": 0.015}
 
 

@@ -160,13 +160,13 @@ def test_the_baseline_is_the_cross_entropy_of_the_same_network():
     assert [test is None for test in tests] == [True, False] * 3
 
 
-@pytest.mark.parametrize("n", [2, 3, 5, 10, 30])
+@pytest.mark.parametrize("n", [2, 5, 10])
 def test_the_detectable_difference_is_found_as_often_as_it_says(n):
     sd = 0.013
     shift = summary.detectable_difference(sd, n)
-    samples = np.random.default_rng(n).normal(shift, sd, (20_000, n))
+    samples = np.random.default_rng(n).normal(shift, sd, (5_000, n))
     found = stats.ttest_1samp(samples, 0, axis=1).pvalue < 0.05
-    assert found.mean() == pytest.approx(0.8, abs=0.015)
+    assert found.mean() == pytest.approx(0.8, abs=0.025)
     assert summary.detectable_difference(2 * sd, n) == pytest.approx(2 * shift)
 
 
@@ -331,7 +331,7 @@ def test_the_report_stands_alone_and_holds_every_part(compare_folder):
         "python 3.11",
         "packages torch: 2.14, timm: 1.0",
         "bstriplet compare --schemes ce:random ce+bst:mined --seeds 0 1 2 --backbone mlp",
-        "Images 0 1 2 Total train 8 8 8 24 test",
+        "Images 0 1 2 Total train 8 8 8 24 validation",
         "data.notes none",
     ):
         assert words in text
