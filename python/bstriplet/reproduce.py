@@ -26,7 +26,7 @@ STATE = "reproduce.json"
 SMALL = "mobilenetv3_small_100"
 FEW_SEEDS = 5
 # What a run must agree in with a target, besides its loss and its batches.
-SETTLED = ("backbone", "batch_size", "epochs")
+SETTLED = ("backbone", "batch_size", "epochs", "augment")
 SETTLED_IF_MINED = ("groups_per_class", "group_share")
 # What may differ from the paper without changing what is reproduced.
 FREE = frozenset(("data", "device", "seed", "skip_broken"))
@@ -91,14 +91,25 @@ class Reproduction:
 
 
 def _schemes(
-    backbones: Sequence[str], losses: Sequence[str], mined: Mapping[str, Any] | None = None
+    backbones: Sequence[str],
+    losses: Sequence[str],
+    every: Mapping[str, Any] | None = None,
+    mined: Mapping[str, Any] | None = None,
 ) -> tuple[Scheme, ...]:
-    """Each loss on each network: CE+BST on mined batches, the others on random ones."""
-    groups = tuple((mined or {}).items())
+    """Each loss on each network: CE+BST on mined batches, the others on random ones.
+
+    `every` are settings of all of them, `mined` of CE+BST alone.
+    """
     return tuple(
-        Scheme(loss, "mined", (("backbone", backbone), *groups))
-        if loss == "ce+bst"
-        else Scheme(loss, "random", (("backbone", backbone),))
+        Scheme(
+            loss,
+            "mined" if loss == "ce+bst" else "random",
+            (
+                ("backbone", backbone),
+                *(every or {}).items(),
+                *((mined or {}).items() if loss == "ce+bst" else ()),
+            ),
+        )
         for backbone in backbones
         for loss in losses
     )
@@ -112,9 +123,10 @@ _FOUR_SCHEMES = tuple(
     for batches in ("random", "mined")
 )
 # Section 3.5: three groups in each of two classes, six images from each.
-_CHEST2 = _schemes(_NETWORKS, _LOSSES, {"groups_per_class": 3, "group_share": "equal"})
-_RASH = _schemes(_NETWORKS, _LOSSES)
-_OSTEOSARCOMA = _schemes((SMALL,), _LOSSES)
+_CHEST2 = _schemes(_NETWORKS, _LOSSES, mined={"groups_per_class": 3, "group_share": "equal"})
+# The two sets of few images are augmented, seven copies of each.
+_RASH = _schemes(_NETWORKS, _LOSSES, every={"augment": "copies"})
+_OSTEOSARCOMA = _schemes((SMALL,), _LOSSES, every={"augment": "copies"})
 
 TARGETS: dict[str, Target] = {
     "table3": Target(

@@ -73,6 +73,13 @@ def test_chest2_takes_six_images_from_each_of_six_groups():
                 assert config.groups_per_class * 2 * 6 == config.batch_size
 
 
+def test_the_two_small_sets_are_augmented():
+    for target in reproduce.TARGETS.values():
+        configs = {TrainConfig(**scheme.fields).augment for scheme in target.schemes}
+        small = target.data_set in ("rash", "osteosarcoma")
+        assert configs == {"copies" if small else "none"}
+
+
 def test_options_take_the_place_of_settings_and_schemes_that_become_one_are_run_once():
     (table,) = reproduce.targets_named(["table4"], {"backbone": "test_efficientnet"}).values()
     assert [str(scheme) for scheme in table.schemes] == [
