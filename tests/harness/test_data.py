@@ -227,9 +227,18 @@ def test_too_few_images_for_folds_name_the_class(folds: int, message: str) -> No
         split_dataset(synthetic([9, 5], None), TrainConfig(folds=folds))
 
 
-def test_too_few_patients_for_folds_are_split_by_image_and_a_note_says_so() -> None:
-    dataset = synthetic([10, 10], np.repeat(np.arange(4), 5))
-    task = split_dataset(dataset, TrainConfig(folds=5))
+@pytest.mark.parametrize(
+    ("counts", "sizes", "n_folds"),
+    [
+        ([10, 10], [5, 5, 5, 5], 5),  # fewer patients than folds
+        ([12, 6], [1] * 12 + [3, 3], 3),  # enough of them, but not of the second class
+    ],
+)
+def test_too_few_patients_for_folds_are_split_by_image_and_a_note_says_so(
+    counts: list[int], sizes: list[int], n_folds: int
+) -> None:
+    dataset = synthetic(counts, np.repeat(np.arange(len(sizes)), sizes))
+    task = split_dataset(dataset, TrainConfig(folds=n_folds, validation_fraction=0.5))
     check_parts(dataset, task)
     assert "folds are made by image, not by patient" in task.notes[0]
 
