@@ -48,6 +48,8 @@ class StagedNet(nn.Module):
         in_chans: channels of the images.
         global_pool: timm's name of the pooling; ``""`` for none.
         drop_rate: dropout of the embedding, in front of the classifier.
+        device: where the weights are made; torch's default device if None.
+        dtype: of the weights; float32 if None.
     """
 
     def __init__(
@@ -57,9 +59,13 @@ class StagedNet(nn.Module):
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        trunk = cfg(in_chans)
+        device = torch.device(device or torch.get_default_device())
+        with device:
+            trunk = cfg(in_chans)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -72,9 +78,11 @@ class StagedNet(nn.Module):
         self.stages = trunk.stages
         self.final_conv: nn.Module = trunk.final_conv
         self.num_features = trunk.final_conv.out_channels
-        self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate)
+        with device:
+            self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate)
         self.head_hidden_size = self._pooled_size()
         self.apply(_initialise)
+        self.to(dtype=dtype)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 import math
 from pathlib import Path
 
-import bstriplet.backbones  # noqa: F401  (registers the models)
 import pytest
 import timm
 import torch
 import torchvision
+from bstriplet.backbones import Classifier
 from bstriplet.shufflenet import interleave
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 WIDTHS = ("x0_5", "x1_0", "x1_5", "x2_0")
+TABLE_1 = ("efficientnet_b1", "mobilenetv3_small_100", "shufflenet_v2", "peleenet")
 MODELS = ("shufflenet_v2_x0_5", "peleenet")
 FEATURES = {
     "shufflenet_v2": [24, 232, 464, 928],
@@ -159,6 +160,28 @@ def test_interleaving_is_a_channel_shuffle(
     assert torch.equal(mixed, F.channel_shuffle(torch.cat((left, right), dim=1), 2))
     is_told_apart = shape[1] > 1 and shape[2] * shape[3] > 1
     assert mixed.is_contiguous(memory_format=layout) or not is_told_apart
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weights_are_made_where_and_as_asked(name: str, dtype: torch.dtype) -> None:
+    model = timm.create_model(name, num_classes=3, device="meta", dtype=dtype)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", dtype)}
+    assert {b.device.type for b in model.buffers()} == {"meta"}
+    model = timm.create_model(name, num_classes=3, in_chans=1, dtype=dtype).eval()
+    x = images(2, 1, 32, 32).to(dtype)
+    logits = model(x)
+    assert logits.dtype == dtype
+    assert torch.equal(logits, model(x))
+    assert logits.isfinite().all()
+
+
+@both
+def test_an_image_alone_is_classified_as_in_a_batch(name: str) -> None:
+    for channels in (2, 4):
+        model = create(name, in_chans=channels)
+        x = images(3, channels, 40, 64)
+        assert_same(model(x[1:2]), model(x)[1:2])
 
 
 @settings(max_examples=15, derandomize=True, deadline=None)
@@ -318,24 +341,31 @@ def test_channels_last_is_kept_to_the_end(name: str) -> None:
     assert all(output.is_contiguous(memory_format=torch.channels_last) for _, output in maps)
 
 
-@both
-def test_compiles_in_one_graph(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "backend"), [("shufflenet_v2_x0_5", "aot_eager"), ("peleenet", "eager")]
+)
+def test_compiles_in_one_graph(name: str, backend: str) -> None:
+    """With ``aot_eager``, the backward too."""
     model = create(name).train()
-    x = images(2, 1, 32, 32)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert_same(compiled(x), model(x))
+    x = images(2, 1, 64, 64)
+    expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    found = torch.autograd.grad(compiled(x).square().sum(), list(model.parameters()))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
 
 
-@both
-def test_exports_for_any_batch(name: str) -> None:
-    model = create(name)
-    program = torch.export.export(
-        model,
-        (images(2, 1, 64, 64),),
-        dynamic_shapes={"x": {0: torch.export.Dim("batch")}},
-    )
-    x = images(5, 1, 64, 64)
-    assert_same(program.module()(x), model(x))
+@pytest.mark.parametrize("name", TABLE_1)
+def test_classifiers_export_for_any_batch(name: str) -> None:
+    """What a run trains, from uint8 images to logits and embeddings, for all four backbones."""
+    model = Classifier(name, num_classes=3, channels=1).eval()
+    disturb(model)
+    model.standardise_with(torch.tensor([100.0]), torch.tensor([50.0]))
+    few, many = (torch.randint(0, 256, (n, 1, 64, 64), dtype=torch.uint8) for n in (2, 5))
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(model, (few,), dynamic_shapes={"images": {0: batch}})
+    for found, expected in zip(program.module()(many), model(many), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @both
