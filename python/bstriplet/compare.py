@@ -4,10 +4,10 @@ A scheme may set any field of the configuration, so that the grid of a sweep and
 Table 6 are comparisons too: :class:`Plan` lists them, :func:`compare` runs what is missing.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bstriplet.config import Scheme, TrainConfig, fields_of
 from bstriplet.data import Dataset, Task, load_dataset, split_dataset
@@ -62,6 +62,14 @@ class Plan:
         )
 
 
+class PreparedRun(NamedTuple):
+    """A run that can start: its scheme, its configuration and its images."""
+
+    scheme: Scheme
+    config: TrainConfig
+    task: Task
+
+
 def run_folder(compare_folder: Path, scheme: Scheme, seed: int) -> Path:
     """Return where a comparison keeps one of its runs."""
     return compare_folder / "runs" / scheme.slug / f"seed-{seed}"
@@ -82,14 +90,15 @@ def read_plan(folder: Path) -> Plan:
 
 def compare(plan: Plan, folder: Path, say: Callable[[str], None]) -> None:
     """Run what ``plan`` lists and ``folder`` does not have yet; ``say`` is told of each run."""
+    runs = prepare(plan, say)
     with locked_folder(folder):
         if not started(folder):
             write_json(folder / COMPARE, plan.to_dict())
-        train_missing(plan, folder, say)
+        train_missing(runs, folder, say)
 
 
-def train_missing(plan: Plan, folder: Path, say: Callable[[str], None]) -> None:
-    """Train those runs of ``plan`` that ``folder``, locked, does not have yet.
+def prepare(plan: Plan, say: Callable[[str], None]) -> list[PreparedRun]:
+    """Return the runs of ``plan`` with their images; whatever is wrong with them is found here.
 
     Images are read once for all runs. One seed gives all schemes the same split, the same initial
     weights and, for the same kind of batches, the same batches: schemes are compared in pairs.
@@ -98,11 +107,16 @@ def train_missing(plan: Plan, folder: Path, say: Callable[[str], None]) -> None:
     for scheme in plan.schemes:
         check_names(replace(plan.config, **scheme.fields))
     tasks = Tasks()
-    for note in dict.fromkeys(note for _, config in runs for note in tasks.of(config).notes):
+    prepared = [PreparedRun(scheme, config, tasks.of(config)) for scheme, config in runs]
+    for note in dict.fromkeys(note for run in prepared for note in run.task.notes):
         say(f"note: {note}")
-    for number, (scheme, config) in enumerate(runs, start=1):
-        run = RunFolder(run_folder(folder, scheme, config.seed))
-        metrics = train(config, tasks.of(config), run)
+    return prepared
+
+
+def train_missing(runs: Sequence[PreparedRun], folder: Path, say: Callable[[str], None]) -> None:
+    """Train those runs that ``folder``, which is locked, does not have yet."""
+    for number, (scheme, config, task) in enumerate(runs, start=1):
+        metrics = train(config, task, RunFolder(run_folder(folder, scheme, config.seed)))
         say(
             f"[{number}/{len(runs)}] {scheme_label(scheme)}, seed {config.seed}: test accuracy "
             f"{metrics['accuracy']:.2%} (epoch {metrics['best_epoch']} of {metrics['epochs']})"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bstriplet import figures, paper
-from bstriplet.compare import Plan, train_missing
+from bstriplet.compare import Plan, prepare, train_missing
 from bstriplet.config import Scheme, TrainConfig, describe_difference, field_types, flag
 from bstriplet.errors import UserError, unknown_name
 from bstriplet.figures import Picture
@@ -256,16 +256,18 @@ def train_targets(
     plan = Plan(config, tuple(schemes), tuple(range(n_seeds)))
     if not (out / STATE).exists():
         check_new(out)
+    elif difference := describe_difference(
+        config, TrainConfig.from_dict(read_json(out / STATE)["config"])
+    ):
+        raise UserError(
+            f"{out} was started with another configuration: {difference}; leave those options as "
+            "they were, or choose another --out"
+        )
+    runs = prepare(plan, say)
     with locked_folder(out):
         if not (out / STATE).exists():
             write_json(out / STATE, {"config": config.to_dict()})
-        started = TrainConfig.from_dict(read_json(out / STATE)["config"])
-        if difference := describe_difference(config, started):
-            raise UserError(
-                f"{out} was started with another configuration: {difference}; leave those options "
-                "as they were, or choose another --out"
-            )
-        train_missing(plan, out, say)
+        train_missing(runs, out, say)
 
 
 def draw_targets(
