@@ -8,7 +8,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from bstriplet.figures import INK, MUTED, PAPER, STYLE
+from bstriplet.figures.style import INK, MUTED, PAPER, STYLE
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
