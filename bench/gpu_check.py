@@ -29,6 +29,7 @@ TOLERANCE = {
     torch.bfloat16: 1e-2,
 }
 SHAPES = ((2, 1), (17, 5), (36, 1280), (64, 70), (65, 128), (300, 257), (1000, 64))
+WIDE = (1024, 2048)  # where S goes through torch.mm in panels
 KERNELS = {"forward": 2, "backward": 1}  # at most, at N_b = 36 and D = 1280
 
 
@@ -56,6 +57,8 @@ def is_exact(impl: str, device: str, quick: bool) -> str:
     """|path - truth| <= 2 |torch in the same dtype - truth| + tolerance, over all options."""
     worst, cases = 0.0, 0
     shapes = ((36, 70), (70, 33)) if quick else SHAPES
+    if device == "cuda":  # too slow in the interpreter
+        shapes = (*shapes, WIDE)
     for (n, d), dtype, similarity, eq3, reduction, with_ref in itertools.product(
         shapes,
         TOLERANCE,
@@ -90,8 +93,9 @@ def is_exact(impl: str, device: str, quick: bool) -> str:
 
 def repeats_bits(impl: str, device: str, quick: bool) -> str:
     """The same bits, run after run."""
-    for n, dtype in itertools.product((36, 500), (torch.float32, torch.bfloat16)):
-        x, labels = fresh(n, 300, 4, dtype, device)
+    shapes = ((36, 300), (500, 300), *([WIDE] if device == "cuda" else []))
+    for (n, d), dtype in itertools.product(shapes, (torch.float32, torch.bfloat16)):
+        x, labels = fresh(n, d, 4, dtype, device)
         first = evaluate(impl, x, labels)
         for _ in range(1 if quick else 20):
             again = evaluate(impl, x, labels)
@@ -119,8 +123,8 @@ def compiles(impl: str, device: str, quick: bool) -> str:
 
 def never_waits(impl: str, device: str, quick: bool) -> str:
     """No host synchronisation, forward or backward."""
-    for n, reduction in itertools.product((36, 500), ("mean", "none")):
-        x, labels = fresh(n, 300, 4, torch.float32, device)
+    for (n, d), reduction in itertools.product(((36, 300), (500, 300), WIDE), ("mean", "none")):
+        x, labels = fresh(n, d, 4, torch.float32, device)
         evaluate(impl, x, labels, reduction=reduction)
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -132,8 +136,8 @@ def never_waits(impl: str, device: str, quick: bool) -> str:
 
 def is_capturable(impl: str, device: str, quick: bool) -> str:
     """Captured in a CUDA graph once, replayed on new inputs."""
-    for n in (36, 500):
-        x, labels = fresh(n, 300, 4, torch.float32, device)
+    for n, d in ((36, 300), (500, 300), WIDE):
+        x, labels = fresh(n, d, 4, torch.float32, device)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -142,7 +146,7 @@ def is_capturable(impl: str, device: str, quick: bool) -> str:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = evaluate(impl, x, labels)
-        x.copy_(fresh(n, 300, 4, torch.float32, device)[0])
+        x.copy_(fresh(n, d, 4, torch.float32, device)[0])
         graph.replay()
         expected = evaluate(impl, x, labels)
         assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True)), n

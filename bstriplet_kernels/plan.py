@@ -251,7 +251,7 @@ def _triton(work: Work, class_sizes: Sequence[int]) -> Cost:
     counted = fused.cost(work.n, work.m, work.d, work.dtype, work.reduction, work.wants_gradient)
     gradient = work.embedding_bytes if work.wants_gradient else 0
     rows = 8 * (work.n + work.columns) * 4
-    return Cost(counted.flops, counted.bytes, gradient + rows)
+    return Cost(counted.flops, counted.bytes, gradient + rows + counted.scratch)
 
 
 _COSTS: dict[str, Callable[[Work, Sequence[int]], Cost]] = {

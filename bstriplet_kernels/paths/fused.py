@@ -65,11 +65,12 @@ def gradient_blocks(dtype: torch.dtype, hopper: bool) -> Blocks:
 
 
 class Cost(NamedTuple):
-    """FLOPs that the products take, bytes that must cross memory, kernels launched."""
+    """FLOPs of the products, bytes that must cross memory, kernels launched, bytes of scratch."""
 
     flops: int
     bytes: int
     launches: int
+    scratch: int = 0
 
 
 class Rates(NamedTuple):
@@ -111,11 +112,16 @@ def cost(
 
 def by_panels(n: int, m: int | None, d: int, dtype: torch.dtype) -> bool:
     """Whether panels are predicted to be faster than tiles, forward and backward together."""
-    return _by_panels(n, m, d, dtype, torch.get_float32_matmul_precision() == "highest")
+    decide = _compare if torch.compiler.is_compiling() else _remembered  # a trace has no hash
+    return decide(n, m, d, dtype, _products_are_exact())
 
 
-@functools.lru_cache(maxsize=4096)
-def _by_panels(n: int, m: int | None, d: int, dtype: torch.dtype, exact: bool) -> bool:
+def _products_are_exact() -> bool:
+    """Whether torch multiplies float32 as it is; a trace cannot ask, and takes the default."""
+    return torch.compiler.is_compiling() or torch.get_float32_matmul_precision() == "highest"
+
+
+def _compare(n: int, m: int | None, d: int, dtype: torch.dtype, exact: bool) -> bool:
     seconds = [
         found.launches * _LAUNCH_SECONDS
         + found.flops / _rate(rates, dtype, exact)
@@ -126,6 +132,9 @@ def _by_panels(n: int, m: int | None, d: int, dtype: torch.dtype, exact: bool) -
         )
     ]
     return seconds[1] < seconds[0]
+
+
+_remembered = functools.lru_cache(maxsize=4096)(_compare)
 
 
 def _rate(rates: Rates, dtype: torch.dtype, exact: bool) -> float:
@@ -157,7 +166,13 @@ def _panels_cost(n: int, m: int | None, d: int, dtype: torch.dtype, wants_gradie
     accumulated = max(4, dtype.itemsize)
     held = panels.pairs(n, columns, m is None)
     count = _tiles_of(n, panels.panel_rows(n, columns))
-    total = Cost(2 * held * d, 3 * size + 2 * held * accumulated, 10 * sides + 6 * count)
+    panel = panels.panel_rows(n, columns) * columns
+    total = Cost(
+        flops=2 * held * d,
+        bytes=3 * size + 2 * held * accumulated,
+        launches=10 * sides + 6 * count,
+        scratch=2 * size + panel * accumulated,
+    )
     if not wants_gradient:
         return total
     weights = accumulated + 2 * dtype.itemsize
@@ -167,6 +182,7 @@ def _panels_cost(n: int, m: int | None, d: int, dtype: torch.dtype, wants_gradie
         total.flops + backward,
         total.bytes + (6 + 2 * sides) * size + swept,
         total.launches + sides * (15 + 4 * count),
+        total.scratch + panel * dtype.itemsize + 2 * max(n, columns) * d * accumulated,
     )
 
 
@@ -187,7 +203,7 @@ def precision(dtype: torch.dtype, small: bool = False) -> str:
     """
     if dtype == torch.float64 or torch.version.hip is not None:
         return "ieee"
-    exact = torch.get_float32_matmul_precision() == "highest"
+    exact = _products_are_exact()
     return "tf32x3" if (exact if dtype == torch.float32 else small) else "tf32"
 
 

@@ -54,7 +54,7 @@ def sized(sizes, d, seed, dtype=torch.float64):
     ),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
 )
-@example(sizes=[7] * 12, d=9, seed=0, options=Options(), dtype=torch.float64)
+@example(sizes=[7] * 12, d=9, seed=0, options=Options(0.3, reduction="none"), dtype=torch.float64)
 @example(sizes=[60, 1, 1], d=4, seed=0, options=Options(), dtype=torch.float32)
 @example(sizes=[5, 5, 5, 5, 6, 6], d=5, seed=0, options=Options(margin=0.3), dtype=torch.float32)
 @example(sizes=[4, 1], d=9, seed=1, options=Options(reduction="none"), dtype=torch.float64)

@@ -116,3 +116,16 @@ def test_auto_compiles_whole_across_the_crossover():
         grads = [torch.autograd.grad(loss, x)[0] for loss in losses]
         torch.testing.assert_close(*losses)
         torch.testing.assert_close(*grads)
+
+
+def test_costs_of_panels_and_tiles_are_traced():
+    torch.compiler.reset()
+
+    def flops(x):
+        work = plan.Work(x.shape[0], None, 1024, torch.float32)
+        return x + plan.path_cost("triton", work, [x.shape[0]]).flops
+
+    compiled = torch.compile(flops, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (70, 200, 5000, 9000):
+        x = torch.zeros(n, dtype=torch.int64)
+        assert torch.equal(compiled(x), flops(x))
