@@ -1,0 +1,160 @@
+"""Images a second of the harness's training loop beside a plain one, in the style of timm's.
+
+    python -m bench.training_loop [--backbone NAME] [--steps 20] [--rounds 5]
+
+Batches of 36 images of 128 x 128, CE + BST, Adam, the same network. The plain loop is a DataLoader
+of decoded tensors, a float conversion, the loss, backward, step, and a meter that reads the loss in
+every step. Epochs of `steps` batches take turns in one process, after one that is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import quantiles
+
+import numpy as np
+import timm
+import torch
+from bstriplet import cuda_graph
+from bstriplet.batches import Feed
+from bstriplet.config import TrainConfig
+from bstriplet.data import Task, load_dataset, split_dataset
+from bstriplet.evaluation import choose_device
+from bstriplet.learner import Learner
+from bstriplet.training import Step, Tally, seed_everything, uses_cuda_graph
+from torch.utils.data import DataLoader, TensorDataset
+
+from bstriplet_kernels import CrossEntropyBSTripletLoss
+
+from .machine import commit, device_name, device_slug, versions
+from .table import RESULTS
+
+FIELDS = (
+    *("loop", "backbone", "batch_size", "image_size", "images", "p20_images_s", "p50_images_s"),
+    *("p80_images_s", "rounds", "threads", "device", "commit", "versions"),
+)
+Epoch = Callable[[], None]
+
+
+def harness(config: TrainConfig, task: Task, device: torch.device) -> Epoch:
+    """An epoch of ``bstriplet train``, without validation."""
+    seed_everything(0)
+    learner, tally = Learner(config, task, device), Tally(config, task, device)
+    feed = Feed(config, task.train, device)
+    step: cuda_graph.Step = Step(learner, tally)
+    if uses_cuda_graph(config, learner):
+        step = cuda_graph.GraphedStep(step, learner.optimiser, config.batch_size)
+
+    def epoch() -> None:
+        learner.model.train()
+        tally.reset()
+        for batch in feed.epoch(0):
+            step(batch.images, batch.labels)
+            if device.type == "cpu" and tally.first_bad is not None:
+                raise SystemExit("the loss is not finite: nothing was timed")
+        assert np.isfinite(tally.loss)
+
+    return epoch
+
+
+def plain(config: TrainConfig, task: Task, device: torch.device) -> Epoch:
+    """An epoch as one writes it with timm and a DataLoader."""
+    seed_everything(0)
+    images, labels = task.train.batch(range(len(task.train)))
+    loader = DataLoader(
+        TensorDataset(images, labels),
+        batch_size=config.batch_size,
+        shuffle=True,
+        pin_memory=device.type == "cuda",
+    )
+    model = timm.create_model(
+        config.backbone, num_classes=len(task.classes), in_chans=task.channels
+    ).to(device)
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    model.to(memory_format=layout)
+    criterion = CrossEntropyBSTripletLoss(weight=config.metric_weight, margin=config.margin)
+    optimiser = torch.optim.Adam(model.parameters(), lr=config.lr)
+
+    def epoch() -> None:
+        model.train()
+        meter = 0.0
+        for batch, target in loader:
+            batch, target = batch.to(device, non_blocking=True), target.to(device)
+            pixels = batch.float().div_(255).to(memory_format=layout)
+            embeddings = model.forward_head(model.forward_features(pixels), pre_logits=True)
+            loss = criterion(model.get_classifier()(embeddings), embeddings, target)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            meter += loss.item() * len(target)
+        assert np.isfinite(meter)
+
+    return epoch
+
+
+def some_images(config: TrainConfig, steps: int) -> Task:
+    """Digits, as many as ``steps`` full batches train on."""
+    task = split_dataset(load_dataset(config.data, config.image_size), config)
+    return replace(task, train=task.train.take(np.arange(steps * config.batch_size)))
+
+
+def main() -> None:
+    """Measure and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backbone", default="mobilenetv3_small_100")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    config = TrainConfig(backbone=options.backbone, image_size=128, loss="ce+bst")
+    device, task = choose_device("auto"), some_images(config, options.steps)
+    loops = {
+        "harness": harness(config, task, device),
+        "plain": plain(replace(config, channels_last=False), task, device),
+        "plain, channels last": plain(config, task, device),
+    }
+    if device.type == "cuda":
+        eager = replace(config, cuda_graph="off")
+        loops["harness, no CUDA graph"] = harness(eager, task, device)
+    rates: dict[str, list[float]] = {name: [] for name in loops}
+    for turn in range(options.rounds + 1):
+        for name, epoch in loops.items():
+            start = time.perf_counter()
+            epoch()
+            if turn:
+                rates[name].append(len(task.train) / (time.perf_counter() - start))
+    shared = {
+        "backbone": config.backbone,
+        "batch_size": config.batch_size,
+        "image_size": config.image_size,
+        "images": len(task.train),
+        "rounds": options.rounds,
+        "threads": torch.get_num_threads(),
+        "device": device_name(device.type),
+        "commit": commit(),
+        "versions": versions(),
+    }
+    rows = []
+    for name, found in rates.items():
+        p20, _, _, p80 = quantiles(found, n=5, method="inclusive")
+        middle = float(np.median(found))
+        print(f"{name:<24} {middle:7.1f} images/s ({p20:.1f} to {p80:.1f})")
+        rates_of = {"p20_images_s": p20, "p50_images_s": middle, "p80_images_s": p80}
+        rows.append(
+            {"loop": name, **shared, **{key: f"{rate:.1f}" for key, rate in rates_of.items()}}
+        )
+    path = Path(RESULTS) / device_slug(device.type) / "training_loop.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
