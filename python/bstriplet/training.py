@@ -107,6 +107,10 @@ def _train(config: TrainConfig, task: Task, run: RunFolder) -> Row:
     seed_everything(config.seed, 0)
     learner = Learner(config, task, device)
     feed = Feed(config, task.train, device)
+    training, validation = Tally(config, task, device), Tally(config, task, device)
+    step: cuda_graph.Step = Step(learner, training)
+    if uses_cuda_graph(config, learner):
+        step = cuda_graph.GraphedStep(step, learner.optimiser, config.batch_size)
     validation_batches = make_validation_batches(config, len(task.validation))
     progress = Progress()
     if (run.path / LAST).exists():
@@ -118,10 +122,6 @@ def _train(config: TrainConfig, task: Task, run: RunFolder) -> Row:
         write_json(run.path / CONFIG, config.to_dict())
     run.write_log(progress.history)
 
-    training, validation = Tally(config, task, device), Tally(config, task, device)
-    step: cuda_graph.Step = Step(learner, training)
-    if uses_cuda_graph(config, learner):
-        step = cuda_graph.GraphedStep(step, learner.optimiser, config.batch_size)
     identity = {"config": config.to_dict(), "classes": list(task.classes)}
     saved_at, save_seconds = time.perf_counter(), 0.0
     bar = tqdm(

@@ -312,3 +312,4 @@ def test_how_it_runs_changes_little(
 def test_a_cuda_graph_needs_a_gpu(tiny: TrainConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--cuda-graph on: there is no GPU"):
         train(replace(tiny, cuda_graph="on"), make_task(tiny), RunFolder(tmp_path / "run"))
+    assert not RunFolder(tmp_path / "run").started
