@@ -81,7 +81,7 @@ def plain_loss(x, labels, options, ref=None, ref_labels=None):
     positive = labels[:, None] == column_labels[None, :]
     negative = ~positive
     if ref is None:
-        positive = positive & ~torch.eye(len(x), dtype=torch.bool)
+        positive = positive & ~torch.eye(len(x), dtype=torch.bool, device=x.device)
     means = [(phi * m).sum(1) / m.sum(1).clamp_min(1).to(phi.dtype) for m in (positive, negative)]
     sigma = 1 if options.eq3 == "corrected" else -1
     losses = torch.relu(options.margin - means[0] + sigma * means[1])
@@ -106,7 +106,7 @@ def value_and_gradients(function, tensors, seed=0):
     loss = function(*leaves)
     generator = torch.Generator().manual_seed(seed)
     upstream = torch.rand(loss.shape, generator=generator, dtype=torch.float64) + 0.5
-    grads = torch.autograd.grad(loss, leaves, upstream.to(loss.dtype))
+    grads = torch.autograd.grad(loss, leaves, upstream.to(loss))
     return loss.detach().double(), [g.double() for g in grads]
 
 
@@ -134,7 +134,7 @@ def assert_as_exact_as_plain(impl, x, labels, options, ref=None, ref_labels=None
     naive = value_and_gradients(plain, tensors)
     tolerance = TOLERANCE[x.dtype]
     total = 1 if options.reduction == "mean" else len(x)
-    scales = [torch.tensor(float(total))] + [
+    scales = [torch.tensor(float(total), device=x.device)] + [
         total / len(t) / t.double().norm(dim=1).clamp_min(1e-300) for t in tensors
     ]
     for what, t, p, n, scale in zip(
