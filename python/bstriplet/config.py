@@ -15,6 +15,7 @@ MEDMNIST = "medmnist:"
 LOSSES = ("ce", "ce+triplet", "ce+ls", "ce+bst")
 OTHER_LOSS = re.compile(r"ce\+[A-Z].*")  # a class of pytorch-metric-learning
 BATCHES = ("random", "mined")
+_RENAMED = {"bst_weight": "metric_weight"}  # since the version that saved them
 IMAGE_SIZE = 128
 DIGITS_IMAGE_SIZE = 32
 
@@ -248,8 +249,12 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
-        """Return the configuration saved by :meth:`to_dict`; an unknown field is an error."""
+        """Return the configuration saved by :meth:`to_dict`; an unknown field is an error.
+
+        One that an earlier version saved is read too: fields that it had not yet are as by default.
+        """
         known = field_types()
+        values = {_RENAMED.get(name, name): value for name, value in values.items()}
         for name in values:
             if name not in known:
                 raise unknown_name("configuration field", name, known)

@@ -150,6 +150,12 @@ def test_an_unknown_field_of_a_file_is_an_error() -> None:
         TrainConfig.from_dict({"margins": 0.9})
 
 
+def test_a_file_of_an_earlier_version_is_read() -> None:
+    earlier = {"data": "digits", "loss": "ce+bst", "bst_weight": 0.3, "epochs": 10}
+    read = TrainConfig.from_dict(earlier)
+    assert read == TrainConfig(loss="ce+bst", metric_weight=0.3, epochs=10)
+
+
 @given(st.sampled_from(LOSSES), st.sampled_from(BATCHES))
 @settings(derandomize=True)
 def test_schemes_read_as_they_are_written(loss: str, batches: str) -> None:
