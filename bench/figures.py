@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
 from . import table
@@ -29,14 +31,13 @@ _COLOURS = {
     "compiled eager": "#5fb39a", "pml contrastive": "#6b3fa0", "pml SupCon": "#9a77c7",
     "pml lifted": "#b9a3d8", "pml triplet": "#d8b4e2", "tiled SupCon": "#5c6370",
     "Liger InfoNCE": "#3d4350", EMPTY: "#9aa0a8", PAIR_PRODUCTS: "#4a4f57",
-    MOMENT_PRODUCTS: "#4a4f57",
+    MOMENT_PRODUCTS: "#4a4f57", ROW_MOVES: "#4a4f57",
 }  # fmt: skip
-_DASHED = {EMPTY: ":", PAIR_PRODUCTS: "--", MOMENT_PRODUCTS: "-."}
+_DASHED = {EMPTY: ":", PAIR_PRODUCTS: "--", MOMENT_PRODUCTS: "-.", ROW_MOVES: (0, (1, 3))}
+_FEWEST_TICKS = 3
+_BAD_CHOICE = 1.2
 _FLOORS = (EMPTY, PAIR_PRODUCTS, MOMENT_PRODUCTS, ROW_MOVES)
-_SHARES = (0.0, 1e-3, 1e-2, 0.1, 0.5, 1.0)
 _PATHS = ("reference", "native", "gram", "triton")
-_LABELS = {1e-3: "1 µs", 1e-2: "10 µs", 0.1: "0.1 ms", 1: "1 ms", 10: "10 ms", 100: "0.1 s",
-           1e3: "1 s", 1e4: "10 s", 1e5: "100 s"}  # fmt: skip
 
 
 def main() -> int:
@@ -113,51 +114,41 @@ def memory(rows: Sequence[Row]) -> Figure:
 
 def roofline(rows: Sequence[Row]) -> Figure:
     """Rate against intensity, both by each provider's own count, under the machine's limits."""
-    figure, (axes,) = _panels(1, (7.2, 4.8))
+    figure, (axes,) = _panels(1, (8.6, 5.2))
     shown = [
-        r
-        for r in _best_mode(rows)
-        if r.flops and r.bytes and r.operation == FORWARD_BACKWARD and r.provider != EMPTY
-    ]
+        row
+        for row in _best_mode(rows)
+        if row.flops and row.bytes and row.operation == FORWARD_BACKWARD
+        and row.provider not in (EMPTY, ROW_MOVES)
+    ]  # fmt: skip
+    intensities = []
     for provider in _providers(shown):
         points = [_on_roofline(row) for row in shown if row.provider == provider]
         x, y, n = np.array(points).T
+        intensities += x.tolist()
         axes.scatter(
-            x,
-            y,
-            s=6 + 7 * np.log10(n),
-            color=_COLOURS.get(provider, MUTED),
-            label=provider,
-            alpha=0.8,
-            linewidths=0,
-        )
+            x, y, s=10 + 9 * np.log10(n) ** 1.5, color=_COLOURS.get(provider, MUTED),
+            marker="D" if provider in _FLOORS else "o", label=provider, alpha=0.85,
+            edgecolors=PAPER, linewidths=0.6, zorder=4 if provider == "auto" else 3,
+        )  # fmt: skip
     gemm = np.median([r.gemm_flops_s for r in shown if r.gemm_flops_s]) / 1e9
     stream = np.median([r.bandwidth_bytes_s for r in shown if r.bandwidth_bytes_s]) / 1e9
-    x = np.geomspace(0.05, 1e4, 200)
-    axes.plot(x, np.minimum(gemm, stream * x), color=INK, linewidth=1.2)
-    axes.text(
-        x[-1],
-        gemm * 1.3,
-        f"{gemm:,.0f} GFLOP/s, measured product",
-        ha="right",
-        color=INK,
-        fontsize=8.5,
-    )
-    axes.text(
-        0.06,
-        stream * 0.06 * 2.5,
-        f"{stream:,.0f} GB/s, measured sum",
-        rotation=0,
-        color=INK,
-        fontsize=8.5,
-    )
+    ridge = gemm / stream
+    low, high = min(*intensities, ridge / 4) / 2, max(*intensities, ridge * 4) * 2
+    x = np.geomspace(low, high, 200)
+    axes.plot(x, np.minimum(gemm, stream * x), color=INK, linewidth=1.4, zorder=2)
     axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="counted FLOPs a counted byte",
-        ylabel="GFLOP/s",
-        title="roofline; larger dots are larger N",
-    )
+        xscale="log", yscale="log", xlim=(low, high), xlabel="counted FLOPs a counted byte",
+        ylabel="GFLOP/s", title="counted rate against counted intensity; larger dots are larger N",
+    )  # fmt: skip
+    axes.annotate(
+        f"{gemm:,.0f} GFLOP/s: measured product", (high, gemm), (-4, 6),
+        textcoords="offset points", ha="right", color=INK, fontsize=8.5,
+    )  # fmt: skip
+    axes.annotate(
+        f"{stream:,.0f} GB/s: measured sum", (low, stream * low), (8, -4),
+        textcoords="offset points", color=INK, fontsize=8.5,
+    )  # fmt: skip
     _legend(figure, [axes])
     return figure
 
@@ -170,75 +161,76 @@ def _on_roofline(row: Row) -> tuple[float, float, int]:
 
 
 def crossover(rows: Sequence[Row]) -> Figure:
-    """The fastest path on the (N, D) grid; a ring in another colour where `auto` took another."""
-    figure, (axes,) = _panels(1, (7.2, 4.6))
+    """The fastest path on the (N, D) grid; a frame in another colour where `auto` took another."""
     points: dict[tuple[int, int], list[Row]] = {}
     for row in rows:
         if row.mode == EAGER and row.group == OURS:
             points.setdefault((row.n, row.d), []).append(row)
+    ns, ds = (sorted(set(values)) for values in zip(*points, strict=True))
+    figure, (axes,) = _panels(1, (0.72 * len(ns) + 1.2, 0.62 * len(ds) + 1.6))
     for (n, d), at in points.items():
         single = [row for row in at if row.provider != "auto"]
         auto = next((row for row in at if row.provider == "auto"), None)
         if not single:
             continue
         best = min(single, key=lambda row: row.ms)
-        edge = _COLOURS[auto.path] if auto is not None and auto.path in _COLOURS else PAPER
-        axes.scatter(
-            n, d, s=430, marker="s", color=_COLOURS[best.provider], edgecolors=edge, linewidths=3
-        )
-        if auto is not None:
-            axes.annotate(
-                f"{auto.ms / best.ms:.2f}",
-                (n, d),
-                ha="center",
-                va="center",
-                fontsize=7,
-                color=PAPER,
-            )
+        x, y = ns.index(n), ds.index(d)
+        axes.add_patch(_tile(x, y, 0.46, facecolor=_COLOURS[best.provider]))
+        if auto is None:
+            continue
+        if auto.path != best.provider and auto.path in _COLOURS:
+            colour = _COLOURS[auto.path]
+            axes.add_patch(_tile(x, y, 0.42, fill=False, edgecolor=colour, linewidth=4))
+        weight = "bold" if auto.ms > _BAD_CHOICE * best.ms else "normal"
+        ratio = f"{auto.ms / best.ms:.2f}"
+        axes.text(x, y, ratio, ha="center", va="center", size=9, color=INK, weight=weight)
+    axes.set_xticks(range(len(ns)), [f"{n:,}" for n in ns])
+    axes.set_yticks(range(len(ds)), [f"{d:,}" for d in ds])
+    axes.set(
+        xlim=(-0.5, len(ns) - 0.5), ylim=(-0.5, len(ds) - 0.5), xlabel="N", ylabel="D",
+        title="fastest path (fill), auto's if another (frame), time of auto / fastest",
+    )  # fmt: skip
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
     names = [p for p in _PATHS if any(row.provider == p for row in rows)]
     handles = [
         Line2D([], [], marker="s", linestyle="", markersize=9, color=_COLOURS[p], label=p)
         for p in names
     ]
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    ns, ds = (sorted(values) for values in zip(*points, strict=True))
-    axes.set_xticks(sorted(set(ns)), [f"{n:,}" for n in sorted(set(ns))])
-    axes.set_yticks(sorted(set(ds)), [f"{d:,}" for d in sorted(set(ds))])
-    axes.set_ylim(min(ds) / 1.6, max(ds) * 1.6)
-    axes.minorticks_off()
-    axes.grid(visible=False)
-    axes.set(
-        xlabel="N", ylabel="D", title="fastest path (fill), auto's path (edge), auto / fastest"
-    )
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
 
 
+def _tile(x: float, y: float, half: float, **style: Any) -> Rectangle:
+    """A square around a point of the grid."""
+    return Rectangle((x - half, y - half), 2 * half, 2 * half, **style)
+
+
 def hinge(rows: Sequence[Row]) -> Figure:
-    """Time against the share of active rows for each size, and the forward alone."""
+    """Time against the share of active rows for each size; dotted, the forward alone."""
     rows = _best_mode(rows)
     sizes = sorted({(row.n, row.d, row.c) for row in rows})
     figure, panels = _panels(len(sizes))
     for axes, (n, d, c) in zip(panels, sizes, strict=True):
         here = [row for row in rows if row.n == n]
+        shares = sorted({row.active for row in here if row.active is not None})
         for provider in _providers(here):
             own = [row for row in here if row.provider == provider]
-            both = sorted(
-                (row.active_share or 0.0, row.ms)
-                for row in own
-                if row.operation == FORWARD_BACKWARD
-            )
-            colour = _COLOURS.get(provider, MUTED)
-            axes.plot(*zip(*both, strict=True), "-o", color=colour, markersize=4, label=provider)
+            ms = {row.active: row.ms for row in own if row.operation == FORWARD_BACKWARD}
+            colour, is_auto = _COLOURS.get(provider, MUTED), provider == "auto"
+            axes.plot(
+                [shares.index(share) for share in shares if share in ms],
+                [ms[share] for share in shares if share in ms],
+                "--o" if is_auto else "-o", color=colour, markersize=4, label=provider,
+                zorder=3 if is_auto else 2,
+            )  # fmt: skip
             for row in own:
                 if row.operation == FORWARD:
-                    axes.axhline(row.ms, color=colour, linestyle=":", linewidth=1)
-        axes.set_xscale("symlog", linthresh=1e-3, linscale=0.4)
-        axes.set_xticks(_SHARES, [f"{100 * share:g} %" for share in _SHARES])
-        axes.set(xlabel="rows with h_i > 0", title=f"N = {n:,}, D = {d:,}, C = {c}")
-        axes.set_yscale("log")
-        axes.minorticks_off()
+                    axes.axhline(row.ms, color=colour, linestyle=":", linewidth=1.2)
+        axes.set_xticks(range(len(shares)), [f"{100 * share:g} %" for share in shares])
+        axes.set(xlabel="rows with h_i > 0", title=f"N = {n:,}, D = {d:,}, C = {c}", yscale="log")
+        low, high = axes.get_ylim()
+        axes.set_ylim(low / 1.2, high * 1.2)
         _time_ticks(axes)
     _legend(figure, panels)
     return figure
@@ -256,7 +248,7 @@ def training_step(rows: Sequence[Row]) -> Figure:
             axes.annotate(f" {share:.2%}", (share, y), va="center", fontsize=9, color=INK)
     axes.set_yticks(range(len(shares)), [name for name, *_ in shares])
     axes.margins(x=0.15)
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=2))
     axes.grid(visible=False, axis="y")
     axes.set_title("share of a training step, N_b = 36, 128 x 128")
     names = (("auto", "this package"), ("naive", "naive form"))
@@ -338,7 +330,7 @@ def _lines(
             continue
         axes.plot(
             *zip(*points, strict=True),
-            _DASHED.get(provider, "-"),
+            linestyle=_DASHED.get(provider, "-"),
             marker="" if provider in _DASHED else "o",
             markersize=3.5,
             color=_COLOURS.get(provider, MUTED),
@@ -376,11 +368,23 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
 
 
 def _time_ticks(axes: Axes) -> None:
+    """Powers of ten, and 2 and 5 times them where those are few."""
     low, high = axes.get_ylim()
-    ticks = {t: label for t, label in _LABELS.items() if low <= t <= high}
-    axes.set_yticks(list(ticks), list(ticks.values()))
+    powers = [10.0**k for k in range(-4, 7)]
+    ticks = [t for t in powers if low <= t <= high]
+    if len(ticks) < _FEWEST_TICKS:
+        ticks = [t for t in (f * p for p in powers for f in (1, 2, 5)) if low <= t <= high]
+    axes.set_yticks(ticks, [milliseconds(t) for t in ticks])
     axes.minorticks_off()
     axes.set_ylabel("time of a call")
+
+
+def milliseconds(ms: float) -> str:
+    """A time with the unit that leaves three digits."""
+    for unit, scale in (("s", 1e3), ("ms", 1.0)):
+        if ms >= scale:
+            return f"{ms / scale:.3g} {unit}"
+    return f"{ms * 1e3:.3g} µs"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import table, targets
 from .cases import FORWARD, FORWARD_BACKWARD
-from .figures import step_shares
+from .figures import milliseconds, step_shares
 from .machine import ROOT
 from .providers import COMPILED
 from .table import EAGER, RESULTS, Row
@@ -198,14 +198,6 @@ def _spread(row: Row | None) -> str:
     if row is None or row.p20_ms is None or row.p80_ms is None:
         return _MINUS
     return f"{milliseconds(row.p20_ms)} to {milliseconds(row.p80_ms)}"
-
-
-def milliseconds(ms: float) -> str:
-    """A time with the unit that leaves three digits."""
-    for unit, scale in (("s", 1e3), ("ms", 1.0)):
-        if ms >= scale:
-            return f"{ms / scale:.3g} {unit}"
-    return f"{ms * 1e3:.3g} µs"
 
 
 def _size(row: Row | None) -> str:

@@ -109,7 +109,7 @@ def test_check_fails_when_the_readme_differs(folder, tmp_path, monkeypatch, caps
     ("ms", "text"), [(0.0123, "12.3 µs"), (0.5, "500 µs"), (2.345, "2.35 ms"), (61000, "61 s")]
 )
 def test_times_have_three_digits(ms, text):
-    assert readme.milliseconds(ms) == text
+    assert figures.milliseconds(ms) == text
 
 
 def test_calibration_finds_the_constants_that_made_the_rows(made_up_rows):
