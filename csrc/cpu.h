@@ -8,6 +8,10 @@
 #include <memory>
 #include <type_traits>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "kernels.h"
 #include "operator.h"
 
@@ -40,20 +44,50 @@ inline int64_t grain(int64_t multiply_adds_per_unit) {
   return std::max<int64_t>(1, (int64_t{1} << 18) / std::max<int64_t>(1, multiply_adds_per_unit));
 }
 
-// Uninitialised numbers from the start of a cache line on.
+// Large pages for memory of many megabytes: page faults and look-ups of small ones cost more there
+// than the arithmetic.
+constexpr int64_t kLargePage = int64_t{1} << 21;
+
+inline void prefer_large_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const auto from = static_cast<uintptr_t>(round_up(reinterpret_cast<uintptr_t>(data), kLargePage));
+  const auto to = (reinterpret_cast<uintptr_t>(data) + bytes) / kLargePage * kLargePage;
+  if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+// Bring the first part of a row to the cache, to be read or written soon; the processor follows a
+// longer row by itself.
+inline void prefetch(const char* row, int64_t bytes, bool to_write) {
+#if defined(__GNUC__)
+  for (int64_t k = 0; k < std::min<int64_t>(bytes, 1024); k += 64) {
+    if (to_write) __builtin_prefetch(row + k, 1);
+    else __builtin_prefetch(row + k, 0);
+  }
+#else
+  (void)row, (void)bytes, (void)to_write;
+#endif
+}
+
+// Uninitialised numbers from the start of a cache line, or of a large page, on.
 template <class T>
 class AlignedArray {
  public:
   AlignedArray() = default;
-  explicit AlignedArray(int64_t n) : memory_(new T[n + kLine]) {
+  explicit AlignedArray(int64_t n) {
+    const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
+    const int64_t alignment = bytes >= kLargePage ? kLargePage : 64;
+    memory_.reset(new T[n + alignment / sizeof(T)]);
     const auto address = reinterpret_cast<uintptr_t>(memory_.get());
-    data_ = memory_.get() + (round_up(address, 64) - address) / sizeof(T);
+    data_ = memory_.get() + (round_up(address, alignment) - address) / sizeof(T);
+    prefer_large_pages(data_, bytes);
   }
 
   T* data() const { return data_; }
 
  private:
-  static constexpr int64_t kLine = 64 / sizeof(T);
   std::unique_ptr<T[]> memory_;
   T* data_ = nullptr;
 };
@@ -105,10 +139,10 @@ class RowReader {
   explicit RowReader(const Tensor& tensor)
       : dtype_(tensor.scalar_type()),
         columns_(tensor.size(1)),
+        element_bytes_(static_cast<int64_t>(tensor.element_size())),
         // The stride along a dimension of one element means nothing, and can be any number.
         stride_(columns_ > 1 ? tensor.stride(1) : 1),
-        row_bytes_((tensor.size(0) > 1 ? tensor.stride(0) : 0) *
-                   static_cast<int64_t>(tensor.element_size())),
+        row_bytes_((tensor.size(0) > 1 ? tensor.stride(0) : 0) * element_bytes_),
         data_(static_cast<const char*>(tensor.const_data_ptr())) {}
 
   // Row i into `padded` elements, zeros beyond the last column.
@@ -128,9 +162,15 @@ class RowReader {
     }
   }
 
+  // What `operator()` of row i is going to read.
+  void prefetch_row(int64_t i) const {
+    if (stride_ == 1) prefetch(data_ + i * row_bytes_, columns_ * element_bytes_, false);
+  }
+
  private:
   ScalarType dtype_;
   int64_t columns_;
+  int64_t element_bytes_;
   int64_t stride_;
   int64_t row_bytes_;
   const char* data_;

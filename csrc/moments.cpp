@@ -19,10 +19,6 @@
 #include <utility>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "cpu.h"
 
 namespace bstriplet {
@@ -30,7 +26,8 @@ namespace {
 
 constexpr int64_t kPartRows = 4096;      // of one sum in the accumulation type
 constexpr int64_t kBlockBytes = 1 << 17;  // of unit rows in a thread's scratch
-constexpr int64_t kFewestRows = 48;      // of a block: a matrix is read once for all of them
+constexpr int64_t kFewestRows = 96;      // of a block: a matrix is read once for all of them
+constexpr int64_t kAhead = 8;  // rows that are asked for before they are read or written
 constexpr int64_t kPackedNumbers = 1 << 21;  // of the matrices that are packed at once
 
 // Consecutive rows in class order.
@@ -169,33 +166,20 @@ Classes read_table(const Tensor& table, int64_t rows, int64_t slots) {
   return classes;
 }
 
-// Ask for large pages: a fresh result of many megabytes is otherwise spent on page faults.
-void prefer_large_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t page = int64_t{1} << 21;
-  if (bytes < 4 * page) return;
-  const auto from = round_up(reinterpret_cast<uintptr_t>(data), page);
-  const auto to = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
-  madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
-}
-
-// Matrices [count, lines, stride] of zeros.
+// Matrices [count, lines, stride], uninitialised.
 template <class T>
 class Matrices {
  public:
   Matrices(int64_t count, int64_t lines, int64_t stride)
       : size_(checked_product(lines, stride)),
-        numbers_(count == 0 ? 0 : checked_product(size_, count), T(0)) {}
+        numbers_(count == 0 ? 0 : checked_product(size_, count)) {}
 
-  T* operator[](int64_t i) { return numbers_.data() + i * size_; }
-  const T* operator[](int64_t i) const { return numbers_.data() + i * size_; }
+  T* operator[](int64_t i) const { return numbers_.data() + i * size_; }
+  int64_t size() const { return size_; }
 
  private:
   int64_t size_;
-  std::vector<T> numbers_;
+  AlignedArray<T> numbers_;
 };
 
 // Sums of [D, D] matrices over all classes, and over all but the dominating one.
@@ -220,7 +204,7 @@ class Moments {
     const int64_t cached = kBlockBytes / static_cast<int64_t>(sizeof(T)) / stride_;
     const int64_t rows = std::max(kFewestRows, std::min(classes.rows() / 32, cached));
     block_rows_ = std::max(rows, classes.largest_small());
-    part_rows_ = std::max({d_, 2 * kFewestRows, std::min(classes.rows() / 32, kPartRows)});
+    part_rows_ = std::max({d_, kFewestRows, std::min(classes.rows() / 32, kPartRows)});
   }
 
   // T_c of the classes that have slots, [slots, D, D], and of the others the sums of T_c and q_c
@@ -384,7 +368,10 @@ class Moments {
   T self(int64_t i) const { return inverse_[i] != 0 ? T(1) : T(0); }
 
   void read(Range rows, Block<T> to) const {
-    for (int64_t i = 0; i < rows.size(); ++i) read_(order_[rows.begin + i], to.row(i), wide_);
+    for (int64_t i = 0; i < rows.size(); ++i) {
+      if (i + kAhead < rows.size()) read_.prefetch_row(order_[rows.begin + i + kAhead]);
+      read_(order_[rows.begin + i], to.row(i), wide_);
+    }
   }
 
   void read_units(Range rows, Block<T> to) const {
@@ -415,6 +402,7 @@ class Moments {
         0, static_cast<int64_t>(parts.size()), grain(part_rows_ * d_ * d_ / 2),
         [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) {
+            std::fill(sums[i], sums[i] + sums.size(), T(0));
             split(parts[i].rows, block_rows_, [&](Range rows) {
               const Scratch scratch = make_scratch(2);
               const T* const weighted = fill(rows, scratch);
@@ -671,9 +659,14 @@ class Moments {
 
   // Rows of dL/df from those of dL/du, to their places.
   void write(Range rows, Block<T> v, Block<const T> unit, T* result) const {
+    const int64_t bytes = d_ * static_cast<int64_t>(sizeof(T));
     k_.through_normalisation(v, unit, inverse_ + rows.begin);
     for (int64_t i = 0; i < rows.size(); ++i) {
-      std::memcpy(result + order_[rows.begin + i] * d_, v.row(i), d_ * sizeof(T));
+      if (i + kAhead < rows.size()) {
+        const T* const later = result + order_[rows.begin + i + kAhead] * d_;
+        prefetch(reinterpret_cast<const char*>(later), bytes, true);
+      }
+      std::memcpy(result + order_[rows.begin + i] * d_, v.row(i), bytes);
     }
   }
 
