@@ -15,11 +15,23 @@ from .spec import Gradients, Rows, Spec
 _N_INPUTS = 6  # embeddings, ref_emb, labels, ref_labels, spec, path
 
 
-def batch_similarity(*inputs: Any) -> tuple[Tensor, ...]:
-    """`BatchSimilarity` by its cheapest way in; same inputs, same outputs."""
+def batch_similarity(
+    embeddings: Tensor,
+    ref_emb: Tensor | None,
+    labels: Tensor,
+    ref_labels: Tensor | None,
+    spec: Spec,
+    path: str,
+) -> tuple[Tensor, Rows | None]:
+    """The differentiable loss, by the cheapest way in, and the rows where spec wants them."""
+    inputs = embeddings, ref_emb, labels, ref_labels, spec, path
     if torch.compiler.is_compiling() or _transformed():
-        return BatchSimilarity.apply(*inputs)
-    return EagerBatchSimilarity.apply(*inputs)
+        loss, positive, negative, *_ = BatchSimilarity.apply(*inputs)
+    elif spec.wants_rows:
+        loss, positive, negative = EagerBatchSimilarity.apply(*inputs)
+    else:
+        return EagerBatchSimilarity.apply(*inputs), None
+    return loss, Rows(positive, negative)
 
 
 def _transformed() -> bool:
@@ -51,7 +63,10 @@ class BatchSimilarity(torch.autograd.Function):
         path: str,
     ) -> tuple[Tensor, ...]:
         with _without_autocast(embeddings.device):
-            loss, rows, state = PATHS[path].forward(embeddings, ref_emb, labels, ref_labels, spec)
+            loss, rows, state = PATHS[path].forward(
+                embeddings, ref_emb, labels, ref_labels, spec._replace(wants_rows=True)
+            )
+        assert rows is not None
         return loss, *rows, *state
 
     @staticmethod
@@ -83,26 +98,51 @@ class BatchSimilarity(torch.autograd.Function):
 class EagerBatchSimilarity(torch.autograd.Function):
     """`BatchSimilarity` without what only torch.func needs, a third of the time at N_b = 36.
 
-    A Function with a separate setup_context has its arguments bound to their names on every call.
+    A Function with a separate setup_context has its arguments bound to their names on every call,
+    and each output costs microseconds: the rows are one only where spec wants them.
     """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        *tensors, spec, path = inputs
-        with _without_autocast(tensors[0].device):
-            loss, rows, state = PATHS[path].forward(*tensors, spec)
-        ctx.save_for_backward(*tensors, *rows, *state)
-        ctx.spec, ctx.path, ctx.has_gradients = spec, path, isinstance(state, Gradients)
+    def forward(ctx: Any, *inputs: Any) -> Tensor | tuple[Tensor, ...]:
+        embeddings, ref_emb, labels, ref_labels, ctx.spec, ctx.path = inputs
+        if torch._C._is_any_autocast_enabled():
+            with _without_autocast(embeddings.device):
+                loss, rows, state = PATHS[ctx.path].forward(*inputs[:5])
+        else:
+            loss, rows, state = PATHS[ctx.path].forward(*inputs[:5])
+        ctx.has_gradients = type(state) is Gradients
+        kept = (None, None) if rows is None else rows
+        ctx.save_for_backward(embeddings, ref_emb, labels, ref_labels, *kept, *state)
+        if rows is None or not ctx.spec.wants_rows:
+            return loss
         ctx.mark_non_differentiable(*rows)
         ctx.set_materialize_grads(False)
         return loss, *rows
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if grad_loss is None or not ctx.has_gradients or torch.is_grad_enabled():
+        if (
+            grad_loss is None
+            or not ctx.has_gradients
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or _transformed()
+        ):
             return BatchSimilarity.backward(ctx, grad_loss)
-        embeddings, ref_emb, _, _, _, _, *grads = ctx.saved_tensors
-        return *Gradients(grads).times(grad_loss, embeddings, ref_emb), None, None, None, None
+        embeddings, ref_emb, _, _, _, _, grad, *more = ctx.saved_tensors
+        grad = _scaled(grad, grad_loss, embeddings.dtype)
+        grad_ref = None if ref_emb is None else _scaled(more[0], grad_loss, ref_emb.dtype)
+        return grad, grad_ref, None, None, None, None
+
+
+def _scaled(grad: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
+    """A saved gradient times the upstream number; in its own memory where this is its last use."""
+    last = not torch._C._autograd._get_current_graph_task_keep_graph()
+    if not last or torch._C._functorch.is_legacy_batchedtensor(grad_loss):  # is_grads_batched
+        grad = grad * grad_loss
+    elif not grad_loss.is_cpu or grad_loss.item() != 1:  # elsewhere to look at it is to wait for it
+        grad = grad.mul_(grad_loss)
+    return grad if grad.dtype == dtype else grad.to(dtype)
 
 
 def _gradient(

@@ -110,22 +110,62 @@ def compute(
     ref_labels: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, BSTripletStats]:
     """`bstriplet_loss` for options that have been checked: check the tensors, plan, run."""
-    check_embeddings(embeddings, labels, ref_emb, ref_labels)
-    spec, labels = target.spec, _as_int64(labels)
     if target.group is not None:
-        loss, rows = _global_loss(embeddings, labels, ref_emb, target.group, spec)
-        return (loss, _stats(rows, spec)) if target.return_stats else loss
-    _check_batch(embeddings, ref_emb)
+        check_embeddings(embeddings, labels, ref_emb, ref_labels)
+        return _global_loss(embeddings, _as_int64(labels), ref_emb, target)
+    spec, path = _checked_plan(embeddings, labels, target, ref_emb, ref_labels)
+    labels = _as_int64(labels)
     if ref_labels is not None:
         ref_labels = _as_int64(ref_labels)
-    path = _path(target.impl, embeddings, ref_emb, spec)
+    loss, rows = batch_similarity(embeddings, ref_emb, labels, ref_labels, spec, path)
+    return loss if rows is None or not target.return_stats else (loss, _stats(rows, spec))
+
+
+_REMEMBERED = 4096
+_planned: dict[tuple[object, ...], tuple[Spec, str]] = {}
+
+
+def _checked_plan(
+    embeddings: Tensor,
+    labels: Tensor,
+    target: Target,
+    ref_emb: Tensor | None,
+    ref_labels: Tensor | None,
+) -> tuple[Spec, str]:
+    """What to run for these inputs and by which path, or what is wrong with them.
+
+    Remembered by all that decides it, so that in a training loop check and choice are a look-up.
+    """
+    key: tuple[object, ...] | None = None
+    if type(embeddings) is Tensor and type(labels) is Tensor and not torch.compiler.is_compiling():
+        key = (
+            *(embeddings.shape, embeddings.dtype, embeddings.device, embeddings.requires_grad),
+            *(labels.shape, labels.dtype, labels.device, target, torch.is_grad_enabled()),
+        )
+        if ref_emb is not None or ref_labels is not None:
+            key = (*key, _form(ref_emb), _form(ref_labels))
+        planned = _planned.get(key)
+        if planned is not None:
+            return planned
+    check_embeddings(embeddings, labels, ref_emb, ref_labels)
+    _check_batch(embeddings, ref_emb)
     wanted = embeddings.requires_grad or (ref_emb is not None and ref_emb.requires_grad)
-    if wanted and torch.is_grad_enabled():
-        spec = spec._replace(wants_gradient=True)
-    outputs = batch_similarity(embeddings, ref_emb, labels, ref_labels, spec, path)
-    if target.return_stats:
-        return outputs[0], _stats(Rows(outputs[1], outputs[2]), spec)
-    return outputs[0]
+    spec = target.spec._replace(
+        wants_gradient=wanted and torch.is_grad_enabled(), wants_rows=target.return_stats
+    )
+    planned = spec, _path(target.impl, embeddings, ref_emb, spec)
+    if key is not None:
+        if len(_planned) >= _REMEMBERED:
+            _planned.clear()
+        _planned[key] = planned
+    return planned
+
+
+def _form(given: Tensor | None) -> object:
+    """What checks and plans see of a tensor; of anything else, its type."""
+    if isinstance(given, Tensor):
+        return given.shape, given.dtype, given.device, given.requires_grad
+    return type(given)
 
 
 def compute_listed(
@@ -316,15 +356,17 @@ def _as_int64(labels: Tensor) -> Tensor:
 
 
 def _global_loss(
-    embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None, group: ProcessGroup, spec: Spec
-) -> tuple[Tensor, Rows]:
+    embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None, target: Target
+) -> Tensor | tuple[Tensor, BSTripletStats]:
     from .distributed import global_loss
 
     if ref_emb is not None:
         raise ValueError(
             "group and ref_emb were both given: with group the rows of all ranks are the reference"
         )
-    return global_loss(embeddings, labels, group, spec)
+    assert target.group is not None
+    loss, rows = global_loss(embeddings, labels, target.group, target.spec)
+    return (loss, _stats(rows, target.spec)) if target.return_stats else loss
 
 
 def _stats(rows: Rows, spec: Spec) -> BSTripletStats:

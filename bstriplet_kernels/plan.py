@@ -25,10 +25,6 @@ _ASSUMED_CLASSES = 3
 """`choose` does not ask the device how many classes there are; the paper has two or three."""
 
 
-_REMEMBERED = 4096
-_chosen: dict[tuple[object, ...], str] = {}
-
-
 class Work(NamedTuple):
     """What is to be computed: n rows of d numbers against m columns (None: against themselves)."""
 
@@ -114,23 +110,7 @@ def path_cost(path: str, work: Work, class_sizes: Sequence[int]) -> Cost:
 
 
 def choose(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str:
-    """The path that `impl="auto"` runs for this input; reads shapes only, never the device.
-
-    Remembered by what `refuses` and the costs look at, so that a call in a loop costs a look-up.
-    """
-    if torch.compiler.is_compiling():
-        return _choose(embeddings, ref_emb, spec)
-    columns = None if ref_emb is None else ref_emb.shape
-    key = (embeddings.shape, columns, embeddings.dtype, embeddings.device, spec)
-    path = _chosen.get(key)
-    if path is None:
-        if len(_chosen) >= _REMEMBERED:
-            _chosen.clear()
-        path = _chosen[key] = _choose(embeddings, ref_emb, spec)
-    return path
-
-
-def _choose(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str:
+    """The path that `impl="auto"` runs for this input; reads shapes only, never the device."""
     takers = _takers(embeddings, ref_emb, spec)
     return _fastest(takers, _work(embeddings, ref_emb, spec), embeddings.device.type)
 

@@ -15,7 +15,8 @@ class Spec(NamedTuple):
     margin: m of Eq. 3. sigma: +1 (corrected) or -1 (as printed), the sign of the negatives' mean.
     signed: phi(s) = s|s| instead of s^2. reduction: "mean" (Eq. 4), "sum" or "none".
     eps: rows of at most this norm count as zero rows. wants_gradient: whether a backward can
-    follow, so that a path may compute the gradient together with a scalar loss.
+    follow, so that a path may compute the gradient together with a scalar loss. wants_rows: whether
+    the caller wants Eq. 3's two means for each row.
     """
 
     margin: float = 0.9
@@ -24,6 +25,7 @@ class Spec(NamedTuple):
     reduction: str = "mean"
     eps: float = 1e-12
     wants_gradient: bool = False
+    wants_rows: bool = False
 
 
 class Rows(NamedTuple):
@@ -67,7 +69,8 @@ class Path(NamedTuple):
 
     forward(embeddings [N, D], ref_emb [M, D] or None, labels [N] int64, ref_labels [M] int64 or
     None, spec) -> (loss, rows, state): the reduced loss, Eq. 3's two means for each row, and the
-    tensors that `backward` wants kept.
+    tensors that `backward` wants kept. Where the state is the gradient and spec does not want the
+    rows they may be None.
     backward(grad_loss, embeddings, ref_emb, labels, ref_labels, rows, state, spec) ->
     (gradient of the embeddings, gradient of ref_emb or None), in their dtypes.
     missing() -> what is not installed that the path needs and how to get it, or None.
@@ -75,7 +78,7 @@ class Path(NamedTuple):
     shapes, dtypes and devices alone.
     """
 
-    forward: Callable[..., tuple[Tensor, Rows, State]]
+    forward: Callable[..., tuple[Tensor, Rows | None, State]]
     backward: Callable[..., tuple[Tensor, Tensor | None]]
     missing: Callable[[], str | None] = _nothing_missing
     refuses: Callable[[Tensor, Tensor | None, Spec], str | None] = _refuses_nothing

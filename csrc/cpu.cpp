@@ -185,19 +185,18 @@ class Batch {
   Results run() {
     const int64_t n = in_.rows();
     Tensor loss = empty_scalar(in_.accumulation, in_.embeddings);
-    Tensor positive = empty_vector(n, in_.accumulation, in_.embeddings);
-    Tensor negative = empty_vector(n, in_.accumulation, in_.embeddings);
+    Tensor means = empty_matrix(2, n, in_.accumulation, in_.embeddings);
     similarities();
-    T* const positives = static_cast<T*>(positive.mutable_data_ptr());
-    T* const negatives = static_cast<T*>(negative.mutable_data_ptr());
+    T* const positives = static_cast<T*>(means.mutable_data_ptr());
+    T* const negatives = positives + n;
     row_means(positives, negatives);
     const bool any_active = hinge(positives, negatives, static_cast<T*>(loss.mutable_data_ptr()));
-    if (!options_.gradient) return {loss, positive, negative, nothing(), nothing()};
+    if (!options_.gradient) return {loss, means, nothing(), nothing()};
     Tensor grad = gradient(in_.embeddings, any_active, s_, matrix(), columns(), own_, other());
     Tensor grad_ref = in_.ref_emb ? gradient(*in_.ref_emb, any_active, *mirror_, columns(),
                                              matrix(), *ref_, own_)
                                   : nothing();
-    return {loss, positive, negative, grad, grad_ref};
+    return {loss, means, grad, grad_ref};
   }
 
  private:

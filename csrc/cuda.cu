@@ -40,7 +40,7 @@ struct Arguments {
   int64_t slice;  // columns of one block
   double margin, sigma, squared_eps, scale;
   bool is_signed, gradient;
-  void *loss, *positive, *negative, *grad;  // of the accumulation type
+  void *loss, *means, *grad;  // of the accumulation type
 };
 
 __device__ inline float widen(float x) { return x; }
@@ -207,8 +207,8 @@ __device__ void row_means(const Arguments<In>& args, bool writes, Shared<T>& sha
     shared.per_positive[i] = positives > 0 ? a / static_cast<T>(positives) : T(0);
     shared.per_negative[i] = negatives > 0 ? sigma * a / static_cast<T>(negatives) : T(0);
     if (writes) {
-      static_cast<T*>(args.positive)[i] = positive;
-      static_cast<T*>(args.negative)[i] = negative;
+      static_cast<T*>(args.means)[i] = positive;
+      static_cast<T*>(args.means)[n + i] = negative;
     }
   }
 }
@@ -316,8 +316,7 @@ Results launch(const Inputs& in, const Options& options) {
 
   const int64_t n = in.rows(), d = in.depth();
   Tensor loss = empty_scalar(in.accumulation, in.embeddings);
-  Tensor positive = empty_vector(n, in.accumulation, in.embeddings);
-  Tensor negative = empty_vector(n, in.accumulation, in.embeddings);
+  Tensor means = empty_matrix(2, n, in.accumulation, in.embeddings);
   Tensor nothing = empty_vector(0, in.accumulation, in.embeddings);
   Tensor grad = options.gradient ? empty_matrix(n, d, in.accumulation, in.embeddings) : nothing;
 
@@ -343,8 +342,7 @@ Results launch(const Inputs& in, const Options& options) {
       options.is_signed,
       options.gradient,
       loss.mutable_data_ptr(),
-      positive.mutable_data_ptr(),
-      negative.mutable_data_ptr(),
+      means.mutable_data_ptr(),
       grad.mutable_data_ptr(),
   };
   cudaLaunchConfig_t config{};
@@ -361,7 +359,7 @@ Results launch(const Inputs& in, const Options& options) {
                                 : batch_similarity_kernel<In, T, false>;
   STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args));
   STD_CUDA_CHECK(cudaGetLastError());
-  return {loss, positive, negative, grad, nothing};
+  return {loss, means, grad, nothing};
 }
 
 Results batch_similarity(Tensor embeddings, std::optional<Tensor> ref_emb, Tensor labels,

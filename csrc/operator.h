@@ -20,9 +20,10 @@ namespace bstriplet {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// loss [], positive [N], negative [N], grad [N, D], grad_ref [M, D]; a gradient that was not asked
-// for, or has no ref_emb to be of, is [0].
-using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+// loss [], means [2, N] (Eq. 3's of the positives, of the negatives), grad [N, D], grad_ref [M, D]; a
+// gradient that was not asked for, or has no ref_emb to be of, is [0]. Few outputs, because each
+// costs a microsecond.
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // Eq. 3's numbers and what to compute. The loss is the mean, or else the sum, of max(0, h_i) over
 // the rows; a row's dL/dl_i is upstream's where that is given, else the one that the loss implies.

@@ -65,7 +65,7 @@ def _shapes(
     n, d = embeddings.shape
     sides = (embeddings,) if ref_emb is None else (embeddings, ref_emb)
     dtype = accumulation_dtype(*sides)
-    shapes: list[tuple[int, ...]] = [(), (n,), (n,), (n, d) if gradient else (0,)]
+    shapes: list[tuple[int, ...]] = [(), (2, n), (n, d) if gradient else (0,)]
     shapes.append((ref_emb.shape[0], d) if gradient and ref_emb is not None else (0,))
     return tuple(embeddings.new_empty(shape, dtype=dtype) for shape in shapes)
 
@@ -105,26 +105,21 @@ def forward(
     labels: Tensor,
     ref_labels: Tensor | None,
     spec: Spec,
-) -> tuple[Tensor, Rows, State]:
+) -> tuple[Tensor, Rows | None, State]:
     """One call, which brings the gradient too where one number will come from upstream."""
     scalar = spec.reduction != "none"
-    loss, positive, negative, *grads = _batch_similarity(
-        embeddings,
-        ref_emb,
-        labels,
-        ref_labels,
-        None,
-        *spec[:3],
-        spec.eps,
-        spec.reduction == "mean",
-        spec.wants_gradient and scalar,
+    with_gradient = scalar and spec.wants_gradient
+    loss, means, grad, grad_ref = _batch_similarity(
+        *(embeddings, ref_emb, labels, ref_labels, None),
+        *(spec.margin, spec.sigma, spec.signed, spec.eps),
+        *(spec.reduction == "mean", with_gradient),
     )
-    rows = Rows(positive, negative)
-    if not scalar:
-        return reduce_losses(rows, spec), rows, ()
-    if not spec.wants_gradient:
-        return loss, rows, ()
-    return loss, rows, Gradients(grads[: 1 if ref_emb is None else 2])
+    # To take the means apart costs as much as a small batch's arithmetic.
+    rows = None if with_gradient and not spec.wants_rows else Rows(*means.unbind())
+    if with_gradient:
+        return loss, rows, Gradients((grad,) if ref_emb is None else (grad, grad_ref))
+    assert rows is not None
+    return loss if scalar else reduce_losses(rows, spec), rows, ()
 
 
 def backward(

@@ -61,6 +61,38 @@ def test_the_two_sides_may_differ_in_dtype(impl):
     assert [side.grad.dtype for side in sides] == [torch.float16, torch.float32]
 
 
+@pytest.mark.parametrize("upstream", [1.0, 2.5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_whoever_changes_a_gradient_changes_only_that(impl, upstream, dtype):
+    """The last use of a saved gradient may hand it out itself; none before it may."""
+    x, labels = batch(7, 4, 3, 0, dtype)
+    x.requires_grad_()
+    weight = torch.tensor(upstream, dtype=torch.promote_types(dtype, torch.float32))
+
+    def gradient(loss, **options):
+        return torch.autograd.grad(loss, x, weight, **options)[0]
+
+    expected = gradient(bstriplet_loss(x, labels, impl="reference")).clone()
+    loss = bstriplet_loss(x, labels, impl=impl)
+    for _ in range(3):
+        kept = gradient(loss, retain_graph=True)
+        torch.testing.assert_close(kept, expected)
+        kept.fill_(7)
+    torch.testing.assert_close(gradient(loss), expected)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        gradient(loss)
+
+
+def test_gradients_of_two_losses_accumulate(impl):
+    x, labels = batch(7, 4, 3, 0)
+    x.requires_grad_()
+    first, second = (bstriplet_loss(x, labels, margin=m, impl=impl) for m in (0.9, 0.8))
+    expected = torch.autograd.grad(first + second, x, retain_graph=True)[0]
+    first.backward()
+    second.backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
 def test_func_grad_and_vmap(impl):
     x, labels = batch(9, 5, 3, 0)
     options = Options()

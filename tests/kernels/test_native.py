@@ -22,15 +22,19 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}  # of the accumulation d
 
 
 def operator(embeddings, labels, ref_emb=None, ref_labels=None, upstream=None, **options):
-    """torch.ops.bstriplet.batch_similarity with the defaults of `bstriplet_loss`."""
+    """torch.ops.bstriplet.batch_similarity with the defaults of `bstriplet_loss`.
+
+    Returns (loss, positive, negative, grad, grad_ref).
+    """
     given = {
         **{"margin": 0.9, "sigma": 1.0, "signed": False, "eps": 1e-12},
         **{"mean": True, "gradient": True},
         **options,
     }
-    return torch.ops.bstriplet.batch_similarity(
+    loss, means, *grads = torch.ops.bstriplet.batch_similarity(
         embeddings, ref_emb, labels, ref_labels, upstream, *given.values()
     )
+    return loss, *means, *grads
 
 
 def agree(got, truth, dtype, scale=None):
@@ -189,6 +193,20 @@ def test_small_gradients_of_half_survive_until_the_loss_scale():
     (truth,) = torch.autograd.grad(bstriplet_loss(exact, y, impl="reference") * scale, exact)
     assert (truth / scale).abs().median() < 6e-8  # would be zero or one bit in float16
     assert (got.double() - truth).norm() <= 2e-3 * truth.norm()
+
+
+@pytest.mark.parametrize("retain_graph", [True, False])
+def test_batched_upstream_gradients(retain_graph):
+    x, y = torch.randn(7, 5, requires_grad=True), torch.arange(7) % 3
+    numbers = torch.tensor([1.0, -2.0])
+    batched, single = (
+        torch.autograd.grad(bstriplet_loss(x, y, impl="native"), x, upstream, **options)[0]
+        for upstream, options in (
+            (numbers, {"is_grads_batched": True, "retain_graph": retain_graph}),
+            (None, {}),
+        )
+    )
+    torch.testing.assert_close(batched, numbers[:, None, None] * single)
 
 
 def test_opcheck():

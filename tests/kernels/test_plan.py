@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import batch
 
-from bstriplet_kernels import available_impls, bstriplet_loss, explain, plan
+from bstriplet_kernels import available_impls, bstriplet_loss, explain, functional, plan
 from bstriplet_kernels.calibration import Constants
 from bstriplet_kernels.paths import PATHS
 from bstriplet_kernels.spec import Path, Spec
@@ -14,7 +14,7 @@ from bstriplet_kernels.spec import Path, Spec
 
 @pytest.fixture(autouse=True)
 def _nothing_remembered(monkeypatch):
-    monkeypatch.setattr(plan, "_chosen", {})
+    monkeypatch.setattr(functional, "_planned", {})
 
 
 def test_equation_8_for_the_papers_batch():
@@ -60,13 +60,34 @@ def test_the_choice_follows_predicted_time(monkeypatch):
     assert set(explained.predicted) == {"reference", "gram"}
 
 
-def test_choices_are_remembered_within_bounds(monkeypatch):
-    monkeypatch.setattr(plan, "_REMEMBERED", 5)
+def test_plans_are_remembered_within_bounds(monkeypatch):
+    monkeypatch.setattr(functional, "_REMEMBERED", 5)
     for n in range(2, 20):
-        for _ in range(2):
-            x = torch.randn(n, 3)
-            assert plan.choose(x, None, Spec()) == plan._choose(x, None, Spec())
-        assert 1 <= len(plan._chosen) <= 5
+        x, y = torch.randn(n, 3), torch.arange(n) % 2
+        first = bstriplet_loss(x, y)
+        assert torch.equal(bstriplet_loss(x, y), first)
+        assert 1 <= len(functional._planned) <= 5
+
+
+def test_what_was_planned_for_one_input_is_not_run_for_another():
+    """Whatever a check or a choice looks at sets inputs apart."""
+    x, y = torch.randn(6, 4), torch.arange(6) % 2
+    bstriplet_loss(x, y)
+    with pytest.raises(TypeError, match="labels"):
+        bstriplet_loss(x, y.float())
+    with pytest.raises(ValueError, match="labels"):
+        bstriplet_loss(x, y[:5])
+    with pytest.raises(TypeError, match="ref_labels"):
+        bstriplet_loss(x, y, ref_emb=x, ref_labels=y.tolist())
+    with pytest.raises(ValueError, match="without ref_emb"):
+        bstriplet_loss(x, y, ref_labels=y)
+    for changed in (x.clone().requires_grad_(), x.double(), x.half()):
+        loss = bstriplet_loss(changed, y)
+        assert loss.requires_grad == changed.requires_grad
+        assert loss.dtype == torch.promote_types(changed.dtype, torch.float32)
+    with torch.no_grad():
+        assert not bstriplet_loss(x.clone().requires_grad_(), y).requires_grad
+    assert isinstance(bstriplet_loss(x, y, return_stats=True), tuple)
 
 
 def test_an_unmeasured_device_goes_by_rule(monkeypatch):
