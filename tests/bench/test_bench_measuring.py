@@ -282,6 +282,15 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert len(table.read(path)) == 2
 
 
+def test_processors_of_one_name_are_told_apart_by_their_instructions(monkeypatch):
+    monkeypatch.setattr(machine, "_processor", lambda: "AMD EPYC")
+    slugs = set()
+    for instructions in ("AVX2", "AVX512"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda i=instructions: i)
+        slugs.add(machine.device_slug("cpu").partition("-cores")[0][:-2])
+    assert slugs == {"cpu-amd-epyc-avx2", "cpu-amd-epyc-avx512"}
+
+
 def test_devices_are_never_mixed(tmp_path):
     row = make_row("s", CASE, "naive", "baseline", 1e-3)
     table.write(tmp_path / "a.csv", [row])
