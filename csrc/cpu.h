@@ -27,16 +27,22 @@ const Kernels<T>& kernels() {
   constexpr bool single = std::is_same_v<T, float>;
 #if defined(BSTRIPLET_X86_KERNELS)
   if (instruction_set() == InstructionSet::avx512) {
-    if constexpr (single) return avx512::float_kernels();
-    else return avx512::double_kernels();
+    if constexpr (single)
+      return avx512::float_kernels();
+    else
+      return avx512::double_kernels();
   }
   if (instruction_set() == InstructionSet::avx2) {
-    if constexpr (single) return avx2::float_kernels();
-    else return avx2::double_kernels();
+    if constexpr (single)
+      return avx2::float_kernels();
+    else
+      return avx2::double_kernels();
   }
 #endif
-  if constexpr (single) return baseline::float_kernels();
-  else return baseline::double_kernels();
+  if constexpr (single)
+    return baseline::float_kernels();
+  else
+    return baseline::double_kernels();
 }
 
 // Units per thread for which starting a thread pays: a few microseconds of multiply-adds.
@@ -63,8 +69,10 @@ inline void prefer_large_pages(void* data, int64_t bytes) {
 inline void prefetch(const char* row, int64_t bytes, bool to_write) {
 #if defined(__GNUC__)
   for (int64_t k = 0; k < std::min<int64_t>(bytes, 1024); k += 64) {
-    if (to_write) __builtin_prefetch(row + k, 1);
-    else __builtin_prefetch(row + k, 0);
+    if (to_write)
+      __builtin_prefetch(row + k, 1);
+    else
+      __builtin_prefetch(row + k, 0);
   }
 #else
   (void)row, (void)bytes, (void)to_write;
@@ -181,10 +189,9 @@ template <class T>
 void invert_norms(T* squared, int64_t n, T squared_eps) {
   for (int64_t i = 0; i < n; ++i) {
     const T value = squared[i];
-    squared[i] = value <= squared_eps ? T(0)
-                 : value == std::numeric_limits<T>::infinity()
-                     ? std::numeric_limits<T>::quiet_NaN()
-                     : T(1) / std::sqrt(value);
+    squared[i] = value <= squared_eps                          ? T(0)
+                 : value == std::numeric_limits<T>::infinity() ? std::numeric_limits<T>::quiet_NaN()
+                                                               : T(1) / std::sqrt(value);
   }
 }
 

@@ -94,7 +94,8 @@ void forms(Block<const T> unit, const T* packed, T* form) {
         }
       }
     }
-    for (int64_t r = 0; r < kProductRows && top + r < unit.rows; ++r) form[top + r] = sum<T>(sums[r]);
+    for (int64_t r = 0; r < kProductRows && top + r < unit.rows; ++r)
+      form[top + r] = sum<T>(sums[r]);
   }
 }
 

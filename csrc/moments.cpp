@@ -24,10 +24,10 @@
 namespace bstriplet {
 namespace {
 
-constexpr int64_t kPartRows = 4096;      // of one sum in the accumulation type
+constexpr int64_t kPartRows = 4096;       // of one sum in the accumulation type
 constexpr int64_t kBlockBytes = 1 << 17;  // of unit rows in a thread's scratch
-constexpr int64_t kFewestRows = 96;      // of a block: a matrix is read once for all of them
-constexpr int64_t kAhead = 8;  // rows that are asked for before they are read or written
+constexpr int64_t kFewestRows = 96;       // of a block: a matrix is read once for all of them
+constexpr int64_t kAhead = 8;             // rows that are asked for before they are read or written
 constexpr int64_t kPackedNumbers = 1 << 21;  // of the matrices that are packed at once
 
 // Consecutive rows in class order.
@@ -43,7 +43,8 @@ template <class Take>
 void split(Range range, int64_t most, Take take) {
   const int64_t parts = round_up(range.size(), most) / most;
   for (int64_t p = 0; p < parts; ++p) {
-    take(Range{range.begin + range.size() * p / parts, range.begin + range.size() * (p + 1) / parts});
+    take(Range{range.begin + range.size() * p / parts,
+               range.begin + range.size() * (p + 1) / parts});
   }
 }
 
@@ -235,30 +236,34 @@ class Moments {
 
   // Eq. 3's two means of each row, in the order of the embeddings.
   void means(const T* slots, const T* small, T* positive, T* negative) {
-    const Complements others = complements(small, [&](int64_t s, int64_t at) {
-      return static_cast<double>(slots[s * d_ * d_ + at]);
-    });
+    const Complements others = complements(
+        small, [&](int64_t s, int64_t at) { return static_cast<double>(slots[s * d_ * d_ + at]); });
     small_means(others, positive, negative);
-    for_slot_batches(2, [&](int64_t s, int64_t p, T* const* packed) {
-      const T* own = slots + s * d_ * d_;
-      const std::vector<double>& rest = others.without(is_dominating(s));
-      pack_half(p, packed[0], [&](int64_t at) { return own[at]; });
-      pack_half(p, packed[1], [&](int64_t at) { return static_cast<T>(rest[at] - own[at]); },
-                is_dominating(s) ? rest.data() : nullptr);
-    }, [&](int64_t s, Range rows, T* const* packed) {
-      const int64_t c = classes_.small() + s;
-      const T weight_p = static_cast<T>(classes_.p(c)), weight_q = static_cast<T>(classes_.q(c));
-      const Scratch scratch = make_scratch(1);
-      read_units(rows, scratch.unit);
-      const Block<const T> unit = as_const(with_rows(scratch.unit, rows.size()));
-      k_.forms(unit, packed[0], scratch.numbers);
-      k_.forms(unit, packed[1], scratch.more_numbers);
-      for (int64_t i = 0; i < rows.size(); ++i) {
-        const int64_t at = order_[rows.begin + i];
-        positive[at] = weight_p * (scratch.numbers[i] - self(rows.begin + i));
-        negative[at] = weight_q * scratch.more_numbers[i];
-      }
-    });
+    for_slot_batches(
+        2,
+        [&](int64_t s, int64_t p, T* const* packed) {
+          const T* own = slots + s * d_ * d_;
+          const std::vector<double>& rest = others.without(is_dominating(s));
+          pack_half(p, packed[0], [&](int64_t at) { return own[at]; });
+          pack_half(
+              p, packed[1], [&](int64_t at) { return static_cast<T>(rest[at] - own[at]); },
+              is_dominating(s) ? rest.data() : nullptr);
+        },
+        [&](int64_t s, Range rows, T* const* packed) {
+          const int64_t c = classes_.small() + s;
+          const T weight_p = static_cast<T>(classes_.p(c)),
+                  weight_q = static_cast<T>(classes_.q(c));
+          const Scratch scratch = make_scratch(1);
+          read_units(rows, scratch.unit);
+          const Block<const T> unit = as_const(with_rows(scratch.unit, rows.size()));
+          k_.forms(unit, packed[0], scratch.numbers);
+          k_.forms(unit, packed[1], scratch.more_numbers);
+          for (int64_t i = 0; i < rows.size(); ++i) {
+            const int64_t at = order_[rows.begin + i];
+            positive[at] = weight_p * (scratch.numbers[i] - self(rows.begin + i));
+            negative[at] = weight_q * scratch.more_numbers[i];
+          }
+        });
   }
 
   // dL/df for a = dL/dl [h > 0], in class order.
@@ -268,50 +273,52 @@ class Moments {
       return;
     }
     const Weighted weighted = weighted_moments(a, slots, small);
-    const Complements columns = complements(small, [&](int64_t s, int64_t at) {
-      return static_cast<double>(slots[s * d_ * d_ + at]);
-    });
+    const Complements columns = complements(
+        small, [&](int64_t s, int64_t at) { return static_cast<double>(slots[s * d_ * d_ + at]); });
     const Complements rows_served = complements(weighted.small.data(), [&](int64_t s, int64_t at) {
       return classes_.q(classes_.small() + s) * weighted.at(s, at);
     });
     small_gradient(a, columns, rows_served, sigma, result);
     // What a row's own loss makes of it, and what the rows make of it whose column it is.
-    for_slot_batches(2, [&](int64_t s, int64_t p, T* const* packed) {
-      const int64_t c = classes_.small() + s;
-      const double weight_p = classes_.p(c), weight_q = classes_.q(c);
-      const T* own = slots + s * d_ * d_;
-      const bool dominates = is_dominating(s);
-      const std::vector<double>& rest = columns.without(dominates);
-      const std::vector<double>& rest_served = rows_served.without(dominates);
-      const auto as_row = [&](int64_t at) {
-        const double mine = own[at], others = dominates ? rest[at] : rest[at] - mine;
-        return 2 * (sigma * weight_q * others - weight_p * mine);
-      };
-      const auto as_column = [&](int64_t at) {
-        const double mine = weighted.at(s, at);
-        const double others = dominates ? rest_served[at] : rest_served[at] - weight_q * mine;
-        return 2 * (sigma * others - weight_p * mine);
-      };
-      if (weighted.is_level[s]) {
-        const double level = weighted.level[s];
-        pack(p, packed[0], [&](int64_t at) { return level * as_row(at) + as_column(at); });
-      } else {
-        pack(p, packed[0], as_row);
-        pack(p, packed[1], as_column);
-      }
-    }, [&](int64_t s, Range rows, T* const* packed) {
-      const Scratch scratch = make_scratch(2);
-      read_units(rows, scratch.unit);
-      const Block<const T> unit = as_const(with_rows(scratch.unit, rows.size()));
-      const Block<T> v = with_rows(scratch.result, rows.size());
-      if (weighted.is_level[s]) {
-        k_.multiply(unit, packed[0], nullptr, false, v);
-      } else {
-        k_.multiply(unit, packed[0], a + rows.begin, false, v);
-        k_.multiply(unit, packed[1], nullptr, true, v);
-      }
-      write(rows, v, unit, result);
-    });
+    for_slot_batches(
+        2,
+        [&](int64_t s, int64_t p, T* const* packed) {
+          const int64_t c = classes_.small() + s;
+          const double weight_p = classes_.p(c), weight_q = classes_.q(c);
+          const T* own = slots + s * d_ * d_;
+          const bool dominates = is_dominating(s);
+          const std::vector<double>& rest = columns.without(dominates);
+          const std::vector<double>& rest_served = rows_served.without(dominates);
+          const auto as_row = [&](int64_t at) {
+            const double mine = own[at], others = dominates ? rest[at] : rest[at] - mine;
+            return 2 * (sigma * weight_q * others - weight_p * mine);
+          };
+          const auto as_column = [&](int64_t at) {
+            const double mine = weighted.at(s, at);
+            const double others = dominates ? rest_served[at] : rest_served[at] - weight_q * mine;
+            return 2 * (sigma * others - weight_p * mine);
+          };
+          if (weighted.is_level[s]) {
+            const double level = weighted.level[s];
+            pack(p, packed[0], [&](int64_t at) { return level * as_row(at) + as_column(at); });
+          } else {
+            pack(p, packed[0], as_row);
+            pack(p, packed[1], as_column);
+          }
+        },
+        [&](int64_t s, Range rows, T* const* packed) {
+          const Scratch scratch = make_scratch(2);
+          read_units(rows, scratch.unit);
+          const Block<const T> unit = as_const(with_rows(scratch.unit, rows.size()));
+          const Block<T> v = with_rows(scratch.result, rows.size());
+          if (weighted.is_level[s]) {
+            k_.multiply(unit, packed[0], nullptr, false, v);
+          } else {
+            k_.multiply(unit, packed[0], a + rows.begin, false, v);
+            k_.multiply(unit, packed[1], nullptr, true, v);
+          }
+          write(rows, v, unit, result);
+        });
   }
 
  private:
@@ -349,8 +356,12 @@ class Moments {
     const int64_t similarity_stride = round_up(members, kPad) + kPad;
     T* const base = thread_scratch<T>(blocks * block + 2 * rows + members * similarity_stride);
     T* const numbers = base + blocks * block;
-    return {{base, block_rows_, d_, stride_}, {base + (blocks - 1) * block, block_rows_, d_, stride_},
-            numbers,  numbers + rows, numbers + 2 * rows, similarity_stride};
+    return {{base, block_rows_, d_, stride_},
+            {base + (blocks - 1) * block, block_rows_, d_, stride_},
+            numbers,
+            numbers + rows,
+            numbers + 2 * rows,
+            similarity_stride};
   }
 
   static Block<T> with_rows(Block<T> block, int64_t rows) {
@@ -398,19 +409,19 @@ class Moments {
   template <class Fill>
   Matrices<T> part_moments(const std::vector<Part>& parts, const Fill& fill) const {
     Matrices<T> sums(static_cast<int64_t>(parts.size()), d_, wide_);
-    torch::stable::parallel_for(
-        0, static_cast<int64_t>(parts.size()), grain(part_rows_ * d_ * d_ / 2),
-        [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) {
-            std::fill(sums[i], sums[i] + sums.size(), T(0));
-            split(parts[i].rows, block_rows_, [&](Range rows) {
-              const Scratch scratch = make_scratch(2);
-              const T* const weighted = fill(rows, scratch);
-              k_.add_moment({weighted, rows.size(), d_, stride_},
-                            as_const(with_rows(scratch.unit, rows.size())), sums[i], wide_);
-            });
-          }
-        });
+    torch::stable::parallel_for(0, static_cast<int64_t>(parts.size()),
+                                grain(part_rows_ * d_ * d_ / 2), [&](int64_t begin, int64_t end) {
+                                  for (int64_t i = begin; i < end; ++i) {
+                                    std::fill(sums[i], sums[i] + sums.size(), T(0));
+                                    split(parts[i].rows, block_rows_, [&](Range rows) {
+                                      const Scratch scratch = make_scratch(2);
+                                      const T* const weighted = fill(rows, scratch);
+                                      k_.add_moment({weighted, rows.size(), d_, stride_},
+                                                    as_const(with_rows(scratch.unit, rows.size())),
+                                                    sums[i], wide_);
+                                    });
+                                  }
+                                });
     return sums;
   }
 
@@ -452,19 +463,23 @@ class Moments {
   template <class At>
   Complements complements(const T* small, const At& slot_at) const {
     Complements sums{std::vector<double>(d_ * d_), std::vector<double>(d_ * d_)};
-    torch::stable::parallel_for(
-        0, d_ * d_, grain(classes_.slots + 1), [&](int64_t begin, int64_t end) {
-          for (int64_t at = begin; at < end; ++at) sums.rest[at] = static_cast<double>(small[at]);
-          for (int64_t s = 0; s < classes_.slots; ++s) {
-            if (is_dominating(s)) continue;
-            for (int64_t at = begin; at < end; ++at) sums.rest[at] += slot_at(s, at);
-          }
-          for (int64_t at = begin; at < end; ++at) sums.total[at] = sums.rest[at];
-          if (classes_.dominating() >= 0) {
-            const int64_t s = classes_.slots - 1;
-            for (int64_t at = begin; at < end; ++at) sums.total[at] += slot_at(s, at);
-          }
-        });
+    torch::stable::parallel_for(0, d_ * d_, grain(classes_.slots + 1),
+                                [&](int64_t begin, int64_t end) {
+                                  for (int64_t at = begin; at < end; ++at)
+                                    sums.rest[at] = static_cast<double>(small[at]);
+                                  for (int64_t s = 0; s < classes_.slots; ++s) {
+                                    if (is_dominating(s)) continue;
+                                    for (int64_t at = begin; at < end; ++at)
+                                      sums.rest[at] += slot_at(s, at);
+                                  }
+                                  for (int64_t at = begin; at < end; ++at)
+                                    sums.total[at] = sums.rest[at];
+                                  if (classes_.dominating() >= 0) {
+                                    const int64_t s = classes_.slots - 1;
+                                    for (int64_t at = begin; at < end; ++at)
+                                      sums.total[at] += slot_at(s, at);
+                                  }
+                                });
     return sums;
   }
 
@@ -498,7 +513,8 @@ class Moments {
   int64_t packed_size() const { return panels() * k_.panel * d_; }
 
   // For the classes with slots, as many at once as there is room to pack matrices for: first
-  // make(slot, panel, matrices) of each panel, then use(slot, rows, matrices) of each block of rows.
+  // make(slot, panel, matrices) of each panel, then use(slot, rows, matrices) of each block of
+  // rows.
   template <class Make, class Use>
   void for_slot_batches(int64_t matrices, const Make& make, const Use& use) const {
     const int64_t each = matrices * packed_size();
@@ -517,16 +533,15 @@ class Moments {
           found[m] = packed.data() + (s - first) * each + m * packed_size();
         }
       };
-      torch::stable::parallel_for(
-          0, (last - first) * panels(), grain(4 * matrices * d_ * k_.panel),
-          [&](int64_t begin, int64_t end) {
-            T* found[2];
-            for (int64_t i = begin; i < end; ++i) {
-              const int64_t s = first + i / panels();
-              matrices_of(s, found);
-              make(s, i % panels(), found);
-            }
-          });
+      torch::stable::parallel_for(0, (last - first) * panels(), grain(4 * matrices * d_ * k_.panel),
+                                  [&](int64_t begin, int64_t end) {
+                                    T* found[2];
+                                    for (int64_t i = begin; i < end; ++i) {
+                                      const int64_t s = first + i / panels();
+                                      matrices_of(s, found);
+                                      make(s, i % panels(), found);
+                                    }
+                                  });
       units.clear();
       for (int64_t s = first; s < last; ++s) {
         split(classes_.range(classes_.small() + s), block_rows_,
@@ -547,7 +562,8 @@ class Moments {
   std::vector<Range> small_units() const {
     std::vector<Range> units;
     for (int64_t c = 0; c < classes_.small(); ++c) {
-      if (units.empty() || classes_.starts[c + 1] - classes_.starts[units.back().begin] > block_rows_) {
+      if (units.empty() ||
+          classes_.starts[c + 1] - classes_.starts[units.back().begin] > block_rows_) {
         units.push_back({c, c});
       }
       units.back().end = c + 1;
@@ -555,7 +571,9 @@ class Moments {
     return units;
   }
 
-  Range rows_of(Range unit) const { return {classes_.starts[unit.begin], classes_.starts[unit.end]}; }
+  Range rows_of(Range unit) const {
+    return {classes_.starts[unit.begin], classes_.starts[unit.end]};
+  }
 
   // S of one small class from its unit rows, the diagonal 0, whole vectors readable.
   void similarities(const T* unit, int64_t members, const Scratch& scratch) const {
@@ -563,7 +581,8 @@ class Moments {
     T* const s = scratch.similarity;
     std::fill(s, s + members * stride, T(0));
     const Matrix<T> rows{unit, members, d_, stride_};
-    k_.dots(rows, rows, s, stride, s, stride, scratch.more_numbers, 0, tiles(members, members, true));
+    k_.dots(rows, rows, s, stride, s, stride, scratch.more_numbers, 0,
+            tiles(members, members, true));
   }
 
   void small_means(const Complements& others, T* positive, T* negative) const {
@@ -573,33 +592,34 @@ class Moments {
       pack_half(p, packed.data(), [&](int64_t at) { return static_cast<T>(others.total[at]); });
     }
     const std::vector<Range> units = small_units();
-    torch::stable::parallel_for(0, static_cast<int64_t>(units.size()), unit_grain(),
-                                [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const Range rows = rows_of(units[i]);
-        const Scratch scratch = make_scratch(1);
-        read_units(rows, scratch.unit);
-        T* const all = scratch.numbers;
-        k_.forms(as_const(with_rows(scratch.unit, rows.size())), packed.data(), all);
-        for (int64_t c = units[i].begin; c < units[i].end; ++c) {
-          const int64_t members = classes_.size(c), first = classes_.starts[c] - rows.begin;
-          const T weight_p = static_cast<T>(classes_.p(c)), weight_q = static_cast<T>(classes_.q(c));
-          T* const own = scratch.more_numbers;
-          if (members > 1) {
-            similarities(scratch.unit.row(first), members, scratch);
-            k_.squared_norms({scratch.similarity, members, members, scratch.similarity_stride}, own,
-                             0, members);
-          } else {
-            own[0] = 0;
+    torch::stable::parallel_for(
+        0, static_cast<int64_t>(units.size()), unit_grain(), [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) {
+            const Range rows = rows_of(units[i]);
+            const Scratch scratch = make_scratch(1);
+            read_units(rows, scratch.unit);
+            T* const all = scratch.numbers;
+            k_.forms(as_const(with_rows(scratch.unit, rows.size())), packed.data(), all);
+            for (int64_t c = units[i].begin; c < units[i].end; ++c) {
+              const int64_t members = classes_.size(c), first = classes_.starts[c] - rows.begin;
+              const T weight_p = static_cast<T>(classes_.p(c)),
+                      weight_q = static_cast<T>(classes_.q(c));
+              T* const own = scratch.more_numbers;
+              if (members > 1) {
+                similarities(scratch.unit.row(first), members, scratch);
+                k_.squared_norms({scratch.similarity, members, members, scratch.similarity_stride},
+                                 own, 0, members);
+              } else {
+                own[0] = 0;
+              }
+              for (int64_t r = 0; r < members; ++r) {
+                const int64_t at = order_[classes_.starts[c] + r];
+                positive[at] = weight_p * own[r];
+                negative[at] = weight_q * (all[first + r] - own[r] - self(classes_.starts[c] + r));
+              }
+            }
           }
-          for (int64_t r = 0; r < members; ++r) {
-            const int64_t at = order_[classes_.starts[c] + r];
-            positive[at] = weight_p * own[r];
-            negative[at] = weight_q * (all[first + r] - own[r] - self(classes_.starts[c] + r));
-          }
-        }
-      }
-    });
+        });
   }
 
   void small_gradient(const T* a, const Complements& columns, const Complements& served,
@@ -618,25 +638,28 @@ class Moments {
         factor[i] = a[i] * static_cast<T>(classes_.q(c));
       }
     }
-    const bool is_level = std::all_of(factor.begin(), factor.end(), [&](T x) { return x == factor[0]; });
+    const bool is_level =
+        std::all_of(factor.begin(), factor.end(), [&](T x) { return x == factor[0]; });
     if (is_level) {
-      for (int64_t i = 0; i < packed_size(); ++i) as_column.data()[i] += factor[0] * as_row.data()[i];
+      for (int64_t i = 0; i < packed_size(); ++i)
+        as_column.data()[i] += factor[0] * as_row.data()[i];
     }
     const std::vector<Range> units = small_units();
-    torch::stable::parallel_for(0, static_cast<int64_t>(units.size()), unit_grain(),
-                                [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const Range rows = rows_of(units[i]);
-        const Scratch scratch = make_scratch(2);
-        read_units(rows, scratch.unit);
-        const Block<const T> unit = as_const(with_rows(scratch.unit, rows.size()));
-        const Block<T> v = with_rows(scratch.result, rows.size());
-        k_.multiply(unit, as_column.data(), nullptr, false, v);
-        if (!is_level) k_.multiply(unit, as_row.data(), factor.data() + rows.begin, true, v);
-        for (int64_t c = units[i].begin; c < units[i].end; ++c) add_own(c, rows, a, sigma, scratch);
-        write(rows, v, unit, result);
-      }
-    });
+    torch::stable::parallel_for(
+        0, static_cast<int64_t>(units.size()), unit_grain(), [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) {
+            const Range rows = rows_of(units[i]);
+            const Scratch scratch = make_scratch(2);
+            read_units(rows, scratch.unit);
+            const Block<const T> unit = as_const(with_rows(scratch.unit, rows.size()));
+            const Block<T> v = with_rows(scratch.result, rows.size());
+            k_.multiply(unit, as_column.data(), nullptr, false, v);
+            if (!is_level) k_.multiply(unit, as_row.data(), factor.data() + rows.begin, true, v);
+            for (int64_t c = units[i].begin; c < units[i].end; ++c)
+              add_own(c, rows, a, sigma, scratch);
+            write(rows, v, unit, result);
+          }
+        });
   }
 
   // What the members of a small class make of each other: their share as others, which the moments

@@ -77,8 +77,8 @@ Tensor empty_tensor(std::initializer_list<int64_t> sizes, ScalarType dtype, cons
                        : dtype == ScalarType::Double ? aoti_torch_dtype_float64()
                                                      : aoti_torch_dtype_float32();
   const AOTITorchError error =
-      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
-                               type, device_type, device_index, &made);
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, type,
+                               device_type, device_index, &made);
   STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "cannot allocate memory for ", numbers, " numbers");
   return Tensor(made);
 }

@@ -1,5 +1,5 @@
-// What torch.ops.bstriplet.batch_similarity is given and returns on any device, and the check of it:
-// after `checked` a kernel may follow every pointer.
+// What torch.ops.bstriplet.batch_similarity is given and returns on any device, and the check of
+// it: after `checked` a kernel may follow every pointer.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -37,12 +37,12 @@ struct Options {
 };
 
 struct Inputs {
-  Tensor embeddings;                  // [N, D]
-  std::optional<Tensor> ref_emb;      // [M, D]
-  Tensor labels;                      // [N] int64
-  std::optional<Tensor> ref_labels;   // [M] int64
-  std::optional<Tensor> upstream;     // [N] of the accumulation dtype
-  ScalarType accumulation;            // Double where an embedding is, else Float
+  Tensor embeddings;                 // [N, D]
+  std::optional<Tensor> ref_emb;     // [M, D]
+  Tensor labels;                     // [N] int64
+  std::optional<Tensor> ref_labels;  // [M] int64
+  std::optional<Tensor> upstream;    // [N] of the accumulation dtype
+  ScalarType accumulation;           // Double where an embedding is, else Float
 
   int64_t rows() const { return embeddings.size(0); }
   int64_t depth() const { return embeddings.size(1); }
