@@ -15,9 +15,9 @@ class Constants(NamedTuple):
 
 
 CONSTANTS: dict[str, dict[str, Constants]] = {
-    "cpu": {  # AMD EPYC, 2 cores, 2 threads, 7b60c87d40
-        "reference": Constants(4.792e-04, 7.053e-12, 1.414e-10),
-        "native": Constants(7.773e-05, 4.354e-12, 1.583e-10),
-        "gram": Constants(1.555e-03, 9.594e-12, 2.094e-10),
+    "cpu": {  # AMD EPYC (AVX2), 2 cores, 2 threads, 0b0ba085c0
+        "reference": Constants(1.170e-03, 9.775e-12, 1.118e-10),
+        "native": Constants(1.526e-04, 6.324e-12, 1.839e-10),
+        "gram": Constants(6.389e-04, 1.122e-11, 1.013e-11),
     },
 }
