@@ -28,6 +28,7 @@ SMALL_ROWS = 64
 MAX_PARTS = 8
 """Among how many programs the columns of one tile of rows are shared out at most."""
 _INTERPRETER_PROCESSORS = 6  # so that small inputs share columns out there too
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # here, since no trace can ask
 _FIRST_CAPABILITY = 8  # the first with bfloat16 and tf32 products
 
 
@@ -299,7 +300,7 @@ def _sides(embeddings: Tensor, ref_emb: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def missing() -> str | None:
     """What is not here that the kernels need: Triton, and a GPU or Triton's interpreter."""
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         return "Triton is not installed (on Linux: pip install triton; on Windows: triton-windows)"
     if not (torch.cuda.is_available() or interpreted()):
         return "it needs a GPU (on a CPU, TRITON_INTERPRET=1 runs the kernels slowly, for tests)"
