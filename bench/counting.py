@@ -16,14 +16,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 _WRITE_ONLY = ("_like", "new_", "zeros", "ones", "full", "arange", "eye", "scalar_tensor")
+_SELECTS = ("index_select", "index", "gather")  # read what comes out, not all they are given
+_MOVES = (*_SELECTS, "index_copy_", "copy_", "clone", "cat", "_to_copy")
 
 
 class Operations(TorchDispatchMode):
     """Counts while it is entered: products by torch's own formulas, others one FLOP an element.
 
-    Bytes are what each operator reads and writes where nothing is fused and nothing stays in a
-    cache. What one opaque operator does inside (a compiled graph, a custom operator) is not seen;
-    `opaque` then names it.
+    What only moves data has no FLOPs. Bytes are what each operator reads and writes where nothing
+    is fused and nothing stays in a cache. What one opaque operator does inside (a compiled graph, a
+    custom operator) is not seen; `opaque` then names it.
     """
 
     def __init__(self) -> None:
@@ -47,12 +49,17 @@ class Operations(TorchDispatchMode):
         if _is_view(func) or name in ("empty", "empty_like", "new_empty", "detach"):
             return out
         written = _tensors(out)
-        read = [] if any(word in name for word in _WRITE_ONLY) else _tensors((args, kwargs))
+        inputs = (args, {key: value for key, value in kwargs.items() if key != "out"})
+        read = [] if any(word in name for word in _WRITE_ONLY) else _tensors(inputs)
+        if name in _SELECTS:
+            read = written
+        elif name == "index_copy_":
+            read = written = [args[3]]
         self.bytes += sum(map(_bytes, written)) + sum(map(_bytes, read))
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=out)
-        elif read:
+        elif read and name not in _MOVES:
             self.flops += max((t.numel() for t in (*written, *read)), default=0)
         return out
 

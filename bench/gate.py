@@ -20,6 +20,7 @@ TOLERANCE = {
 }
 """Relative error with which a row is still written; what it was stands in the row."""
 _MOST_ROWS = 2048
+_SMALLEST = 1e-30  # a triplet loss without a triplet inside its margin is 0, and so its gradient
 
 
 class Errors(NamedTuple):
@@ -80,14 +81,14 @@ class Gate:
             x, labels = x[:_MOST_ROWS], labels[:_MOST_ROWS]
             loss, gradient = self._result(provider, x, labels)
         true_loss, true_gradient = self._result(provider, x.double(), labels)
-        scale = abs(_value(true_loss)) + 1e-30
+        scale = abs(_value(true_loss)) + _SMALLEST
         error = abs(_value(loss) - _value(true_loss)) / scale
         if true_gradient is None:
             return Errors(error)
         if gradient is None:
             return Errors(error, math.inf)
-        difference = (gradient.double() - true_gradient).norm() / true_gradient.norm()
-        return Errors(error, difference.item())
+        difference = (gradient.double() - true_gradient).norm().item()
+        return Errors(error, difference / (true_gradient.norm().item() + _SMALLEST))
 
     def _result(
         self, provider: Provider, x: Tensor, labels: Tensor

@@ -23,10 +23,11 @@ from .providers import BASELINE, COMPILED, FLOOR, OURS, PEER, Provider, Step, pr
 from .table import EAGER, GRAPH, OK, Row
 
 OUT_OF_MEMORY = "out of memory"
+_NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "bad_alloc")  # torch, csrc/, C++
 CALL_LIMIT_S = 60.0
 COMPILE_LIMIT_S = 300.0
-_FREE_CALL_S = 3.0
-_LARGE_N = 8192
+_FREE_CALL_S = 0.5
+_LARGE_N = 4096
 _MOST_BUFFERS = 512
 # A step that synchronises fails to be captured; those that may come last, and disturb nobody.
 _CAPTURE_ORDER = {FLOOR: 0, OURS: 1, COMPILED: 2, BASELINE: 3, PEER: 4}
@@ -246,7 +247,7 @@ def _failure(error: Exception) -> str:
     """One line that says why there is no time."""
     text = str(error).strip().splitlines() or [type(error).__name__]
     is_memory = isinstance(error, torch.cuda.OutOfMemoryError | MemoryError)
-    if is_memory or any(word in text[0] for word in ("can't allocate memory", "bad_alloc")):
+    if is_memory or any(word in text[0] for word in _NO_MEMORY):
         return OUT_OF_MEMORY
     return f"{type(error).__name__}: {text[0][:160]}"
 

@@ -52,7 +52,9 @@ def _budgeted(suite: Suite, seconds: float | None) -> Suite:
     """The suite with another time for each provider, and as few samples as fit it."""
     if seconds is None:
         return suite
-    return replace(suite, budget=replace(suite.budget, seconds=seconds, least=1))
+    budget = replace(suite.budget, seconds=seconds, least=1)
+    parts = tuple(part._replace(budget=None) for part in suite.parts)
+    return replace(suite, parts=parts, budget=budget)
 
 
 def run_suite(suite: Suite, worker: Worker) -> list[Row]:
@@ -60,11 +62,11 @@ def run_suite(suite: Suite, worker: Worker) -> list[Row]:
     print(f"{suite.name}: {suite.purpose}", flush=True)
     commit, rows = machine.commit(), []
     limits = _Limits()
-    for case, wanted in suite.work():
+    for case, wanted, budget in suite.work():
         start = time.monotonic()
         known = steps.providers() if case.backbone else providers()
         names = tuple(p.name for p in known.values() if {p.group, p.name} & {*wanted})
-        job = Job(suite.name, case, names, limits.known(case, names), suite.budget)
+        job = Job(suite.name, case, names, limits.known(case, names), budget)
         found = [replace(row, commit=commit) for row in _run_job(job, known, worker)]
         limits.learn(case, found)
         rows += found

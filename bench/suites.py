@@ -33,6 +33,7 @@ _ALL = (FLOOR, BASELINE, COMPILED, PEER, OURS)
 _UNCOMPILED = (FLOOR, BASELINE, PEER, OURS)
 _NO_PEERS = (FLOOR, BASELINE, OURS)
 _FAST = ("native", "gram", "triton", "auto")  # ours, without the reference
+_FAST_AND_BASELINE = (FLOOR, BASELINE, *_FAST)
 _LINEAR = (EMPTY, MOMENT_PRODUCTS, ROW_MOVES, "gram", "auto")  # the others would take N^2
 _BUDGET = Budget()
 _GPU_SPEEDUP = 4  # a GPU's clock scatters less, and each provider is measured in two modes
@@ -40,10 +41,13 @@ _BOTH = (FORWARD, FORWARD_BACKWARD)
 
 
 class Part(NamedTuple):
-    """Cases in ascending size, and the groups or names of the providers that run on them."""
+    """Cases in ascending size, the groups or names of the providers that run on them, and the time
+    for each where it is not the suite's.
+    """
 
     cases: tuple[Case, ...]
     wanted: tuple[str, ...]
+    budget: Budget | None = None
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,15 @@ class Suite:
     @property
     def cases(self) -> tuple[Case, ...]:
         """The cases of all parts."""
-        return tuple(case for case, _ in self.work())
+        return tuple(case for case, *_ in self.work())
 
-    def work(self) -> Iterator[tuple[Case, tuple[str, ...]]]:
-        """Each case, and what runs on it."""
-        return ((case, part.wanted) for part in self.parts for case in part.cases)
+    def work(self) -> Iterator[tuple[Case, tuple[str, ...], Budget]]:
+        """Each case, what runs on it, and how long."""
+        return (
+            (case, part.wanted, part.budget or self.budget)
+            for part in self.parts
+            for case in part.cases
+        )
 
 
 def suites(device: str = "cpu") -> dict[str, Suite]:
@@ -70,12 +78,12 @@ def suites(device: str = "cpu") -> dict[str, Suite]:
     every = (
         Suite("smoke", "every line of the framework, in seconds", _smoke(), Budget(0.01)),
         Suite("targets", "the work that the targets name", _targets(device), Budget(0.6, least=5)),
-        Suite("paper", "the paper's batches, Fig. 5", _paper(), Budget(0.25)),
+        Suite("paper", "the paper's batches, Fig. 5", _paper(), Budget(0.15)),
         Suite("sweep", "N to a million", _sweep(), Budget(0.15)),
-        Suite("classes", "2 to N/2 classes, even and not", _classes(), Budget(0.25)),
-        Suite("dtypes", "precisions", _dtypes(), Budget(0.25)),
+        Suite("classes", "2 to N/2 classes, even and not", _classes(), Budget(0.15)),
+        Suite("dtypes", "precisions", _dtypes(), Budget(0.15)),
         Suite("threads", "one thread and all", _threads()),
-        Suite("hinge", "the share of rows with h_i > 0", _hinge()),
+        Suite("hinge", "the share of rows with h_i > 0", _hinge(), Budget(0.2)),
         Suite("crossover", "which path is fastest where", _crossover(), Budget(0.15)),
         Suite("training_step", "a step with and without the loss", _training_steps(), Budget(1.0)),
     )
@@ -86,7 +94,7 @@ def suites(device: str = "cpu") -> dict[str, Suite]:
         name: replace(
             suite,
             parts=tuple(_on(device, part) for part in suite.parts),
-            budget=replace(suite.budget, seconds=suite.budget.seconds / _GPU_SPEEDUP),
+            budget=_quicker(suite.budget),
         )
         for name, suite in found.items()
         if name != "threads"
@@ -101,7 +109,12 @@ DEFAULT = (
 
 def _on(device: str, part: Part) -> Part:
     """The part on a GPU; its threads do not matter."""
-    return part._replace(cases=tuple(replace(case, device=device) for case in part.cases))
+    cases = tuple(replace(case, device=device) for case in part.cases)
+    return part._replace(cases=cases, budget=part.budget and _quicker(part.budget))
+
+
+def _quicker(budget: Budget) -> Budget:
+    return replace(budget, seconds=budget.seconds / _GPU_SPEEDUP)
 
 
 def _smoke() -> tuple[Part, ...]:
@@ -118,14 +131,13 @@ def _targets(device: str) -> tuple[Part, ...]:
         pairs.append(Case(4096, 512, 8, "bfloat16"))
     linear = (
         Case(65536, 128, 8192), Case(1 << 17, 128, 10), Case(1 << 18, 128, 10),
-        Case(1 << 20, 128, 10),
     )  # fmt: skip
     return (
         Part((Case(36, 1280, 3), Case(1024, 128, 3)), (*_NO_PEERS, COMPILED)),
         Part((Case(36, 128, 3), Case(256, 512, 8), Case(1024, 512, 8)),
              (*_NO_PEERS, "compiled naive")),
-        Part(tuple(pairs), _NO_PEERS),
-        Part(linear, _LINEAR),
+        Part(tuple(pairs), _FAST_AND_BASELINE),
+        Part(linear, _LINEAR, Budget(2.0)),
     )  # fmt: skip
 
 
@@ -138,21 +150,24 @@ def _paper() -> tuple[Part, ...]:
 def _sweep() -> tuple[Part, ...]:
     """Each D up to a size that takes seconds a call, the others up to where they fail or take one.
 
-    Beyond N = 32,768 what needs N^2 memory is asked for only to have the row that says so.
+    Where what needs N^2 memory does not fit, it is asked for to have the row that says so.
     """
-    small, quadratic = (64, 256, 1024), (BASELINE, *PML)
-    refused = (*quadratic, "reference", "native", PAIR_PRODUCTS)
+    peers = (*PML[:3], "tiled SupCon", "Liger InfoNCE")  # N^3 triplets: up to N = 256, and 4,096
+    refused = (BASELINE, *PML, "reference", "native", PAIR_PRODUCTS)
     return (
-        Part((Case(256, 128, 10, operation=FORWARD), Case(4096, 128, 10, operation=FORWARD)),
-             _UNCOMPILED),
-        Part(tuple(Case(n, 128, 10) for n in (*small, 4096, 1 << 14)), _UNCOMPILED),
-        Part((Case(1 << 15, 128, 10),), (*_LINEAR, *quadratic)),
+        Part((Case(256, 128, 10, operation=FORWARD),), _UNCOMPILED),
+        Part((Case(4096, 128, 10, operation=FORWARD),), _FAST_AND_BASELINE),
+        Part((Case(64, 128, 10), Case(256, 128, 10)), _UNCOMPILED),
+        Part((Case(1024, 128, 10),), (*_NO_PEERS, *peers)),
+        Part((Case(4096, 128, 10),), _UNCOMPILED),
+        Part((Case(1 << 14, 128, 10),), (*_FAST_AND_BASELINE, *peers[3:])),
+        Part((Case(1 << 15, 128, 10),), (*_LINEAR, *PML)),
         Part((Case(1 << 17, 128, 10),), (*_LINEAR, *refused, "triton")),
-        Part((Case(1 << 20, 128, 10),), (*_LINEAR, *refused)),
-        *(Part(tuple(Case(n, d, 10) for n in small), _UNCOMPILED) for d in (512, 1280)),
-        *(Part((Case(4096, d, 10),), _NO_PEERS) for d in (512, 1280)),
-        Part((Case(1 << 14, 512, 10), Case(1 << 17, 512, 10), Case(1 << 14, 1280, 10)), _LINEAR),
-    )  # fmt: skip
+        Part((Case(1 << 20, 128, 10),), (*_LINEAR, *refused), Budget(6.0)),
+        *(Part((Case(64, d, 10), Case(1024, d, 10)), (*_NO_PEERS, *peers)) for d in (512, 1280)),
+        *(Part((Case(4096, d, 10),), _FAST_AND_BASELINE) for d in (512, 1280)),
+        Part((Case(1 << 17, 512, 10), Case(1 << 14, 1280, 10)), _LINEAR),
+    )
 
 
 def _classes() -> tuple[Part, ...]:
@@ -167,14 +182,17 @@ def _dtypes() -> tuple[Part, ...]:
     small, large = ((36, 1280, 3), (256, 256, 8)), (4096, 128, 10)
     return (
         Part(tuple(Case(*size, dtype) for size, dtype in product(small, DTYPES)), _NO_PEERS),
-        Part(tuple(Case(*large, dtype) for dtype in DTYPES), (OURS,)),
+        Part(tuple(Case(*large, dtype) for dtype in DTYPES), _FAST),
     )
 
 
 def _threads() -> tuple[Part, ...]:
-    sizes = ((36, 1280, 3), (1024, 512, 8), (4096, 128, 10))
     every = sorted({1, Case(2, 1, 1).threads})
-    return (Part(tuple(Case(*size, threads=t) for size, t in product(sizes, every)), _NO_PEERS),)
+    small, large = ((36, 1280, 3), (1024, 512, 8)), (4096, 128, 10)
+    return (
+        Part(tuple(Case(*size, threads=t) for size, t in product(small, every)), _NO_PEERS),
+        Part(tuple(Case(*large, threads=t) for t in every), (FLOOR, *_FAST)),
+    )
 
 
 def _hinge() -> tuple[Part, ...]:
@@ -197,8 +215,9 @@ def _crossover() -> tuple[Part, ...]:
         Case(n, d, min(classes[(i + j) % 3], n // 2))
         for (i, n), (j, d) in product(enumerate(ns), enumerate(ds))
     ]
-    small = tuple(case for case in grid if case.n <= 1024)
-    return Part(small, (OURS,)), Part(tuple(grid[len(small) :]), _FAST)
+    small = tuple(case for case in grid if case.n <= 2048)
+    large = tuple(case for case in grid if case.n > 2048)
+    return Part(small, (OURS,)), Part(large, _FAST, Budget(0.4, least=2))
 
 
 def _training_steps() -> tuple[Part, ...]:

@@ -15,7 +15,7 @@ Call = Callable[[], object]
 Turn = Callable[[int], list[float]]
 
 _TURN_S = 2e-3
-_LONG_CALL_S = 10.0
+_LONG_CALL_S, _SINGLE_CALL_S = 2.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,14 @@ class Budget:
     most: int = 1000
 
     def samples(self, call_s: float) -> int:
-        """None of a call of more than 10 s: it was made once already, and that is its sample."""
-        if call_s > _LONG_CALL_S:
+        """What fits the time, and `least` of a call of up to 2 s, one of a longer one.
+
+        None of a call of more than 10 s: it was made once already, and that is its sample.
+        """
+        if call_s > _SINGLE_CALL_S:
             return 0
-        return min(self.most, max(self.least, int(self.seconds / max(call_s, 1e-9))))
+        least = self.least if call_s <= _LONG_CALL_S else 1
+        return min(self.most, max(least, int(self.seconds / max(call_s, 1e-9))))
 
 
 def interleave(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_PAIRS = 1 << 24  # of float64 that are formed at once: 128 MiB
+_PAIRS = 1 << 22  # of float64 that are formed at once: 32 MiB
 _PANEL = 1 << 16
 _AGREEMENT = 1e-9
 

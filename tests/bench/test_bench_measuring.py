@@ -37,6 +37,8 @@ def test_interleaving_takes_turns_until_each_has_its_samples():
     turns = {name: turn(name) for name in call_s}
     samples = timing.interleave(turns, call_s, Budget(0.05, least=3, most=40))
     assert {name: len(s) for name, s in samples.items()} == {"slow": 3, "fast": 40, "slowest": 0}
+    assert Budget(0.05).samples(2.5) == 1
+    assert Budget(20.0).samples(5.0) == 4
     assert made[0] == "fast"  # its warm-up turn
     rounds = made[1:]
     assert set(rounds[:2]) == {"slow", "fast"}
@@ -63,6 +65,16 @@ def test_products_and_bytes_are_counted():
     assert operations.flops == 2 * 6 * 6 * 5 + 36 + 36
     assert operations.bytes == 4 * ((30 + 30 + 36) + (36 + 36) + (36 + 1))
     assert not operations.opaque
+
+
+def test_moving_rows_counts_the_rows_that_move():
+    x, home = torch.randn(100, 5), torch.empty(100, 5)
+    chosen, panel = torch.arange(7), torch.empty(7, 5)
+    with counting.Operations() as operations:
+        torch.index_select(x, 0, chosen, out=panel)
+        home.index_copy_(0, chosen, panel)
+    assert operations.flops == 0
+    assert operations.bytes == 2 * 2 * panel.nbytes
 
 
 def test_opaque_operators_are_named():

@@ -128,6 +128,18 @@ def test_peer_of_many_rows_is_judged_on_the_first(monkeypatch):
     assert errors.reason_to_refuse(torch.float32) is None
 
 
+def test_a_peer_without_a_triplet_inside_its_margin_is_right():
+    """Its loss and gradient are 0: no relative error is of that."""
+
+    def nothing(problem):
+        return lambda x, labels: (x.sum() * 0, torch.zeros_like(x))
+
+    problem = make_problem(Case(6, 16, 3))
+    provider = providers.Provider("x", providers.PEER, nothing, "itself")
+    judged = gate.Gate(problem).judge(provider, *nothing(problem)(problem.x, problem.labels))
+    assert judged == gate.Errors(0.0, 0.0)
+
+
 @pytest.mark.parametrize("active", [0.0, 0.1, 0.5, 1.0])
 def test_the_share_of_active_rows_is_as_asked(active):
     problem = make_problem(Case(200, 16, 4, active=active))
