@@ -25,6 +25,9 @@ _REINSTALL = (
 CUDA_ROWS = 64
 """The largest batch that the CUDA kernel, all in one launch, holds in shared memory."""
 
+_OUTPUTS = {"batch_similarity": 4, "moment_means": 7, "moment_gradient": 1}
+"""The operators that this package calls and how many tensors each returns."""
+
 
 def _load(name: str) -> str | None:
     """Load a compiled library; what is wrong where that fails, else None."""
@@ -39,7 +42,16 @@ def _load(name: str) -> str | None:
     return None
 
 
-_MISSING = _load("_native")
+def _older() -> str | None:
+    """What is wrong where the loaded library was built from other sources than these, else None."""
+    for name, outputs in _OUTPUTS.items():
+        operator = getattr(torch.ops.bstriplet, name, None)
+        if operator is None or len(operator.default._schema.returns) != outputs:
+            return f"_native was built from other sources, its {name} is another; {_REINSTALL}"
+    return None
+
+
+_MISSING = _load("_native") or _older()
 _MISSING_CUDA = "this torch has no CUDA" if torch.version.cuda is None else _MISSING
 if _MISSING_CUDA is None:
     _MISSING_CUDA = _load("_native_cuda")

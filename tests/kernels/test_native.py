@@ -328,3 +328,11 @@ def test_cuda_refuses_what_is_beyond_one_launch():
         operator(x, y)
     with pytest.raises(ValueError, match="at most 64 rows"):
         bstriplet_loss(x, y, impl="native")
+
+
+@pytest.mark.parametrize("outputs", [{"moment_means": 6}, {"no_such_operator": 1}])
+def test_a_library_of_other_sources_is_refused(outputs, monkeypatch):
+    assert native._older() is None
+    monkeypatch.setattr(native, "_OUTPUTS", outputs)
+    assert next(iter(outputs)) in native._older()
+    assert "reinstall" in native._older()
