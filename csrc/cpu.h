@@ -8,10 +8,6 @@
 #include <memory>
 #include <type_traits>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "kernels.h"
 #include "operator.h"
 
@@ -50,20 +46,6 @@ inline int64_t grain(int64_t multiply_adds_per_unit) {
   return std::max<int64_t>(1, (int64_t{1} << 18) / std::max<int64_t>(1, multiply_adds_per_unit));
 }
 
-// Large pages for memory of many megabytes: page faults and look-ups of small ones cost more there
-// than the arithmetic.
-constexpr int64_t kLargePage = int64_t{1} << 21;
-
-inline void prefer_large_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const auto from = static_cast<uintptr_t>(round_up(reinterpret_cast<uintptr_t>(data), kLargePage));
-  const auto to = (reinterpret_cast<uintptr_t>(data) + bytes) / kLargePage * kLargePage;
-  if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
-}
-
 // Bring the first part of a row to the cache, to be read or written soon; the processor follows a
 // longer row by itself.
 inline void prefetch(const char* row, int64_t bytes, bool to_write) {
@@ -79,23 +61,20 @@ inline void prefetch(const char* row, int64_t bytes, bool to_write) {
 #endif
 }
 
-// Uninitialised numbers from the start of a cache line, or of a large page, on.
+// Uninitialised numbers from the start of a cache line on.
 template <class T>
 class AlignedArray {
  public:
   AlignedArray() = default;
-  explicit AlignedArray(int64_t n) {
-    const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
-    const int64_t alignment = bytes >= kLargePage ? kLargePage : 64;
-    memory_.reset(new T[n + alignment / sizeof(T)]);
+  explicit AlignedArray(int64_t n) : memory_(new T[n + kLine]) {
     const auto address = reinterpret_cast<uintptr_t>(memory_.get());
-    data_ = memory_.get() + (round_up(address, alignment) - address) / sizeof(T);
-    prefer_large_pages(data_, bytes);
+    data_ = memory_.get() + (round_up(address, 64) - address) / sizeof(T);
   }
 
   T* data() const { return data_; }
 
  private:
+  static constexpr int64_t kLine = 64 / sizeof(T);
   std::unique_ptr<T[]> memory_;
   T* data_ = nullptr;
 };

@@ -798,7 +798,6 @@ Tensor gradient_of(const Tensor& a, const Tensor& embeddings, const Classes& cla
   for (int64_t i = 0; i < n; ++i) in_order[i] = given[places[i] * stride];
   Tensor result = empty_tensor({n, d}, accumulation, embeddings);
   T* const to = static_cast<T*>(result.mutable_data_ptr());
-  prefer_large_pages(to, n * d * static_cast<int64_t>(sizeof(T)));
   Moments<T>(embeddings, classes, places, inverses.data())
       .gradient(in_order.data(), static_cast<const T*>(slots.const_data_ptr()),
                 static_cast<const T*>(small.const_data_ptr()), sigma, to);
