@@ -1,4 +1,4 @@
-"""Any classification model of timm, giving the embedding and the logits made from it."""
+"""A classification model of timm, giving the embedding and the logits made from it."""
 
 from typing import Any, NamedTuple
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bstriplet import peleenet, shufflenet  # noqa: F401  (registers them with timm)
-from bstriplet.errors import unknown_name
+from bstriplet.errors import UserError, unknown_name
 
 
 class Output(NamedTuple):
@@ -17,14 +17,24 @@ class Output(NamedTuple):
     embeddings: Tensor
 
 
-def check_backbone(name: str) -> None:
-    """Raise an error with the nearest name if timm has no model called ``name``."""
+def check_backbone(name: str, image_size: int | None = None) -> None:
+    """Raise an error with the nearest name if timm has no model called ``name``.
+
+    Also if the model takes images of one size only, and that is not ``image_size``.
+    """
     if not timm.is_model(name):
         raise unknown_name(
             "--backbone",
             name,
             timm.list_models(),
             advice="Names are those of timm.list_models()",
+        )
+    cfg = timm.get_pretrained_cfg(name)
+    if image_size and cfg and cfg.fixed_input_size and cfg.input_size[-1] != image_size:
+        side = cfg.input_size[-1]
+        raise UserError(
+            f"--backbone: {name} takes images of {side} x {side} pixels only, not of {image_size}; "
+            f"give --image-size {side}, or choose another"
         )
 
 
@@ -44,6 +54,10 @@ class Classifier(nn.Module):
         super().__init__()
         check_backbone(backbone)
         self.backbone = timm.create_model(backbone, num_classes=num_classes, in_chans=channels)
+        if not isinstance(self.backbone.get_classifier(), nn.Linear):
+            raise UserError(
+                f"--backbone: {backbone} has no linear classifier of one embedding; choose another"
+            )
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
         self.register_buffer("std", torch.ones(channels, 1, 1))
         # Convolutions of light CNNs run up to twice as fast on a CPU with channels last in memory.

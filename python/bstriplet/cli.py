@@ -243,7 +243,7 @@ def _train(options: argparse.Namespace) -> None:
         config = replace(run.config(), **given)
         run.check_config(config)
     else:
-        check_new(options.out)
+        check_new(options.out, resume=options.resume)
     check_names(config)
     dataset = load_dataset(config.data, config.image_size, skip_broken=config.skip_broken)
     task = split_dataset(dataset, config)
@@ -310,7 +310,7 @@ def _plan(
                 "options as they were, or choose another --out"
             )
         return plan
-    check_new(options.out)
+    check_new(options.out, resume=options.resume)
     return Plan(config, schemes or default, seeds or DEFAULT_SEEDS)
 
 
@@ -323,7 +323,7 @@ def _demo(options: argparse.Namespace) -> None:
     folder = options.out / Path(plan.config.data).name
     check_free(folder)
     if not started(folder):
-        check_new(folder)
+        check_new(folder, resume=True)
     elif read_plan(folder) != plan:
         raise UserError(
             f"{folder} was started by another version or with other data; remove it, or choose "

@@ -65,6 +65,7 @@ class TrainConfig:
         f"pixels a side that images are resized to (default: {IMAGE_SIZE}; digits: "
         f"{DIGITS_IMAGE_SIZE})",
         minimum=8,
+        maximum=2048,
     )
     train_per_class: int = _option(
         "data", 0, "at most so many training images a class, validation included; 0: all", minimum=0
@@ -110,7 +111,7 @@ class TrainConfig:
         "data", False, "leave out images that cannot be read instead of stopping"
     )
     backbone: str = _option(
-        "model", "mobilenetv3_small_100", "any classification model of timm, by name"
+        "model", "mobilenetv3_small_100", "any timm model with a linear classifier, by name"
     )
     loss: str = _option(
         "loss",

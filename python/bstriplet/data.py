@@ -240,6 +240,7 @@ def split_dataset(dataset: Dataset, config: TrainConfig) -> Task:
             *dataset.notes,
             *splitter.notes,
             *_copies_note(dataset, {TRAIN: train, VALIDATION: validation, TEST: test}),
+            *_untested_note(dataset, test),
         ),
         key=dataset.key,
     )
@@ -465,6 +466,13 @@ def _contradictions_note(
                 f"{images.files[other]} ({classes[images.labels[other]]})"
             )
     return (f"{len(pairs)} images occur with another class: {_first(pairs)}",) if pairs else ()
+
+
+def _untested_note(dataset: Dataset, test: Ints) -> tuple[str, ...]:
+    """Return a note if classes have no test image: measures that need one are undefined."""
+    missing = set(range(len(dataset.classes))) - set(dataset.images.labels[test].tolist())
+    names = ", ".join(dataset.classes[label] for label in sorted(missing))
+    return (f"no test image of class {names}",) if missing else ()
 
 
 def _copies_note(dataset: Dataset, rows_of: dict[str, Ints]) -> tuple[str, ...]:

@@ -438,7 +438,8 @@ def _read_rows(
             for key, name in spelled.items():
                 if name is None and key not in optional:
                     raise UserError(
-                        f"{file} has no column {columns[key][0]!r}; it has {', '.join(header)}"
+                        f"{file} has no column {columns[key][0]!r}; it has "
+                        f"{', '.join(header) or 'none'}"
                     )
             for row in reader:
                 where = f"{file}, line {reader.line_num}"

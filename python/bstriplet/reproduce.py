@@ -255,7 +255,7 @@ def train_targets(
     )
     plan = Plan(config, tuple(schemes), tuple(range(n_seeds)))
     if not (out / STATE).exists():
-        check_new(out)
+        check_new(out, resume=True)
     elif difference := describe_difference(
         config, TrainConfig.from_dict(read_json(out / STATE)["config"])
     ):

@@ -78,7 +78,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {one_line(error)}") from error
+        raise UserError(f"cannot read {path}: {one_line(error)}; restore it") from error
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
@@ -89,11 +89,18 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     )
 
 
-def check_new(path: Path) -> None:
-    """Raise unless ``path`` is absent or a folder in which nothing has been begun."""
+def check_new(path: Path, *, resume: bool = False) -> None:
+    """Raise unless ``path`` is absent or a folder in which nothing has been begun.
+
+    resume: whether the command would have gone on with what it had left there itself.
+    """
     if path.exists() and not path.is_dir():
         raise UserError(f"output folder {path} is a file; choose another --out")
     if path.is_dir() and not all(entry.name.startswith(_FIRST_FILES) for entry in path.iterdir()):
+        if resume:
+            raise UserError(
+                f"{path} has files, but none that this command can go on from; choose another --out"
+            )
         raise UserError(
             f"output folder {path} already exists; continue it with --resume, or choose another "
             "--out"

@@ -50,7 +50,7 @@ def sweep_schemes(
 
 
 def cells(comparison: Comparison) -> list[Cell]:
-    """Return the cells of a sweep in its order; none where λ is not varied."""
+    """Return the cells of a sweep in its order; none for other comparisons."""
     found = []
     for scheme in comparison.schemes:
         accuracy = spread([run.metrics["accuracy"] for run in comparison.finished_of(scheme)])
@@ -61,7 +61,7 @@ def cells(comparison: Comparison) -> list[Cell]:
             found.append(Cell(varied["metric_weight"], varied.get("margin"), accuracy))
         else:
             return []
-    return found if len({cell.weight for cell in found}) > 1 else []
+    return found if any(cell.weight for cell in found) else []
 
 
 def write_tables(folder: Path) -> str:

@@ -96,7 +96,7 @@ def train(config: TrainConfig, task: Task, run: RunFolder) -> Row:
 
 def check_names(config: TrainConfig) -> None:
     """Raise if the backbone or the loss, names of other libraries, is not one of theirs."""
-    check_backbone(config.backbone)
+    check_backbone(config.backbone, config.image_size)
     check_loss(config.loss)
 
 

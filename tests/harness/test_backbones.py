@@ -8,6 +8,7 @@ import timm
 import torch
 import torchvision
 from bstriplet.backbones import Classifier
+from bstriplet.errors import UserError
 from bstriplet.shufflenet import interleave
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -193,6 +194,11 @@ def test_any_image_size_works(name: str, height: int, width: int) -> None:
     expected = (1, model.num_features, math.ceil(height / 32), math.ceil(width / 32))
     assert features.shape == expected
     assert features.isfinite().all()
+
+
+def test_a_network_with_two_classifiers_is_refused() -> None:
+    with pytest.raises(UserError, match="deit_tiny_distilled_patch16_224 has no linear classifier"):
+        Classifier("deit_tiny_distilled_patch16_224", num_classes=3, channels=1)
 
 
 @both

@@ -232,6 +232,8 @@ def one_clear_line_at_the_end(outcome: Outcome, *words: object) -> None:
         (["--batches", "minde"], ["--batches", "did you mean 'mined'"]),
         (["--epochs", "many"], ["--epochs", "many"]),
         (["--margin", "2"], ["--margin", "2.0", "at least 0 and at most 1"]),
+        (["--backbone", "vit_tiny_patch16_224"], ["--backbone", "--image-size 224", "not of 32"]),
+        (["--image-size", "100000"], ["--image-size", "100000", "at most 2048"]),
         (["--epoch-count", "3"], ["--epoch-count", "--help"]),
         (["--train-per-class", "1"], ["class '0' has 1 image", "2 or more"]),
         (["--folds", "1"], ["--folds 1", "2 folds or more"]),
@@ -357,7 +359,7 @@ def test_a_folder_of_other_things_is_not_resumed_into(tmp_path: Path, bstriplet:
     (tmp_path / "photos/holiday.txt").write_text("sun")
     before = snapshot(tmp_path)
     outcome = bstriplet("train", *tiny_flags(), "--out", tmp_path / "photos", "--resume")
-    one_clear_line(outcome, tmp_path / "photos", "already exists")
+    one_clear_line(outcome, tmp_path / "photos", "go on from", "another --out")
     assert snapshot(tmp_path) == before
 
 

@@ -125,6 +125,13 @@ def test_no_patient_is_on_two_sides(seed: int, sizes: list[int], fraction: float
     assert task.notes == ()
 
 
+def test_a_class_without_test_images_is_noted() -> None:
+    dataset = synthetic([9, 9, 9], None, n_test=3)
+    kept = ~((dataset.parts == "test") & (dataset.images.labels != 1))
+    dataset = replace(dataset, images=dataset.images.take(kept), parts=dataset.parts[kept])
+    assert split_dataset(dataset, TrainConfig()).notes == ("no test image of class c0, c2",)
+
+
 def test_too_few_patients_are_split_by_image_and_a_note_says_so() -> None:
     dataset = synthetic([10, 10], np.array([0] * 10 + list(range(1, 11))))
     task = split_dataset(dataset, TrainConfig())

@@ -86,6 +86,17 @@ def test_table_and_figure_hold_the_means(tmp_path: Path) -> None:
     assert by_cell[0.5, 0.5] == pytest.approx(accuracy)
 
 
+def test_a_sweep_of_m_alone_has_its_table_and_figure(tmp_path: Path) -> None:
+    schemes = [str(s) for s in sweep_schemes("ce+bst", "mined", [1.0], [0.5, 0.9])]
+    folder = write_comparison(tmp_path / "sweep", schemes, [0])
+    table = write_tables(folder).splitlines()
+    assert table[0] == "| ACC (%) | m = 0.5 | m = 0.9 |"
+    assert table[2].startswith("| λ = 1 |")
+    picture = figures.sweep(results.read(folder))
+    assert [panel.title for panel in picture.panels] == ["Accuracy by λ"]
+    picture.write(tmp_path)
+
+
 def test_other_comparisons_have_no_such_figure(tmp_path: Path) -> None:
     folder = write_comparison(tmp_path / "compare", ["ce:random", "ce+bst:mined"], [0])
     assert not figures.sweep(results.read(folder)).panels
