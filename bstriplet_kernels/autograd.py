@@ -87,6 +87,8 @@ class BatchSimilarity(torch.autograd.Function):
         compute = Gradient.apply if differentiable else _gradient
         if torch.compiler.is_compiling():
             compute = _gradient
+        elif differentiable and torch._C._functorch.is_legacy_batchedtensor(grad_loss):
+            compute = _reference_gradient  # of a Function, is_grads_batched would lose the graph
         grad, grad_ref = compute(grad_loss, *saved[:4], ctx.spec, ctx.path, *saved[4:])
         return (grad, grad_ref, *(None,) * (_N_INPUTS - 2))
 
@@ -167,6 +169,19 @@ def _gradient(
             tuple(state),
             spec,
         )
+
+
+def _reference_gradient(
+    grad_loss: Tensor,
+    embeddings: Tensor,
+    ref_emb: Tensor | None,
+    labels: Tensor,
+    ref_labels: Tensor | None,
+    spec: Spec,
+    *_: Any,
+) -> tuple[Tensor, Tensor | None]:
+    with _without_autocast(embeddings.device):
+        return reference.gradient(grad_loss, embeddings, ref_emb, labels, ref_labels, spec)
 
 
 class Gradient(torch.autograd.Function):

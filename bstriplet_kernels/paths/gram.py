@@ -70,6 +70,21 @@ def _gradients(
     return _schedule(embeddings, ref_emb).gradients(a, embeddings, ref_emb, state, sigma)
 
 
+@torch.library.impl("bstriplet::gram_gradients", "Batched")
+def _(
+    a: Tensor, embeddings: Tensor, ref_emb: Tensor | None, state: list[Tensor], sigma: float
+) -> list[Tensor]:
+    """`torch.autograd.grad(..., is_grads_batched=True)`: one call for each a of the batch.
+
+    torch loops over other operators by itself, but not over one that takes a list.
+    """
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    batch = torch._remove_batch_dim(a, level, 0, 0)
+    each = [torch.ops.bstriplet.gram_gradients(b, embeddings, ref_emb, state, sigma) for b in batch]
+    return [torch._add_batch_dim(torch.stack(g), 0, level) for g in zip(*each, strict=True)]
+
+
 @torch.library.register_fake("bstriplet::gram_gradients")
 def _(
     a: Tensor, embeddings: Tensor, ref_emb: Tensor | None, state: list[Tensor], sigma: float

@@ -119,6 +119,30 @@ def test_second_derivative_by_func_transforms(impl):
     torch.testing.assert_close(hessian, expected)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("with_ref", [False, True])
+def test_many_upstreams_at_once(impl, reduction, with_ref):
+    """`is_grads_batched`: what torch.autograd.functional's vectorize=True is made of."""
+    x, labels = batch(9, 4, 3, 0)
+    ref = batch(5, 4, 3, 1) if with_ref else (None, None)
+    skip_if_refused(impl, x, Options(reduction=reduction), ref[0])
+    sides = [side.requires_grad_() for side in (x, ref[0]) if side is not None]
+    names = {"reduction": reduction, "ref_emb": ref[0], "ref_labels": ref[1], "impl": impl}
+    loss = bstriplet_loss(x, labels, **names)
+    upstreams = torch.randn(3, *loss.shape, dtype=x.dtype, requires_grad=True)
+    each = [torch.autograd.grad(loss, sides, u, create_graph=True) for u in upstreams]
+    expected = [torch.stack(g) for g in zip(*each, strict=True)]
+    for options in ({"create_graph": True}, {"retain_graph": True}, {}):
+        got = torch.autograd.grad(loss, sides, upstreams, is_grads_batched=True, **options)
+        for g, e in zip(got, expected, strict=True):
+            torch.testing.assert_close(g, e)
+        if "create_graph" in options:
+            second = torch.autograd.grad(got[0].square().sum(), [*sides, upstreams])
+    expected = torch.autograd.grad(expected[0].square().sum(), [*sides, upstreams])
+    for s, e in zip(second, expected, strict=True):
+        torch.testing.assert_close(s, e)
+
+
 @pytest.mark.parametrize("dynamic", [False, True, None])
 def test_compiles_whole_with_static_and_dynamic_n(impl, dynamic):
     torch.compiler.reset()
