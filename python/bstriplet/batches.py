@@ -62,9 +62,14 @@ def make_sampler(config: TrainConfig, images: ImageSet) -> RandomBatchSampler | 
     copies = n_copies(config.augment)
     if config.batches == "random":
         return RandomBatchSampler(copies * len(images), config.batch_size, config.seed)
-    pixels = images.pixels[images.rows]
     try:
-        groups = mine_groups(pixels, images.labels, config.groups_per_class, seed=config.seed)
+        groups = mine_groups(
+            images.pixels,
+            images.labels,
+            config.groups_per_class,
+            rows=images.rows,
+            seed=config.seed,
+        )
         return GroupBatchSampler(
             groups.repeat(copies), config.batch_size, mode=config.group_share, seed=config.seed
         )

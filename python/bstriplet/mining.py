@@ -1,7 +1,8 @@
 """Groups of alike samples within each class (section 2.3, steps 1 and 2).
 
 K-means in each class, made to fit image sets of any size: what it is given are at most 64 principal
-coordinates of the class, and a large class goes through mini-batches.
+coordinates of the class, and a large class goes through mini-batches. Features are read a chunk at
+a time: what they take in memory does not grow with the set, and they may be a map of a file.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ MAX_AUTO_GROUPS = 8
 
 _AUTO_SAMPLES = 500  # a silhouette compares every pair of them
 _AUTO_REFERENCES = 19
-_CHUNK_VALUES = 1 << 22  # feature values held in float64 at a time
+_CHUNK_VALUES = 1 << 22  # feature values held at a time
 
 
 def mine_groups(
@@ -49,6 +50,7 @@ def mine_groups(
     labels: ArrayLike | torch.Tensor,
     n_groups: int | Mapping[Any, int] | Literal["auto"] = 2,
     *,
+    rows: ArrayLike | None = None,
     seed: int = 0,
 ) -> NDArray[np.int64]:
     """Cluster the samples of each class by K-means; return the group of each sample.
@@ -58,12 +60,15 @@ def mine_groups(
     ones of the class; classes of more than `MINI_BATCH_ABOVE` samples go through `MiniBatchKMeans`.
 
     Args:
-        features: [N, ...] real numbers, array or tensor (pixels, embeddings); taken as [N, D].
+        features: [N, ...] real numbers, array or tensor (pixels, embeddings); taken as [N, D]. Of
+            a `numpy.memmap` no more than a chunk is in memory.
         labels: [N] integers, bools or strings: the class of each sample.
         n_groups: how many groups to make of each class (2 in the paper's Chest-1); or a mapping
             that says it for each class; or `"auto"`: the number from 2 to `MAX_AUTO_GROUPS` with
             the best mean silhouette (Rousseeuw, 1987), or 1 where Gaussian samples of the same
             covariance can be cut as well as the class, so that it shows no clusters.
+        rows: [N] integers, where the samples are only some of the rows of features: which ones. The
+            groups are those of `features[rows]`, without that copy.
         seed: 0 to 2³² - 1. The same input and seed give the same groups.
 
     Returns:
@@ -74,12 +79,13 @@ def mine_groups(
     Raises:
         TypeError, ValueError: naming the argument, its value and what is allowed.
     """
-    rows = _feature_rows(features)
-    classes, members_of = _classes(labels, len(rows))
+    table = _feature_rows(features)
+    samples = _Samples(table, _row_numbers(rows, len(table)))
+    classes, members_of = _classes(labels, len(samples))
     wanted = _groups_wanted(n_groups, classes)
     check_scalar(seed, "seed", Integral, min_val=0, max_val=2**32 - 1)
-    spread = _finite_spread(rows)
-    groups = np.empty(len(rows), dtype=np.int64)
+    spread = _finite_spread(samples)
+    groups = np.empty(len(samples), dtype=np.int64)
     n_found = 0
     # K-means sums over threads in the order in which they finish. One thread gives the same bits
     # each time.
@@ -87,9 +93,9 @@ def mine_groups(
         # Samples that coincide up to rounding make fewer clusters: a result here, not a fault.
         warnings.simplefilter("ignore", ConvergenceWarning)
         for members, count in zip(members_of, wanted, strict=True):
-            clusters: NDArray[Any] | None = _one_group_each(rows, members, count or 1)
+            clusters: NDArray[Any] | None = _one_group_each(samples, members, count or 1)
             if clusters is None:
-                points = _principal_points(rows, members, spread, int(seed))
+                points = _principal_points(samples, members, spread, int(seed))
                 clusters = _k_means(points, count or _choose_count(points, int(seed)), int(seed))
             within = _in_order_of_appearance(clusters)
             groups[members] = n_found + within
@@ -97,14 +103,34 @@ def mine_groups(
     return groups
 
 
+class _Samples(NamedTuple):
+    """Features [M, D] and the rows [N] of them that are the samples."""
+
+    table: NDArray[Any]
+    rows: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def at(self, positions: NDArray[np.int64]) -> NDArray[Any]:
+        """[n, D] copies of the features of n samples."""
+        return self.table[self.rows[positions]]
+
+    def chunks(self, positions: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
+        """The features of samples, in their order, in parts of `_CHUNK_VALUES` at most."""
+        size = max(1, _CHUNK_VALUES // self.table.shape[1])
+        for start in range(0, len(positions), size):
+            yield self.at(positions[start : start + size])
+
+
 def _one_group_each(
-    rows: NDArray[Any], members: NDArray[np.int64], limit: int
+    samples: _Samples, members: NDArray[np.int64], limit: int
 ) -> NDArray[np.int64] | None:
     """A cluster for each distinct row of a class that has at most `limit` of them; else None."""
     cluster_of: dict[bytes, int] = {}
     clusters = []
     for member in members:
-        row = (rows[member] + 0).tobytes()  # + 0 turns -0.0 into 0.0, which equals it
+        row = (samples.at(member) + 0).tobytes()  # + 0 turns -0.0 into 0.0, which equals it
         clusters.append(cluster_of.setdefault(row, len(cluster_of)))
         if len(cluster_of) > limit:
             return None
@@ -112,24 +138,31 @@ def _one_group_each(
 
 
 def _principal_points(
-    rows: NDArray[Any], members: NDArray[np.int64], spread: float, seed: int
+    samples: _Samples, members: NDArray[np.int64], spread: float, seed: int
 ) -> NDArray[np.float32]:
     """[n, min(D, PCA_COMPONENTS)] coordinates of one class about its mean, in units of `spread`.
 
     K-means depends on neither origin nor unit. Centred in float64 and of order one, float32 is
     exact enough and far from overflow, whatever those of the features are.
     """
-    n_dims = rows.shape[1]
-    mean = sum(chunk.sum(axis=0, dtype=np.float64) for chunk in _chunks(rows, members)) / len(
-        members
-    )
+    n_dims = samples.table.shape[1]
+    total = sum(chunk.sum(axis=0, dtype=np.float64) for chunk in samples.chunks(members))
+    mean = total / len(members)
 
     def centred(selected: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
-        for chunk in _chunks(rows, selected):
+        for chunk in samples.chunks(selected):
             yield ((chunk - mean) / spread).astype(np.float32)
 
+    def all_centred(selected: NDArray[np.int64]) -> NDArray[np.float32]:
+        points = np.empty((len(selected), n_dims), dtype=np.float32)
+        filled = 0
+        for chunk in centred(selected):  # no list of chunks beside them
+            points[filled : filled + len(chunk)] = chunk
+            filled += len(chunk)
+        return points
+
     if n_dims <= PCA_ABOVE:
-        return np.concatenate(list(centred(members)))
+        return all_centred(members)
     fitted = members
     if len(members) > PCA_SAMPLES:
         fitted = np.random.default_rng(seed).choice(members, PCA_SAMPLES, replace=False)
@@ -140,14 +173,8 @@ def _principal_points(
         iterated_power=2,
         random_state=seed,
     )
-    pca.fit(np.concatenate(list(centred(fitted))))
+    pca.fit(all_centred(fitted))
     return np.concatenate([pca.transform(chunk) for chunk in centred(members)])
-
-
-def _chunks(rows: NDArray[Any], selected: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
-    size = max(1, _CHUNK_VALUES // rows.shape[1])
-    for start in range(0, len(selected), size):
-        yield rows[selected[start : start + size]]
 
 
 def _k_means(points: NDArray[np.float32], count: int, seed: int) -> NDArray[Any]:
@@ -211,18 +238,38 @@ def _feature_rows(features: ArrayLike | torch.Tensor) -> NDArray[Any]:
     return array.reshape(len(array), -1)
 
 
-def _finite_spread(rows: NDArray[Any]) -> float:
+def _row_numbers(rows: ArrayLike | None, n_rows: int) -> NDArray[np.int64]:
+    """Rows as given, checked; all where none are given."""
+    if rows is None:
+        return np.arange(n_rows)
+    array = np.asarray(rows)
+    if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
+        raise TypeError(
+            f"rows is {array.dtype} of shape {array.shape}; it must be [N] integers, N at least 1"
+        )
+    if array.min() < 0 or array.max() >= n_rows:
+        raise ValueError(
+            f"rows holds {array.min()} to {array.max()}; features has rows 0 to {n_rows - 1}"
+        )
+    return array.astype(np.int64)
+
+
+def _finite_spread(samples: _Samples) -> float:
     """Largest value less smallest; raises where there is none."""
-    spread = float(rows.max()) - float(rows.min())
+    every = np.arange(len(samples))
+    ends = np.array([(chunk.max(), chunk.min()) for chunk in samples.chunks(every)])
+    spread = float(ends.max()) - float(ends.min())
     if np.isfinite(spread):
         return spread
-    bad = [i for i, row in enumerate(rows) if not np.isfinite(row).all()]
-    if bad:
+    finite = [np.isfinite(chunk).all(axis=1) for chunk in samples.chunks(every)]
+    bad = np.flatnonzero(~np.concatenate(finite))
+    if bad.size:
         raise ValueError(
-            f"features has NaN or infinity in {len(bad)} of {len(rows)} rows, the first is row "
-            f"{bad[0]}; K-means needs finite numbers: repair these samples or leave them out"
+            f"features has NaN or infinity in {len(bad)} of {len(samples)} rows, the first is row "
+            f"{samples.rows[bad[0]]}; K-means needs finite numbers: repair these samples or leave "
+            "them out"
         )
-    raise ValueError(f"features spans {rows.min()} to {rows.max()}, beyond float64: scale it down")
+    raise ValueError(f"features spans {ends.min()} to {ends.max()}, beyond float64: scale it down")
 
 
 def _classes(
@@ -234,8 +281,8 @@ def _classes(
     )
     if array.shape != (n_samples,):
         raise ValueError(
-            f"labels has shape {array.shape}; features has {n_samples} rows, so labels must be "
-            f"({n_samples},)"
+            f"labels has shape {array.shape}; {n_samples} rows of features are the samples, so "
+            f"labels must be ({n_samples},)"
         )
     if array.dtype.kind not in "iubU":
         raise TypeError(f"labels has dtype {array.dtype}; it must hold integers, bools or strings")

@@ -140,6 +140,16 @@ def test_origin_and_unit_of_features_do_not_matter(offset, unit):
     assert np.array_equal(mine_groups((features + offset) * unit, np.zeros(100, int)), cloud)
 
 
+def test_chosen_rows_are_grouped_as_their_copies_would_be():
+    images = load_digits().images
+    rows = np.random.default_rng(8).choice(len(images), 900, replace=False)
+    labels = load_digits().target[rows] % 3
+    for features in (images.astype(np.uint8), np.kron(images, np.ones((1, 3, 3)))):
+        copied = mine_groups(features[rows], labels, 3, seed=5)
+        assert np.array_equal(mine_groups(features, labels, 3, rows=rows, seed=5), copied)
+        assert not np.array_equal(mine_groups(features[:900], labels, 3, seed=5), copied)
+
+
 def test_rows_are_taken_in_chunks_with_the_same_result(monkeypatch):
     images = load_digits().images
     labels = np.arange(len(images)) % 2
@@ -221,7 +231,7 @@ def test_rows_that_are_not_finite_are_named(wrong):
 @pytest.mark.parametrize(
     ("error", "match", "changed"),
     [
-        (ValueError, r"labels has shape \(3,\); features has 4 rows", {"labels": [0, 0, 1]}),
+        (ValueError, r"labels has shape \(3,\); 4 rows of features", {"labels": [0, 0, 1]}),
         (ValueError, r"labels has shape \(4, 1\)", {"labels": [[0], [0], [1], [1]]}),
         (TypeError, "labels has dtype float64", {"labels": [0.0, 0.0, 1.0, 1.0]}),
         (TypeError, "features has dtype complex128", {"features": [1j] * 4}),
@@ -236,6 +246,11 @@ def test_rows_that_are_not_finite_are_named(wrong):
         (ValueError, r"n_groups lacks \[1\]", {"n_groups": {0: 2}}),
         (ValueError, r"n_groups names \[7, 'x'\]", {"n_groups": {0: 2, 1: 2, 7: 1, "x": 1}}),
         (ValueError, r"n_groups\[1\] == -2, must be >= 1", {"n_groups": {0: 2, 1: -2}}),
+        (TypeError, r"rows is float64 of shape \(4,\); it must be", {"rows": np.arange(4.0)}),
+        (TypeError, r"rows is float64 of shape \(0,\)", {"rows": []}),
+        (ValueError, "rows holds 0 to 4; features has rows 0 to 3", {"rows": [0, 1, 2, 4]}),
+        (ValueError, "rows holds -1 to 2; features has rows", {"rows": [0, 1, 2, -1]}),
+        (ValueError, r"labels has shape \(4,\); 2 rows of features", {"rows": [0, 1]}),
         (ValueError, "seed == -1, must be >= 0", {"seed": -1}),
         (ValueError, "seed == 4294967296, must be <=", {"seed": 2**32}),
     ],

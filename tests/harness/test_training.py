@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import tracemalloc
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bstriplet import training
+from bstriplet import mining, training
 from bstriplet.backbones import Classifier, Output
 from bstriplet.batches import Feed, RandomBatchSampler, make_sampler
 from bstriplet.config import BATCHES, LOSSES, TrainConfig
@@ -90,6 +91,32 @@ def test_mined_batches_hold_every_class(tiny: TrainConfig) -> None:
     task = make_task(config)
     for batch in make_sampler(config, task.train):
         assert set(task.train.labels[batch]) == set(range(10))
+
+
+def test_mined_groups_never_have_all_images_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mining, "_CHUNK_VALUES", 1 << 16)
+    monkeypatch.setattr(mining, "PCA_SAMPLES", 128)
+    shape = (12_000, 1, 24, 24)
+    pixels = np.random.default_rng(9).integers(0, 100, shape, dtype=np.uint8)
+    pixels[::3, :, :12] += 100
+    np.save(tmp_path / "pixels.npy", pixels)
+    del pixels
+    rows = np.arange(0, 12_000, 2)
+    mapped = np.load(tmp_path / "pixels.npy", mmap_mode="r")
+    images = ImageSet(mapped, rows, np.arange(6000) % 2, ("",) * 6000)
+    config = TrainConfig(data=str(tmp_path), batches="mined")
+    make_sampler(config, images.take(np.arange(100)))  # what the libraries keep for good
+    tracemalloc.start()
+    sampler = make_sampler(config, images)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < len(rows) * mapped[0].nbytes  # 3.5 MB
+    for batch in sampler:  # 12 of 36 are bright, half of them of each class
+        bright = rows[batch] % 3 == 0
+        counts = [int(np.sum(bright & (images.labels[batch] == label))) for label in (0, 1)]
+        assert all(count in (5, 6, 7) for count in counts)
 
 
 def test_more_groups_than_places_is_a_clear_error(tiny: TrainConfig) -> None:
