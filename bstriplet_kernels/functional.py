@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from numbers import Real
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,10 +87,31 @@ def bstriplet_loss(
         TypeError, ValueError: naming the argument, its value and what is allowed.
         RuntimeError: a named `impl` that cannot run here, saying what is missing.
     """
-    spec = make_spec(margin, similarity, eq3, reduction, eps)
-    check_impl(impl)
-    target = Target(spec, impl, group, return_stats)
+    if impl != "auto":
+        check_impl(impl)
+    options = margin, similarity, eq3, reduction, eps
+    target = Target(_spec_of(options), impl, group, return_stats)
     return compute(embeddings, labels, target, ref_emb, ref_labels)
+
+
+_Options = tuple[float, str, str, str, float]  # margin, similarity, eq3, reduction, eps
+_specs: dict[tuple[object, ...], Spec] = {}
+
+
+def _spec_of(options: _Options) -> Spec:
+    """`make_spec`, remembered: by type too, as True equals 1 and is no margin."""
+    if torch.compiler.is_compiling():
+        return make_spec(*options)
+    margin, _, _, _, eps = options
+    key = options, type(margin), type(eps)
+    try:
+        spec = _specs.get(key)
+    except TypeError:  # what cannot be hashed is no option
+        return make_spec(*options)
+    if spec is None:
+        spec = make_spec(*options)
+        _remember(_specs, key, spec)
+    return spec
 
 
 class Target(NamedTuple):
@@ -121,7 +142,6 @@ def compute(
     return loss if rows is None or not target.return_stats else (loss, _stats(rows, spec))
 
 
-_REMEMBERED = 4096
 _planned: dict[tuple[object, ...], tuple[Spec, str]] = {}
 
 
@@ -155,10 +175,17 @@ def _checked_plan(
     )
     planned = spec, _path(target.impl, embeddings, ref_emb, spec)
     if key is not None:
-        if len(_planned) >= _REMEMBERED:
-            _planned.clear()
-        _planned[key] = planned
+        _remember(_planned, key, planned)
     return planned
+
+
+_REMEMBERED = 4096
+
+
+def _remember(memory: dict[tuple[object, ...], Any], key: tuple[object, ...], value: Any) -> None:
+    if len(memory) >= _REMEMBERED:
+        memory.clear()
+    memory[key] = value
 
 
 def _form(given: Tensor | None) -> object:

@@ -119,15 +119,24 @@ def forward(
     spec: Spec,
 ) -> tuple[Tensor, Rows | None, State]:
     """One call, which brings the gradient too where one number will come from upstream."""
-    scalar = spec.reduction != "none"
-    with_gradient = scalar and spec.wants_gradient
+    margin, sigma, signed, reduction, eps, wants_gradient, wants_rows = spec
+    scalar = reduction != "none"
+    with_gradient = scalar and wants_gradient
     loss, means, grad, grad_ref = _batch_similarity(
-        *(embeddings, ref_emb, labels, ref_labels, None),
-        *(spec.margin, spec.sigma, spec.signed, spec.eps),
-        *(spec.reduction == "mean", with_gradient),
+        embeddings,
+        ref_emb,
+        labels,
+        ref_labels,
+        None,
+        margin,
+        sigma,
+        signed,
+        eps,
+        reduction == "mean",
+        with_gradient,
     )
     # To take the means apart costs as much as a small batch's arithmetic.
-    rows = None if with_gradient and not spec.wants_rows else Rows(*means.unbind())
+    rows = None if with_gradient and not wants_rows else Rows(*means.unbind())
     if with_gradient:
         return loss, rows, Gradients((grad,) if ref_emb is None else (grad, grad_ref))
     assert rows is not None

@@ -46,6 +46,7 @@ REF, REF_Y = batch(5, 4, 2, 1, torch.float32)
         (ValueError, r"margin must be in \[0, 1\], got nan", {"margin": float("nan")}),
         (TypeError, r"margin must be a number in \[0, 1\], got str", {"margin": "0.9"}),
         (TypeError, r"margin must be a number in \[0, 1\], got bool", {"margin": True}),
+        (TypeError, r"margin must be a number in \[0, 1\], got list", {"margin": [0.9]}),
         (ValueError, r"similarity must be one of 'square', 'signed_square', got 'signed'; did you "
          r"mean 'signed_square'", {"similarity": "signed"}),
         (ValueError, r"eq3 must be one of .*got 'print'; did you mean 'printed'", {"eq3": "print"}),
@@ -70,6 +71,7 @@ REF, REF_Y = batch(5, 4, 2, 1, torch.float32)
     ],
 )  # fmt: skip
 def test_refused(error, message, arguments):
+    bstriplet_loss(X, Y, margin=1)  # equals True, and options are remembered
     with pytest.raises(error, match=message):
         bstriplet_loss(**{"embeddings": X, "labels": Y, **arguments})
 
