@@ -12,11 +12,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import zlib
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -98,11 +100,13 @@ def extensions() -> list[Extension]:
         "py_limited_api": True,
         "optional": True,
     }
-    cpu = [f"csrc/{name}.cpp" for name in ("schema", "operator", "cpu", "moments", "cpu_baseline")]
+    # What takes longest comes first, so that the processors are done together.
+    drivers = ["moments_float", "moments_double", "cpu", "moments", "operator", "schema"]
+    kernels = ["cpu_avx512", "cpu_avx2", "cpu_baseline"] if X86 else ["cpu_baseline"]
     found = [
         Extension(
             "bstriplet_kernels._native",
-            sources=cpu + (sorted(KERNEL_FLAGS) if X86 else []),
+            sources=[f"csrc/{name}.cpp" for name in [*drivers, *kernels]],
             libraries=["torch_cpu", "c10"],
             **common,
         )
@@ -148,7 +152,7 @@ class BuildNative(build_ext):
 
     def compiled(self, source: str, ext: Extension) -> str:
         """The object file of a source."""
-        inputs = [Path(source), Path(__file__), *Path("csrc").glob("*.h")]
+        inputs = [Path(__file__), *with_headers(Path(source))]
         if source.endswith(".cu"):
             target = f"{OBJECTS}/{source}.o"
             if not newer(Path(target), inputs):
@@ -191,7 +195,19 @@ def run_nvcc(*arguments: str) -> None:
         raise RuntimeError(ran.stderr or ran.stdout)
 
 
-def newer(target: Path, inputs: list[Path]) -> bool:
+def with_headers(source: Path) -> set[Path]:
+    """A file of csrc/ and the headers of csrc/ that it includes, directly or not."""
+    found, waiting = set(), [source]
+    while waiting:
+        file = waiting.pop()
+        if file not in found:
+            found.add(file)
+            names = re.findall(r'^\s*#\s*include\s*"(.+?)"', file.read_text("utf-8"), re.MULTILINE)
+            waiting += [file.parent / name for name in names]
+    return found
+
+
+def newer(target: Path, inputs: Iterable[Path]) -> bool:
     """Whether the target is there and no input was changed after it was made."""
     return target.exists() and all(i.stat().st_mtime < target.stat().st_mtime for i in inputs)
 

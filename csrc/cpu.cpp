@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "cpu.h"
+#include "operator.h"
 
 namespace bstriplet {
 namespace {
@@ -51,6 +52,11 @@ InstructionSet instruction_set() {
   return chosen;
 }
 
+void run_parallel(int64_t begin, int64_t end, int64_t grain,
+                  void (*work)(int64_t begin, int64_t end, void* context), void* context) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, work, context));
+}
+
 namespace {
 
 // A [rows, columns] float scratch whose rows are padded for whole vectors. An odd number of cache
@@ -80,20 +86,18 @@ template <class T>
 class Rows {
  public:
   Rows(const Tensor& tensor, const Inputs& in) {
-    const int64_t n = tensor.size(0), d = tensor.size(1);
-    // The stride along a dimension of one element means nothing, and can be any number.
-    const int64_t row_stride = n > 1 ? tensor.stride(0) : 0;
-    const bool is_dense = d == 1 || tensor.stride(1) == 1;
-    if (tensor.scalar_type() == in.accumulation && is_dense && d % kPad == 0) {
-      matrix_ = {static_cast<const T*>(tensor.const_data_ptr()), n, d, row_stride};
+    const StridedRows given = strided_rows(tensor);
+    const int64_t n = given.rows, d = given.columns;
+    if (tensor.scalar_type() == in.accumulation && given.column_stride == 1 && d % kPad == 0) {
+      matrix_ = {static_cast<const T*>(given.data), n, d, given.row_stride};
       return;
     }
     const int64_t padded = round_up(d, kPad);
     copy_ = empty_matrix(n, padded, in.accumulation, tensor);
     T* const to = static_cast<T*>(copy_->mutable_data_ptr());
     matrix_ = {to, n, d, padded};
-    const RowReader<T> read(tensor);
-    torch::stable::parallel_for(0, n, grain(4 * d), [&](int64_t begin, int64_t end) {
+    const RowReader<T> read(given);
+    parallel_for(0, n, grain(4 * d), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) read(i, to + i * padded, padded);
     });
   }
@@ -214,7 +218,7 @@ class Batch {
     T* const mirror = symmetric ? s_.data : mirror_ ? mirror_->data : nullptr;
     const int64_t mirror_stride = symmetric ? s_.stride : mirror_ ? mirror_->stride : 0;
     T* const squared = symmetric ? own_.side.inverse : nullptr;
-    torch::stable::parallel_for(0, count, grain(kBlock * kBlock * in_.depth()),
+    parallel_for(0, count, grain(kBlock * kBlock * in_.depth()),
                                 [&](int64_t begin, int64_t end) {
                                   k.dots(matrix(), columns(), s_.data, s_.stride, mirror,
                                          mirror_stride, squared, begin, end);
@@ -228,7 +232,7 @@ class Batch {
   }
 
   void squared_norms(const Matrix<T>& matrix, SideArrays<T>& to) {
-    torch::stable::parallel_for(0, matrix.rows, grain(matrix.columns),
+    parallel_for(0, matrix.rows, grain(matrix.columns),
                                 [&](int64_t begin, int64_t end) {
                                   kernels<T>().squared_norms(matrix, to.side.inverse, begin, end);
                                 });
@@ -247,7 +251,7 @@ class Batch {
     const Kernels<T>& k = kernels<T>();
     const int64_t m = in_.columns(), padded = round_up(m, kPad);
     const Side<T>& columns = other().side;
-    torch::stable::parallel_for(0, in_.rows(), grain(4 * m), [&](int64_t begin, int64_t end) {
+    parallel_for(0, in_.rows(), grain(4 * m), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         std::fill(s_.row(i) + m, s_.row(i) + padded, T(0));
         k.row_sums(s_.row(i), own_.side.inverse[i], own_.side.label[i], columns, padded,
@@ -293,7 +297,7 @@ class Batch {
       std::fill(to, to + rows.rows * rows.columns, T(0));
       return result;
     }
-    torch::stable::parallel_for(0, rows.rows, grain(8 * m), [&](int64_t begin, int64_t end) {
+    parallel_for(0, rows.rows, grain(8 * m), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         std::fill(s.row(i) + m, s.row(i) + padded, T(0));
         row_side.along[i] = k.row_weights(s.row(i), row_side.side, i, column_side.side, padded,
@@ -303,7 +307,7 @@ class Batch {
     const int64_t groups = round_up(rows.rows, kRowGroup) / kRowGroup;
     const int64_t panels = round_up(rows.columns, k.panel) / k.panel;
     const int64_t work = std::min(rows.rows, kRowGroup) * k.panel * m;
-    torch::stable::parallel_for(0, groups * panels, grain(work), [&](int64_t begin, int64_t end) {
+    parallel_for(0, groups * panels, grain(work), [&](int64_t begin, int64_t end) {
       k.product(s.data, s.stride, columns, rows, row_side.side.inverse, row_side.along.data(), to,
                 thread_scratch<T>(checked_product(m, k.panel)), begin, end);
     });

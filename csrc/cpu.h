@@ -1,4 +1,5 @@
 // What the operators share on the CPU: the choice of kernels, threads, scratch, and reading rows.
+// Without torch's headers, so that the arithmetic compiles in a moment.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +10,7 @@
 #include <type_traits>
 
 #include "kernels.h"
-#include "operator.h"
+#include "strided.h"
 
 namespace bstriplet {
 
@@ -44,6 +45,19 @@ const Kernels<T>& kernels() {
 // Units per thread for which starting a thread pays: a few microseconds of multiply-adds.
 inline int64_t grain(int64_t multiply_adds_per_unit) {
   return std::max<int64_t>(1, (int64_t{1} << 18) / std::max<int64_t>(1, multiply_adds_per_unit));
+}
+
+// work(begin, end) for pieces of [begin, end) of at least `grain` units, on torch's threads; an
+// exception in one of them comes out of here.
+void run_parallel(int64_t begin, int64_t end, int64_t grain,
+                  void (*work)(int64_t begin, int64_t end, void* context), void* context);
+
+template <class Work>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const Work& work) {
+  run_parallel(
+      begin, end, grain,
+      [](int64_t from, int64_t to, void* context) { (*static_cast<const Work*>(context))(from, to); },
+      const_cast<Work*>(&work));
 }
 
 // Bring the first part of a row to the cache, to be read or written soon; the processor follows a
@@ -93,16 +107,6 @@ T* thread_scratch(int64_t n) {
   return memory.data();
 }
 
-// One element of a strided tensor after another, as T.
-template <class From, class T>
-void gather(const void* data, int64_t n, int64_t stride, T* to) {
-  const From* from = static_cast<const From*>(data);
-  if constexpr (std::is_same_v<From, T>) {
-    if (stride == 1) return static_cast<void>(std::copy(from, from + n, to));
-  }
-  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i * stride]);
-}
-
 using Widen = void (*)(const uint16_t*, float*, int64_t);
 
 template <class T>
@@ -119,30 +123,31 @@ void gather_half(Widen widen, const void* data, int64_t n, int64_t stride, T* to
   }
 }
 
-// Row i of a tensor as T, whatever its dtype and strides.
+// Row i of a matrix as T, whatever its elements and strides.
 template <class T>
 class RowReader {
  public:
-  explicit RowReader(const Tensor& tensor)
-      : dtype_(tensor.scalar_type()),
-        columns_(tensor.size(1)),
-        element_bytes_(static_cast<int64_t>(tensor.element_size())),
-        // The stride along a dimension of one element means nothing, and can be any number.
-        stride_(columns_ > 1 ? tensor.stride(1) : 1),
-        row_bytes_((tensor.size(0) > 1 ? tensor.stride(0) : 0) * element_bytes_),
-        data_(static_cast<const char*>(tensor.const_data_ptr())) {}
+  explicit RowReader(const StridedRows& rows)
+      : element_(rows.element),
+        columns_(rows.columns),
+        element_bytes_(rows.element == Element::float64   ? 8
+                       : rows.element == Element::float32 ? 4
+                                                          : 2),
+        stride_(rows.column_stride),
+        row_bytes_(rows.row_stride * element_bytes_),
+        data_(static_cast<const char*>(rows.data)) {}
 
   // Row i into `padded` elements, zeros beyond the last column.
   void operator()(int64_t i, T* to, int64_t padded) const {
     const void* const from = data_ + i * row_bytes_;
     std::fill(to + columns_, to + padded, T(0));
     const Kernels<float>& widen = kernels<float>();
-    switch (dtype_) {
-      case ScalarType::Double:
+    switch (element_) {
+      case Element::float64:
         return gather<double>(from, columns_, stride_, to);
-      case ScalarType::Float:
+      case Element::float32:
         return gather<float>(from, columns_, stride_, to);
-      case ScalarType::Half:
+      case Element::float16:
         return gather_half(widen.widen_float16, from, columns_, stride_, to);
       default:
         return gather_half(widen.widen_bfloat16, from, columns_, stride_, to);
@@ -155,7 +160,7 @@ class RowReader {
   }
 
  private:
-  ScalarType dtype_;
+  Element element_;
   int64_t columns_;
   int64_t element_bytes_;
   int64_t stride_;

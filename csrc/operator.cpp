@@ -93,6 +93,22 @@ Tensor empty_matrix(int64_t rows, int64_t columns, ScalarType dtype, const Tenso
   return empty_tensor({rows, columns}, dtype, like);
 }
 
+StridedRows strided_rows(const Tensor& matrix) {
+  const ScalarType dtype = matrix.scalar_type();
+  const Element element = dtype == ScalarType::Double  ? Element::float64
+                          : dtype == ScalarType::Float ? Element::float32
+                          : dtype == ScalarType::Half  ? Element::float16
+                                                       : Element::bfloat16;
+  const int64_t rows = matrix.size(0), columns = matrix.size(1);
+  // The stride along a dimension of one element means nothing, and can be any number.
+  return {matrix.const_data_ptr(),
+          element,
+          rows,
+          columns,
+          rows > 1 ? matrix.stride(0) : 0,
+          columns > 1 ? matrix.stride(1) : 1};
+}
+
 int64_t checked_product(int64_t rows, int64_t columns) {
   STD_TORCH_CHECK(rows <= std::numeric_limits<int64_t>::max() / 64 / columns, "a matrix of ", rows,
                   " x ", columns, " numbers is beyond what can be addressed");

@@ -3,13 +3,14 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
 #include <tuple>
+
+#include "strided.h"
 
 #if !defined(STABLE_TORCH_ERROR_CODE_CHECK)  // torch 2.11's headers have it by its older name
 #define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
@@ -65,7 +66,7 @@ Tensor empty_scalar(ScalarType dtype, const Tensor& like);
 Tensor empty_vector(int64_t n, ScalarType dtype, const Tensor& like);
 Tensor empty_matrix(int64_t rows, int64_t columns, ScalarType dtype, const Tensor& like);
 
-// Elements of a scratch of `rows` x `columns` numbers, or an error where int64 cannot count them.
-int64_t checked_product(int64_t rows, int64_t columns);
+// The numbers of a matrix that `check_matrix` has seen.
+StridedRows strided_rows(const Tensor& matrix);
 
 }  // namespace bstriplet

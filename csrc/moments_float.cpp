@@ -1,0 +1,10 @@
+// The second-moment path in float.
+#include "moments_impl.h"
+
+namespace bstriplet {
+
+template void means_by_moments(const Sorted&, double, const MomentState<float>&, float*, float*);
+template void gradient_by_moments(const Sorted&, const MomentState<const float>&, const float*, double,
+                                  float*);
+
+}  // namespace bstriplet

@@ -1,0 +1,35 @@
+// What the arithmetic knows of a tensor: numbers, without torch's headers.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+namespace bstriplet {
+
+enum class Element { float64, float32, float16, bfloat16 };
+
+// A matrix [rows, columns] where it lies; strides in elements.
+struct StridedRows {
+  const void* data;
+  Element element;
+  int64_t rows;
+  int64_t columns;
+  int64_t row_stride;
+  int64_t column_stride;
+};
+
+// One element of a strided array after another, as T.
+template <class From, class T>
+void gather(const void* data, int64_t n, int64_t stride, T* to) {
+  const From* from = static_cast<const From*>(data);
+  if constexpr (std::is_same_v<From, T>) {
+    if (stride == 1) return static_cast<void>(std::copy(from, from + n, to));
+  }
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i * stride]);
+}
+
+// Elements of a scratch of `rows` x `columns` numbers, or an error where int64 cannot count them.
+int64_t checked_product(int64_t rows, int64_t columns);
+
+}  // namespace bstriplet
