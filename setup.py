@@ -33,23 +33,23 @@ if X86:
 
 if WINDOWS:
     FLAGS = ["/std:c++17", "/O2", "/EHsc"]
-    KERNEL_FLAGS = {"csrc/cpu_avx2.cpp": ["/arch:AVX2"], "csrc/cpu_avx512.cpp": ["/arch:AVX512"]}
+    SOURCE_FLAGS = {"csrc/cpu_avx2.cpp": ["/arch:AVX2"], "csrc/cpu_avx512.cpp": ["/arch:AVX512"]}
 else:
     FLAGS = [
         *("-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall"),
         *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
         "-Wno-psabi",  # vectors are passed to inlined functions only
     ]
-    KERNEL_FLAGS = {
+    SOURCE_FLAGS = {
         "csrc/cpu_avx2.cpp": ["-mavx2", "-mfma"],
         "csrc/cpu_avx512.cpp": [
             *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
         ],
+        "csrc/cuda_operator.cpp": ["-DUSE_CUDA"],  # torch's headers have the current stream then
     }
 
-
 NVCC_FLAGS = [
-    *("-std=c++17", "-O3", "-DUSE_CUDA", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"),
+    *("-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"),
     *(f"-gencode=arch=compute_{cc},code=sm_{cc}" for cc in (80, 90, 100)),
     "-gencode=arch=compute_100,code=compute_100",  # later chips compile this for themselves
 ]
@@ -119,7 +119,7 @@ def extensions() -> list[Extension]:
     found.append(
         Extension(
             "bstriplet_kernels._native_cuda",
-            sources=["csrc/operator.cpp", "csrc/cuda.cu"],
+            sources=["csrc/cuda.cu", "csrc/cuda_operator.cpp", "csrc/operator.cpp"],
             libraries=["torch_cuda", "torch_cpu", "c10"],
             **common,
         )
@@ -165,7 +165,7 @@ class BuildNative(build_ext):
                 output_dir=OBJECTS,
                 macros=ext.define_macros,
                 include_dirs=ext.include_dirs,
-                extra_postargs=FLAGS + KERNEL_FLAGS.get(source, []),
+                extra_postargs=FLAGS + SOURCE_FLAGS.get(source, []),
             )
         return target
 

@@ -12,18 +12,15 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
-
-#include "operator.h"
+#include "cuda_launch.h"
 
 namespace bstriplet {
 namespace {
 
-constexpr int kMaxRows = 64;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kCluster = 8;       // the largest that every chip with clusters can place
+constexpr int kFirstWithClusters = 9;  // the major compute capability
 constexpr int kPlainSlice = 64;   // columns of a block where there are no clusters
 constexpr int kStride = kMaxRows + 4;  // of shared rows: whole 16-byte loads, fewer conflicts
 
@@ -264,7 +261,7 @@ __device__ void gradient(const Arguments<In>& args, int64_t begin, int64_t end,
 }
 
 template <class In, class T, bool clustered>
-__global__ void __launch_bounds__(kThreads, 1) batch_similarity_kernel(const Arguments<In> args) {
+__device__ void batch_similarity(const Arguments<In>& args) {
   __shared__ Shared<T> shared;
   const int n = args.rows;
   const int64_t begin = blockIdx.x * args.slice;
@@ -301,49 +298,46 @@ __global__ void __launch_bounds__(kThreads, 1) batch_similarity_kernel(const Arg
   }
 }
 
-bool has_clusters(int device) {
-  int major = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  return major >= 9;
+// A chip's code has the one of its two forms that `launch` chooses there; the other is empty.
+template <class In, class T, bool clustered>
+__global__ void __launch_bounds__(kThreads, 1) batch_similarity_kernel(const Arguments<In> args) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (clustered == (__CUDA_ARCH__ >= 100 * kFirstWithClusters)) {
+    batch_similarity<In, T, clustered>(args);
+  }
+#endif
 }
 
 template <class In, class T>
-Results launch(const Inputs& in, const Options& options) {
-  const int device = in.embeddings.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-
-  const int64_t n = in.rows(), d = in.depth();
-  Tensor loss = empty_scalar(in.accumulation, in.embeddings);
-  Tensor means = empty_matrix(2, n, in.accumulation, in.embeddings);
-  Tensor nothing = empty_vector(0, in.accumulation, in.embeddings);
-  Tensor grad = options.gradient ? empty_matrix(n, d, in.accumulation, in.embeddings) : nothing;
-
-  const bool clustered = has_clusters(device);
+cudaError_t launch_as(const SmallBatch& batch, int device, void* stream) {
+  int major = 0;
+  const cudaError_t asked = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (asked != cudaSuccess) return asked;
+  const bool clustered = major >= kFirstWithClusters;
+  const int64_t d = batch.embeddings.columns;
   const int64_t slice = clustered ? (d + kCluster - 1) / kCluster : kPlainSlice;
-  const int64_t blocks = clustered ? kCluster : options.gradient ? (d + slice - 1) / slice : 1;
-  STD_TORCH_CHECK(blocks <= 0x7fffffff, "embeddings has too many columns: ", d);
-  Arguments<In> args{
-      static_cast<const In*>(in.embeddings.const_data_ptr()),
-      in.embeddings.stride(0),
-      in.embeddings.stride(1),
-      static_cast<const int64_t*>(in.labels.const_data_ptr()),
-      in.labels.stride(0),
-      in.upstream ? in.upstream->const_data_ptr() : nullptr,
-      in.upstream ? in.upstream->stride(0) : 0,
-      static_cast<int>(n),
+  const int64_t blocks = clustered ? kCluster : batch.gradient ? (d + slice - 1) / slice : 1;
+  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  const Arguments<In> args{
+      static_cast<const In*>(batch.embeddings.data),
+      batch.embeddings.row_stride,
+      batch.embeddings.column_stride,
+      batch.labels,
+      batch.label_stride,
+      batch.upstream,
+      batch.upstream_stride,
+      static_cast<int>(batch.embeddings.rows),
       d,
       slice,
-      options.margin,
-      options.sigma,
-      options.eps * options.eps,
-      options.mean ? 1.0 / static_cast<double>(n) : 1.0,
-      options.is_signed,
-      options.gradient,
-      loss.mutable_data_ptr(),
-      means.mutable_data_ptr(),
-      grad.mutable_data_ptr(),
+      batch.margin,
+      batch.sigma,
+      batch.squared_eps,
+      batch.scale,
+      batch.is_signed,
+      batch.gradient,
+      batch.loss,
+      batch.means,
+      batch.grad,
   };
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
@@ -357,34 +351,29 @@ Results launch(const Inputs& in, const Options& options) {
   config.numAttrs = clustered ? 1 : 0;
   const auto kernel = clustered ? batch_similarity_kernel<In, T, true>
                                 : batch_similarity_kernel<In, T, false>;
-  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args));
-  STD_CUDA_CHECK(cudaGetLastError());
-  return {loss, means, grad, nothing};
+  const cudaError_t launched = cudaLaunchKernelEx(&config, kernel, args);
+  const cudaError_t last = cudaGetLastError();
+  return launched != cudaSuccess ? launched : last;
 }
 
-Results batch_similarity(Tensor embeddings, std::optional<Tensor> ref_emb, Tensor labels,
-                         std::optional<Tensor> ref_labels, std::optional<Tensor> upstream,
-                         double margin, double sigma, bool is_signed, double eps, bool mean,
-                         bool gradient) {
-  const Inputs in = checked(embeddings, ref_emb, labels, ref_labels, upstream);
-  const Options options{margin, sigma, is_signed, eps, mean, gradient};
-  STD_TORCH_CHECK(in.rows() <= kMaxRows && !in.ref_emb, "on CUDA batch_similarity takes up to ",
-                  kMaxRows, " rows and no ref_emb, got ", in.rows(), " rows");
-  switch (in.embeddings.scalar_type()) {
-    case ScalarType::Double:
-      return launch<double, double>(in, options);
-    case ScalarType::Float:
-      return launch<float, float>(in, options);
-    case ScalarType::Half:
-      return launch<__half, float>(in, options);
+cudaError_t launch_any(const SmallBatch& batch, int device, void* stream) {
+  switch (batch.embeddings.element) {
+    case Element::float64:
+      return launch_as<double, double>(batch, device, stream);
+    case Element::float32:
+      return launch_as<float, float>(batch, device, stream);
+    case Element::float16:
+      return launch_as<__half, float>(batch, device, stream);
     default:
-      return launch<__nv_bfloat16, float>(in, options);
+      return launch_as<__nv_bfloat16, float>(batch, device, stream);
   }
 }
 
 }  // namespace
-}  // namespace bstriplet
 
-STABLE_TORCH_LIBRARY_IMPL(bstriplet, CUDA, library) {
-  library.impl("batch_similarity", TORCH_BOX(&bstriplet::batch_similarity));
+const char* launch(const SmallBatch& batch, int device, void* stream) {
+  const cudaError_t error = launch_any(batch, device, stream);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
+
+}  // namespace bstriplet
