@@ -12,7 +12,7 @@ import torch
 
 from . import machine, steps, table
 from .cases import Case
-from .measure import OUT_OF_MEMORY, Job, failed_row
+from .measure import Job, failed_row
 from .providers import Provider, providers
 from .suites import DEFAULT, Suite, suites
 from .table import OK, RESULTS, Row
@@ -70,8 +70,6 @@ def run_suite(suite: Suite, worker: Worker) -> list[Row]:
         found = [replace(row, commit=commit) for row in _run_job(job, known, worker)]
         limits.learn(case, found)
         rows += found
-        if any(row.status == OUT_OF_MEMORY for row in found):
-            worker.stop()  # what an error's frames hold would be missing from the next case
         print(f"  {case}, {time.monotonic() - start:.1f} s: {_summary(found)}", flush=True)
     return rows
 
@@ -109,7 +107,7 @@ class _Limits:
     def learn(self, case: Case, rows: list[Row]) -> None:
         """Remember who failed for time or memory."""
         for row in rows:
-            if row.status == OUT_OF_MEMORY or row.status.startswith("over "):
+            if row.status == "out of memory" or row.status.startswith("over "):
                 self._reached.setdefault(_kind(case, row.provider), (case.n, row.status))
 
 

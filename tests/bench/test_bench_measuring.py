@@ -239,24 +239,6 @@ def test_a_problem_that_cannot_be_made_is_a_row_for_each():
     }  # fmt: skip
 
 
-def test_the_case_after_one_without_memory_gets_a_fresh_process():
-    class FakeWorker:
-        stopped_after = ()
-
-        def run(self, job):
-            self.n = job.case.n
-            status = "out of memory" if self.n == 32 else table.OK
-            return [make_row("test", job.case, "naive", "baseline", 1, status=status)]
-
-        def stop(self):
-            self.stopped_after += (self.n,)
-
-    cases = tuple(replace(CASE, n=n) for n in (16, 32, 64))
-    worker = FakeWorker()
-    run.run_suite(Suite("tiny", "a test", (Part(cases, ("naive",)),), QUICK), worker)
-    assert worker.stopped_after == (32,)
-
-
 def test_what_is_finished_survives_an_interruption(tmp_path, monkeypatch, capsys):
     measured = []
 
