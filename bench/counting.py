@@ -112,6 +112,15 @@ def _reset_resident_peak() -> int | None:
     return _status("VmRSS")
 
 
+def unreturned_memory() -> int:
+    """Bytes that the process has reserved and does not use; 0 where that is not known.
+
+    Where a mapping is refused the C library grows its heap instead, which does not shrink again.
+    """
+    resident = _reset_resident_peak()
+    return 0 if resident is None else _status("VmData") - resident
+
+
 def _status(name: str) -> int:
     """A line of /proc/self/status, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():

@@ -17,7 +17,7 @@ from bstriplet_kernels.functional import make_spec
 
 from . import machine, steps, timing
 from .cases import DTYPES, FORWARD, Case, Problem, make_problem
-from .counting import Memory, Operations, peak_memory
+from .counting import Memory, Operations, peak_memory, unreturned_memory
 from .gate import Errors, Gate
 from .providers import BASELINE, COMPILED, FLOOR, OURS, PEER, Provider, Step, providers
 from .table import EAGER, GRAPH, OK, Row
@@ -27,10 +27,15 @@ _NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "bad_alloc")  #
 CALL_LIMIT_S = 60.0
 COMPILE_LIMIT_S = 300.0
 _FREE_CALL_S = 0.5
+_MOST_UNRETURNED = 1 << 30
 _LARGE_N = 4096
 _MOST_BUFFERS = 512
 # A step that synchronises fails to be captured; those that may come last, and disturb nobody.
 _CAPTURE_ORDER = {FLOOR: 0, OURS: 1, COMPILED: 2, BASELINE: 3, PEER: 4}
+
+
+class SpentProcess(Exception):
+    """What was allocated before memory ran out is freed, but not free for what comes next."""
 
 
 class Job(NamedTuple):
@@ -62,7 +67,11 @@ class _Candidate:
 
 
 def measure(job: Job, tell: Callable[[Starting], None]) -> list[Row]:
-    """A row for each provider of the job, in its order."""
+    """A row for each provider of the job, in its order.
+
+    Raises:
+        SpentProcess: the provider told last ran out of memory, and the process with it.
+    """
     torch.set_num_threads(job.case.threads)
     make = steps.make_problem if job.case.backbone else make_problem
     known = steps.providers() if job.case.backbone else providers()
@@ -86,6 +95,8 @@ def measure(job: Job, tell: Callable[[Starting], None]) -> list[Row]:
                 reason = _examine(candidate, problem, gate, flops, tell)
             except Exception as error:
                 reason = _failure(error)
+                if reason == OUT_OF_MEMORY and unreturned_memory() > _MOST_UNRETURNED:
+                    raise SpentProcess from error
         candidate.row = replace(candidate.row, status=reason or OK)
     _time(candidates, problem, job.budget, tell)
     return [row for candidate in candidates for row in _rows(candidate)]

@@ -13,13 +13,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
-from .measure import OUT_OF_MEMORY, Job, Starting, measure
+from .measure import OUT_OF_MEMORY, Job, SpentProcess, Starting, measure
 from .table import Row
 
 _MEMORY_SHARE = 0.9
 _PROBLEM_LIMIT_S = 300.0
 _GRACE_S = 2.0
-_KILLED_BY_SYSTEM = -9
+_SPENT, _KILLED_BY_SYSTEM = 75, -9
 
 
 Serve = Callable[[Connection, str, str], None]
@@ -88,7 +88,7 @@ class Worker:
         self._process.join()
         code = self._process.exitcode
         self.stop()
-        if code == _KILLED_BY_SYSTEM:
+        if code in (_SPENT, _KILLED_BY_SYSTEM):
             return OUT_OF_MEMORY
         tail = self._log.read_text(errors="replace").strip().splitlines()[-1:]
         return f"crashed with exit status {code}: {''.join(tail)[:160]}"
@@ -104,7 +104,10 @@ def _serve(connection: Connection, log: str, device: str) -> None:
     tell: Callable[[Starting], None] = connection.send
     with contextlib.suppress(EOFError):
         while True:
-            connection.send(measure(connection.recv(), tell))
+            try:
+                connection.send(measure(connection.recv(), tell))
+            except SpentProcess:
+                os._exit(_SPENT)
 
 
 def _limit_memory() -> None:

@@ -15,7 +15,7 @@ from bench.cases import FORWARD, TRAINING_STEP, Case
 from bench.measure import Job, Starting
 from bench.suites import DEFAULT, Part, Suite, suites
 from bench.timing import Budget
-from bench.worker import Lost, Worker
+from bench.worker import _SPENT, Lost, Worker
 
 CASE = Case(16, 8, 3)
 QUICK = Budget(0.002)
@@ -149,6 +149,12 @@ def test_what_is_wrong_or_broken_gets_no_time(monkeypatch):
     assert rows[2].status == "out of memory"
     assert [row.is_measured for row in rows] == [False, False, False, True]
 
+    monkeypatch.setattr(measure, "unreturned_memory", lambda: 17 << 30)
+    told = []
+    with pytest.raises(measure.SpentProcess):
+        measure.measure(Job("test", CASE, names, {}, QUICK), told.append)
+    assert told[-1].provider == "hungry"
+
 
 def test_a_training_step_with_and_without_the_loss():
     pytest.importorskip("timm")
@@ -177,9 +183,16 @@ def _crashes(connection, log, device):
     os._exit(3)
 
 
+def _is_spent(connection, log, device):
+    connection.recv()
+    connection.send(Starting("hoarder", 30.0))
+    os._exit(_SPENT)
+
+
 def test_a_process_that_hangs_or_dies_is_reported_and_replaced():
     job = Job("test", CASE, ("x",), {}, QUICK)
     for target, lost in (
+        (_is_spent, Lost("hoarder", "out of memory")),
         (_hangs, Lost("sleeper", "over 0.2 s")),
         (_crashes, Lost("crasher", "crashed with exit status 3: last words")),
     ):
