@@ -1,10 +1,12 @@
 """Builds the native operator of csrc/ where there is a compiler; the rest is in pyproject.toml.
 
-BSTRIPLET_NATIVE decides what is tried: `0` nothing, `cpu` the C++ part, `cuda`, `1` or unset the
-C++ and the CUDA part. What is left out is said in one line; an install never fails for want of a
-compiler. The libraries use torch's stable ABI and no Python API: one build serves every torch from
-2.11 on and every Python from 3.10 on. torch is looked for, never imported, and nothing asks which
-GPU is here. Objects stay in build/, by compiler flags, so that only what changed is compiled again.
+BSTRIPLET_NATIVE decides what is built: `0` nothing, `cpu` the C++ part, `cuda` the C++ and the CUDA
+part, `1` the C++ part and, where nvcc is, the CUDA part; what it asks for and cannot be built is an
+error. Unset, all is tried and an install never fails for want of a compiler. What is left out is
+said in one line. The libraries use torch's stable ABI and no Python API: one build serves every
+torch from 2.11 on and every Python from 3.10 on. torch is looked for, never imported, and nothing
+asks which GPU is here. Objects stay in build/, by compiler flags, so that only what changed is
+compiled again.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 WINDOWS = os.name == "nt"
+WANTED = os.environ.get("BSTRIPLET_NATIVE")
+BUILDS = "1", "cpu", "cuda"
 X86 = platform.machine().lower() in ("x86_64", "amd64") and sys.platform != "darwin"
 MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000")]  # 2.11
 if X86:
@@ -76,22 +80,24 @@ def nvcc() -> str | None:
     return shutil.which("nvcc", path=f"{home}/bin" if home else None)
 
 
-def left_out(part: str, reason: str) -> None:
-    """Say in one line what is not built."""
+def left_out(part: str, reason: str, *wanted_by: str) -> None:
+    """Say in one line what is not built; where BSTRIPLET_NATIVE is one of `wanted_by`, fail."""
+    if WANTED in wanted_by:
+        sys.exit(f"bstriplet-kernels: BSTRIPLET_NATIVE={WANTED}, but no {part}: {reason}")
     print(f"bstriplet-kernels: {part} left out: {reason}", file=sys.stderr, flush=True)
 
 
 def extensions() -> list[Extension]:
     """What there is everything to try building with."""
-    wanted = os.environ.get("BSTRIPLET_NATIVE", "1")
-    if wanted not in ("0", "1", "cpu", "cuda"):
-        sys.exit(f"BSTRIPLET_NATIVE must be 0, 1, cpu or cuda, got {wanted!r}")
-    if wanted == "0":
+    if WANTED not in (None, "0", *BUILDS):
+        sys.exit(f"BSTRIPLET_NATIVE must be 0, 1, cpu or cuda, got {WANTED!r}")
+    if WANTED == "0":
         left_out("native operator", "BSTRIPLET_NATIVE=0")
         return []
     torch = torch_folder()
     if torch is None:
-        left_out("native operator", "no torch >= 2.11 in this environment to build against")
+        reason = "no torch >= 2.11 in this environment to build against"
+        left_out("native operator", reason, *BUILDS)
         return []
     common = {
         "include_dirs": [str(torch / "include")],
@@ -111,10 +117,11 @@ def extensions() -> list[Extension]:
             **common,
         )
     ]
-    if wanted == "cpu":
+    if WANTED == "cpu":
         return found
     if nvcc() is None:
-        left_out("CUDA part of the native operator", "no nvcc in CUDA_HOME or on the PATH")
+        reason = "no nvcc in CUDA_HOME or on the PATH"
+        left_out("CUDA part of the native operator", reason, "cuda")
         return found
     found.append(
         Extension(
@@ -131,7 +138,7 @@ class BuildNative(build_ext):
     """Each source with its own flags, side by side, and again only when it or a header changed."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Build `ext`, or say why it is left out."""
+        """Build `ext`, or say why it is left out; fail where BSTRIPLET_NATIVE asks for it."""
         try:
             with ThreadPoolExecutor() as pool:
                 objects = list(pool.map(lambda source: self.compiled(source, ext), ext.sources))
@@ -148,7 +155,8 @@ class BuildNative(build_ext):
                 target_lang="c++",
             )
         except Exception as error:  # whatever a missing or old compiler comes to
-            left_out(ext.name, " ".join(str(error).split()) or type(error).__name__)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            left_out(ext.name, reason, *BUILDS)
 
     def compiled(self, source: str, ext: Extension) -> str:
         """The object file of a source."""

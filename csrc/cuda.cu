@@ -7,7 +7,6 @@
 // block multiplies out all columns, which at this size is cheaper than a second launch. Reads
 // N D elements (once; once per block before Hopper) and writes N D; N^2 D / 2 multiply-adds for S
 // and N^2 D for the gradient; bound by latency. No atomics: the same bits from run to run.
-#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -139,21 +138,25 @@ __device__ void dots(const Arguments<In>& args, int64_t begin, int64_t end, Shar
 template <class T>
 __device__ void add_over_cluster(int n, Shared<T>& shared) {
 #if __CUDA_ARCH__ >= 900
-  const auto cluster = cooperative_groups::this_cluster();
+  // What cooperative_groups calls; its header takes longer to compile than all that is here.
+  const auto sync = [] {
+    __cluster_barrier_arrive();
+    __cluster_barrier_wait();
+  };
   constexpr int per_thread = kMaxRows * kMaxRows / kThreads;
   T total[per_thread];
-  cluster.sync();
+  sync();
 #pragma unroll
   for (int k = 0; k < per_thread; ++k) {
     const int at = threadIdx.x + k * kThreads, row = at / kMaxRows, column = at % kMaxRows;
     total[k] = 0;
     if (row < n && column < n) {
-      for (unsigned rank = 0; rank < cluster.num_blocks(); ++rank) {
-        total[k] += cluster.map_shared_rank(&shared, rank)->s[row][column];
+      for (unsigned rank = 0; rank < __clusterSizeInBlocks(); ++rank) {
+        total[k] += static_cast<Shared<T>*>(__cluster_map_shared_rank(&shared, rank))->s[row][column];
       }
     }
   }
-  cluster.sync();  // everyone has read before anyone writes
+  sync();  // everyone has read before anyone writes
 #pragma unroll
   for (int k = 0; k < per_thread; ++k) {
     const int at = threadIdx.x + k * kThreads, row = at / kMaxRows, column = at % kMaxRows;

@@ -1,8 +1,8 @@
 // What the arithmetic knows of a tensor: numbers, without torch's headers.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 namespace bstriplet {
@@ -24,7 +24,7 @@ template <class From, class T>
 void gather(const void* data, int64_t n, int64_t stride, T* to) {
   const From* from = static_cast<const From*>(data);
   if constexpr (std::is_same_v<From, T>) {
-    if (stride == 1) return static_cast<void>(std::copy(from, from + n, to));
+    if (stride == 1) return static_cast<void>(std::memcpy(to, from, n * sizeof(T)));
   }
   for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i * stride]);
 }

@@ -1,0 +1,84 @@
+"""setup.py: what is built, what is left out and said, and what a changed header compiles again."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import setuptools
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """What a build needs of the sources, in a folder of its own."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "bstriplet_kernels", "python/bstriplet"):
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__*__")
+        )
+    return tmp_path
+
+
+def build(tree, **variables):
+    """Run `setup.py build` without a compiler."""
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("BSTRIPLET_NATIVE", "CUDA_HOME")
+    }
+    environment |= {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++", "PATH": "/nonexistent"}
+    return subprocess.run(
+        [sys.executable, "setup.py", "-q", "build"],
+        cwd=tree,
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_without_a_compiler_the_rest_is_built_and_said(tree):
+    ran = build(tree)
+    assert ran.returncode == 0, ran.stderr
+    said = [line for line in ran.stderr.splitlines() if "left out" in line]
+    assert [line.split(" left out: ")[0] for line in said] == [
+        "bstriplet-kernels: CUDA part of the native operator",
+        "bstriplet-kernels: bstriplet_kernels._native",
+    ]
+    assert "/nonexistent/c" in said[1]
+    built = {path.name for path in (tree / "build").rglob("*")}
+    assert "functional.py" in built
+    assert not [name for name in built if name.startswith("_native")]
+
+
+@pytest.mark.parametrize("wanted", ["1", "cpu", "cuda", "yes"])
+def test_what_is_asked_for_and_cannot_be_built_is_an_error(tree, wanted):
+    ran = build(tree, BSTRIPLET_NATIVE=wanted)
+    assert ran.returncode == 1
+    last = ran.stderr.splitlines()[-1]
+    if wanted == "yes":
+        assert last == "BSTRIPLET_NATIVE must be 0, 1, cpu or cuda, got 'yes'"
+    else:
+        assert last.startswith(f"bstriplet-kernels: BSTRIPLET_NATIVE={wanted}, but no ")
+        assert ("nvcc" if wanted == "cuda" else "/nonexistent/c") in last
+
+
+def test_a_source_is_compiled_again_for_the_headers_that_it_includes(monkeypatch):
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.setenv("BSTRIPLET_NATIVE", "0")
+    monkeypatch.chdir(ROOT)
+    with_headers = runpy.run_path("setup.py")["with_headers"]
+    names = {path.name for path in with_headers(Path("csrc/cpu_avx2.cpp"))}
+    assert names == {
+        *("cpu_avx2.cpp", "kernels_impl.h", "kernels.h", "vec.h", "moment_kernels.h"),
+    }
+    arithmetic = ("moments_float.cpp", "moments_double.cpp", "cuda.cu", "cpu_baseline.cpp")
+    for name in arithmetic:  # torch's headers are most of what there is to compile
+        read = [path.read_text("utf-8") for path in with_headers(Path("csrc") / name)]
+        assert not [text for text in read if "<torch/" in text]
