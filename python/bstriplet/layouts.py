@@ -105,10 +105,14 @@ CHEST1 = PaperSet(
 CHEST2 = PaperSet(
     "chest2", "Chest-2 (Kaggle paultimothymooney/chest-xray-pneumonia)", _chest_column
 )
+# Public notebooks read RashData/Train/Train_2_Cases and RashData/Validation/Validation_2_Cases, a
+# public classifier of these images calls one class Lyme_Positive. No more could be checked, and
+# the class folders may have any two names, of which one or both say Lyme.
 RASH = PaperSet("rash", "rash (Kaggle sshikamaru/lyme-disease-rashes)", _rash_column)
 OSTEOSARCOMA = PaperSet(
     "osteosarcoma", "osteosarcoma (TCIA Osteosarcoma-Tumor-Assessment)", lambda label: label
 )
+PAPER_SETS = {known.name: known for known in (CHEST1, CHEST2, RASH, OSTEOSARCOMA)}
 
 
 @dataclass(frozen=True)
@@ -155,10 +159,10 @@ def _relative(path: Path, root: Path) -> str:
 def recognise(data: str) -> Listing:
     """Return the images of a folder or a CSV file, for training.
 
-    A folder is one of the paper's sets as Kaggle, Mendeley or TCIA deliver it, or a tree
-    train/CLASS/*, with test/CLASS/* and val/CLASS/* where there are such (in any case; Training,
-    Testing, Valid, Validation too). A manifest.csv in it with columns file and patient names
-    patients.
+    A folder is one of the paper's sets as Kaggle, Mendeley or TCIA deliver it (the rash images: as
+    notebooks on Kaggle read them), or any tree train/CLASS/*, with test/CLASS/* and val/CLASS/*
+    where there are such (in any case; Training, Testing, Valid, Validation too). A manifest.csv in
+    it with columns file and patient names patients.
     """
     if is_csv(data):
         return _checked(_read_csv(Path(data)))

@@ -13,7 +13,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, Template
 
 from bstriplet.config import TrainConfig, flag
-from bstriplet.figures import DARK, Picture, pictures, scheme_colour
+from bstriplet.figures import DARK, Picture, looks, pictures
 from bstriplet.paper_table import HEADER
 from bstriplet.paper_table import NOTE as TABLE_NOTE
 from bstriplet.reproduce import Reproduction
@@ -143,8 +143,8 @@ def _page(comparison: Comparison, drawn: Sequence[Picture]) -> str:
         title=_title(comparison),
         lead=_lead(comparison),
         colours={
-            scheme_label(scheme): (scheme_colour(scheme), DARK[scheme_colour(scheme)])
-            for scheme in comparison.schemes
+            scheme_label(scheme): (look.colour, DARK[look.colour])
+            for scheme, look in looks(comparison.schemes).items()
         },
         verdicts=verdicts(comparison, summaries),
         gaps=comparison.gaps(),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -149,13 +149,17 @@ class Run:
 class Comparison:
     """The runs of some schemes and seeds; a single run is a comparison of one.
 
-    `runs` holds those that have a folder, scheme by scheme and seed by seed.
+    `runs` holds those that have a folder, scheme by scheme and seed by seed; `shared` the fields of
+    the configuration that are the same in all of them, where no scheme sets them. `reference` is
+    what all schemes are compared with, where that is not plain cross entropy.
     """
 
     folder: Path
     schemes: tuple[Scheme, ...]
     seeds: tuple[int, ...]
     runs: tuple[Run, ...]
+    shared: Mapping[str, Any] = field(default_factory=dict)
+    reference: Scheme | None = None
 
     @property
     def finished(self) -> list[Run]:
@@ -167,19 +171,33 @@ class Comparison:
         return [run for run in self.finished if run.scheme == scheme]
 
     def baseline_of(self, scheme: Scheme) -> Scheme | None:
-        """What a scheme is compared with: the plain cross entropy that is most like it.
+        """What a scheme is compared with: the reference, or the cross entropy most like it.
 
-        The first of those that differ from it in the fewest settings (loss and batches apart);
-        None where no scheme is plain cross entropy.
+        Of the same network on the same data, the first of those that differ from it in the fewest
+        settings (loss and batches apart); None where there is none.
         """
 
-        def n_differing(other: Scheme) -> int:
-            names = {name for name, _ in scheme.settings + other.settings}
-            ours, theirs = dict(scheme.settings), dict(other.settings)
-            return sum(ours.get(name) != theirs.get(name) for name in names)
+        if self.reference:
+            return self.reference
 
-        candidates = [other for other in self.schemes if other.loss == "ce"]
-        return min(candidates, key=n_differing, default=None)
+        def differing(other: Scheme) -> list[str]:
+            names = {name for name, _ in scheme.settings + other.settings}
+            return [n for n in names if self._setting(scheme, n) != self._setting(other, n)]
+
+        candidates = [
+            other
+            for other in self.schemes
+            if other.loss == "ce" and not {"backbone", "data"}.intersection(differing(other))
+        ]
+        return min(candidates, key=lambda other: len(differing(other)), default=None)
+
+    def network_of(self, scheme: Scheme) -> str:
+        """The network that a scheme trains, as the paper writes it; "" where nothing says it."""
+        name = self._setting(scheme, "backbone") or ""
+        return paper.BACKBONES.get(name, name)
+
+    def _setting(self, scheme: Scheme, name: str) -> Any:
+        return scheme.fields.get(name, self.shared.get(name))
 
     def gaps(self) -> list[str]:
         """A sentence for each run that was asked for and has not finished."""
@@ -268,7 +286,7 @@ def _read_comparison(folder: Path) -> Comparison:
     wanted = [run for run in named if run.seed in seeds]
     wanted.sort(key=lambda run: (schemes.index(run.scheme), seeds.index(run.seed)))
     refuse_doubles(wanted)
-    return Comparison(folder, schemes, seeds, tuple(wanted))
+    return Comparison(folder, schemes, seeds, tuple(wanted), shared)
 
 
 def read_runs(folder: Path) -> list[Run]:

@@ -64,12 +64,13 @@ class PairedTest:
 
 @dataclass(frozen=True)
 class SchemeSummary:
-    """One scheme: its finished runs' metrics, and the test against the baseline."""
+    """One scheme: its finished runs' metrics, and the test against its baseline, if it has one."""
 
     scheme: Scheme
     n_runs: int
     metrics: dict[str, Spread]
     paired: PairedTest | None
+    baseline: Scheme | None = None
 
     @property
     def label(self) -> str:
@@ -82,7 +83,7 @@ def summarise_schemes(comparison: Comparison) -> list[SchemeSummary]:
     pairs = {
         scheme: baseline
         for scheme in comparison.schemes
-        if (baseline := comparison.baseline_of(scheme)) not in (None, scheme)
+        if (baseline := comparison.baseline_of(scheme)) and baseline != scheme
     }
     found = [
         paired_test(_accuracies(comparison, scheme), _accuracies(comparison, baseline))
@@ -95,6 +96,7 @@ def summarise_schemes(comparison: Comparison) -> list[SchemeSummary]:
             n_runs=len(runs),
             metrics={name: spread(_metric(runs, name)) for name in METRICS},
             paired=tests.get(scheme),
+            baseline=pairs.get(scheme),
         )
         for scheme in comparison.schemes
         for runs in [comparison.finished_of(scheme)]
@@ -109,9 +111,14 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(len(values), float(np.mean(values)), sd)
 
 
-def verdict_sentence(summary: SchemeSummary, baseline: Scheme) -> str:
-    """What the paired test says, in a sentence for people."""
-    test, one, other = summary.paired, summary.label, scheme_label(baseline)
+def verdict_sentence(summary: SchemeSummary) -> str:
+    """What the paired test of a scheme that is no baseline says, in a sentence for people."""
+    test, one = summary.paired, summary.label
+    if summary.baseline is None:
+        return (
+            f"{one} is compared with nothing: no scheme is plain cross entropy (ce) of its network."
+        )
+    other = scheme_label(summary.baseline)
     if test is None or test.difference is None:
         return f"{one} and {other} have no finished seed in common: nothing to compare."
     by = f"{points(test.difference)} points of accuracy"
@@ -185,16 +192,15 @@ def metrics_note(comparison: Comparison) -> str:
 
 
 def verdicts(comparison: Comparison, summaries: Sequence[SchemeSummary]) -> list[str]:
-    """A sentence for each scheme that is compared with the baseline."""
+    """A sentence for each scheme that is not itself a baseline."""
     if len(comparison.schemes) == 1:
         return []
-    baselines = {scheme: comparison.baseline_of(scheme) for scheme in comparison.schemes}
-    if None in baselines.values():
+    if not any(map(comparison.baseline_of, comparison.schemes)):
         return ["No scheme is plain cross entropy (ce): there is no baseline to compare with."]
     return [
-        verdict_sentence(summary, baseline)
+        verdict_sentence(summary)
         for summary in summaries
-        if (baseline := baselines[summary.scheme]) and baseline != summary.scheme
+        if comparison.baseline_of(summary.scheme) != summary.scheme
     ]
 
 
@@ -236,7 +242,7 @@ def schemes_csv(summaries: Sequence[SchemeSummary]) -> str:
     tested = ("difference", "low", "high", "p", "p_holm", "verdict", "detectable")
     header = ["scheme", "loss", "batches", "runs"]
     header += [f"{name}_{part}" for name in METRICS for part in ("mean", "sd")]
-    header += ["paired_seeds", *tested]
+    header += ["baseline", "paired_seeds", *tested]
     rows = []
     for summary in summaries:
         row: list[Any] = [summary.label, summary.scheme.loss, summary.scheme.batches]
@@ -244,6 +250,7 @@ def schemes_csv(summaries: Sequence[SchemeSummary]) -> str:
         for name in METRICS:
             row += [summary.metrics[name].mean, summary.metrics[name].sd]
         test = summary.paired
+        row.append(scheme_label(summary.baseline) if summary.baseline else None)
         row += [test.n, *(getattr(test, name) for name in tested)] if test else [None] * 8
         rows.append(row)
     return to_csv(header, rows)

@@ -28,7 +28,7 @@ def write_comparison(
 ) -> Path:
     """A compare folder with every run finished."""
     folder.mkdir(parents=True)
-    asked = {"schemes": schemes, "seeds": seeds, "config": {"margin": 0.9}}
+    asked = {"schemes": schemes, "seeds": seeds, "config": {"margin": 0.9, "backbone": "mlp"}}
     (folder / "compare.json").write_text(json.dumps(asked))
     for text in schemes:
         scheme = Scheme.parse(text)

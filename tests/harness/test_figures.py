@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from bstriplet import figures, results
+from bstriplet import config, figures, results
 from digit_runs import write_comparison
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -73,14 +73,39 @@ def test_a_panel_is_drawn_the_same_way_twice_and_follows_dark_mode(comparison):
     texts = "".join(root.itertext())
     for scheme in comparison.schemes:
         assert results.scheme_label(scheme) in texts
-        colour = figures.scheme_colour(scheme)
+        colour = figures.looks(comparison.schemes)[scheme].colour
         assert f"var(--c{colour[1:]}, {colour})" in svg
 
 
 def test_four_schemes_have_four_colours_with_a_dark_counterpart_each(comparison):
-    colours = [figures.scheme_colour(scheme) for scheme in comparison.schemes]
+    colours = [look.colour for look in figures.looks(comparison.schemes).values()]
     assert len(set(colours)) == 4
     assert len({figures.DARK[colour] for colour in colours}) == 4
+
+
+def test_no_two_schemes_of_a_network_look_alike_and_networks_share_their_looks():
+    losses = ["ce", "ce+bst", "ce+ls", "ce+SupConLoss", "ce+ContrastiveLoss"]
+    texts = [f"{loss}:{batches}" for loss in losses for batches in ("random", "mined")]
+    texts += [f"ce+bst:{batches}:margin=0.{m}" for batches in ("mined", "random") for m in range(9)]
+    schemes = [config.Scheme.parse(text) for text in texts]
+    other = [replace(s, settings=(("backbone", "peleenet"), *s.settings)) for s in schemes]
+    found = figures.looks([*schemes, *other])
+    assert len({(look.colour, str(look.line)) for look in found.values()}) == len(schemes)
+    assert [found[scheme] for scheme in schemes] == [found[scheme] for scheme in other]
+    assert {look.colour for look in found.values()} <= figures.DARK.keys()
+
+
+def test_curves_of_several_networks_are_drawn_in_a_panel_each(tmp_path):
+    schemes = ["ce:random", "ce+bst:mined", "ce:random:backbone=peleenet"]
+    comparison = results.read(write_comparison(tmp_path / "compare", schemes, [0]))
+    titles = [panel.title for panel in figures.roc_curves(comparison).panels]
+    assert titles == ["mlp", "PeleeNet"]
+    titles = [panel.title for panel in figures.calibration(comparison).panels]
+    names = ("mlp", "PeleeNet")
+    assert titles == [f"{what}, {name}" for name in names for what in ("Reliability", "How sure")]
+    one, two = figures.calibration(comparison).panel_svgs()[::2]
+    assert "CE+BST (DM)" in one
+    assert "CE+BST (DM)" not in two
 
 
 def test_loss_curves_show_the_log(comparison):

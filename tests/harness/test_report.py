@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from bstriplet import figures, report, results, summary
 from bstriplet.config import Scheme
 from bstriplet.errors import UserError
+from bstriplet.reproduce import Target, draw
 from digit_runs import write_comparison, write_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -158,6 +160,70 @@ def test_the_baseline_is_the_cross_entropy_of_the_same_network():
     assert [comparison.baseline_of(scheme) for scheme in schemes[::2]] == schemes[::2]
     tests = [row.paired for row in summary.summarise_schemes(comparison)]
     assert [test is None for test in tests] == [True, False] * 3
+
+
+def test_a_network_without_cross_entropy_of_its_own_is_compared_with_no_other():
+    small, large = (("backbone", "peleenet"),), (("backbone", "efficientnet_b1"),)
+    schemes = [
+        Scheme("ce", "random", (*large, ("lr", 0.01))),
+        Scheme("ce", "random"),
+        Scheme("ce+bst", "mined", small),
+        Scheme("ce+bst", "mined", large),
+        Scheme("ce+ls", "random", (("backbone", "shufflenet_v2"),)),
+    ]
+    comparison = comparison_of({scheme: {0: 0.9, 1: 0.8} for scheme in schemes})
+    comparison = replace(comparison, shared={"backbone": "shufflenet_v2"})
+    summaries = summary.summarise_schemes(comparison)
+    wanted = [None, None, None, schemes[0], schemes[1]]
+    assert [row.baseline for row in summaries] == wanted
+    assert [row.paired is None for row in summaries] == [scheme is None for scheme in wanted]
+    nothing, first, second = summary.verdicts(comparison, summaries)
+    assert nothing.startswith("CE+BST (DM), PeleeNet is compared with nothing")
+    assert "not told apart from CE (RS), EfficientNet-B1, lr 0.01" in first
+    assert "not told apart from CE (RS): " in second
+    found = list(csv.DictReader(summary.schemes_csv(summaries).splitlines()))
+    named = ["", "", "", "CE (RS), EfficientNet-B1, lr 0.01", "CE (RS)"]
+    assert [row["baseline"] for row in found] == named
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_each_of_two_networks_is_judged_by_its_own_cross_entropy_everywhere(tmp_path):
+    """In the report, in the tables and in a table of the paper: the same two pairs."""
+    networks = ["peleenet", "shufflenet_v2"]
+    texts = [f"{s}:backbone={n}" for s in ("ce:random", "ce+bst:mined") for n in networks]
+    folder = write_comparison(tmp_path / "compare", texts, [0, 1, 2])
+    for seed, accuracy in enumerate((0.2, 0.1, 0.3)):  # the other network's would be no match
+        path = folder / "runs" / "ce-random-backbone-shufflenet_v2" / f"seed-{seed}"
+        metrics = json.loads((path / "metrics.json").read_text())
+        (path / "metrics.json").write_text(json.dumps(metrics | {"accuracy": accuracy}))
+    comparison = results.read(folder)
+    ours = {
+        name: np.mean(
+            [
+                one.metrics["accuracy"] - other.metrics["accuracy"]
+                for one, other in zip(
+                    comparison.finished_of(Scheme("ce+bst", "mined", (("backbone", name),))),
+                    comparison.finished_of(Scheme("ce", "random", (("backbone", name),))),
+                    strict=True,
+                )
+            ]
+        )
+        for name in networks
+    }
+    assert abs(ours["peleenet"] - ours["shufflenet_v2"]) > 0.2
+    text = " ".join(report.summarise(folder).split())
+    page = report.build(folder).read_text()
+    for name, label in zip(networks, ("PeleeNet", "ShuffleNet-V2"), strict=True):
+        said = summary.points(ours[name])
+        assert f"CE (RS), {label}: {said} points" in text
+        assert said in page
+    with (folder / "summary_by_scheme.csv").open() as file:
+        rows = list(csv.DictReader(file))[2:]
+    assert [float(row["difference"]) for row in rows] == pytest.approx(list(ours.values()))
+    target = Target("", "chest1", comparison.schemes, ("backbone",), table=4)
+    drawn = draw("table4", target, None, comparison.runs, tmp_path)
+    tests = [row.summary.paired for row in drawn.rows][2:]
+    assert [test.difference for test in tests] == pytest.approx(list(ours.values()))
 
 
 @pytest.mark.parametrize("n", [2, 5, 10])

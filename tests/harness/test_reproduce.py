@@ -9,12 +9,14 @@ from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
+import numpy as np
 import pytest
 from bstriplet import paper, reproduce
 from bstriplet.config import Scheme, TrainConfig
 from bstriplet.errors import UserError
 from digit_runs import write_comparison, write_run
 from quick import TINY, Run, snapshot, tiny_flags
+from scipy import stats
 
 FOUR = ["ce:random", "ce:mined", "ce+bst:random", "ce+bst:mined"]
 SMALL = reproduce.SMALL
@@ -164,6 +166,41 @@ def test_figure_5_shows_each_batch_size_beside_the_two_printed_numbers(tmp_path)
     assert sum("not started" in note for note in figure.notes) == 6
 
 
+def test_figure_5_tests_each_batch_size_against_that_of_the_paper(tmp_path):
+    folder, rng = tmp_path / "compare", np.random.default_rng(0)
+    gains = {6: -0.2, 12: 0.0, 36: 0.0}
+    accuracies = {size: 0.7 + gain + rng.normal(0, 0.01, 5) for size, gain in gains.items()}
+    for size, values in accuracies.items():
+        for seed, accuracy in enumerate(values):
+            run = write_run(
+                folder / "runs" / str(size) / f"seed-{seed}", Scheme("ce+bst", "mined"), seed
+            )
+            for name, more in (
+                ("config.json", {"backbone": SMALL, "batch_size": size}),
+                ("metrics.json", {"accuracy": accuracy}),
+            ):
+                path = run / name
+                path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    targets = reproduce.targets_named(["figure5"], {})
+    (figure,) = reproduce.draw_targets(targets, None, [folder], tmp_path / "out")
+    p = stats.ttest_rel(accuracies[6], accuracies[36]).pvalue
+    other = stats.ttest_rel(accuracies[12], accuracies[36]).pvalue
+    assert 2 * p < 0.001 < 0.05 < other
+    text = (tmp_path / "out" / "figure5.md").read_text()
+    assert "CE+BST (DM), N_b 6 is worse than CE+BST (DM), N_b 36: -" in text
+    assert "N_b 12 is not told apart from CE+BST (DM), N_b 36: " in text
+    assert f"p = {other:.3f}" in text
+    assert "Against N_b = 36, 6 is worse (p < 0.001); paired t tests, Holm's" in text
+    assert "N_b 36 is" not in text
+
+    for path in folder.glob("runs/6"):
+        shutil.rmtree(path)
+    (figure,) = reproduce.draw_targets(targets, None, [folder], tmp_path / "out")
+    assert f"No size is told apart from N_b = 36 (least p = {other:.3f};" in figure.picture.caption
+    (one,) = reproduce.targets_named(["figure5"], {"batch_size": 12}).values()
+    assert reproduce.draw("figure5", one, None, (), tmp_path).verdicts == ()
+
+
 def test_a_folder_without_runs_and_a_run_given_twice_are_errors(finished, tmp_path):
     targets = reproduce.targets_named(["table3"], {})
     with pytest.raises(UserError, match="no run lies in"):
@@ -216,6 +253,30 @@ def test_images_as_the_paper_counts_them_are_not_worth_a_note(finished, tmp_path
     assert f"{label} {expected - 3} instead of {expected}" in note
     images["test"][label] += 1
     assert len(notes()) == 2
+
+
+def test_class_folders_of_the_rash_set_are_those_of_the_paper_and_digits_are_not(
+    finished, tmp_path
+):
+    targets = reproduce.targets_named(["table3"], {})
+    (drawn,) = reproduce.draw_targets(targets, None, [finished], tmp_path)
+    counts = counts_of("rash")
+
+    def notes(names):
+        images = {
+            part: {names[label]: n for label, n in found.items()} for part, found in counts.items()
+        }
+        runs = [
+            replace(run, environment={"data": {"images": images}}) for run in drawn.comparison.runs
+        ]
+        return reproduce.data_notes("rash", replace(drawn.comparison, runs=tuple(runs)))
+
+    healthy, ill = paper.data_set("rash").classes
+    assert notes({ill: "Lyme_Positive", healthy: "Lyme_Negative"}) == []
+    assert notes({ill: "lyme", healthy: "other rashes"}) == []
+    (note,) = notes({ill: "1", healthy: "0"})
+    assert "so do not compare the two" in note
+    assert "(0, 1)" in note or "(1, 0)" in note
 
 
 # -- training

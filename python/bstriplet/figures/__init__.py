@@ -10,7 +10,7 @@ from bstriplet.figures.mistakes import misclassified
 from bstriplet.figures.picture import Panel, Picture
 from bstriplet.figures.projection import embeddings, principal_plane
 from bstriplet.figures.rates import RATES, roc, roc_curves
-from bstriplet.figures.style import DARK, scheme_colour
+from bstriplet.figures.style import DARK, looks
 from bstriplet.results import Comparison
 
 __all__ = [
@@ -23,13 +23,13 @@ __all__ = [
     "calibration",
     "confusion_matrices",
     "embeddings",
+    "looks",
     "loss_curves",
     "misclassified",
     "pictures",
     "principal_plane",
     "roc",
     "roc_curves",
-    "scheme_colour",
     "sweep",
 ]
 

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from bstriplet.figures.picture import Panel, Picture
-from bstriplet.figures.style import MUTED, scheme_colour
+from bstriplet.figures.style import MUTED, looks
 from bstriplet.results import Comparison, scheme_label
 
 
@@ -19,12 +19,15 @@ def accuracies(comparison: Comparison) -> Picture:
         for scheme in schemes
     }
 
+    drawn_as = looks(comparison.schemes)
+    longest = max((len(scheme_label(scheme)) for scheme in schemes), default=0)
+
     def draw(axes: Axes) -> None:
         for seed in comparison.seeds:
             line = [table[scheme].get(seed, np.nan) for scheme in schemes]
             axes.plot(line, range(len(schemes)), color=MUTED, linewidth=0.7, alpha=0.6)
         for row, scheme in enumerate(schemes):
-            values, colour = list(table[scheme].values()), scheme_colour(scheme)
+            values, colour = list(table[scheme].values()), drawn_as[scheme].colour
             axes.plot(values, [row] * len(values), "o", color=colour, markersize=5, alpha=0.75)
             axes.plot(
                 np.mean(values), row, marker="|", color=colour, markersize=22, markeredgewidth=2.5
@@ -45,7 +48,7 @@ def accuracies(comparison: Comparison) -> Picture:
             "the initial weights: the pairs of the test. The bar is the mean."
         ),
         panels=(Panel("Test accuracy, every run", draw),) if shown else (),
-        size=(4.2, 1.1 + 0.45 * len(schemes)),
+        size=(max(4.2, 2.9 + 0.08 * longest), 1.1 + 0.45 * len(schemes)),
         header=("scheme", "seed", "accuracy"),
         rows=tuple(
             (scheme_label(scheme), seed, value)

@@ -8,8 +8,9 @@ from matplotlib.ticker import PercentFormatter
 
 from bstriplet import paper
 from bstriplet.figures.picture import Panel, Picture
-from bstriplet.figures.style import MUTED, PAPER, scheme_colour
+from bstriplet.figures.style import MUTED, PAPER, looks
 from bstriplet.results import Comparison
+from bstriplet.summary import p_value, summarise_schemes
 
 
 def batch_sizes(comparison: Comparison) -> Picture:
@@ -20,7 +21,7 @@ def batch_sizes(comparison: Comparison) -> Picture:
         found.setdefault(size, {})[run.seed] = run.metrics["accuracy"]
     sizes = sorted(found)
     printed = {size: float(value) / 100 for size, value in paper.batch_size_accuracies().items()}
-    colour = scheme_colour(comparison.schemes[0])
+    colour = looks(comparison.schemes)[comparison.schemes[0]].colour
 
     def draw(axes: Axes) -> None:
         for seed in comparison.seeds:
@@ -47,7 +48,7 @@ def batch_sizes(comparison: Comparison) -> Picture:
         title="Accuracy over batch size",
         caption=(
             "A thin line is one seed. Of the paper's curve, the text gives the two points drawn "
-            "as diamonds."
+            f"as diamonds.{_judgement(comparison)}"
         ),
         panels=(Panel("Accuracy over batch size", draw),) if found else (),
         size=(4.8, 3.4),
@@ -58,3 +59,28 @@ def batch_sizes(comparison: Comparison) -> Picture:
             for seed, value in sorted(found[size].items())
         ),
     )
+
+
+def _judgement(comparison: Comparison) -> str:
+    """What the paired tests against the reference say of all sizes, or "" without it."""
+    if comparison.reference is None:
+        return ""
+    size_of = {scheme: dict(scheme.settings)["batch_size"] for scheme in comparison.schemes}
+    reference = f"N_b = {size_of[comparison.reference]}"
+    judged = [
+        (size_of[summary.scheme], summary.paired, summary.paired.p_holm)
+        for summary in summarise_schemes(comparison)
+        if summary.paired and summary.paired.p_holm is not None
+    ]
+    if not judged:
+        return f" Too few paired seeds to test any size against {reference}."
+    told = [
+        f"{size} is {test.verdict} (p {p_value(p)})"
+        for size, test, p in judged
+        if test.verdict != "not told apart"
+    ]
+    how = f"paired t tests, Holm's adjustment for {len(judged)}"
+    if told:
+        return f" Against {reference}, {', '.join(told)}; {how}."
+    least = min(p for _, _, p in judged)
+    return f" No size is told apart from {reference} (least p {p_value(least)}; {how})."

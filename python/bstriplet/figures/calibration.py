@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from bstriplet.config import Scheme
 from bstriplet.figures.picture import Panel, Picture
-from bstriplet.figures.style import MUTED, scheme_colour
+from bstriplet.figures.style import LEGEND_LINE, MUTED, Look, legend_below, looks
 from bstriplet.metrics import Reliability, reliability
 from bstriplet.results import Comparison, Run, scheme_label
 from bstriplet.summary import percent, spread
 
 
 def calibration(comparison: Comparison) -> Picture:
-    """Accuracy by confidence of each scheme, all seeds together, and how confidence is spread."""
+    """Accuracy by confidence of each scheme, all seeds together, and how confidence is spread.
+
+    A pair of panels a network.
+    """
     pooled = {
         scheme: _pooled(runs)
         for scheme in comparison.schemes
@@ -27,37 +34,45 @@ def calibration(comparison: Comparison) -> Picture:
     }
     floor = min((float(found.confidence.min()) for found in pooled.values()), default=0.0)
     lowest = np.floor(20 * floor) / 20
+    networks = Counter(map(comparison.network_of, pooled))
+    drawn_as = looks(comparison.schemes)
 
-    def diagram(axes: Axes) -> None:
-        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=":")
+    def of_network(network: str) -> Iterator[tuple[Scheme, Reliability, Look]]:
         for scheme, found in pooled.items():
+            if comparison.network_of(scheme) == network:
+                yield scheme, found, drawn_as[scheme]
+
+    def diagram(network: str, axes: Axes) -> None:
+        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=":")
+        for scheme, found, look in of_network(network):
+            name = scheme_label(scheme.without("backbone"))
             axes.plot(
                 found.confidence,
                 found.accuracy,
-                color=scheme_colour(scheme),
-                linestyle=_line(scheme),
-                label=f"{scheme_label(scheme)}, ECE {percent(errors[scheme])} %",
+                color=look.colour,
+                linestyle=look.line,
+                label=f"{name}, ECE {percent(errors[scheme])} %",
             )
             axes.scatter(
                 found.confidence,
                 found.accuracy,
                 s=4 + 120 * found.count / found.count.sum(),
-                color=scheme_colour(scheme),
+                color=look.colour,
             )
         axes.set_xlim(lowest, 1.01)
         axes.set_ylim(-0.01, 1.01)
         axes.set_xlabel("confidence (probability of the predicted class)")
         axes.set_ylabel("share that is right")
-        axes.legend(loc="best")
+        legend_below(axes)
         _percent_axes(axes)
 
-    def histogram(axes: Axes) -> None:
-        for scheme, found in pooled.items():
+    def histogram(network: str, axes: Axes) -> None:
+        for _, found, look in of_network(network):
             axes.plot(
                 found.confidence,
                 found.count / found.count.sum(),
-                color=scheme_colour(scheme),
-                linestyle=_line(scheme),
+                color=look.colour,
+                linestyle=look.line,
                 marker="o",
                 markersize=3,
             )
@@ -67,6 +82,13 @@ def calibration(comparison: Comparison) -> Picture:
         axes.set_ylabel("share of test images")
         _percent_axes(axes)
 
+    def panels(network: str) -> tuple[Panel, Panel]:
+        of = f", {network}" if len(networks) > 1 else ""
+        return (
+            Panel(f"Reliability{of}", partial(diagram, network)),
+            Panel(f"How sure{of or ' the networks are'}", partial(histogram, network)),
+        )
+
     return Picture(
         name="calibration",
         title="Calibration",
@@ -75,15 +97,8 @@ def calibration(comparison: Comparison) -> Picture:
             "more images. On the dotted line, confidence is as good as its word; below it, the "
             "network is too sure. ECE is the mean distance from that line, ± its sd over seeds."
         ),
-        panels=(
-            (
-                Panel("Reliability", diagram),
-                Panel("How sure the networks are", histogram),
-            )
-            if pooled
-            else ()
-        ),
-        size=(4.2, 3.9),
+        panels=tuple(panel for network in networks for panel in panels(network)),
+        size=(4.2, 3.8 + LEGEND_LINE * max(networks.values(), default=0)),
         header=("scheme", "mean_confidence", "accuracy", "images"),
         rows=tuple(
             (scheme_label(scheme), float(confidence), float(accuracy), int(count))
@@ -100,10 +115,6 @@ def _pooled(runs: list[Run]) -> Reliability:
         np.concatenate([run.predictions.labels for run in runs]),
         np.concatenate([run.predictions.probabilities for run in runs]),
     )
-
-
-def _line(scheme: Scheme) -> str:
-    return "-" if scheme.batches == "mined" else "--"
 
 
 def _percent_axes(axes: Axes) -> None:

@@ -16,9 +16,8 @@ from bstriplet.figures.style import (
     GRID,
     INK,
     LABELLED_CLASSES,
-    OTHER_COLOURS,
     PAPER,
-    SCHEME_COLOURS,
+    looks,
     short_name,
 )
 from bstriplet.results import Comparison, Predictions, scheme_label
@@ -35,7 +34,8 @@ def confusion_matrices(comparison: Comparison) -> Picture:
         counts = np.sum([_confusion(run.predictions) for run in runs], axis=0)
         totals = counts.sum(axis=1, keepdims=True)
         shares = np.divide(counts, totals, out=np.zeros(counts.shape), where=totals > 0)
-        panels.append(_confusion_panel(scheme, classes, counts, shares, len(runs)))
+        strong = looks(comparison.schemes)[scheme].strong
+        panels.append(_confusion_panel(scheme, strong, classes, counts, shares, len(runs)))
         rows += [
             (scheme_label(scheme), true, predicted, int(counts[i, j]), float(shares[i, j]))
             for i, true in enumerate(classes)
@@ -62,13 +62,13 @@ def _confusion(predictions: Predictions) -> NDArray[np.int64]:
 
 def _confusion_panel(
     scheme: Scheme,
+    strong: str,
     classes: Sequence[str],
     counts: NDArray[np.int64],
     shares: NDArray[np.float64],
     n_runs: int,
 ) -> Panel:
     # From nothing to the scheme's strong tone: what shows through is the page, light or dark.
-    strong = SCHEME_COLOURS.get(scheme.loss, OTHER_COLOURS)[1]
     ramp = ListedColormap([(*to_rgb(strong), alpha) for alpha in np.linspace(0, 1, 256)])
 
     def draw(axes: Axes) -> None:

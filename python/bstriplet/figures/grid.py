@@ -8,7 +8,7 @@ from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from bstriplet.figures.picture import Panel, Picture
-from bstriplet.figures.style import CLASS_COLOURS, GRID, INK, MUTED, PAPER, SCHEME_COLOURS
+from bstriplet.figures.style import CLASS_COLOURS, GRID, INK, LOSS_HUES, MUTED, PAPER
 from bstriplet.results import Comparison
 from bstriplet.sweep import HEADER, cells
 
@@ -54,7 +54,7 @@ def sweep(comparison: Comparison) -> Picture:
         for cell in found:
             if cell.weight and cell.margin is not None:
                 means[margins.index(cell.margin), places[cell.weight]] = cell.accuracy.mean
-        strong = to_rgb(SCHEME_COLOURS["ce+bst"][1])
+        strong = to_rgb(LOSS_HUES["ce+bst"][1])
         ramp = ListedColormap([(*strong, alpha) for alpha in np.linspace(0.05, 1, 256)])
         axes.pcolormesh(means, cmap=ramp, edgecolors=GRID, linewidth=0.6)
         low, high = np.nanmin(means), np.nanmax(means)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from bstriplet.config import Scheme
 from bstriplet.figures.picture import Panel, Picture
-from bstriplet.figures.style import scheme_colour
+from bstriplet.figures.style import looks
 from bstriplet.results import Comparison, Run, scheme_label
 
 
@@ -24,7 +24,7 @@ def loss_curves(comparison: Comparison) -> Picture:
 
     def panel(scheme: Scheme, runs: list[Run]) -> Panel:
         def draw(axes: Axes) -> None:
-            colour = scheme_colour(scheme)
+            colour = looks(comparison.schemes)[scheme].colour
             for name, line, label in (
                 ("train_loss", (0, (3, 1.5)), "training"),
                 ("validation_loss", "-", "validation"),
@@ -47,6 +47,7 @@ def loss_curves(comparison: Comparison) -> Picture:
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             axes.set_xlabel("epoch")
             axes.set_ylabel("loss (log scale)")
             axes.legend(loc="best")

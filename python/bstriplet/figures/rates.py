@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 
-from bstriplet import paper
-from bstriplet.config import Scheme
 from bstriplet.figures.picture import Panel, Picture
-from bstriplet.figures.style import MUTED, scheme_colour
+from bstriplet.figures.style import LEGEND_LINE, MUTED, legend_below, looks
 from bstriplet.results import Comparison, Predictions, scheme_label
 from bstriplet.summary import area, spread
 
@@ -32,33 +32,35 @@ def roc_curves(comparison: Comparison) -> Picture:
     }
     curves = {scheme: found for scheme, found in curves.items() if found}
 
-    networks = {_network(scheme): None for scheme in curves}
+    networks = {comparison.network_of(scheme): None for scheme in curves}
+    most = max(Counter(map(comparison.network_of, curves)).values(), default=0)
+    drawn_as = looks(comparison.schemes)
 
     def panel(title: str, highest: float, network: str) -> Panel:
         def draw(axes: Axes) -> None:
             axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=":")
             for scheme, found in curves.items():
-                if _network(scheme) != network:
+                if comparison.network_of(scheme) != network:
                     continue
                 values = np.array([curve for _, curve in found])
-                mean, colour = values.mean(axis=0), scheme_colour(scheme)
+                mean, look = values.mean(axis=0), drawn_as[scheme]
                 areas = spread([run.metrics["auc"] for run, _ in found])
                 if len(values) > 1:
                     sd = values.std(axis=0, ddof=1)
                     low, high = np.clip(mean - sd, 0, 1), np.clip(mean + sd, 0, 1)
-                    axes.fill_between(RATES, low, high, color=colour, alpha=0.15, linewidth=0)
+                    axes.fill_between(RATES, low, high, color=look.colour, alpha=0.15, linewidth=0)
                 axes.plot(
                     RATES,
                     mean,
-                    color=colour,
-                    linestyle="-" if scheme.batches == "mined" else "--",
+                    color=look.colour,
+                    linestyle=look.line,
                     label=f"{scheme_label(scheme.without('backbone'))}, AUC {area(areas)}",
                 )
             axes.set_xlim(-0.01 * highest, highest)
             axes.set_ylim(-0.01, 1.01)
             axes.set_xlabel("false positive rate (1 - specificity)")
             axes.set_ylabel("true positive rate (sensitivity)")
-            axes.legend(loc="lower right")
+            legend_below(axes)
 
         return Panel(title, draw)
 
@@ -75,11 +77,11 @@ def roc_curves(comparison: Comparison) -> Picture:
         title="ROC",
         caption=(
             "Test images. The line is the mean over seeds and the band one standard deviation; "
-            "dashes are random batches. For three classes or more, the mean of the "
+            "pale is random batches, strong mined ones. For three classes or more, the mean of the "
             "one-against-rest curves of the classes."
         ),
         panels=tuple(panels),
-        size=(4.2, 3.9),
+        size=(4.2, 3.8 + LEGEND_LINE * most),
         header=("scheme", "seed", "false_positive_rate", "true_positive_rate"),
         rows=tuple(
             (scheme_label(scheme), run.seed, float(x), float(y))
@@ -88,12 +90,6 @@ def roc_curves(comparison: Comparison) -> Picture:
             for x, y in zip(RATES, curve, strict=True)
         ),
     )
-
-
-def _network(scheme: Scheme) -> str:
-    """The name of the network that a scheme sets, "" where it sets none."""
-    backbone = dict(scheme.settings).get("backbone", "")
-    return paper.BACKBONES.get(backbone, backbone)
 
 
 def roc(predictions: Predictions, positive: str | None) -> NDArray[np.float64] | None:

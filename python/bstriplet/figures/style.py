@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from matplotlib.axes import Axes
 
 from bstriplet.config import Scheme
 
 INK, MUTED, GRID, PAPER = "#1f2430", "#5c6370", "#d9dde3", "#ffffff"
 # A hue a loss, a tone a way to draw batches: (random, mined). Blue against orange, and pale
 # against strong, stay apart in all common colour blindness and in grey print.
-SCHEME_COLOURS = {
+LOSS_HUES = {
     "ce": ("#6aa5d8", "#1f5fa8"),
     "ce+bst": ("#ea9a55", "#b8430f"),
     "ce+triplet": ("#b08bd0", "#6b3fa0"),
     "ce+ls": ("#5fb39a", "#14705a"),
 }
-OTHER_COLOURS = ("#9aa0a8", "#4a4f57")
+# Those of other losses, and of a loss once more with other settings.
+MORE_HUES = (
+    ("#dd86b4", "#a3265f"),
+    ("#b9b04a", "#6b6500"),
+    ("#c09a7a", "#744a26"),
+    ("#58b7c6", "#0b6a7a"),
+    ("#9aa0a8", "#4a4f57"),
+)
+# (random, mined); the second and third where hues have run out.
+LINES: tuple[tuple[Any, Any], ...] = (
+    ("--", "-"),
+    (":", "-."),
+    ((0, (1, 3)), (0, (8, 1.5, 1, 1.5, 1, 1.5))),
+)
 DARK = {
     INK: "#e8eaee",
     MUTED: "#a3abb8",
@@ -29,6 +47,14 @@ DARK = {
     "#6b3fa0": "#d0b0f2",
     "#5fb39a": "#3f9079",
     "#14705a": "#8fdcc4",
+    "#dd86b4": "#b55a89",
+    "#a3265f": "#f5a3c7",
+    "#b9b04a": "#8f8833",
+    "#6b6500": "#dcd57a",
+    "#58b7c6": "#3d8e9b",
+    "#0b6a7a": "#86d7e3",
+    "#c09a7a": "#97704f",
+    "#744a26": "#e0bd9c",
     "#9aa0a8": "#7b828c",
     "#4a4f57": "#c3c9d1",
 }
@@ -71,13 +97,47 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "bstriplet",
 }
+LEGEND_LINE = 0.2
 LEGEND_CLASSES = 20
 LABELLED_CLASSES = 25
 
 
-def scheme_colour(scheme: Scheme) -> str:
-    """The colour of a scheme in every picture; `DARK` has its counterpart on a dark page."""
-    return SCHEME_COLOURS.get(scheme.loss, OTHER_COLOURS)[scheme.batches == "mined"]
+@dataclass(frozen=True)
+class Look:
+    """How a scheme is drawn: its colour, the strong tone of its hue, and its line."""
+
+    colour: str
+    strong: str
+    line: Any
+
+
+def looks(schemes: Sequence[Scheme]) -> dict[Scheme, Look]:
+    """The look of each scheme of a comparison in all its pictures.
+
+    No two schemes of one network look alike, up to 24 settings of one loss. Networks share their
+    looks: where curves would be drawn over each other, each has a panel of its own.
+    """
+    settings_of: dict[tuple[str, str], list[Any]] = defaultdict(list)
+    hue_of = {(loss, 0): (hue, LINES[0]) for loss, hue in LOSS_HUES.items()}
+    spare = [(hue, line) for line in LINES for hue in MORE_HUES]
+    spare += [(hue, line) for line in LINES[1:] for hue in LOSS_HUES.values()]
+    found = {}
+    for scheme in schemes:
+        seen, settings = settings_of[scheme.loss, scheme.batches], scheme.without("backbone")
+        if settings not in seen:
+            seen.append(settings)
+        key = scheme.loss, seen.index(settings)
+        if key not in hue_of:
+            hue_of[key] = spare.pop(0) if len(spare) > 1 else spare[0]
+        hue, line = hue_of[key]
+        mined = scheme.batches == "mined"
+        found[scheme] = Look(hue[mined], hue[True], line[mined])
+    return found
+
+
+def legend_below(axes: Axes) -> None:
+    """Name the curves below the axes, a line each of `LEGEND_LINE` inches: none lies under it."""
+    axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.16), borderaxespad=0)
 
 
 def short_name(name: str) -> str:
