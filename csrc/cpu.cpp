@@ -173,9 +173,9 @@ class Batch {
   Batch(const Inputs& in, const Options& options)
       : in_(in),
         options_(options),
+        s_(in.rows(), in.columns(), in),
         rows_(in.embeddings, in),
         own_(in.rows()),
-        s_(in.rows(), in.columns(), in),
         classes_(in.ref_labels ? *in.ref_labels : in.labels) {
     classes_.number(in.labels, own_.side.label);
     if (in.ref_emb) {
@@ -316,11 +316,11 @@ class Batch {
 
   const Inputs& in_;
   const Options& options_;
+  Scratch<T> s_;  // first: where it is too large nothing else has been written to yet
   Rows<T> rows_;
   std::optional<Rows<T>> ref_rows_;
   SideArrays<T> own_;
   std::optional<SideArrays<T>> ref_;
-  Scratch<T> s_;
   std::optional<Scratch<T>> mirror_;
   Classes classes_;
 };

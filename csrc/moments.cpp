@@ -102,6 +102,8 @@ Classes read_table(const Tensor& table, int64_t rows, int64_t slots) {
   }
   STD_TORCH_CHECK(classes.rows() == rows && slots <= classes.count(),
                   "table and slots must be of the classes of embeddings");
+  STD_TORCH_CHECK(slots > 0 || classes.dominating() < 0,
+                  "slots must hold the class with more than half of the rows");
   classes.slots = slots;
   return classes;
 }

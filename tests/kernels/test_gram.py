@@ -172,6 +172,7 @@ class TestNative:
             ("slots", lambda t: t[0]),
             ("slots", lambda t: t.mT.expand_as(t)[:, ::1, 1:]),
             ("slots", lambda t: t.repeat(100, 1, 1)),
+            ("slots", lambda t: t[:0]),
             ("order", lambda t: t - 1),
             ("order", lambda t: t * 1000),
             ("order", lambda t: t.int()),

@@ -253,6 +253,10 @@ NONSENSE = {
         (torch.ones(1, 1).expand(2**39, 1), Y[:1].expand(2**39)),
         "beyond what can be addressed|cannot allocate",
     ),
+    "a similarity beyond memory": (  # told before as much as a row of it is written
+        (torch.ones(1, 16).expand(2**33, 16), Y[:1].expand(2**33)),
+        "beyond what can be addressed|cannot allocate",
+    ),
     "more columns than memory": ((torch.ones(1, 1).expand(2, 2**60), Y[:2]), "from 1 to 2"),
 }
 
