@@ -15,9 +15,9 @@ class Constants(NamedTuple):
 
 
 CONSTANTS: dict[str, dict[str, Constants]] = {
-    "cpu": {  # AMD EPYC (AVX2), 2 cores, 2 threads, 4a0c74d176
-        "native": Constants(1.166e-04, 6.039e-12, 1.805e-10),
-        "gram": Constants(4.836e-04, 1.065e-11, 4.091e-11),
-        "reference": Constants(9.097e-04, 8.311e-12, 1.212e-10),
+    "cpu": {  # AMD EPYC (AVX2), 2 cores, 2 threads, 501d7e43fb+
+        "native": Constants(1.208e-04, 6.003e-12, 1.449e-10),
+        "gram": Constants(4.994e-04, 1.146e-11, 4.012e-11),
+        "reference": Constants(9.586e-04, 8.109e-12, 1.127e-10),
     },
 }
