@@ -417,7 +417,11 @@ def _data(options: argparse.Namespace) -> None:
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:
-    """Print the four numbers of the paper's tables, in per cent."""
+    """Print the four numbers of the paper's tables as they stand there: all but AUC in per cent."""
     for name in ("accuracy", "sensitivity", "specificity", "auc"):
         value = metrics[name]
-        print(f"  {name:<12} {'undefined' if value is None else f'{100 * value:.2f} %'}")
+        if value is None:
+            shown = "undefined"
+        else:
+            shown = f"{value:.4f}" if name == "auc" else f"{100 * value:.2f} %"
+        print(f"  {name:<12} {shown}")

@@ -268,6 +268,11 @@ def train_targets(
             "they were, or choose another --out"
         )
     runs = prepare(plan, say)
+    classes = runs[0].task.classes
+    for name in dict.fromkeys(target.data_set for target in targets.values()):
+        if _columns(name, classes) is None:
+            of_it = ", ".join(key for key, target in targets.items() if target.data_set == name)
+            say(f"note: {of_it}: {_of_other_images(name, config.data, classes)}")
     with locked_folder(out):
         if not (out / STATE).exists():
             write_json(out / STATE, {"config": config.to_dict()})
@@ -370,7 +375,7 @@ def _notes(target: Target, comparison: Comparison) -> list[str]:
         fewest = min(len(comparison.finished_of(scheme)) for scheme in comparison.schemes)
         if fewest < FEW_SEEDS:
             notes.append(
-                f"A scheme has as few as {fewest} finished seeds: little can be told apart."
+                f"A scheme has as few finished seeds as {fewest}: little can be told apart."
             )
         notes += [
             f"The paper contradicts itself. {sentence}."
@@ -386,15 +391,10 @@ def data_notes(name: str, comparison: Comparison) -> list[str]:
     found = comparison.finished[0].environment.get("data", {}).get("images", {})
     if not found:
         return []
-    wanted = {_plain(label): label for label in expected.classes}
-    column = PAPER_SETS[name].column
-    classes = {_plain(column(label)): label for label in found["test"]}
-    if classes.keys() != wanted.keys() or len(classes) != len(found["test"]):
-        folder = Path(str(comparison.finished[0].config.get("data", ""))).name
-        return [
-            f"The paper's numbers are of {expected.name} ({', '.join(wanted.values())}); these "
-            f"runs are of {folder} ({', '.join(found['test'])}), so do not compare the two."
-        ]
+    data, labels = str(comparison.finished[0].config.get("data", "")), tuple(found["test"])
+    columns = _columns(name, labels)
+    if columns is None:
+        return [_of_other_images(name, data, labels)]
     held_out = found.get("validation", {})
     if comparison.finished[0].config.get("validation", "train") == "test":
         held_out = {}  # they are among the test images
@@ -402,15 +402,32 @@ def data_notes(name: str, comparison: Comparison) -> list[str]:
     for part, counts in expected.counts.items():
         more = held_out if part == "train" else {}
         differing = [
-            f"{label} {n} instead of {counts[wanted[key]]}"
-            for key, label in classes.items()
-            if (n := found[part][label] + more.get(label, 0)) != counts[wanted[key]]
+            f"{label} {n} instead of {counts[column]}"
+            for label, column in columns.items()
+            if (n := found[part][label] + more.get(label, 0)) != counts[column]
         ]
         if differing:
             notes.append(
                 f"Images to {part}, against Table {expected.counts_table}: {', '.join(differing)}."
             )
     return notes
+
+
+def _columns(name: str, labels: Sequence[str]) -> dict[str, str] | None:
+    """The column of the paper's table for each class, or None where these are other classes."""
+    wanted = {_plain(column): column for column in paper.data_set(name).classes}
+    plain = {label: _plain(PAPER_SETS[name].column(label)) for label in labels}
+    if sorted(plain.values()) != sorted(wanted):
+        return None
+    return {label: wanted[column] for label, column in plain.items()}
+
+
+def _of_other_images(name: str, data: str, labels: Sequence[str]) -> str:
+    expected = paper.data_set(name)
+    return (
+        f"The paper's numbers are of {expected.name} ({', '.join(expected.classes)}); these runs "
+        f"are of {Path(data).name} ({', '.join(labels)}), so do not compare the two."
+    )
 
 
 def _plain(name: str) -> str:

@@ -376,8 +376,9 @@ def test_evaluate_gives_the_metrics_of_the_run(bstriplet: Run, earlier: Path) ->
     metrics = json.loads((earlier / "run/metrics.json").read_text())
     outcome = bstriplet("evaluate", "--run", earlier / "run")
     assert outcome.status == 0
-    for name in ("accuracy", "sensitivity", "specificity", "auc"):
-        assert f"{100 * metrics[name]:.2f} %" in outcome.out
+    for name in ("accuracy", "sensitivity", "specificity"):
+        assert f"{name:<12} {100 * metrics[name]:.2f} %" in outcome.out
+    assert f"auc          {metrics['auc']:.4f}" in outcome.out
 
 
 @pytest.fixture

@@ -287,6 +287,8 @@ def test_what_is_missing_is_trained_once_and_shared(tmp_path, bstriplet: Run):
     flags = ["--data", "digits", *tiny_flags(epochs=1), "--out", out]
     first = bstriplet("reproduce", "figure6", "--seeds", 1, *flags)
     assert first.status == 0, first.err
+    note = first.err.index("note: figure6: The paper's numbers are of Chest-1 (Normal, Pneumonia,")
+    assert note < first.err.index("[1/2] ")  # before hours of training
     assert "[2/2] CE+BST (DM), seed 0" in first.err
     trained = snapshot(out / "runs")
     assert sorted(path.name for path in (out / "runs").iterdir()) == ["ce-bst-mined", "ce-random"]
