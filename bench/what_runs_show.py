@@ -1,0 +1,107 @@
+"""What compare folders show beside accuracy: a row a run, and a paired test of each scheme.
+
+    python -m bench.what_runs_show FOLDER... --out bench/results/table3/runs.csv
+
+Of each finished run: accuracy and AUC on the test images, accuracy on the validation images in the
+epoch that was kept, the batch-similarity term of the training loss in its first and last epoch, and
+of the training images' embeddings the share of negative cosines and the mean square of the cosines,
+within classes and between them (Eq. 3's two means, over all pairs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import ttest_rel
+
+BASELINE = "ce:random"
+TESTED = ("accuracy", "auc", "specificity", "validation_accuracy")
+
+
+def row_of(run: Path) -> dict[str, Any]:
+    """The row of a finished run's folder."""
+    config, metrics = (json.loads((run / name).read_text()) for name in _FILES)
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    kept = log[metrics["best_epoch"] - 1]
+    return {
+        "scheme": f"{config['loss']}:{config['batches']}",
+        "backbone": config["backbone"],
+        "seed": config["seed"],
+        **{name: metrics[name] for name in ("accuracy", "specificity", "auc", "best_epoch")},
+        "validation_accuracy": kept["validation_accuracy"],
+        "first_bst": log[0]["train_bst"],
+        "last_bst": log[-1]["train_bst"],
+        **_cosines(run / "embeddings.npz"),
+    }
+
+
+_FILES = ("config.json", "metrics.json")
+
+
+def _cosines(path: Path) -> dict[str, float]:
+    with np.load(path) as stored:
+        embeddings, labels = stored["embeddings"], stored["labels"]
+    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    cosines = unit @ unit.T
+    same = labels[:, None] == labels[None, :]
+    pairs = {"within": same & ~np.eye(len(labels), dtype=bool), "between": ~same}
+    found = {}
+    for name, chosen in pairs.items():
+        found[f"negative_{name}"] = float((cosines[chosen] < 0).mean())
+        found[f"mean_square_{name}"] = float((cosines[chosen] ** 2).mean())
+    return found
+
+
+def tests(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each scheme and measure: mean difference to cross entropy and its p-value."""
+    by_scheme: dict[str, dict[tuple[str, int], dict[str, Any]]] = defaultdict(dict)
+    for row in rows:
+        by_scheme[row["scheme"]][row["backbone"], row["seed"]] = row
+    lines = []
+    for scheme, found in by_scheme.items():
+        pairs = sorted(found.keys() & by_scheme[BASELINE].keys())
+        if scheme == BASELINE or len(pairs) < 2:
+            continue
+        for measure in TESTED:
+            ours, theirs = (
+                np.array([by_scheme[s][pair][measure] for pair in pairs])
+                for s in (scheme, BASELINE)
+            )
+            p = ttest_rel(ours, theirs).pvalue
+            difference = (ours - theirs).mean()
+            lines.append(f"{scheme} {measure} {difference:+.4f}, {len(pairs)} pairs, p = {p:.3f}")
+    return lines
+
+
+def main() -> None:
+    """Read the folders, write the rows, print the tests and the means."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    found = sorted(run for folder in options.folders for run in folder.glob("runs/*/*"))
+    rows = [row_of(run) for run in found if (run / "metrics.json").exists()]
+    with options.out.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    numbers = [name for name, value in rows[0].items() if isinstance(value, float | int)]
+    for scheme in dict.fromkeys(row["scheme"] for row in rows):
+        of_scheme = [row for row in rows if row["scheme"] == scheme]
+        means = (
+            f"{name} {np.mean([row[name] for row in of_scheme]):.4f}"
+            for name in numbers
+            if name != "seed" and None not in [row[name] for row in of_scheme]
+        )
+        print(f"{scheme}, {len(of_scheme)} runs: {', '.join(means)}")
+    print("\n".join(tests(rows)))
+
+
+if __name__ == "__main__":
+    main()
