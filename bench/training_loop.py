@@ -147,7 +147,7 @@ def main() -> None:
         rows.append(
             {"loop": name, **shared, **{key: f"{rate:.1f}" for key, rate in rates_of.items()}}
         )
-    path = Path(RESULTS) / device_slug(device.type) / "training_loop.csv"
+    path = Path(RESULTS) / "training_loop" / f"{device_slug(device.type)}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, FIELDS, lineterminator="\n")
