@@ -12,36 +12,34 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
+import io
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bstriplet.results import Run, read_runs
+from bstriplet.runs import write_atomic
 from scipy.stats import ttest_rel
 
 BASELINE = "ce:random"
 TESTED = ("accuracy", "auc", "specificity", "validation_accuracy")
 
 
-def row_of(run: Path) -> dict[str, Any]:
-    """The row of a finished run's folder."""
-    config, metrics = (json.loads((run / name).read_text()) for name in _FILES)
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    kept = log[metrics["best_epoch"] - 1]
+def row_of(run: Run) -> dict[str, Any]:
+    """The row of a finished run."""
+    kept = run.log[run.metrics["best_epoch"] - 1]
+    measures = ("accuracy", "specificity", "auc", "best_epoch")
     return {
-        "scheme": f"{config['loss']}:{config['batches']}",
-        "backbone": config["backbone"],
-        "seed": config["seed"],
-        **{name: metrics[name] for name in ("accuracy", "specificity", "auc", "best_epoch")},
+        "scheme": f"{run.scheme.loss}:{run.scheme.batches}",
+        "backbone": run.config["backbone"],
+        "seed": run.seed,
+        **{name: run.metrics[name] for name in measures},
         "validation_accuracy": kept["validation_accuracy"],
-        "first_bst": log[0]["train_bst"],
-        "last_bst": log[-1]["train_bst"],
-        **_cosines(run / "embeddings.npz"),
+        "first_bst": run.log[0]["train_bst"],
+        "last_bst": run.log[-1]["train_bst"],
+        **_cosines(run.folder / "embeddings.npz"),
     }
-
-
-_FILES = ("config.json", "metrics.json")
 
 
 def _cosines(path: Path) -> dict[str, float]:
@@ -79,18 +77,21 @@ def tests(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Read the folders, write the rows, print the tests and the means."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
-    found = sorted(run for folder in options.folders for run in folder.glob("runs/*/*"))
-    rows = [row_of(run) for run in found if (run / "metrics.json").exists()]
-    with options.out.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    options = parser.parse_args(arguments)
+    runs = [run for folder in options.folders for run in read_runs(folder) if run.finished]
+    if not runs:
+        raise SystemExit(f"no finished run in {', '.join(map(str, options.folders))}")
+    rows = [row_of(run) for run in sorted(runs, key=lambda run: (str(run.scheme), run.seed))]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(options.out, text.getvalue().encode())
     numbers = [name for name, value in rows[0].items() if isinstance(value, float | int)]
     for scheme in dict.fromkeys(row["scheme"] for row in rows):
         of_scheme = [row for row in rows if row["scheme"] == scheme]
