@@ -19,6 +19,7 @@ DTYPES = {
     "float16": torch.float16,
 }
 _SEED = 20210122
+_PANEL = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,9 @@ def make_problem(case: Case) -> Problem:
     generator = torch.Generator().manual_seed(_SEED)
     labels = _labels(case, generator)
     x = torch.randn(case.n, case.d, generator=generator)
-    x += torch.randn(case.c, case.d, generator=generator)[labels]
+    centres = torch.randn(case.c, case.d, generator=generator)
+    for rows, of in zip(x.split(_PANEL), labels.split(_PANEL), strict=True):
+        rows.add_(centres[of])
     x = x.to(case.device, DTYPES[case.dtype])
     labels = labels.to(case.device)
     margin = 0.9 if case.active is None else _margin(x, labels, case.active)
@@ -103,8 +106,7 @@ def _margin(x: Tensor, labels: Tensor, active: float) -> float:
     """The margin with which that share of the rows has h_i > 0."""
     if active in (0, 1):
         return active
-    positive, negative = truth.row_means(truth.unit_rows(x), labels)
-    ordered = (positive - negative).sort().values
+    ordered = truth.contrasts(x, labels).sort().values
     n_active = min(max(1, round(active * len(ordered))), len(ordered) - 1)
     # Between two rows: at a row its h is 0 up to rounding, and whether it is active no one can say.
     return ordered[n_active - 1 : n_active + 1].mean().clamp(0, 1).item()

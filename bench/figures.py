@@ -37,6 +37,8 @@ _DASHED = {EMPTY: ":", PAIR_PRODUCTS: "--", MOMENT_PRODUCTS: "-.", ROW_MOVES: (0
 _FEWEST_TICKS = 3
 _BAD_CHOICE = 1.2
 _FLOORS = (EMPTY, PAIR_PRODUCTS, MOMENT_PRODUCTS, ROW_MOVES)
+SWEEPS = ("sweep", "million")
+"""The suites over N."""
 _PATHS = ("reference", "native", "gram", "triton")
 
 
@@ -53,8 +55,8 @@ def draw_all(folder: Path) -> list[Path]:
     rows = [row for row in table.read_device(folder) if row.is_measured]
     drawn = []
     with matplotlib.rc_context({**STYLE, "text.parse_math": True}):  # powers of ten
-        for name, suite, draw in _PICTURES:
-            chosen = [row for row in rows if row.suite == suite]
+        for name, suites, draw in _PICTURES:
+            chosen = [row for row in rows if row.suite in suites]
             if not chosen:
                 continue
             figure = draw(chosen)
@@ -278,14 +280,14 @@ def step_shares(rows: Iterable[Row]) -> list[tuple[str, float, float]]:
     return shares
 
 
-_PICTURES: tuple[tuple[str, str, Draw], ...] = (
-    ("paper", "paper", paper),
-    ("time", "sweep", time),
-    ("memory", "sweep", memory),
-    ("roofline", "sweep", roofline),
-    ("crossover", "crossover", crossover),
-    ("hinge", "hinge", hinge),
-    ("training_step", "training_step", training_step),
+_PICTURES: tuple[tuple[str, tuple[str, ...], Draw], ...] = (
+    ("paper", ("paper",), paper),
+    ("time", SWEEPS, time),
+    ("memory", SWEEPS, memory),
+    ("roofline", SWEEPS, roofline),
+    ("crossover", ("crossover",), crossover),
+    ("hinge", ("hinge",), hinge),
+    ("training_step", ("training_step",), training_step),
 )
 
 

@@ -24,7 +24,6 @@ from .table import EAGER, GRAPH, OK, Row
 
 OUT_OF_MEMORY = "out of memory"
 _NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "bad_alloc")  # torch, csrc/, C++
-CALL_LIMIT_S = 60.0
 COMPILE_LIMIT_S = 300.0
 _FREE_CALL_S = 0.5
 _MOST_UNRETURNED = 1 << 30
@@ -89,10 +88,10 @@ def measure(job: Job, tell: Callable[[Starting], None]) -> list[Row]:
         name = candidate.provider.name
         reason = job.skip.get(name) or _not_installed(candidate.provider)
         if reason is None:
-            limit = COMPILE_LIMIT_S if candidate.provider.group == COMPILED else CALL_LIMIT_S
+            limit = COMPILE_LIMIT_S if candidate.provider.group == COMPILED else job.budget.limit_s
             tell(Starting(name, limit))
             try:
-                reason = _examine(candidate, problem, gate, flops, tell)
+                reason = _examine(candidate, problem, gate, flops, job.budget.limit_s, tell)
             except Exception as error:
                 reason = _failure(error)
                 if reason == OUT_OF_MEMORY and unreturned_memory() > _MOST_UNRETURNED:
@@ -107,6 +106,7 @@ def _examine(
     problem: Problem,
     gate: Gate,
     flops: dict[str, int],
+    limit_s: float,
     tell: Callable[[Starting], None],
 ) -> str | None:
     """One call, counted, its memory measured, its result judged; why it is refused, or None.
@@ -127,11 +127,11 @@ def _examine(
         with operations:
             return step(problem.x, problem.labels)
 
-    tell(Starting(provider.name, CALL_LIMIT_S))
+    tell(Starting(provider.name, limit_s))
     start = time.perf_counter()
     (loss, gradient), memory = peak_memory(call, case.device)
     seconds = time.perf_counter() - start
-    tell(Starting(provider.name, CALL_LIMIT_S))
+    tell(Starting(provider.name, limit_s))
     errors = gate.judge(provider, loss, gradient)
     del loss, gradient
     if seconds < _FREE_CALL_S:
@@ -182,7 +182,7 @@ def _time(
         turns = {}
         for name, candidate in captured_first:
             assert candidate.step is not None
-            tell(Starting(name, CALL_LIMIT_S))
+            tell(Starting(name, budget.limit_s))
             try:
                 turns[name] = _turn(candidate.step, problem, mode)
             except RuntimeError as error:  # what cannot be captured, above all
@@ -231,7 +231,7 @@ def _quantiles(samples: list[float]) -> dict[str, Any]:
 def _timing_limit(passed: list[_Candidate], budget: timing.Budget) -> float:
     """Generous: every call passed within its limit once already."""
     expected = sum((budget.samples(c.call_s) + 1) * c.call_s + budget.seconds for c in passed)
-    return CALL_LIMIT_S + 5 * expected
+    return budget.limit_s + 5 * expected
 
 
 def _path(provider: Provider, problem: Problem) -> str:

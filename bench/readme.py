@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import table, targets
 from .cases import FORWARD, FORWARD_BACKWARD
-from .figures import milliseconds, step_shares
+from .figures import SWEEPS, milliseconds, step_shares
 from .machine import ROOT
 from .providers import COMPILED
 from .table import EAGER, RESULTS, Row
@@ -132,7 +132,7 @@ def _paper_table(rows: Sequence[Row]) -> list[str]:
 
 def _sweep_table(rows: Sequence[Row]) -> list[str]:
     """Ours, the naive form and the fastest peer by N."""
-    at = [row for row in rows if row.suite == "sweep" and row.mode == EAGER
+    at = [row for row in rows if row.suite in SWEEPS and row.mode == EAGER
           and row.operation == FORWARD_BACKWARD]  # fmt: skip
     lines = []
     for d in sorted({row.d for row in at}):

@@ -80,6 +80,7 @@ def suites(device: str = "cpu") -> dict[str, Suite]:
         Suite("targets", "the work that the targets name", _targets(device), Budget(0.6, least=5)),
         Suite("paper", "the paper's batches, Fig. 5", _paper(), Budget(0.15)),
         Suite("sweep", "N to a million", _sweep(), Budget(0.15)),
+        Suite("million", "a million rows of 512 and 1,280; minutes each", _million()),
         Suite("classes", "2 to N/2 classes, even and not", _classes(), Budget(0.15)),
         Suite("dtypes", "precisions", _dtypes(), Budget(0.15)),
         Suite("threads", "one thread and all", _threads()),
@@ -168,6 +169,12 @@ def _sweep() -> tuple[Part, ...]:
         *(Part((Case(4096, d, 10),), _FAST_AND_BASELINE) for d in (512, 1280)),
         Part((Case(1 << 17, 512, 10), Case(1 << 14, 1280, 10)), _LINEAR),
     )
+
+
+def _million() -> tuple[Part, ...]:
+    """Calls of ten seconds and more: what is timed besides ours is what no schedule avoids."""
+    cases = tuple(Case(1 << 20, d, 10) for d in (512, 1280))
+    return (Part(cases, (EMPTY, MOMENT_PRODUCTS, ROW_MOVES, "auto"), Budget(1.0, limit_s=300.0)),)
 
 
 def _classes() -> tuple[Part, ...]:

@@ -20,11 +20,15 @@ _LONG_CALL_S, _SINGLE_CALL_S = 2.0, 10.0
 
 @dataclass(frozen=True)
 class Budget:
-    """How long one variant is measured: seconds in all, and the fewest and the most samples."""
+    """How long one variant is measured: seconds in all, and the fewest and the most samples.
+
+    limit_s: a variant whose first call takes longer is given up.
+    """
 
     seconds: float = 0.4
     least: int = 3
     most: int = 1000
+    limit_s: float = 60.0
 
     def samples(self, call_s: float) -> int:
         """What fits the time, and `least` of a call of up to 2 s, one of a longer one.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _PAIRS = 1 << 22  # of float64 that are formed at once: 32 MiB
-_PANEL = 1 << 16
+_PANEL_ELEMENTS = 1 << 25  # of float64 rows that are made at once: 256 MiB
 _AGREEMENT = 1e-9
 
 
@@ -37,37 +37,42 @@ def unit_rows(x: Tensor) -> Tensor:
     return x / x.norm(dim=1, keepdim=True)
 
 
-def row_means(unit: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The two means of Eq. 3 for each row, from sum_j s_ij^2 = f^_i' (sum_j f^_j f^_j') f^_i."""
-    n, d = unit.shape
-    every = _quadratic_forms(unit, unit.T @ unit)
-    own = torch.empty_like(every)
+def contrasts(x: Tensor, labels: Tensor) -> Tensor:
+    """Mean over positives less mean over negatives of Eq. 3, [N] float64: margin - h_i.
+
+    From sum_j s_ij^2 = f^_i' (sum_j f^_j f^_j') f^_i, where a class has more rows than x has
+    columns, else from its own pairs. Nothing larger than a panel of rows is held in float64.
+    """
+    n, d = x.shape
     order = labels.argsort(stable=True)
-    _, sizes = labels[order].unique_consecutive(return_counts=True)
-    for members in order.split(sizes.tolist()):
-        of_class = unit[members]
-        if len(members) > d:
-            own[members] = _quadratic_forms(of_class, of_class.T @ of_class)
-        else:
-            own[members] = (of_class @ of_class.T).square().sum(1)
-    count = torch.empty_like(own)
-    count[order] = sizes.repeat_interleave(sizes).double()
-    positive = (own - unit.square().sum(1).square()) / (count - 1).clamp_min(1)
-    positive[count == 1] = 0
-    negative = (every - own) / (n - count).clamp_min(1)
-    negative[count == n] = 0
-    return positive, negative
+    classes = order.split(labels[order].unique_consecutive(return_counts=True)[1].tolist())
+    moments = [_moment(x, rows) if len(rows) > d else None for rows in classes]
+    by_pair = [rows for rows, moment in zip(classes, moments, strict=True) if moment is None]
+    total = sum(moment for moment in moments if moment is not None)
+    total = total + _moment(x, torch.cat([order[:0], *by_pair]))
+    found = torch.empty(n, dtype=torch.float64, device=x.device)
+    for rows, moment in zip(classes, moments, strict=True):
+        k = len(rows)
+        p, q = 1 / (k - 1) if k > 1 else 0.0, 1 / (n - k) if k < n else 0.0
+        form = -q * total if moment is None else (p + q) * moment - q * total
+        for panel in rows.split(_panel(x)):
+            unit = unit_rows(x[panel])
+            value = ((unit @ form) * unit).sum(1) - p * unit.square().sum(1).square()
+            if moment is None:
+                value += (p + q) * (unit @ unit.T).square().sum(1)
+            found[panel] = value
+    return found
 
 
 def evaluate(x: Tensor, labels: Tensor, margin: float) -> Truth:
     """Loss and gradient of embeddings [N, D] in any dtype, as they are rounded there."""
-    unit = unit_rows(x)
-    n = len(unit)
-    positive, negative = row_means(unit, labels)
-    h = margin - positive + negative
+    n = len(x)
+    h = margin - contrasts(x, labels)
     rows = torch.linspace(0, n - 1, min(n, max(16, _PAIRS // n)), device=x.device).long()
 
-    s = unit[rows] @ unit.T
+    own = unit_rows(x[rows])
+    panels = x.detach().split(_panel(x))
+    s = torch.cat([own @ unit_rows(panel).T for panel in panels], dim=1)
     same = labels[rows, None] == labels[None, :]
     is_self = rows[:, None] == torch.arange(n, device=x.device)
     n_same = torch.bincount(labels)[labels].double() - 1
@@ -82,18 +87,30 @@ def evaluate(x: Tensor, labels: Tensor, margin: float) -> Truth:
     a = (h > 0).double() / n
     w = torch.where(same, -((a * p)[rows, None] + a * p), (a * q)[rows, None] + a * q)
     w = (2 * w * s).masked_fill_(is_self, 0)
-    v = w @ unit
-    along = (v * unit[rows]).sum(1, keepdim=True)
+    v = torch.zeros_like(own)
+    for weights, panel in zip(w.split(_panel(x), dim=1), panels, strict=True):
+        v += weights @ unit_rows(panel)
+    along = (v * own).sum(1, keepdim=True)
     norms = x.detach()[rows].double().norm(dim=1, keepdim=True)
     return Truth(
         loss=h.clamp_min(0).mean().item(),
         active=(h > 0).double().mean().item(),
         rows=rows,
-        gradient=(v - along * unit[rows]) / norms,
+        gradient=(v - along * own) / norms,
         scale=(1 / (n * norms)).norm().item(),
     )
 
 
-def _quadratic_forms(unit: Tensor, moment: Tensor) -> Tensor:
-    """f^_i' T f^_i for each row."""
-    return torch.cat([((panel @ moment) * panel).sum(1) for panel in unit.split(_PANEL)])
+def _moment(x: Tensor, rows: Tensor) -> Tensor:
+    """The sum of f^_i f^_i' over some rows."""
+    moment = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+    for panel in rows.split(_panel(x)):
+        unit = unit_rows(x[panel])
+        moment += unit.T @ unit
+    return moment
+
+
+def _panel(x: Tensor) -> int:
+    """How many rows are taken at once; a class that has no moment matrix is one panel."""
+    d = x.shape[1]
+    return max(d, _PANEL_ELEMENTS // d)

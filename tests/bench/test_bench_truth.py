@@ -34,6 +34,15 @@ def test_truth_is_the_naive_form_in_float64(case):
     assert len(found.rows) == case.n
 
 
+def test_truth_in_panels_is_the_truth(monkeypatch):
+    x, labels, margin = make_problem(Case(300, 8, 5, "float64", balance="zipf"))[1:]
+    whole = truth.evaluate(x, labels, margin)
+    monkeypatch.setattr(truth, "_PANEL_ELEMENTS", 8 * 13)
+    parts = truth.evaluate(x, labels, margin)
+    assert parts.loss == pytest.approx(whole.loss, abs=1e-14)
+    torch.testing.assert_close(parts.gradient, whole.gradient, rtol=1e-11, atol=1e-14)
+
+
 def test_truth_of_many_rows_is_a_sample_of_them(monkeypatch):
     x, labels, margin = make_problem(Case(300, 8, 5, "float64"))[1:]
     every = truth.evaluate(x, labels, margin)
@@ -46,8 +55,8 @@ def test_truth_of_many_rows_is_a_sample_of_them(monkeypatch):
 
 def test_two_evaluations_that_differ_judge_nothing(monkeypatch):
     x, labels, margin = make_problem(Case(12, 4, 3, "float64"))[1:]
-    right = truth.row_means
-    monkeypatch.setattr(truth, "row_means", lambda u, y: tuple(1.001 * m for m in right(u, y)))
+    right = truth.contrasts
+    monkeypatch.setattr(truth, "contrasts", lambda x, y: 1.001 * right(x, y))
     with pytest.raises(ArithmeticError, match="differ by"):
         truth.evaluate(x, labels, margin)
 
