@@ -3,7 +3,7 @@
     python -m bench.what_runs_show FOLDER... --out bench/results/table3/runs.csv
 
 Of each finished run: accuracy and AUC on the test images, accuracy on the validation images in the
-epoch that was kept, the batch-similarity term of the training loss in its first and last epoch, and
+epoch that was kept, the metric term of the training loss in its first and last epoch, and
 of the training images' embeddings the share of negative cosines and the mean square of the cosines,
 within classes and between them (Eq. 3's two means, over all pairs).
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bstriplet.results import Run, read_runs
+from bstriplet.results import Embeddings, Run, read_runs
 from bstriplet.runs import write_atomic
 from scipy.stats import ttest_rel
 
@@ -31,21 +31,20 @@ def row_of(run: Run) -> dict[str, Any]:
     kept = run.log[run.metrics["best_epoch"] - 1]
     measures = ("accuracy", "specificity", "auc", "best_epoch")
     return {
-        "scheme": f"{run.scheme.loss}:{run.scheme.batches}",
+        "scheme": str(run.scheme.without("backbone")),
         "backbone": run.config["backbone"],
         "seed": run.seed,
         **{name: run.metrics[name] for name in measures},
         "validation_accuracy": kept["validation_accuracy"],
-        "first_bst": run.log[0]["train_bst"],
-        "last_bst": run.log[-1]["train_bst"],
-        **_cosines(run.folder / "embeddings.npz"),
+        "first_metric": run.log[0]["train_metric"],
+        "last_metric": run.log[-1]["train_metric"],
+        **_cosines(run.embeddings),
     }
 
 
-def _cosines(path: Path) -> dict[str, float]:
-    with np.load(path) as stored:
-        embeddings, labels = stored["embeddings"], stored["labels"]
-    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+def _cosines(embeddings: Embeddings) -> dict[str, float]:
+    vectors, labels = embeddings.vectors, embeddings.labels
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     cosines = unit @ unit.T
     same = labels[:, None] == labels[None, :]
     pairs = {"within": same & ~np.eye(len(labels), dtype=bool), "between": ~same}

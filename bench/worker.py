@@ -43,7 +43,8 @@ class Worker:
         self._serve = serve or _serve
         self._process: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection | None = None
-        self._log = Path(tempfile.mkdtemp(prefix="bench-")) / "worker.log"
+        self._folder = tempfile.TemporaryDirectory(prefix="bench-")
+        self._log = Path(self._folder.name) / "worker.log"
 
     def run(self, job: Job) -> list[Row] | Lost:
         """The job's rows, or what was lost; after that the next job gets a fresh process."""

@@ -11,7 +11,7 @@ from bstriplet.errors import UserError, unknown_name
 
 
 class Output(NamedTuple):
-    """logits [N, classes] and embeddings [N, D], the pooled features that feed the classifier."""
+    """logits [N, classes] and embeddings [N, D], what metric losses are of."""
 
     logits: Tensor
     embeddings: Tensor
@@ -42,6 +42,14 @@ class Classifier(nn.Module):
     """A timm model on uint8 images, which it standardises with the training set's statistics.
 
     The statistics are buffers: a state dict is all that is needed to classify new images.
+
+    Args:
+        backbone: a name of timm's.
+        num_classes: how many logits.
+        channels: of the images, 1 or 3.
+        embedding: "classifier", what the classifier takes in, or "pooled", the mean of the last
+            feature map over its pixels.
+        channels_last: the layout in memory.
     """
 
     backbone: Any  # timm's methods are not part of nn.Module
@@ -49,7 +57,13 @@ class Classifier(nn.Module):
     std: Tensor
 
     def __init__(
-        self, backbone: str, num_classes: int, channels: int, *, channels_last: bool = True
+        self,
+        backbone: str,
+        num_classes: int,
+        channels: int,
+        *,
+        embedding: str = "classifier",
+        channels_last: bool = True,
     ) -> None:
         super().__init__()
         check_backbone(backbone)
@@ -58,6 +72,8 @@ class Classifier(nn.Module):
             raise UserError(
                 f"--backbone: {backbone} has no linear classifier of one embedding; choose another"
             )
+        self.backbone_name = backbone
+        self.embedding = embedding
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
         self.register_buffer("std", torch.ones(channels, 1, 1))
         # Convolutions of light CNNs run up to twice as fast on a CPU with channels last in memory.
@@ -71,7 +87,9 @@ class Classifier(nn.Module):
 
     @property
     def embedding_size(self) -> int:
-        """D, what the classifier takes in."""
+        """D of the embeddings."""
+        if self.embedding == "pooled":
+            return self.backbone.num_features
         return self.backbone.get_classifier().in_features
 
     def forward(self, images: Tensor) -> Output:
@@ -79,5 +97,15 @@ class Classifier(nn.Module):
         pixels = images.to(torch.float32, memory_format=self.layout)
         standardised = (pixels - self.mean) / self.std
         features = self.backbone.forward_features(standardised)
-        embeddings = self.backbone.forward_head(features, pre_logits=True)
-        return Output(self.backbone.get_classifier()(embeddings), embeddings)
+        before_logits = self.backbone.forward_head(features, pre_logits=True)
+        logits = self.backbone.get_classifier()(before_logits)
+        pooled = self.embedding == "pooled"
+        return Output(logits, self._mean_over_pixels(features) if pooled else before_logits)
+
+    def _mean_over_pixels(self, features: Tensor) -> Tensor:
+        if features.ndim != 4 or features.shape[1] != self.embedding_size:
+            raise UserError(
+                f"--embedding pooled: the features of {self.backbone_name} are no map of "
+                "[N, D, H, W]; use classifier"
+            )
+        return features.mean(dim=(2, 3))

@@ -113,6 +113,13 @@ class TrainConfig:
     backbone: str = _option(
         "model", "mobilenetv3_small_100", "any timm model with a linear classifier, by name"
     )
+    embedding: str = _option(
+        "model",
+        "classifier",
+        "what the metric loss is of: what the classifier takes in, or the last feature map's mean "
+        "over its pixels; they differ where a network has layers between (MobileNet-V3)",
+        choices=("classifier", "pooled"),
+    )
     loss: str = _option(
         "loss",
         "ce",

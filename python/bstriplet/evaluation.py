@@ -74,7 +74,13 @@ def load_trained(run: RunFolder) -> TrainedModel:
     classes = tuple(checkpoint["classes"])
     channels = len(checkpoint["model"]["mean"])
     device = choose_device(config.device)
-    model = Classifier(config.backbone, len(classes), channels, channels_last=config.channels_last)
+    model = Classifier(
+        config.backbone,
+        len(classes),
+        channels,
+        embedding=config.embedding,
+        channels_last=config.channels_last,
+    )
     model.load_state_dict(checkpoint["model"])
     return TrainedModel(model.to(device), classes, config, device)
 

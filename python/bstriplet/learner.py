@@ -25,7 +25,11 @@ class Learner:
         self.config = config
         self.device = device
         self.model = Classifier(
-            config.backbone, len(task.classes), task.channels, channels_last=config.channels_last
+            config.backbone,
+            len(task.classes),
+            task.channels,
+            embedding=config.embedding,
+            channels_last=config.channels_last,
         ).to(device)
         self.model.standardise_with(*grey_level_statistics(task.train))
         class_counts = np.bincount(task.train.labels, minlength=len(task.classes)).tolist()

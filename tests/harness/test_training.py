@@ -147,6 +147,38 @@ def test_the_embedding_is_what_feeds_the_classifier(backbone: str, channels: int
     torch.testing.assert_close(output.embeddings @ head.weight.T + head.bias, output.logits)
 
 
+@pytest.mark.parametrize("backbone", ["mobilenetv3_small_100", "shufflenet_v2"])
+def test_the_pooled_embedding_is_the_mean_of_the_last_feature_map(backbone: str) -> None:
+    torch.manual_seed(0)
+    model = Classifier(backbone, num_classes=3, channels=1, embedding="pooled").eval()
+    images = torch.randint(0, 256, (2, 1, 64, 64), dtype=torch.uint8)
+    output = model(images)
+    features = model.backbone.forward_features(images.float())
+    assert output.embeddings.shape == (2, model.embedding_size)
+    torch.testing.assert_close(output.embeddings, features.mean((2, 3)))
+    torch.testing.assert_close(output.logits, model.backbone(images.float()))
+
+
+def test_a_pooled_embedding_needs_a_feature_map() -> None:
+    model = Classifier("test_vit", num_classes=3, channels=1, embedding="pooled")
+    with pytest.raises(UserError, match="--embedding pooled: the features of test_vit are no map"):
+        model(torch.zeros(1, 1, 160, 160, dtype=torch.uint8))
+
+
+def test_the_metric_loss_is_of_the_embedding_that_is_asked_for(
+    tiny: TrainConfig, tmp_path: Path
+) -> None:
+    found = {}
+    for embedding in ("classifier", "pooled"):
+        config = replace(tiny, loss="ce+bst", embedding=embedding, epochs=1)
+        run = RunFolder(tmp_path / embedding)
+        train(config, make_task(config), run)
+        with np.load(run.path / "embeddings.npz") as stored:
+            found[embedding] = stored["embeddings"].shape[1]
+    model = Classifier(tiny.backbone, 2, 1).backbone
+    assert found == {"classifier": model.head_hidden_size, "pooled": model.num_features}
+
+
 def test_an_unknown_backbone_gets_the_nearest_suggested() -> None:
     with pytest.raises(UserError, match="did you mean 'mobilenetv3_small_100'"):
         Classifier("mobilenet_v3_small_100", 2, 1)
