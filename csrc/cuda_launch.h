@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "strided.h"
+#include "rows.h"
 
 namespace bstriplet {
 

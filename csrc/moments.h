@@ -18,7 +18,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "strided.h"
+#include "rows.h"
 
 namespace bstriplet {
 

@@ -3,6 +3,8 @@
 #include <limits>
 #include <utility>
 
+#include "strided.h"
+
 namespace bstriplet {
 
 void check_matrix(const char* name, const Tensor& matrix) {

@@ -10,7 +10,7 @@
 #include <optional>
 #include <tuple>
 
-#include "strided.h"
+#include "rows.h"
 
 #if !defined(STABLE_TORCH_ERROR_CODE_CHECK)  // torch 2.11's headers have it by its older name
 #define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)

@@ -1,23 +1,13 @@
-// What the arithmetic knows of a tensor: numbers, without torch's headers.
+// Reading strided arrays, and counting what they need.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
+#include "rows.h"
+
 namespace bstriplet {
-
-enum class Element { float64, float32, float16, bfloat16 };
-
-// A matrix [rows, columns] where it lies; strides in elements.
-struct StridedRows {
-  const void* data;
-  Element element;
-  int64_t rows;
-  int64_t columns;
-  int64_t row_stride;
-  int64_t column_stride;
-};
 
 // One element of a strided array after another, as T.
 template <class From, class T>
