@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("torch", "triton", "numpy", "pytorch-metric-learning", "liger-kernel", "timm")
 _LONG_PRODUCT_S = 0.1
-_MEASURED_PATHS = ("bench", "bstriplet_kernels", "csrc")
+_MEASURED_PATHS = ("bench", "bstriplet_kernels", "csrc", ":(exclude)bench/results")
 
 
 class Limits(NamedTuple):

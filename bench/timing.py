@@ -133,9 +133,12 @@ def seconds_once(call: Call, device: str) -> float:
 
 
 def expected_seconds(call: Call, device: str) -> float:
-    """The least of a few calls, or of one where it is long: what to plan samples with."""
+    """The least of a few calls, two where a call is long: what to plan samples with.
+
+    The first may be many times slower than the others: then it says nothing of them.
+    """
     first = seconds_once(call, device)
-    more = min(5, int(0.1 / max(first, 1e-9)))
+    more = max(1, min(5, int(0.1 / max(first, 1e-9))))
     return min([first, *(seconds_once(call, device) for _ in range(more))])
 
 
