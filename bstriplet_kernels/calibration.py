@@ -15,9 +15,9 @@ class Constants(NamedTuple):
 
 
 CONSTANTS: dict[str, dict[str, Constants]] = {
-    "cpu": {  # AMD EPYC (AVX2), 2 cores, 2 threads, 501d7e43fb+
-        "native": Constants(1.208e-04, 6.003e-12, 1.449e-10),
-        "gram": Constants(4.994e-04, 1.146e-11, 4.012e-11),
-        "reference": Constants(9.586e-04, 8.109e-12, 1.127e-10),
+    "cpu": {  # AMD EPYC (AVX2), 2 cores, 2 threads, e34336ac49+
+        "native": Constants(1.183e-04, 6.861e-12, 1.419e-10),
+        "gram": Constants(5.166e-04, 1.135e-11, 7.676e-11),
+        "reference": Constants(9.555e-04, 8.099e-12, 1.464e-10),
     },
 }
