@@ -172,16 +172,11 @@ def _gradient(
 
 
 def _reference_gradient(
-    grad_loss: Tensor,
-    embeddings: Tensor,
-    ref_emb: Tensor | None,
-    labels: Tensor,
-    ref_labels: Tensor | None,
-    spec: Spec,
-    *_: Any,
+    grad_loss: Tensor, embeddings: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor | None]:
+    """`_gradient` by the reference, which needs neither a path nor what one kept."""
     with _without_autocast(embeddings.device):
-        return reference.gradient(grad_loss, embeddings, ref_emb, labels, ref_labels, spec)
+        return reference.gradient(grad_loss, embeddings, *others[:4])
 
 
 class Gradient(torch.autograd.Function):
