@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import cycle
@@ -120,17 +121,20 @@ def _examine(
     operations = Operations()
     if case.n < _LARGE_N or is_compiled:
         step(problem.x, problem.labels)
+    seconds = 0.0
 
     def call() -> Any:
-        if is_compiled:
-            return step(problem.x, problem.labels)
-        with operations:
-            return step(problem.x, problem.labels)
+        nonlocal seconds
+        start = time.perf_counter()
+        with nullcontext() if is_compiled else operations:
+            result = step(problem.x, problem.labels)
+        if case.device == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        return result
 
     tell(Starting(provider.name, limit_s))
-    start = time.perf_counter()
     (loss, gradient), memory = peak_memory(call, case.device)
-    seconds = time.perf_counter() - start
     tell(Starting(provider.name, limit_s))
     errors = gate.judge(provider, loss, gradient)
     del loss, gradient
