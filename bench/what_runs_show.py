@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bstriplet.results import Embeddings, Run, read_runs
+from bstriplet.results import Embeddings, Run, read
 from bstriplet.runs import write_atomic
 from scipy.stats import ttest_rel
 
@@ -82,10 +82,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
-    runs = [run for folder in options.folders for run in read_runs(folder) if run.finished]
+    runs = [run for folder in options.folders for run in read(folder).finished]
     if not runs:
         raise SystemExit(f"no finished run in {', '.join(map(str, options.folders))}")
-    rows = [row_of(run) for run in sorted(runs, key=lambda run: (str(run.scheme), run.seed))]
+    rows = sorted(
+        map(row_of, runs), key=lambda row: [row[n] for n in ("scheme", "backbone", "seed")]
+    )
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()

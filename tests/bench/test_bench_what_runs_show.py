@@ -31,7 +31,17 @@ def test_a_row_a_run_and_a_paired_test(tmp_path, capsys):
     assert "3 pairs, p = " in printed
 
 
+def test_schemes_that_differ_in_a_setting_stay_apart(tmp_path, capsys):
+    schemes = ["ce:random", "ce+bst:random:margin=0.3", "ce+bst:random:margin=0.5"]
+    folder = write_comparison(tmp_path / "runs", schemes, [0, 1])
+    what_runs_show.main([str(folder), "--out", str(tmp_path / "runs.csv")])
+    with (tmp_path / "runs.csv").open() as file:
+        assert sorted({row["scheme"] for row in csv.DictReader(file)}) == sorted(schemes)
+    printed = capsys.readouterr().out
+    assert all(f"{scheme} accuracy" in printed for scheme in schemes[1:])
+
+
 def test_a_folder_without_a_finished_run_is_refused(tmp_path):
-    (tmp_path / "runs").mkdir()
+    folder = write_comparison(tmp_path / "runs", ["ce:random"], [])
     with pytest.raises(SystemExit, match="no finished run"):
-        what_runs_show.main([str(tmp_path), "--out", str(tmp_path / "runs.csv")])
+        what_runs_show.main([str(folder), "--out", str(tmp_path / "runs.csv")])
