@@ -52,7 +52,7 @@ fi
 if [ "$DEVICE" = cuda ]; then
     has pytest && has hypothesis && step tests "$PYTHON" -m pytest tests/kernels/test_triton.py
     step "more timing" "$PYTHON" -m bench.run --device cuda --results "$out" \
-        sweep million dtypes classes training_step
+        sweep dtypes classes training_step million
 fi
 echo "== $failed steps failed"
 exit "$failed"
