@@ -10,7 +10,6 @@ every step. Epochs of `steps` batches take turns in one process, after one that 
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +25,8 @@ from bstriplet.config import TrainConfig
 from bstriplet.data import Task, load_dataset, split_dataset
 from bstriplet.evaluation import choose_device
 from bstriplet.learner import Learner
+from bstriplet.runs import write_atomic
+from bstriplet.summary import to_csv
 from bstriplet.training import Step, Tally, seed_everything, uses_cuda_graph
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -149,10 +150,8 @@ def main() -> None:
         )
     path = Path(RESULTS) / "training_loop" / f"{device_slug(device.type)}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    table = to_csv(FIELDS, [[row[name] for name in FIELDS] for row in rows])
+    write_atomic(path, table.encode())
     print(path)
 
 

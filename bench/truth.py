@@ -41,7 +41,7 @@ def contrasts(x: Tensor, labels: Tensor) -> Tensor:
     """Mean over positives less mean over negatives of Eq. 3, [N] float64: margin - h_i.
 
     From sum_j s_ij^2 = f^_i' (sum_j f^_j f^_j') f^_i, where a class has more rows than x has
-    columns, else from its own pairs. Nothing larger than a panel of rows is held in float64.
+    columns, else from its own pairs. Rows are widened to float64 a panel at a time.
     """
     n, d = x.shape
     order = labels.argsort(stable=True)

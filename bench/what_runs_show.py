@@ -3,16 +3,14 @@
     python -m bench.what_runs_show FOLDER... --out bench/results/table3/runs.csv
 
 Of each finished run: accuracy and AUC on the test images, accuracy on the validation images in the
-epoch that was kept, the metric term of the training loss in its first and last epoch, and
-of the training images' embeddings the share of negative cosines and the mean square of the cosines,
+epoch that was kept, the metric term of the training loss in its first and last epoch, and of the
+training images' embeddings the share of negative cosines and the mean square of the cosines,
 within classes and between them (Eq. 3's two means, over all pairs).
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from typing import Any
 import numpy as np
 from bstriplet.results import Embeddings, Run, read
 from bstriplet.runs import write_atomic
-from scipy.stats import ttest_rel
+from bstriplet.summary import p_value, paired_test, to_csv
 
 BASELINE = "ce:random"
 TESTED = ("accuracy", "auc", "specificity", "validation_accuracy")
@@ -62,17 +60,17 @@ def tests(rows: list[dict[str, Any]]) -> list[str]:
         by_scheme[row["scheme"]][row["backbone"], row["seed"]] = row
     lines = []
     for scheme, found in by_scheme.items():
-        pairs = sorted(found.keys() & by_scheme[BASELINE].keys())
-        if scheme == BASELINE or len(pairs) < 2:
+        if scheme == BASELINE:
             continue
         for measure in TESTED:
             ours, theirs = (
-                np.array([by_scheme[s][pair][measure] for pair in pairs])
-                for s in (scheme, BASELINE)
+                {pair: row[measure] for pair, row in rows_of.items()}
+                for rows_of in (found, by_scheme[BASELINE])
             )
-            p = ttest_rel(ours, theirs).pvalue
-            difference = (ours - theirs).mean()
-            lines.append(f"{scheme} {measure} {difference:+.4f}, {len(pairs)} pairs, p = {p:.3f}")
+            test = paired_test(ours, theirs)
+            if test.p is not None:
+                change = f"{test.difference:+.4f}, {test.n} pairs"
+                lines.append(f"{scheme} {measure} {change}, p {p_value(test.p)}")
     return lines
 
 
@@ -88,11 +86,8 @@ def main(arguments: list[str] | None = None) -> None:
     rows = sorted(
         map(row_of, runs), key=lambda row: [row[n] for n in ("scheme", "backbone", "seed")]
     )
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(options.out, text.getvalue().encode())
+    table = to_csv(rows[0], [tuple(row.values()) for row in rows])
+    write_atomic(options.out, table.encode())
     numbers = [name for name, value in rows[0].items() if isinstance(value, float | int)]
     for scheme in dict.fromkeys(row["scheme"] for row in rows):
         of_scheme = [row for row in rows if row["scheme"] == scheme]

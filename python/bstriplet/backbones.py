@@ -72,7 +72,6 @@ class Classifier(nn.Module):
             raise UserError(
                 f"--backbone: {backbone} has no linear classifier of one embedding; choose another"
             )
-        self.backbone_name = backbone
         self.embedding = embedding
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
         self.register_buffer("std", torch.ones(channels, 1, 1))
@@ -104,8 +103,9 @@ class Classifier(nn.Module):
 
     def _mean_over_pixels(self, features: Tensor) -> Tensor:
         if features.ndim != 4 or features.shape[1] != self.embedding_size:
+            name = self.backbone.pretrained_cfg["architecture"]
             raise UserError(
-                f"--embedding pooled: the features of {self.backbone_name} are no map of "
-                "[N, D, H, W]; use classifier"
+                f"--embedding pooled: the features of {name} are no map of [N, D, H, W]; use "
+                "classifier"
             )
         return features.mean(dim=(2, 3))

@@ -8,7 +8,7 @@ import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from scipy.optimize import brentq
@@ -24,6 +24,9 @@ POWER = 0.8
 TERMINAL_WIDTH = 88
 # Equal accuracies are quotients of integers; what is below this is the last bit of a float.
 ROUNDING = 1e-12
+
+Pair = TypeVar("Pair", int, tuple[str, int])
+"""What a run of one scheme and a run of another share: a seed, or a network and a seed."""
 
 
 @dataclass(frozen=True)
@@ -302,8 +305,8 @@ def _accuracies(comparison: Comparison, scheme: Scheme) -> dict[int, float]:
     return dict(zip((run.seed for run in runs), _metric(runs, "accuracy"), strict=True))
 
 
-def paired_test(ours: Mapping[int, float], theirs: Mapping[int, float]) -> PairedTest:
-    """The two-sided paired t test of values by seed, on the seeds that both have."""
+def paired_test(ours: Mapping[Pair, float], theirs: Mapping[Pair, float]) -> PairedTest:
+    """The two-sided paired t test of values by seed, or by what else pairs them, where both are."""
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         return PairedTest(0, None)

@@ -1,7 +1,10 @@
 """Timing in turns, counting, rows, the process that may be lost, and the runner around it."""
 
+import gc
 import itertools
 import os
+import re
+import subprocess
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -154,6 +157,52 @@ def test_what_is_wrong_or_broken_gets_no_time(monkeypatch):
     with pytest.raises(measure.SpentProcess):
         measure.measure(Job("test", CASE, names, {}, QUICK), told.append)
     assert told[-1].provider == "hungry"
+
+
+@pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning")
+def test_a_worker_leaves_nothing_behind():
+    worker = Worker("cpu")
+    folder = worker._log.parent
+    assert folder.is_dir()
+    del worker
+    gc.collect()
+    assert not folder.exists()
+
+
+def test_a_call_has_the_time_that_the_budget_gives():
+    told = []
+    measure.measure(Job("test", CASE, ("naive",), {}, replace(QUICK, limit_s=123.0)), told.append)
+    assert {message.limit_s for message in told if message.provider == "naive"} == {123.0}
+
+
+def test_what_starts_the_profiler_is_not_the_calls_time(monkeypatch):
+    def slow_to_start(call, device):
+        time.sleep(0.6)
+        return measure_memory(call, device)
+
+    measure_memory = measure.peak_memory
+    monkeypatch.setattr(measure, "peak_memory", slow_to_start)
+    budget = Budget(0.01, least=1)
+    (row,) = measure.measure(Job("test", CASE, ("empty function",), {}, budget), lambda _: None)
+    assert row.repeats > 1
+
+
+def test_results_do_not_make_the_code_another(tmp_path, monkeypatch):
+    def git(*arguments):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    for name in ("bench/results/rows.csv", "bench/run.py", "csrc/a.cpp", "bstriplet_kernels/b.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("old")
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-qm", "first")
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    (tmp_path / "bench/results/rows.csv").write_text("new")
+    assert re.fullmatch("[0-9a-f]{10}", machine.commit())
+    (tmp_path / "bench/run.py").write_text("new")
+    assert re.fullmatch(r"[0-9a-f]{10}\+", machine.commit())
 
 
 def test_a_training_step_with_and_without_the_loss():

@@ -77,6 +77,7 @@ def test_section_names_machine_and_figures(folder):
     assert (
         "| N = 36, D = 1,280, C = 3 | times faster than the naive form | >= 5 | 8 | yes |" in text
     )
+    assert text.index("D = 1,280, ten classes:") < text.rindex("| 1,048,576 |")
     assert "**no**" in text
     assert "| 1,048,576 |" in text
     assert "out of memory" in text

@@ -34,10 +34,11 @@ def test_truth_is_the_naive_form_in_float64(case):
     assert len(found.rows) == case.n
 
 
-def test_truth_in_panels_is_the_truth(monkeypatch):
-    x, labels, margin = make_problem(Case(300, 8, 5, "float64", balance="zipf"))[1:]
+@pytest.mark.parametrize("rows", [3, 13])  # of a panel; classes without a moment matrix need 8
+def test_truth_in_panels_is_the_truth(rows, monkeypatch):
+    x, labels, margin = make_problem(Case(300, 8, 60, "float64", balance="zipf"))[1:]
     whole = truth.evaluate(x, labels, margin)
-    monkeypatch.setattr(truth, "_PANEL_ELEMENTS", 8 * 13)
+    monkeypatch.setattr(truth, "_PANEL_ELEMENTS", 8 * rows)
     parts = truth.evaluate(x, labels, margin)
     assert parts.loss == pytest.approx(whole.loss, abs=1e-14)
     torch.testing.assert_close(parts.gradient, whole.gradient, rtol=1e-11, atol=1e-14)

@@ -5,6 +5,7 @@ import csv
 import numpy as np
 import pytest
 from digit_runs import write_comparison
+from scipy.stats import ttest_1samp
 
 from bench import what_runs_show
 
@@ -29,6 +30,9 @@ def test_a_row_a_run_and_a_paired_test(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "ce+bst:mined accuracy" in printed
     assert "3 pairs, p = " in printed
+    gains = [float(rows[i]["auc"]) - float(rows[i + 3]["auc"]) for i in range(3)]
+    expected = ttest_1samp(gains, 0)
+    assert f"auc {np.mean(gains):+.4f}, 3 pairs, p = {expected.pvalue:.3f}\n" in printed
 
 
 def test_schemes_that_differ_in_a_setting_stay_apart(tmp_path, capsys):

@@ -170,13 +170,17 @@ def test_the_metric_loss_is_of_the_embedding_that_is_asked_for(
 ) -> None:
     found = {}
     for embedding in ("classifier", "pooled"):
-        config = replace(tiny, loss="ce+bst", embedding=embedding, epochs=1)
+        config = replace(
+            tiny, backbone="mobilenetv3_small_050", loss="ce+bst", embedding=embedding, epochs=1
+        )
         run = RunFolder(tmp_path / embedding)
         train(config, make_task(config), run)
         with np.load(run.path / "embeddings.npz") as stored:
             found[embedding] = stored["embeddings"].shape[1]
-    model = Classifier(tiny.backbone, 2, 1).backbone
+        assert load_trained(run).model.embedding_size == found[embedding]
+    model = Classifier("mobilenetv3_small_050", 2, 1).backbone
     assert found == {"classifier": model.head_hidden_size, "pooled": model.num_features}
+    assert found["classifier"] != found["pooled"]
 
 
 def test_an_unknown_backbone_gets_the_nearest_suggested() -> None:
