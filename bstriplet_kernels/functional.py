@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from . import plan, reference
 from .autograd import batch_similarity
@@ -87,31 +88,12 @@ def bstriplet_loss(
         TypeError, ValueError: naming the argument, its value and what is allowed.
         RuntimeError: a named `impl` that cannot run here, saying what is missing.
     """
-    if impl != "auto":
-        check_impl(impl)
-    options = margin, similarity, eq3, reduction, eps
-    target = Target(_spec_of(options), impl, group, return_stats)
+    options = margin, similarity, eq3, reduction, eps, impl, return_stats
+    if group is not None or is_dynamo_compiling():
+        target = make_target(*options, group)
+    else:
+        target = _remembered_target(options)
     return compute(embeddings, labels, target, ref_emb, ref_labels)
-
-
-_Options = tuple[float, str, str, str, float]  # margin, similarity, eq3, reduction, eps
-_specs: dict[tuple[object, ...], Spec] = {}
-
-
-def _spec_of(options: _Options) -> Spec:
-    """`make_spec`, remembered: by type too, as True equals 1 and is no margin."""
-    if torch.compiler.is_compiling():
-        return make_spec(*options)
-    margin, _, _, _, eps = options
-    key = options, type(margin), type(eps)
-    try:
-        spec = _specs.get(key)
-    except TypeError:  # what cannot be hashed is no option
-        return make_spec(*options)
-    if spec is None:
-        spec = make_spec(*options)
-        _remember(_specs, key, spec)
-    return spec
 
 
 class Target(NamedTuple):
@@ -121,6 +103,38 @@ class Target(NamedTuple):
     impl: str
     group: ProcessGroup | None
     return_stats: bool
+
+
+def make_target(
+    margin: float,
+    similarity: str,
+    eq3: str,
+    reduction: str,
+    eps: float,
+    impl: str,
+    return_stats: bool,
+    group: ProcessGroup | None = None,
+) -> Target:
+    """The options of `bstriplet_loss`, checked."""
+    check_impl(impl)
+    return Target(make_spec(margin, similarity, eq3, reduction, eps), impl, group, return_stats)
+
+
+_Options = tuple[float, str, str, str, float, str, bool]  # as make_target takes them
+_targets: dict[tuple[object, ...], Target] = {}
+
+
+def _remembered_target(options: _Options) -> Target:
+    """`make_target`, remembered: by type too, as True equals 1 and is no margin."""
+    key = options, type(options[0]), type(options[4])
+    try:
+        target = _targets.get(key)
+    except TypeError:  # what cannot be hashed is no option
+        return make_target(*options)
+    if target is None:
+        target = make_target(*options)
+        _remember(_targets, key, target)
+    return target
 
 
 def compute(
@@ -135,7 +149,8 @@ def compute(
         check_embeddings(embeddings, labels, ref_emb, ref_labels)
         return _global_loss(embeddings, _as_int64(labels), ref_emb, target)
     spec, path = _checked_plan(embeddings, labels, target, ref_emb, ref_labels)
-    labels = _as_int64(labels)
+    if labels.dtype != torch.int64:
+        labels = labels.to(torch.int64)
     if ref_labels is not None:
         ref_labels = _as_int64(ref_labels)
     loss, rows = batch_similarity(embeddings, ref_emb, labels, ref_labels, spec, path)
@@ -157,10 +172,17 @@ def _checked_plan(
     Remembered by all that decides it, so that in a training loop check and choice are a look-up.
     """
     key: tuple[object, ...] | None = None
-    if type(embeddings) is Tensor and type(labels) is Tensor and not torch.compiler.is_compiling():
+    if type(embeddings) is Tensor and type(labels) is Tensor and not is_dynamo_compiling():
         key = (
-            *(embeddings.shape, embeddings.dtype, embeddings.device, embeddings.requires_grad),
-            *(labels.shape, labels.dtype, labels.device, target, torch.is_grad_enabled()),
+            embeddings.shape,
+            embeddings.dtype,
+            embeddings.device,
+            embeddings.requires_grad,
+            labels.shape,
+            labels.dtype,
+            labels.device,
+            target,
+            torch.is_grad_enabled(),
         )
         if ref_emb is not None or ref_labels is not None:
             key = (*key, _form(ref_emb), _form(ref_labels))

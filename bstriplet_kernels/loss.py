@@ -45,9 +45,9 @@ class BSTripletLoss(nn.Module):
         return_stats: bool = False,
     ) -> None:
         super().__init__()
-        functional.check_impl(impl)
-        spec = functional.make_spec(margin, similarity, eq3, reduction, eps)
-        self._target = functional.Target(spec, impl, group, return_stats)
+        self._target = functional.make_target(
+            margin, similarity, eq3, reduction, eps, impl, return_stats, group
+        )
 
     def forward(
         self,

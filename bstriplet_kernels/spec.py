@@ -76,12 +76,14 @@ class Path(NamedTuple):
     missing() -> what is not installed that the path needs and how to get it, or None.
     refuses(embeddings, ref_emb, spec) -> why the path cannot take this input, or None; it looks at
     shapes, dtypes and devices alone.
+    heeds_autocast: whether autocast would change the dtype of products in `forward`.
     """
 
     forward: Callable[..., tuple[Tensor, Rows | None, State]]
     backward: Callable[..., tuple[Tensor, Tensor | None]]
     missing: Callable[[], str | None] = _nothing_missing
     refuses: Callable[[Tensor, Tensor | None, Spec], str | None] = _refuses_nothing
+    heeds_autocast: bool = True
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:

@@ -173,21 +173,21 @@ class Batch {
   Batch(const Inputs& in, const Options& options)
       : in_(in),
         options_(options),
-        s_(in.rows(), in.columns(), in),
+        s_(in.rows, in.columns, in),
         rows_(in.embeddings, in),
-        own_(in.rows()),
+        own_(in.rows),
         classes_(in.ref_labels ? *in.ref_labels : in.labels) {
     classes_.number(in.labels, own_.side.label);
     if (in.ref_emb) {
       ref_rows_.emplace(*in.ref_emb, in);
-      ref_.emplace(in.columns());
+      ref_.emplace(in.columns);
       classes_.number(*in.ref_labels, ref_->side.label);
-      if (options.gradient) mirror_.emplace(in.columns(), in.rows(), in);
+      if (options.gradient) mirror_.emplace(in.columns, in.rows, in);
     }
   }
 
   Results run() {
-    const int64_t n = in_.rows();
+    const int64_t n = in_.rows;
     Tensor loss = empty_scalar(in_.accumulation, in_.embeddings);
     Tensor means = empty_matrix(2, n, in_.accumulation, in_.embeddings);
     similarities();
@@ -214,11 +214,11 @@ class Batch {
     const Kernels<T>& k = kernels<T>();
     const T squared_eps = static_cast<T>(options_.eps * options_.eps);
     const bool symmetric = !in_.ref_emb;
-    const int64_t count = tiles(in_.rows(), in_.columns(), symmetric);
+    const int64_t count = tiles(in_.rows, in_.columns, symmetric);
     T* const mirror = symmetric ? s_.data : mirror_ ? mirror_->data : nullptr;
     const int64_t mirror_stride = symmetric ? s_.stride : mirror_ ? mirror_->stride : 0;
     T* const squared = symmetric ? own_.side.inverse : nullptr;
-    parallel_for(0, count, grain(kBlock * kBlock * in_.depth()),
+    parallel_for(0, count, grain(kBlock * kBlock * in_.depth),
                                 [&](int64_t begin, int64_t end) {
                                   k.dots(matrix(), columns(), s_.data, s_.stride, mirror,
                                          mirror_stride, squared, begin, end);
@@ -226,9 +226,9 @@ class Batch {
     if (!symmetric) {
       squared_norms(matrix(), own_);
       squared_norms(columns(), *ref_);
-      invert_norms(ref_->side.inverse, in_.columns(), squared_eps);
+      invert_norms(ref_->side.inverse, in_.columns, squared_eps);
     }
-    invert_norms(own_.side.inverse, in_.rows(), squared_eps);
+    invert_norms(own_.side.inverse, in_.rows, squared_eps);
   }
 
   void squared_norms(const Matrix<T>& matrix, SideArrays<T>& to) {
@@ -243,15 +243,15 @@ class Batch {
   }
 
   int64_t negatives_of(int64_t i) const {
-    return in_.columns() - classes_.members(own_.side.label[i]);
+    return in_.columns - classes_.members(own_.side.label[i]);
   }
 
   // Eq. 3's two means for each row.
   void row_means(T* positive, T* negative) {
     const Kernels<T>& k = kernels<T>();
-    const int64_t m = in_.columns(), padded = round_up(m, kPad);
+    const int64_t m = in_.columns, padded = round_up(m, kPad);
     const Side<T>& columns = other().side;
-    parallel_for(0, in_.rows(), grain(4 * m), [&](int64_t begin, int64_t end) {
+    parallel_for(0, in_.rows, grain(4 * m), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         std::fill(s_.row(i) + m, s_.row(i) + padded, T(0));
         k.row_sums(s_.row(i), own_.side.inverse[i], own_.side.label[i], columns, padded,
@@ -269,10 +269,10 @@ class Batch {
                                      : nullptr;
     const int64_t stride = in_.upstream ? in_.upstream->stride(0) : 0;
     const T margin = static_cast<T>(options_.margin), sigma = static_cast<T>(options_.sigma);
-    const double scale = options_.mean ? 1.0 / static_cast<double>(in_.rows()) : 1.0;
+    const double scale = options_.mean ? 1.0 / static_cast<double>(in_.rows) : 1.0;
     double total = 0;
     bool any_active = false;
-    for (int64_t i = 0; i < in_.rows(); ++i) {
+    for (int64_t i = 0; i < in_.rows; ++i) {
       const T h = margin - positive[i] + sigma * negative[i];
       if (h <= 0) continue;
       any_active = true;

@@ -12,7 +12,7 @@ Results batch_similarity(Tensor embeddings, std::optional<Tensor> ref_emb, Tenso
                          double margin, double sigma, bool is_signed, double eps, bool mean,
                          bool gradient) {
   const Inputs in = checked(embeddings, ref_emb, labels, ref_labels, upstream);
-  const int64_t n = in.rows(), d = in.depth();
+  const int64_t n = in.rows, d = in.depth;
   STD_TORCH_CHECK(n <= kMaxRows && !in.ref_emb, "on CUDA batch_similarity takes up to ", kMaxRows,
                   " rows and no ref_emb, got ", n, " rows");
   const int device = in.embeddings.get_device_index();

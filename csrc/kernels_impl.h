@@ -227,10 +227,26 @@ BST_INLINE void product_tile(const T* const* weights, const T* others, int64_t s
   }
 }
 
+// to = (total - back f) scale, `width` numbers of a panel.
 template <class T>
-void product(const T* weights, int64_t weights_stride, const Matrix<T>& others,
-             const Matrix<T>& own, const T* inverse, const T* along, T* gradient, T* packed,
+BST_INLINE void project_row(const T* total, const T* f, T back, T scale, int64_t width, T* to) {
+  if (width < kPanel<T>) {
+    for (int64_t d = 0; d < width; ++d) to[d] = (total[d] - back * f[d]) * scale;
+    return;
+  }
+  const Vec<T> minus_back = broadcast(-back), scales = broadcast(scale);
+  BST_UNROLL
+  for (int d = 0; d < kPanel<T>; d += kLanes<T>) {
+    const Vec<T> tangent = multiply_add<T>(minus_back, load(f + d), load(total + d));
+    store(to + d, multiply<T>(tangent, scales));
+  }
+}
+
+template <class T>
+void product(const T* weights, int64_t weights_stride, const Matrix<T>& all_others,
+             const Matrix<T>& all_own, const T* inverse, const T* along, T* gradient, T* packed,
              int64_t begin, int64_t end) {
+  const Matrix<T> others = all_others, own = all_own;  // in registers, whatever is stored to
   const int64_t groups = round_up(own.rows, kRowGroup) / kRowGroup;
   int64_t packed_left = -1;
   T total[kProductRows * kPanel<T>];
@@ -247,12 +263,12 @@ void product(const T* weights, int64_t weights_stride, const Matrix<T>& others,
         weight_row[r] = weights + (top + r < own.rows ? top + r : own.rows - 1) * weights_stride;
       }
       product_tile(weight_row, packed, kPanel<T>, others.rows, total);
-      for (int64_t i = top; i < bottom && i < top + kProductRows; ++i) {
-        const T* f = own.row(i) + left;
-        const T* sum_row = total + (i - top) * kPanel<T>;
-        T* to = gradient + i * own.columns + left;
-        const T back = along[i] * inverse[i], scale = inverse[i];
-        for (int64_t d = 0; d < width; ++d) to[d] = (sum_row[d] - back * f[d]) * scale;
+      const T* f = own.row(top) + left;
+      T* to = gradient + top * own.columns + left;
+      const int64_t height = bottom - top < kProductRows ? bottom - top : kProductRows;
+      for (int64_t r = 0; r < height; ++r, f += own.stride, to += own.columns) {
+        const T scale = inverse[top + r];
+        project_row(total + r * kPanel<T>, f, along[top + r] * scale, scale, width, to);
       }
     }
   }

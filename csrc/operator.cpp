@@ -38,7 +38,8 @@ void check_device(const char* name, const Tensor& tensor, const Tensor& embeddin
 Inputs checked(Tensor embeddings, std::optional<Tensor> ref_emb, Tensor labels,
                std::optional<Tensor> ref_labels, std::optional<Tensor> upstream) {
   check_matrix("embeddings", embeddings);
-  const int64_t rows = embeddings.size(0);
+  const int64_t rows = embeddings.size(0), depth = embeddings.size(1);
+  int64_t columns = rows;
   ScalarType accumulation = embeddings.scalar_type();
   check_vector("labels", labels, ScalarType::Long, rows);
   check_device("labels", labels, embeddings);
@@ -47,9 +48,10 @@ Inputs checked(Tensor embeddings, std::optional<Tensor> ref_emb, Tensor labels,
   if (ref_emb) {
     check_matrix("ref_emb", *ref_emb);
     check_device("ref_emb", *ref_emb, embeddings);
-    STD_TORCH_CHECK(ref_emb->size(1) == embeddings.size(1), "ref_emb must have ",
-                    embeddings.size(1), " columns as embeddings has, got ", ref_emb->size(1));
-    check_vector("ref_labels", *ref_labels, ScalarType::Long, ref_emb->size(0));
+    columns = ref_emb->size(0);
+    STD_TORCH_CHECK(ref_emb->size(1) == depth, "ref_emb must have ", depth,
+                    " columns as embeddings has, got ", ref_emb->size(1));
+    check_vector("ref_labels", *ref_labels, ScalarType::Long, columns);
     check_device("ref_labels", *ref_labels, embeddings);
     if (ref_emb->scalar_type() == ScalarType::Double) accumulation = ScalarType::Double;
   }
@@ -58,8 +60,9 @@ Inputs checked(Tensor embeddings, std::optional<Tensor> ref_emb, Tensor labels,
     check_vector("upstream", *upstream, accumulation, rows);
     check_device("upstream", *upstream, embeddings);
   }
-  return {std::move(embeddings), std::move(ref_emb),  std::move(labels),
-          std::move(ref_labels), std::move(upstream), accumulation};
+  return {std::move(embeddings), std::move(ref_emb), std::move(labels), std::move(ref_labels),
+          std::move(upstream),   accumulation,       rows,              columns,
+          depth};
 }
 
 Tensor empty_tensor(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {

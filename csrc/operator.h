@@ -44,10 +44,9 @@ struct Inputs {
   std::optional<Tensor> ref_labels;  // [M] int64
   std::optional<Tensor> upstream;    // [N] of the accumulation dtype
   ScalarType accumulation;           // Double where an embedding is, else Float
-
-  int64_t rows() const { return embeddings.size(0); }
-  int64_t depth() const { return embeddings.size(1); }
-  int64_t columns() const { return ref_emb ? ref_emb->size(0) : rows(); }
+  int64_t rows;                      // N
+  int64_t columns;                   // M, or N without ref_emb
+  int64_t depth;                     // D
 };
 
 // Throws std::runtime_error, naming the argument and what is allowed, unless everything fits.
