@@ -173,14 +173,14 @@ def _checked_plan(
     """
     key: tuple[object, ...] | None = None
     if type(embeddings) is Tensor and type(labels) is Tensor and not is_dynamo_compiling():
-        key = (
+        key = (  # where it says True for a device, which takes longer to make and to compare
             embeddings.shape,
             embeddings.dtype,
-            embeddings.device,
+            embeddings.is_cpu or embeddings.device,
             embeddings.requires_grad,
             labels.shape,
             labels.dtype,
-            labels.device,
+            labels.is_cpu or labels.device,
             target,
             torch.is_grad_enabled(),
         )

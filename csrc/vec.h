@@ -101,13 +101,6 @@ BST_INLINE Vec<T> where_label(const Class<T>* labels, Class<T> label, Vec<T> a, 
 }
 #endif
 
-template <class T>
-BST_INLINE T sum(Vec<T> v) {
-  T total = 0;
-  for (int i = 0; i < kLanes<T>; ++i) total += v[i];
-  return total;
-}
-
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define BST_HAS_SHUFFLE 1
@@ -131,7 +124,34 @@ BST_INLINE Vec<T> fold_quarters(Vec<T> a, Vec<T> b, std::integer_sequence<int, I
          __builtin_shufflevector(
              a, b, ((I / h) * n + ((I % h) / q) * 2 * q + q + I % q)...);
 }
+// [v0+v1, v2+v3, ...], half as many lanes.
+template <class V, int... I>
+BST_INLINE auto add_neighbours(V v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, v, 2 * I...) + __builtin_shufflevector(v, v, (2 * I + 1)...);
+}
+// The sums of four equal parts of a vector of n lanes, each in one lane.
+template <int n, class V>
+BST_INLINE auto four_lanes(V v) {
+  if constexpr (n == 4) {
+    return v;
+  } else {
+    return four_lanes<n / 2>(add_neighbours(v, std::make_integer_sequence<int, n / 2>{}));
+  }
+}
 #endif
+
+template <class T>
+BST_INLINE T sum(Vec<T> v) {
+#if defined(BST_HAS_SHUFFLE)
+  if constexpr (kLanes<T> >= 4) {
+    const auto four = four_lanes<kLanes<T>>(v);
+    return (four[0] + four[1]) + (four[2] + four[3]);
+  }
+#endif
+  T total = 0;
+  for (int i = 0; i < kLanes<T>; ++i) total += v[i];
+  return total;
+}
 
 // to[i] += sum(v[i]) for four vectors at once.
 template <class T>
@@ -139,14 +159,12 @@ BST_INLINE void add_four_sums(const Vec<T>* v, T* to) {
 #if defined(BST_HAS_SHUFFLE)
   if constexpr (kLanes<T> >= 4) {
     constexpr std::make_integer_sequence<int, kLanes<T>> lanes{};
-    const Vec<T> quarters = fold_quarters<T>(fold_halves<T>(v[0], v[1], lanes),
-                                             fold_halves<T>(v[2], v[3], lanes), lanes);
-    constexpr int q = kLanes<T> / 4;
-    for (int i = 0; i < 4; ++i) {
-      T total = quarters[i * q];
-      for (int k = 1; k < q; ++k) total += quarters[i * q + k];
-      to[i] += total;
-    }
+    auto total = four_lanes<kLanes<T>>(fold_quarters<T>(
+        fold_halves<T>(v[0], v[1], lanes), fold_halves<T>(v[2], v[3], lanes), lanes));
+    decltype(total) before;
+    std::memcpy(&before, to, sizeof(before));
+    total += before;
+    std::memcpy(to, &total, sizeof(total));
     return;
   }
 #endif
