@@ -325,10 +325,9 @@ class Batch {
   Classes classes_;
 };
 
-Results batch_similarity(Tensor embeddings, std::optional<Tensor> ref_emb, Tensor labels,
-                         std::optional<Tensor> ref_labels, std::optional<Tensor> upstream,
-                         double margin, double sigma, bool is_signed, double eps, bool mean,
-                         bool gradient) {
+Results batch_similarity(Tensor embeddings, Tensor labels, bool gradient, double margin, bool mean,
+                         bool is_signed, double sigma, double eps, std::optional<Tensor> ref_emb,
+                         std::optional<Tensor> ref_labels, std::optional<Tensor> upstream) {
   const Inputs in = checked(embeddings, ref_emb, labels, ref_labels, upstream);
   const Options options{margin, sigma, is_signed, eps, mean, gradient};
   return in.accumulation == ScalarType::Double ? Batch<double>(in, options).run()

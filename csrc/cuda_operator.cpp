@@ -7,10 +7,9 @@
 namespace bstriplet {
 namespace {
 
-Results batch_similarity(Tensor embeddings, std::optional<Tensor> ref_emb, Tensor labels,
-                         std::optional<Tensor> ref_labels, std::optional<Tensor> upstream,
-                         double margin, double sigma, bool is_signed, double eps, bool mean,
-                         bool gradient) {
+Results batch_similarity(Tensor embeddings, Tensor labels, bool gradient, double margin, bool mean,
+                         bool is_signed, double sigma, double eps, std::optional<Tensor> ref_emb,
+                         std::optional<Tensor> ref_labels, std::optional<Tensor> upstream) {
   const Inputs in = checked(embeddings, ref_emb, labels, ref_labels, upstream);
   const int64_t n = in.rows, d = in.depth;
   STD_TORCH_CHECK(n <= kMaxRows && !in.ref_emb, "on CUDA batch_similarity takes up to ", kMaxRows,

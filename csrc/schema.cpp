@@ -1,11 +1,13 @@
-// The operators' schemas, declared once for every device.
+// The operators' schemas, declared once for every device. What has its default can be left out of
+// a call, whose time grows with each argument that is given.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(bstriplet, library) {
   library.def(
-      "batch_similarity(Tensor embeddings, Tensor? ref_emb, Tensor labels, Tensor? ref_labels, "
-      "Tensor? upstream, float margin, float sigma, bool signed, float eps, bool mean, "
-      "bool gradient) -> (Tensor loss, Tensor means, Tensor grad, Tensor grad_ref)");
+      "batch_similarity(Tensor embeddings, Tensor labels, bool gradient=True, float margin=0.9, "
+      "bool mean=True, bool signed=False, float sigma=1.0, float eps=1e-12, Tensor? ref_emb=None, "
+      "Tensor? ref_labels=None, Tensor? upstream=None) "
+      "-> (Tensor loss, Tensor means, Tensor grad, Tensor grad_ref)");
   library.def(
       "moment_means(Tensor embeddings, Tensor labels, float eps, int smallest_moment) -> (Tensor "
       "positive, Tensor negative, Tensor table, Tensor small, Tensor slots, Tensor order, Tensor "

@@ -9,6 +9,7 @@ it takes small batches, in one launch.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path as File
 
 import torch
@@ -60,16 +61,16 @@ if _MISSING_CUDA is None:
 
 def _shapes(
     embeddings: Tensor,
-    ref_emb: Tensor | None,
     labels: Tensor,
-    ref_labels: Tensor | None,
-    upstream: Tensor | None,
-    margin: float,
-    sigma: float,
-    signed: bool,
-    eps: float,
-    mean: bool,
-    gradient: bool,
+    gradient: bool = True,
+    margin: float = 0.9,
+    mean: bool = True,
+    signed: bool = False,
+    sigma: float = 1.0,
+    eps: float = 1e-12,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    upstream: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """What `batch_similarity` returns, unfilled: torch's tracers run this instead of it."""
     others = (ref_emb, labels, ref_labels, upstream)
@@ -114,6 +115,23 @@ def instruction_set() -> str:
     return torch.ops.bstriplet.instruction_set()
 
 
+def _options(spec: Spec) -> tuple[object, ...]:
+    """The operator's arguments from `gradient` to `eps`."""
+    gradient = spec.wants_gradient and spec.reduction != "none"
+    mean = spec.reduction == "mean"
+    return gradient, spec.margin, mean, spec.signed, spec.sigma, spec.eps
+
+
+@functools.lru_cache(maxsize=256)
+def _given_options(spec: Spec) -> tuple[object, ...]:
+    """`_options` without those at the end that are the operator's defaults: each takes its time."""
+    options = _options(spec)
+    defaults = [argument.default_value for argument in _batch_similarity._schema.arguments[2:]]
+    while options and options[-1] == defaults[len(options) - 1]:
+        options = options[:-1]
+    return options
+
+
 def forward(
     embeddings: Tensor,
     ref_emb: Tensor | None,
@@ -122,25 +140,15 @@ def forward(
     spec: Spec,
 ) -> tuple[Tensor, Rows | None, State]:
     """One call, which brings the gradient too where one number will come from upstream."""
-    margin, sigma, signed, reduction, eps, wants_gradient, wants_rows = spec
-    scalar = reduction != "none"
-    with_gradient = scalar and wants_gradient
-    operator = _batch_similarity if is_dynamo_compiling() else _handle
-    loss, means, grad, grad_ref = operator(
-        embeddings,
-        ref_emb,
-        labels,
-        ref_labels,
-        None,
-        margin,
-        sigma,
-        signed,
-        eps,
-        reduction == "mean",
-        with_gradient,
-    )
+    scalar = spec.reduction != "none"
+    with_gradient = scalar and spec.wants_gradient
+    if ref_emb is not None or is_dynamo_compiling():
+        results = _batch_similarity(embeddings, labels, *_options(spec), ref_emb, ref_labels)
+    else:
+        results = _handle(embeddings, labels, *_given_options(spec))
+    loss, means, grad, grad_ref = results
     # To take the means apart costs as much as a small batch's arithmetic.
-    rows = None if with_gradient and not wants_rows else Rows(*means.unbind())
+    rows = None if with_gradient and not spec.wants_rows else Rows(*means.unbind())
     if with_gradient:
         return loss, rows, Gradients((grad,) if ref_emb is None else (grad, grad_ref))
     assert rows is not None
@@ -162,16 +170,9 @@ def backward(
         return Gradients(state).times(grad_loss, embeddings, ref_emb)
     n = embeddings.shape[0]
     upstream = grad_loss / n if spec.reduction == "mean" else grad_loss
+    options = _options(spec._replace(reduction="sum", wants_gradient=True))
     *_, grad, grad_ref = _batch_similarity(
-        embeddings,
-        ref_emb,
-        labels,
-        ref_labels,
-        upstream.expand(n),
-        *spec[:3],
-        spec.eps,
-        False,
-        True,
+        embeddings, labels, *options, ref_emb, ref_labels, upstream.expand(n)
     )
     return grad.to(embeddings.dtype), None if ref_emb is None else grad_ref.to(ref_emb.dtype)
 

@@ -22,17 +22,17 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}  # of the accumulation d
 
 
 def operator(embeddings, labels, ref_emb=None, ref_labels=None, upstream=None, **options):
-    """torch.ops.bstriplet.batch_similarity with the defaults of `bstriplet_loss`.
+    """torch.ops.bstriplet.batch_similarity, whose defaults are those of `bstriplet_loss`.
 
     Returns (loss, positive, negative, grad, grad_ref).
     """
-    given = {
-        **{"margin": 0.9, "sigma": 1.0, "signed": False, "eps": 1e-12},
-        **{"mean": True, "gradient": True},
-        **options,
-    }
     loss, means, *grads = torch.ops.bstriplet.batch_similarity(
-        embeddings, ref_emb, labels, ref_labels, upstream, *given.values()
+        embeddings,
+        labels,
+        ref_emb=ref_emb,
+        ref_labels=ref_labels,
+        upstream=upstream,
+        **options,
     )
     return loss, *means, *grads
 
@@ -211,11 +211,36 @@ def test_batched_upstream_gradients(retain_graph):
 
 def test_opcheck():
     x, y = torch.randn(7, 5), torch.randint(3, (7,))
-    arguments = (0.9, 1.0, False, 1e-12, True)
     name = torch.ops.bstriplet.batch_similarity.default
     for gradient in (False, True):
-        torch.library.opcheck(name, (x, None, y, None, None, *arguments, gradient))
-        torch.library.opcheck(name, (x, x.half(), y, y, torch.ones(7), *arguments, gradient))
+        torch.library.opcheck(name, (x, y, gradient))
+        options = (gradient, 0.6, False, True, -1.0, 1e-6)
+        torch.library.opcheck(name, (x, y, *options, x.half(), y, torch.ones(7)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "given"),
+    [
+        ({}, 0),
+        ({"wants_gradient": False}, 1),
+        ({"margin": 0.5}, 2),
+        ({"reduction": "sum"}, 3),
+        ({"reduction": "none"}, 3),
+        ({"signed": True}, 4),
+        ({"sigma": -1.0}, 5),
+        ({"eps": 1e-3}, 6),
+    ],
+)
+def test_only_what_is_no_default_is_given(changed, given):
+    """The operator's defaults are the loss's; what is left out of a call must be one of them."""
+    spec = Spec(wants_gradient=True)._replace(**changed)
+    options = native._given_options(spec)
+    assert len(options) == given
+    x, y = torch.randn(5, 3), torch.arange(5) % 2
+    operator = torch.ops.bstriplet.batch_similarity
+    every = operator(x, y, *native._options(spec))
+    for short, full in zip(operator(x, y, *options), every, strict=True):
+        assert torch.equal(short, full)
 
 
 def test_inactive_batch_has_exactly_no_gradient():
