@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from numbers import Real
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,10 +90,11 @@ def bstriplet_loss(
         RuntimeError: a named `impl` that cannot run here, saying what is missing.
     """
     options = margin, similarity, eq3, reduction, eps, impl, return_stats
-    if group is not None or is_dynamo_compiling():
+    try:
+        remembered = group is None and not is_dynamo_compiling()
+        target = _remembered_target(*options) if remembered else make_target(*options, group)
+    except TypeError:  # what cannot be hashed is no option either; here it is said which
         target = make_target(*options, group)
-    else:
-        target = _remembered_target(options)
     return compute(embeddings, labels, target, ref_emb, ref_labels)
 
 
@@ -120,21 +122,8 @@ def make_target(
     return Target(make_spec(margin, similarity, eq3, reduction, eps), impl, group, return_stats)
 
 
-_Options = tuple[float, str, str, str, float, str, bool]  # as make_target takes them
-_targets: dict[tuple[object, ...], Target] = {}
-
-
-def _remembered_target(options: _Options) -> Target:
-    """`make_target`, remembered: by type too, as True equals 1 and is no margin."""
-    key = options, type(options[0]), type(options[4])
-    try:
-        target = _targets.get(key)
-    except TypeError:  # what cannot be hashed is no option
-        return make_target(*options)
-    if target is None:
-        target = make_target(*options)
-        _remember(_targets, key, target)
-    return target
+_REMEMBERED = 4096
+_remembered_target = functools.lru_cache(_REMEMBERED, typed=True)(make_target)  # 1 is no True
 
 
 def compute(
@@ -197,17 +186,10 @@ def _checked_plan(
     )
     planned = spec, _path(target.impl, embeddings, ref_emb, spec)
     if key is not None:
-        _remember(_planned, key, planned)
+        if len(_planned) >= _REMEMBERED:
+            _planned.clear()
+        _planned[key] = planned
     return planned
-
-
-_REMEMBERED = 4096
-
-
-def _remember(memory: dict[tuple[object, ...], Any], key: tuple[object, ...], value: Any) -> None:
-    if len(memory) >= _REMEMBERED:
-        memory.clear()
-    memory[key] = value
 
 
 def _form(given: Tensor | None) -> object:

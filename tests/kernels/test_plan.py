@@ -15,7 +15,7 @@ from bstriplet_kernels.spec import Path, Spec
 @pytest.fixture(autouse=True)
 def _nothing_remembered(monkeypatch):
     monkeypatch.setattr(functional, "_planned", {})
-    monkeypatch.setattr(functional, "_targets", {})
+    functional._remembered_target.cache_clear()
 
 
 def test_equation_8_for_the_papers_batch():
