@@ -20,7 +20,7 @@ from . import machine, steps, timing
 from .cases import DTYPES, FORWARD, Case, Problem, make_problem
 from .counting import Memory, Operations, peak_memory, unreturned_memory
 from .gate import Errors, Gate
-from .providers import BASELINE, COMPILED, FLOOR, OURS, PEER, Provider, Step, providers
+from .providers import BASELINE, COMPILED, FLOOR, GROWTH, OURS, PEER, Provider, Step, providers
 from .table import EAGER, GRAPH, OK, Row
 
 OUT_OF_MEMORY = "out of memory"
@@ -31,7 +31,7 @@ _MOST_UNRETURNED = 1 << 30
 _LARGE_N = 4096
 _MOST_BUFFERS = 512
 # A step that synchronises fails to be captured; those that may come last, and disturb nobody.
-_CAPTURE_ORDER = {FLOOR: 0, OURS: 1, COMPILED: 2, BASELINE: 3, PEER: 4}
+_CAPTURE_ORDER = {FLOOR: 0, OURS: 1, GROWTH: 1, COMPILED: 2, BASELINE: 3, PEER: 4}
 
 
 class SpentProcess(Exception):

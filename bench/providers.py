@@ -25,8 +25,10 @@ from .cases import FORWARD, Problem
 Step = Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]
 Loss = Callable[[Tensor, Tensor], Tensor]
 FLOOR, BASELINE, COMPILED, PEER, OURS = "floor", "baseline", "compiled", "peer", "ours"
+GROWTH = "growth"
 EMPTY, PAIR_PRODUCTS, MOMENT_PRODUCTS = "empty function", "products of pairs", "products of moments"
 ROW_MOVES = "moves of rows"
+HALF = "auto, half the rows"
 PML = ("pml contrastive", "pml SupCon", "pml lifted", "pml triplet")
 
 
@@ -35,8 +37,8 @@ class Provider:
     """One thing that is timed.
 
     judge: "truth" (Eqs. 3-4 in float64), "itself" (the same code in float64, for losses that are
-    not ours) or "nothing" (floors). missing: what is not installed, or None. base: of a compiled
-    provider, the one that it compiles.
+    not ours) or "nothing" (floors, and ours on another input). missing: what is not installed, or
+    None. base: of a compiled provider, the one that it compiles.
     """
 
     name: str
@@ -54,6 +56,7 @@ def providers() -> dict[str, Provider]:
         Provider(PAIR_PRODUCTS, FLOOR, floors.pair_products, "nothing"),
         Provider(MOMENT_PRODUCTS, FLOOR, floors.moment_products, "nothing"),
         Provider(ROW_MOVES, FLOOR, floors.row_moves, "nothing"),
+        Provider(HALF, GROWTH, _on_half, "nothing"),
         Provider("naive", BASELINE, partial(_of_margin, naive_loss)),
         Provider("eager", BASELINE, partial(_of_margin, eager_loss)),
         _compiled("naive", naive_loss),
@@ -175,6 +178,17 @@ def _ours(impl: str, problem: Problem) -> Step:
         return value
 
     return _differentiated(loss, problem)
+
+
+def _on_half(problem: Problem) -> Step:
+    """`auto` on the first half of the rows, timed in turns with all of them: how time grows."""
+    n = problem.case.n // 2
+    step = _ours("auto", problem)
+
+    def on_half(x: Tensor, labels: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        return step(x.detach()[:n].requires_grad_(x.requires_grad), labels[:n])
+
+    return on_half
 
 
 def _empty_function(problem: Problem) -> Step:

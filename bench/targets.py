@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import geometric_mean
 
 from .cases import Case
-from .providers import EMPTY, MOMENT_PRODUCTS, PAIR_PRODUCTS
+from .providers import EMPTY, HALF, MOMENT_PRODUCTS, PAIR_PRODUCTS
 from .providers import OURS as OURS_GROUP
 from .suites import suites
 from .table import EAGER, GRAPH, Row
@@ -121,10 +121,10 @@ def _on_cpu(results: Results) -> list[Verdict]:
     found.append(_memory(results, few_classes, 3))
     found.append(_within_count(results, many_classes, MOMENT_PRODUCTS, 1.5))
     found.append(_memory(results, many_classes, 3))
-    small, large = (results.row(Case(n, 128, 10), OURS) for n in (1 << 17, 1 << 18))
-    growth = None if small is None or large is None else large.ms / small.ms
-    work = _work(Case(1 << 18, 128, 10))
-    found.append(Verdict(work, "time, over that of half the rows", growth, 2.2, True))
+    linear = Case(1 << 18, 128, 10)
+    share = results.ratio(linear, (HALF,), OURS)
+    growth = None if share is None else 1 / share
+    found.append(Verdict(_work(linear), "time, over that of half the rows", growth, 2.2, True))
     worst = worst_choice(results.rows)
     grid = f"{len(suites()['crossover'].cases)} points (N, D, C)"
     ratio = None if worst is None else worst[0]

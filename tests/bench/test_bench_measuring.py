@@ -14,11 +14,12 @@ import torch
 from made_up import make_row
 
 from bench import counting, machine, measure, providers, run, steps, table, timing
-from bench.cases import FORWARD, TRAINING_STEP, Case
+from bench.cases import FORWARD, TRAINING_STEP, Case, make_problem
 from bench.measure import Job, Starting
 from bench.suites import DEFAULT, Part, Suite, suites
 from bench.timing import Budget
 from bench.worker import _SPENT, Lost, Worker
+from bstriplet_kernels import bstriplet_loss
 
 CASE = Case(16, 8, 3)
 QUICK = Budget(0.002)
@@ -81,7 +82,6 @@ def test_moving_rows_counts_the_rows_that_move():
 
 
 def test_opaque_operators_are_named():
-    x = torch.randn(20, 4, requires_grad=True)
     from bstriplet_kernels import bstriplet_loss
 
     with counting.Operations() as operations:
@@ -203,6 +203,15 @@ def test_results_do_not_make_the_code_another(tmp_path, monkeypatch):
     assert re.fullmatch("[0-9a-f]{10}", machine.commit())
     (tmp_path / "bench/run.py").write_text("new")
     assert re.fullmatch(r"[0-9a-f]{10}\+", machine.commit())
+
+
+def test_half_the_rows_are_the_first_half():
+    problem = make_problem(Case(40, 8, 3))
+    loss, gradient = providers.providers()[providers.HALF].make(problem)(problem.x, problem.labels)
+    x, labels = problem.x.detach()[:20].requires_grad_(), problem.labels[:20]
+    expected = bstriplet_loss(x, labels, margin=problem.margin)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, x)[0])
 
 
 def test_a_training_step_with_and_without_the_loss():

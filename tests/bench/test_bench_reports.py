@@ -53,6 +53,9 @@ def test_targets_are_judged(made_up_rows):
     ]
     assert counted.figure == pytest.approx(2)  # both count the same FLOPs here
     assert counted.is_met is False
+    growth = found["N = 262,144, D = 128, C = 10", "time, over that of half the rows"]
+    assert growth.figure == pytest.approx(3)
+    assert growth.is_met is False
     worst, row = targets.worst_choice(made_up_rows)
     assert worst == pytest.approx(1)
     assert row.provider == "auto"
