@@ -36,11 +36,6 @@ def batch_similarity(
     return loss, Rows(positive, negative)
 
 
-def _transformed() -> bool:
-    """Whether a transform of torch.func (or a vmapped backward) is at work."""
-    return torch._C._are_functorch_transforms_active()
-
-
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Products of a loss stay in its accumulation dtype, whatever autocast would choose."""
     if torch.is_autocast_enabled(device.type):
@@ -85,7 +80,7 @@ class BatchSimilarity(torch.autograd.Function):
         saved = ctx.saved_tensors
         # Grad mode is on where a second derivative may follow. Without one the plain function does,
         # and so it must in a traced backward.
-        differentiable = torch.is_grad_enabled() or _transformed()
+        differentiable = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
         compute = Gradient.apply if differentiable else _gradient
         if torch.compiler.is_compiling():
             compute = _gradient

@@ -90,10 +90,13 @@ def bstriplet_loss(
         RuntimeError: a named `impl` that cannot run here, saying what is missing.
     """
     options = margin, similarity, eq3, reduction, eps, impl, return_stats
-    try:
-        remembered = group is None and not is_dynamo_compiling()
-        target = _remembered_target(*options) if remembered else make_target(*options, group)
-    except TypeError:  # what cannot be hashed is no option either; here it is said which
+    target = None
+    if group is None and not is_dynamo_compiling():
+        try:
+            target = _remembered_target(*options)
+        except TypeError:  # an option of a wrong type, hashable or not: to be said below, once
+            target = None
+    if target is None:
         target = make_target(*options, group)
     return compute(embeddings, labels, target, ref_emb, ref_labels)
 

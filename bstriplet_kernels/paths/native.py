@@ -27,8 +27,15 @@ _REINSTALL = (
 CUDA_ROWS = 64
 """The largest batch that the CUDA kernel, all in one launch, holds in shared memory."""
 
-_OUTPUTS = {"batch_similarity": 4, "moment_means": 7, "moment_gradient": 1}
-"""The operators that this package calls and how many tensors each returns."""
+_OPERATORS = {
+    "batch_similarity": (
+        "embeddings labels gradient margin mean signed sigma eps ref_emb ref_labels upstream",
+        4,
+    ),
+    "moment_means": ("embeddings labels eps smallest_moment", 7),
+    "moment_gradient": ("a embeddings table small slots order inverse sigma", 1),
+}
+"""The operators that this package calls: their arguments, and how many tensors each returns."""
 
 
 def _load(name: str) -> str | None:
@@ -46,9 +53,13 @@ def _load(name: str) -> str | None:
 
 def _older() -> str | None:
     """What is wrong where the loaded library was built from other sources than these, else None."""
-    for name, outputs in _OUTPUTS.items():
+    for name, expected in _OPERATORS.items():
         operator = getattr(torch.ops.bstriplet, name, None)
-        if operator is None or len(operator.default._schema.returns) != outputs:
+        schema = None if operator is None else operator.default._schema
+        if schema is None or expected != (
+            " ".join(argument.name for argument in schema.arguments),
+            len(schema.returns),
+        ):
             return f"_native was built from other sources, its {name} is another; {_REINSTALL}"
     return None
 

@@ -76,6 +76,13 @@ def test_refused(error, message, arguments):
         bstriplet_loss(**{"embeddings": X, "labels": Y, **arguments})
 
 
+@pytest.mark.parametrize("margin", ["0.9", [0.9]])
+def test_an_option_of_a_wrong_type_is_said_once(margin):
+    with pytest.raises(TypeError, match="margin must be") as raised:
+        bstriplet_loss(X, Y, margin=margin)
+    assert raised.value.__context__ is None
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -359,9 +359,16 @@ def test_cuda_refuses_what_is_beyond_one_launch():
         bstriplet_loss(x, y, impl="native")
 
 
-@pytest.mark.parametrize("outputs", [{"moment_means": 6}, {"no_such_operator": 1}])
-def test_a_library_of_other_sources_is_refused(outputs, monkeypatch):
+@pytest.mark.parametrize(
+    "operators",
+    [
+        {"moment_means": ("embeddings labels eps smallest_moment", 6)},
+        {"moment_means": ("labels embeddings eps smallest_moment", 7)},
+        {"no_such_operator": ("", 1)},
+    ],
+)
+def test_a_library_of_other_sources_is_refused(operators, monkeypatch):
     assert native._older() is None
-    monkeypatch.setattr(native, "_OUTPUTS", outputs)
-    assert next(iter(outputs)) in native._older()
+    monkeypatch.setattr(native, "_OPERATORS", operators)
+    assert next(iter(operators)) in native._older()
     assert "reinstall" in native._older()
