@@ -9,6 +9,8 @@
 // and N^2 D for the gradient; bound by latency. No atomics: the same bits from run to run.
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "cuda_launch.h"
 
 namespace bstriplet {
@@ -35,15 +37,6 @@ struct Arguments {
   double margin, sigma, squared_eps, scale;
   bool is_signed, gradient;
   void *loss, *means, *grad;  // of the accumulation type
-};
-
-// Half precision as it lies in memory; reading cuda_fp16.h and cuda_bf16.h for each chip would be a
-// tenth of the time that this file compiles.
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
 };
 
 __device__ inline float widen(float x) { return x; }
@@ -322,25 +315,26 @@ __global__ void __launch_bounds__(kThreads, 1) batch_similarity_kernel(const Arg
 #endif
 }
 
-template <class In, class T>
+template <class In>
 cudaError_t launch_as(const SmallBatch& batch, int device, void* stream) {
+  using T = std::conditional_t<std::is_same_v<In, double>, double, float>;
   int major = 0;
   const cudaError_t asked = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (asked != cudaSuccess) return asked;
   const bool clustered = major >= kFirstWithClusters;
-  const int64_t d = batch.embeddings.columns;
+  const int64_t d = batch.depth;
   const int64_t slice = clustered ? (d + kCluster - 1) / kCluster : kPlainSlice;
   const int64_t blocks = clustered ? kCluster : batch.gradient ? (d + slice - 1) / slice : 1;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
   const Arguments<In> args{
-      static_cast<const In*>(batch.embeddings.data),
-      batch.embeddings.row_stride,
-      batch.embeddings.column_stride,
+      static_cast<const In*>(batch.embeddings),
+      batch.row_stride,
+      batch.column_stride,
       batch.labels,
       batch.label_stride,
       batch.upstream,
       batch.upstream_stride,
-      static_cast<int>(batch.embeddings.rows),
+      static_cast<int>(batch.rows),
       d,
       slice,
       batch.margin,
@@ -370,24 +364,17 @@ cudaError_t launch_as(const SmallBatch& batch, int device, void* stream) {
   return launched != cudaSuccess ? launched : last;
 }
 
-cudaError_t launch_any(const SmallBatch& batch, int device, void* stream) {
-  switch (batch.embeddings.element) {
-    case Element::float64:
-      return launch_as<double, double>(batch, device, stream);
-    case Element::float32:
-      return launch_as<float, float>(batch, device, stream);
-    case Element::float16:
-      return launch_as<Half, float>(batch, device, stream);
-    default:
-      return launch_as<BFloat16, float>(batch, device, stream);
-  }
-}
-
 }  // namespace
 
+template <class In>
 const char* launch(const SmallBatch& batch, int device, void* stream) {
-  const cudaError_t error = launch_any(batch, device, stream);
+  const cudaError_t error = launch_as<In>(batch, device, stream);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
+
+template const char* launch<double>(const SmallBatch&, int, void*);
+template const char* launch<float>(const SmallBatch&, int, void*);
+template const char* launch<Half>(const SmallBatch&, int, void*);
+template const char* launch<BFloat16>(const SmallBatch&, int, void*);
 
 }  // namespace bstriplet

@@ -3,15 +3,23 @@
 
 #include <cstdint>
 
-#include "rows.h"
-
 namespace bstriplet {
 
 constexpr int kMaxRows = 64;  // of a batch that the kernel takes
 
-// Pointers are to memory of the device; results are of the accumulation type.
+// Half precision as it lies in memory; reading cuda_fp16.h and cuda_bf16.h for each chip would be a
+// tenth of the time that the kernel compiles.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// Pointers are to memory of the device; results are of the accumulation type. Strides in elements.
 struct SmallBatch {
-  StridedRows embeddings;
+  const void* embeddings;  // [rows, depth] of what `launch` is told
+  int64_t rows, depth, row_stride, column_stride;
   const int64_t* labels;
   int64_t label_stride;
   const void* upstream;  // of the accumulation type, or null
@@ -21,7 +29,9 @@ struct SmallBatch {
   void *loss, *means, *grad;
 };
 
-// One launch on the device, which must be the current one; returns what went wrong, or null.
+// One launch on the device, which must be the current one; returns what went wrong, or null. In is
+// double, float, Half or BFloat16; a double is accumulated in double, the others in float.
+template <class In>
 const char* launch(const SmallBatch& batch, int device, void* stream);
 
 }  // namespace bstriplet

@@ -7,6 +7,19 @@
 namespace bstriplet {
 namespace {
 
+auto launch_for(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return &launch<double>;
+    case ScalarType::Float:
+      return &launch<float>;
+    case ScalarType::Half:
+      return &launch<Half>;
+    default:
+      return &launch<BFloat16>;
+  }
+}
+
 Results batch_similarity(Tensor embeddings, Tensor labels, bool gradient, double margin, bool mean,
                          bool is_signed, double sigma, double eps, std::optional<Tensor> ref_emb,
                          std::optional<Tensor> ref_labels, std::optional<Tensor> upstream) {
@@ -23,8 +36,13 @@ Results batch_similarity(Tensor embeddings, Tensor labels, bool gradient, double
   Tensor means = empty_matrix(2, n, in.accumulation, in.embeddings);
   Tensor nothing = empty_vector(0, in.accumulation, in.embeddings);
   Tensor grad = gradient ? empty_matrix(n, d, in.accumulation, in.embeddings) : nothing;
+  const StridedRows rows = strided_rows(in.embeddings);
   const SmallBatch batch{
-      strided_rows(in.embeddings),
+      rows.data,
+      n,
+      d,
+      rows.row_stride,
+      rows.column_stride,
       static_cast<const int64_t*>(in.labels.const_data_ptr()),
       in.labels.stride(0),
       in.upstream ? in.upstream->const_data_ptr() : nullptr,
@@ -39,7 +57,7 @@ Results batch_similarity(Tensor embeddings, Tensor labels, bool gradient, double
       means.mutable_data_ptr(),
       grad.mutable_data_ptr(),
   };
-  const char* const error = launch(batch, device, stream);
+  const char* const error = launch_for(in.embeddings.scalar_type())(batch, device, stream);
   STD_TORCH_CHECK(error == nullptr, "batch_similarity on CUDA, embeddings [", n, ", ", d, "]: ", error);
   return {loss, means, grad, nothing};
 }
