@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bstriplet import cuda_graph
-from bstriplet.backbones import Output, check_backbone
+from bstriplet.backbones import Output, check_backbone, check_embedding
 from bstriplet.batches import Batch, Feed, make_validation_batches
 from bstriplet.config import TrainConfig
 from bstriplet.data import ImageSet, Task
@@ -95,8 +95,13 @@ def train(config: TrainConfig, task: Task, run: RunFolder) -> Row:
 
 
 def check_names(config: TrainConfig) -> None:
-    """Raise if the backbone or the loss, names of other libraries, is not one of theirs."""
+    """Raise if the backbone or the loss, names of other libraries, is not one of theirs.
+
+    Also if the backbone has no such embedding.
+    """
     check_backbone(config.backbone, config.image_size)
+    if config.embedding == "pooled":  # of a classifier's input all have one
+        check_embedding(config.backbone, config.embedding, config.image_size)
     check_loss(config.loss)
 
 
