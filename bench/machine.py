@@ -43,6 +43,11 @@ def device_slug(device: str) -> str:
     return f"{device}-" + re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
 
 
+def plain_name(processor: str) -> str:
+    """A processor's name as the system gives it, without marks, clock and what it is."""
+    return " ".join(re.sub(r"\((R|TM)\)|\b(CPU|Processor)\b|@.*", "", processor).split())
+
+
 def versions() -> str:
     """Python and the packages that were timed, "name version" with "; " between."""
     found = [f"python {platform.python_version()}"]
@@ -112,7 +117,7 @@ def _processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return plain_name(names[0]) if names else platform.machine()
 
 
 def _cores() -> int:

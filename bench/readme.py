@@ -1,4 +1,7 @@
-"""`python -m bench.readme [--check]`: the README's performance section, from the CSV files."""
+"""`python -m bench.readme [--check]`: what the CSV files say, as text.
+
+The README's performance section, which sets the devices side by side, and a page for each device.
+"""
 
 from __future__ import annotations
 
@@ -17,35 +20,35 @@ from .targets import Verdict
 
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 README = ROOT / "README.md"
-_PICTURES = (
-    ("time", "time against N: this package, the naive form, peers, and the products alone"),
-    ("memory", "peak extra memory against N"),
-    ("roofline", "rate against intensity, under the machine's measured limits"),
-    ("crossover", "the fastest path by N and D"),
-    ("hinge", "time against the share of rows with h_i > 0"),
-    ("training_step", "the loss's share of a training step"),
-)
+_PICTURES = {
+    "time": "time against N: this package, the naive form, peers, and the products alone",
+    "memory": "peak extra memory against N",
+    "roofline": "rate against intensity, under the machine's measured limits",
+    "crossover": "the fastest path by N and D",
+    "hinge": "time against the share of rows with h_i > 0",
+    "training_step": "the loss's share of a training step",
+}
 _MINUS = "-"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the section, or with --check say whether it is up to date (1: it is not)."""
+    """Write section and pages, or with --check say whether they are up to date (1: no)."""
     parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if it differs")
     check = parser.parse_args(arguments).check
-    old = README.read_text()
     try:
-        new = replaced(old, section(RESULTS))
+        texts = {README: replaced(README.read_text(), section(RESULTS))}
     except ValueError as error:
         print(f"{README.name}: {error}", file=sys.stderr)
         return 1
-    if check:
-        if old != new:
-            print(f"{README.name} differs from bench/results; run python -m bench.readme",
-                  file=sys.stderr)  # fmt: skip
-        return int(old != new)
-    README.write_text(new)
-    return 0
+    texts |= {folder / "README.md": page(folder) for folder in table.devices(RESULTS)}
+    changed = [path for path in texts if not path.exists() or path.read_text() != texts[path]]
+    for path in changed:
+        if check:
+            print(f"{path} differs from the results; run python -m bench.readme", file=sys.stderr)
+        else:
+            path.write_text(texts[path])
+    return int(check and bool(changed))
 
 
 def replaced(text: str, new: str) -> str:
@@ -57,59 +60,113 @@ def replaced(text: str, new: str) -> str:
 
 
 def section(results: Path) -> str:
-    """Markdown for every device that was measured."""
-    parts = [_device(folder) for folder in table.devices(results)]
-    return "\n".join(parts) if parts else "Nothing was measured yet: `make bench`.\n"
-
-
-def _device(folder: Path) -> str:
-    rows = table.read_device(folder)
-    commits = ", ".join(sorted({row.commit for row in rows}))
-    threads = max(row.threads for row in rows)
-    where = folder.relative_to(ROOT).as_posix() if folder.is_relative_to(ROOT) else folder.name
+    """Markdown: the targets and the paper's batch, a column for each device; one's picture."""
+    devices = {folder: table.read_device(folder) for folder in table.devices(results)}
+    if not devices:
+        return "Nothing was measured yet: `make bench`.\n"
     lines = [
-        f"Measured on {rows[0].device} ({threads} threads; {rows[0].versions}), commit {commits}; "
-        f"files in [`{where}`]({where}), rules in [`bench/README.md`](bench/README.md). Medians, "
-        "float32, forward and backward where nothing else is said; a row is written only after "
-        "loss and gradient agreed with float64.",
+        "Medians, float32, forward and backward where nothing else is said; a row is written only "
+        "after loss and gradient agreed with float64. Each device's page has all its tables and "
+        "pictures; the rules are in [`bench/README.md`](bench/README.md).",
         "",
     ]
-    lines += _verdict_table(targets.verdicts(rows))
-    lines += _paper_table(rows)
-    lines += _sweep_table(rows)
-    lines += _hinge_table(rows)
-    lines += _step_lines(rows)
-    for name, caption in _PICTURES:
-        if (folder / f"{name}.png").exists():
-            lines += [f"![{caption}]({where}/{name}.png)", ""]
+    for folder, rows in devices.items():
+        lines.append(f"- [{rows[0].device}]({_place(folder)}/README.md): {_versions(rows)}")
+    lines.append("")
+    for kind in ("cpu", "cuda"):
+        of_kind = [rows for folder, rows in devices.items() if folder.name.startswith(kind)]
+        lines += _verdict_table(of_kind)
+        lines += _paper_table(of_kind)
+    pictured = [folder for folder in devices if (folder / "time.png").exists()]
+    if pictured:
+        lines += [f"![{_PICTURES['time']}]({_place(pictured[-1])}/time.png)", ""]
     return "\n".join(lines)
 
 
-def _verdict_table(verdicts: Sequence[Verdict]) -> list[str]:
-    if not any(verdict.figure is not None for verdict in verdicts):
+def page(folder: Path) -> str:
+    """Markdown: all that was measured on one device."""
+    rows = table.read_device(folder)
+    lines = [f"# {rows[0].device}", "", f"Made by `python -m bench.readme`. {_versions(rows)}.", ""]
+    lines += _verdict_table([rows])
+    lines += _provider_table(rows)
+    lines += _sweep_table(rows)
+    lines += _hinge_table(rows)
+    lines += _step_lines(rows)
+    for name, caption in _PICTURES.items():
+        if (folder / f"{name}.png").exists():
+            lines += [f"![{caption}]({name}.png)", ""]
+    return "\n".join(lines)
+
+
+def _place(folder: Path) -> str:
+    return folder.relative_to(ROOT).as_posix() if folder.is_relative_to(ROOT) else folder.name
+
+
+def _versions(rows: Sequence[Row]) -> str:
+    threads = max(row.threads for row in rows)
+    versions = "; ".join(sorted({row.versions for row in rows}))
+    commits = ", ".join(sorted({row.commit for row in rows}))
+    return f"{threads} threads; {versions}; commit {commits}"
+
+
+def _verdict_table(devices: Sequence[Sequence[Row]]) -> list[str]:
+    """The targets of one kind of device, and what each of these devices reached."""
+    found = [targets.verdicts(rows) for rows in devices]
+    measured = [verdicts for verdicts in found if any(v.figure is not None for v in verdicts)]
+    if not measured:
         return []
+    names = [rows[0].device for rows, verdicts in zip(devices, found, strict=True)
+             if verdicts in measured]  # fmt: skip
     cells = (
         (
-            v.work,
-            v.claim,
-            f"{'<=' if v.is_ceiling else '>='} {v.bound:g}",
-            _MINUS if v.figure is None else f"{v.figure:.3g}",
-            {True: "yes", False: "**no**", None: "not measured"}[v.is_met],
+            of_all[0].work,
+            of_all[0].claim,
+            f"{'<=' if of_all[0].is_ceiling else '>='} {of_all[0].bound:g}",
+            *map(_reached, of_all),
         )
-        for v in verdicts
+        for of_all in zip(*measured, strict=True)
     )
-    return _table(("work", "figure", "target", "measured", "met"), cells)
+    return _table(("work", "figure", "target", *names), cells)
 
 
-def _paper_table(rows: Sequence[Row]) -> list[str]:
-    """Every provider on the paper's batch."""
+def _reached(verdict: Verdict) -> str:
+    if verdict.figure is None:
+        return "not measured"
+    return f"{verdict.figure:.3g}" if verdict.is_met else f"**{verdict.figure:.3g}: missed**"
+
+
+def _paper_rows(rows: Sequence[Row]) -> list[Row]:
+    """Every provider on the paper's batch; the compiled forms are of the targets' suite."""
     at = [row for row in rows if (row.suite, row.n, row.mode) == ("paper", 36, EAGER)]
-    at += [
+    return at + [
         row
         for row in rows
         if (row.suite, row.group, row.mode) == ("targets", COMPILED, EAGER)
         and (row.n, row.d, row.c) == (36, at[0].d if at else 0, 3)
     ]
+
+
+def _paper_title(row: Row) -> str:
+    return f"The paper's batch, N_b = 36, D = {row.d:,}, C = {row.c}"
+
+
+def _paper_table(devices: Sequence[Sequence[Row]]) -> list[str]:
+    """Time of every provider on the paper's batch, a column for each device that ran it."""
+    of_devices = [at for at in map(_paper_rows, devices) if at]
+    if not of_devices:
+        return []
+    times = [
+        {row.provider: row for row in at if row.operation == FORWARD_BACKWARD} for at in of_devices
+    ]
+    names = dict.fromkeys(name for found in times for name in found)
+    cells = ((name, *(_time(found.get(name)) for found in times)) for name in names)
+    header = ("", *(at[0].device for at in of_devices))
+    return [f"{_paper_title(of_devices[0][0])}, forward and backward:", "", *_table(header, cells)]
+
+
+def _provider_table(rows: Sequence[Row]) -> list[str]:
+    """Every provider on the paper's batch: times, spread, memory."""
+    at = _paper_rows(rows)
     if not at:
         return []
     found: dict[str, dict[str, Row]] = {}
@@ -125,9 +182,8 @@ def _paper_table(rows: Sequence[Row]) -> list[str]:
         )
         for name, of in found.items()
     )
-    title = f"The paper's batch, N_b = 36, D = {at[0].d:,}, C = {at[0].c}:"
     header = ("", "forward", "forward and backward", "20 to 80 %", "peak extra memory")
-    return [title, "", *_table(header, cells)]
+    return [f"{_paper_title(at[0])}:", "", *_table(header, cells)]
 
 
 def _sweep_table(rows: Sequence[Row]) -> list[str]:

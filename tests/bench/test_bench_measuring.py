@@ -364,6 +364,19 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert len(table.read(path)) == 2
 
 
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        ("Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", "Intel Xeon Platinum 8481C"),
+        ("Intel(R) Xeon(R) Processor", "Intel Xeon"),
+        ("AMD EPYC", "AMD EPYC"),
+        ("AMD EPYC 7763 64-Core Processor", "AMD EPYC 7763 64-Core"),
+    ],
+)
+def test_a_processor_is_named_without_marks(given, plain):
+    assert machine.plain_name(given) == plain
+
+
 def test_processors_of_one_name_are_told_apart_by_their_instructions(monkeypatch):
     monkeypatch.setattr(machine, "_processor", lambda: "AMD EPYC")
     slugs = set()

@@ -74,18 +74,31 @@ def test_gpu_targets_look_at_both_modes(made_up_rows):
     assert "milliseconds (on an H200)" in claims
 
 
-def test_section_names_machine_and_figures(folder):
+def test_section_sets_devices_side_by_side(folder):
     text = readme.section(folder.parent)
-    assert "test machine" in text
-    assert (
-        "| N = 36, D = 1,280, C = 3 | times faster than the naive form | >= 5 | 8 | yes |" in text
-    )
+    assert "- [test machine](cpu-test/README.md): " in text
+    assert "| N = 36, D = 1,280, C = 3 | times faster than the naive form | >= 5 | 8 |" in text
+    assert ": missed**" in text
+    for path in folder.glob("*.csv"):
+        rows = [replace(row, device="second machine") for row in table.read(path)]
+        table.write(folder.parent / "cpu-test-2" / path.name, rows)
+    text = readme.section(folder.parent)
+    assert "- [second machine](cpu-test-2/README.md): " in text
+    assert "| work | figure | target | test machine | second machine |" in text
+    assert "| N = 36, D = 1,280, C = 3 | times faster than the naive form | >= 5 | 8 | 8 |" in text
+    assert "|  | test machine | second machine |" in text
+
+
+def test_page_has_all_that_was_measured(folder):
+    figures.draw_all(folder)
+    text = readme.page(folder)
+    assert text.startswith("# test machine\n")
     assert text.index("D = 1,280, ten classes:") < text.rindex("| 1,048,576 |")
-    assert "**no**" in text
     assert "| 1,048,576 |" in text
     assert "out of memory" in text
     assert "efficientnet_b1" in text
-    assert readme.section(folder.parent) == text
+    assert "](crossover.png)" in text
+    assert readme.page(folder) == text
 
 
 def test_section_without_results_says_so(tmp_path):
@@ -93,7 +106,8 @@ def test_section_without_results_says_so(tmp_path):
 
 
 def test_check_fails_when_the_readme_differs(folder, tmp_path, monkeypatch, capsys):
-    page = tmp_path / "README.md"
+    page = tmp_path / "front" / "README.md"
+    page.parent.mkdir()
     page.write_text(f"# Title\n\n{readme.START}\nold\n{readme.END}\n\ntail\n")
     monkeypatch.setattr(readme, "README", page)
     monkeypatch.setattr(readme, "RESULTS", folder.parent)
@@ -101,6 +115,11 @@ def test_check_fails_when_the_readme_differs(folder, tmp_path, monkeypatch, caps
     assert "old" in page.read_text()
     assert readme.main([]) == 0
     assert readme.main(["--check"]) == 0
+    assert (folder / "README.md").read_text() == readme.page(folder)
+    (folder / "README.md").write_text("other")
+    assert readme.main(["--check"]) == 1
+    assert str(folder / "README.md") in capsys.readouterr().err
+    assert readme.main([]) == 0
     text = page.read_text()
     assert text.startswith("# Title\n\n")
     assert text.endswith(f"{readme.END}\n\ntail\n")
