@@ -16,6 +16,11 @@
 #include <type_traits>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include "cpu.h"
 #include "operator.h"
 
@@ -55,6 +60,23 @@ InstructionSet instruction_set() {
 void run_parallel(int64_t begin, int64_t end, int64_t grain,
                   void (*work)(int64_t begin, int64_t end, void* context), void* context) {
   STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, work, context));
+}
+
+void map_pages(void* data, int64_t bytes) {
+#if defined(MADV_POPULATE_WRITE)  // Linux from 5.14 on; before, the kernel refuses and nothing is lost
+  constexpr int64_t piece = int64_t{1} << 18;
+  const int64_t page = sysconf(_SC_PAGESIZE);
+  const auto address = reinterpret_cast<int64_t>(data);
+  const int64_t begin = round_up(address, page), end = (address + bytes) / page * page;
+  if (end - begin < 64 * piece) return;  // small memory is often not fresh
+  parallel_for(0, round_up(end - begin, piece) / piece, 1, [&](int64_t from, int64_t to) {
+    for (int64_t at = begin + from * piece; at < std::min(begin + to * piece, end); at += piece) {
+      madvise(reinterpret_cast<void*>(at), std::min(piece, end - at), MADV_POPULATE_WRITE);
+    }
+  });
+#else
+  (void)data, (void)bytes;
+#endif
 }
 
 namespace {

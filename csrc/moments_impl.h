@@ -130,6 +130,7 @@ class Moments {
       std::fill(result, result + classes_.rows() * d_, T(0));
       return;
     }
+    map_pages(result, classes_.rows() * d_ * static_cast<int64_t>(sizeof(T)));
     const Weighted weighted = weighted_moments(a, slots, small);
     const Complements columns = complements(
         small, [&](int64_t s, int64_t at) { return static_cast<double>(slots[s * d_ * d_ + at]); });

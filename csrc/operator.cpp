@@ -1,10 +1,5 @@
 #include "operator.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 #include <limits>
 #include <utility>
 
@@ -70,25 +65,6 @@ Inputs checked(Tensor embeddings, std::optional<Tensor> ref_emb, Tensor labels,
           depth};
 }
 
-namespace {
-
-// The first write to each page of fresh memory is a trap to the kernel: with 4 KiB pages a sixth of
-// the time of a large gradient. From 32 MiB on the C library maps memory for one array alone, so
-// that what is advised here ends with the array.
-constexpr int64_t kMappedBytes = int64_t{32} << 20;
-
-void advise_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__)
-  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const auto begin = reinterpret_cast<uintptr_t>(data), first = (begin + page - 1) / page * page;
-  madvise(reinterpret_cast<void*>(first), begin + bytes - first, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
-}
-
-}  // namespace
-
 Tensor empty_tensor(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
   STD_TORCH_CHECK(sizes.size() <= 3, "at most 3 dimensions");
   int64_t strides[3];
@@ -109,12 +85,7 @@ Tensor empty_tensor(std::initializer_list<int64_t> sizes, ScalarType dtype, cons
       aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, type,
                                device_type, device_index, &made);
   STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "cannot allocate memory for ", numbers, " numbers");
-  Tensor result(made);
-  if (device_type == aoti_torch_device_type_cpu()) {
-    const int64_t bytes = numbers * (dtype == ScalarType::Float ? 4 : 8);
-    if (bytes >= kMappedBytes) advise_huge_pages(result.mutable_data_ptr(), bytes);
-  }
-  return result;
+  return Tensor(made);
 }
 
 Tensor empty_scalar(ScalarType dtype, const Tensor& like) { return empty_tensor({}, dtype, like); }

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -250,27 +248,6 @@ def test_inactive_batch_has_exactly_no_gradient():
     loss, _, _, grad, _ = operator(x, torch.tensor([0, 0, 1, 1, 2, 2]))
     assert loss == 0
     assert torch.equal(grad, torch.zeros_like(x))
-
-
-def flags_of_memory(address):
-    """What Linux has been told of the mapping that an address is in."""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if mapping := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            inside = int(mapping[1], 16) <= address < int(mapping[2], 16)
-        elif inside and line.startswith("VmFlags:"):
-            return line.split()[1:]
-    raise AssertionError(f"no mapping holds {address:#x}")
-
-
-@pytest.mark.skipif(
-    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="needs Linux with huge pages"
-)
-@pytest.mark.parametrize(("rows", "advised"), [(1 << 17, True), (1 << 15, False)])
-def test_a_large_gradient_asks_for_huge_pages(rows, advised):
-    x = torch.randn(rows, 64, requires_grad=True)
-    (grad,) = torch.autograd.grad(bstriplet_loss(x, torch.arange(rows) % 3), x)
-    assert ("hg" in flags_of_memory(grad.data_ptr() + grad.nbytes // 2)) is advised
 
 
 def test_labels_need_int64_in_full():
