@@ -44,8 +44,9 @@ def device_slug(device: str) -> str:
 
 
 def plain_name(processor: str) -> str:
-    """A processor's name as the system gives it, without marks, clock and what it is."""
-    return " ".join(re.sub(r"\((R|TM)\)|\b(CPU|Processor)\b|@.*", "", processor).split())
+    """What a person calls a processor: "Intel Xeon" for "Intel(R) Xeon(R) CPU @ 2.70GHz"."""
+    noise = r"\((R|TM)\)|\b(\d+-Core )?(CPU|Processor)\b|@.*"
+    return " ".join(re.sub(noise, "", processor).split())
 
 
 def versions() -> str:

@@ -6,6 +6,7 @@ The README's performance section, which sets the devices side by side, and a pag
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,8 +21,10 @@ from .targets import Verdict
 
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 README = ROOT / "README.md"
+_RULES = ROOT / "bench" / "README.md"
 _PICTURES = {
     "time": "time against N: this package, the naive form, peers, and the products alone",
+    "paper": "the paper's batches, N_b = 6 to 36",
     "memory": "peak extra memory against N",
     "roofline": "rate against intensity, under the machine's measured limits",
     "crossover": "the fastest path by N and D",
@@ -29,6 +32,10 @@ _PICTURES = {
     "training_step": "the loss's share of a training step",
 }
 _MINUS = "-"
+_CONDITIONS = (
+    "Medians, float32, forward and backward where nothing else is said; a row is written only "
+    "after loss and gradient agreed with float64 ([rules]({rules}))."
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,14 +71,12 @@ def section(results: Path) -> str:
     devices = {folder: table.read_device(folder) for folder in table.devices(results)}
     if not devices:
         return "Nothing was measured yet: `make bench`.\n"
-    lines = [
-        "Medians, float32, forward and backward where nothing else is said; a row is written only "
-        "after loss and gradient agreed with float64. Each device's page has all its tables and "
-        "pictures; the rules are in [`bench/README.md`](bench/README.md).",
-        "",
-    ]
+    conditions = _CONDITIONS.format(rules=_link(_RULES, README))
+    lines = [f"{conditions} Each device has a page of tables and pictures.", ""]
     for folder, rows in devices.items():
-        lines.append(f"- [{rows[0].device}]({_place(folder)}/README.md): {_versions(rows)}")
+        lines.append(
+            f"- [{rows[0].device}]({_link(folder / README.name, README)}): {_versions(rows)}"
+        )
     lines.append("")
     for kind in ("cpu", "cuda"):
         of_kind = [rows for folder, rows in devices.items() if folder.name.startswith(kind)]
@@ -79,14 +84,18 @@ def section(results: Path) -> str:
         lines += _paper_table(of_kind)
     pictured = [folder for folder in devices if (folder / "time.png").exists()]
     if pictured:
-        lines += [f"![{_PICTURES['time']}]({_place(pictured[-1])}/time.png)", ""]
+        last = pictured[-1]
+        caption = f"{devices[last][0].device}: {_PICTURES['time']}"
+        lines += [f"![{caption}]({_link(last / 'time.png', README)})", ""]
     return "\n".join(lines)
 
 
 def page(folder: Path) -> str:
-    """Markdown: all that was measured on one device."""
+    """Markdown: one device's tables and pictures; what has none is in the files beside it."""
     rows = table.read_device(folder)
-    lines = [f"# {rows[0].device}", "", f"Made by `python -m bench.readme`. {_versions(rows)}.", ""]
+    conditions = _CONDITIONS.format(rules=_link(_RULES, folder / README.name))
+    files = ", ".join(f"[{path.stem}]({path.name})" for path in sorted(folder.glob("*.csv")))
+    lines = [f"# {rows[0].device}", "", f"{_versions(rows)}. {conditions} All rows: {files}.", ""]
     lines += _verdict_table([rows])
     lines += _provider_table(rows)
     lines += _sweep_table(rows)
@@ -98,8 +107,8 @@ def page(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def _place(folder: Path) -> str:
-    return folder.relative_to(ROOT).as_posix() if folder.is_relative_to(ROOT) else folder.name
+def _link(to: Path, page: Path) -> str:
+    return Path(os.path.relpath(to, page.parent)).as_posix()
 
 
 def _versions(rows: Sequence[Row]) -> str:
@@ -111,12 +120,14 @@ def _versions(rows: Sequence[Row]) -> str:
 
 def _verdict_table(devices: Sequence[Sequence[Row]]) -> list[str]:
     """The targets of one kind of device, and what each of these devices reached."""
-    found = [targets.verdicts(rows) for rows in devices]
-    measured = [verdicts for verdicts in found if any(v.figure is not None for v in verdicts)]
+    found = {rows[0].device: targets.verdicts(rows) for rows in devices}
+    measured = {
+        name: verdicts
+        for name, verdicts in found.items()
+        if any(v.figure is not None for v in verdicts)
+    }
     if not measured:
         return []
-    names = [rows[0].device for rows, verdicts in zip(devices, found, strict=True)
-             if verdicts in measured]  # fmt: skip
     cells = (
         (
             of_all[0].work,
@@ -124,9 +135,9 @@ def _verdict_table(devices: Sequence[Sequence[Row]]) -> list[str]:
             f"{'<=' if of_all[0].is_ceiling else '>='} {of_all[0].bound:g}",
             *map(_reached, of_all),
         )
-        for of_all in zip(*measured, strict=True)
+        for of_all in zip(*measured.values(), strict=True)
     )
-    return _table(("work", "figure", "target", *names), cells)
+    return _table(("work", "figure", "target", *measured), cells)
 
 
 def _reached(verdict: Verdict) -> str:

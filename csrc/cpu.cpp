@@ -63,7 +63,7 @@ void run_parallel(int64_t begin, int64_t end, int64_t grain,
 }
 
 void map_pages(void* data, int64_t bytes) {
-#if defined(MADV_POPULATE_WRITE)  // Linux from 5.14 on; before, the kernel refuses and nothing is lost
+#if defined(MADV_POPULATE_WRITE)  // in headers of Linux 5.14 on; an older kernel only refuses
   constexpr int64_t piece = int64_t{1} << 18;
   const int64_t page = sysconf(_SC_PAGESIZE);
   const auto address = reinterpret_cast<int64_t>(data);

@@ -130,13 +130,13 @@ class Moments {
       std::fill(result, result + classes_.rows() * d_, T(0));
       return;
     }
-    map_pages(result, classes_.rows() * d_ * static_cast<int64_t>(sizeof(T)));
     const Weighted weighted = weighted_moments(a, slots, small);
     const Complements columns = complements(
         small, [&](int64_t s, int64_t at) { return static_cast<double>(slots[s * d_ * d_ + at]); });
     const Complements rows_served = complements(weighted.small.data(), [&](int64_t s, int64_t at) {
       return classes_.q(classes_.small() + s) * weighted.at(s, at);
     });
+    map_pages(result, classes_.rows() * d_ * static_cast<int64_t>(sizeof(T)));
     small_gradient(a, columns, rows_served, sigma, result);
     // What a row's own loss makes of it, and what the rows make of it whose column it is.
     for_slot_batches(

@@ -40,9 +40,9 @@ def check_backbone(name: str, image_size: int | None = None) -> None:
 
 def check_embedding(backbone: str, embedding: str, image_size: int) -> None:
     """Raise unless the model has the embedding: its forward's shapes alone are worked out."""
-    with torch.device("meta"):
-        model = Classifier(backbone, num_classes=2, channels=1, embedding=embedding)
-        model(torch.zeros(2, 1, image_size, image_size, dtype=torch.uint8))
+    with torch.random.fork_rng(devices=[]):
+        model = Classifier(backbone, num_classes=2, channels=1, embedding=embedding).to("meta")
+    model(torch.zeros(2, 1, image_size, image_size, dtype=torch.uint8, device="meta"))
 
 
 class Classifier(nn.Module):

@@ -235,7 +235,7 @@ def _train(options: argparse.Namespace) -> None:
     from bstriplet import report
     from bstriplet.data import load_dataset, split_dataset
     from bstriplet.runs import RunFolder, check_free, check_new
-    from bstriplet.training import check_names, train
+    from bstriplet.training import check_models, train
 
     run = RunFolder(options.out)
     if options.resume and run.started:
@@ -244,7 +244,7 @@ def _train(options: argparse.Namespace) -> None:
         run.check_config(config)
     else:
         check_new(options.out, resume=options.resume)
-    check_names(config)
+    check_models(config)
     dataset = load_dataset(config.data, config.image_size, skip_broken=config.skip_broken)
     task = split_dataset(dataset, config)
     for note in task.notes:

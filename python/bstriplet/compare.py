@@ -14,7 +14,7 @@ from bstriplet.data import Dataset, Task, load_dataset, split_dataset
 from bstriplet.errors import UserError
 from bstriplet.results import COMPARE, scheme_label
 from bstriplet.runs import RunFolder, locked_folder, read_json, write_json
-from bstriplet.training import check_names, train
+from bstriplet.training import check_models, train
 
 # The fields that scheme and seed decide in every run.
 VARIED = ("loss", "batches", "seed")
@@ -105,7 +105,7 @@ def prepare(plan: Plan, say: Callable[[str], None]) -> list[PreparedRun]:
     """
     runs = plan.runs()
     for scheme in plan.schemes:
-        check_names(replace(plan.config, **scheme.fields))
+        check_models(replace(plan.config, **scheme.fields))
     tasks = Tasks()
     prepared = [PreparedRun(scheme, config, tasks.of(config)) for scheme, config in runs]
     for note in dict.fromkeys(note for run in prepared for note in run.task.notes):

@@ -94,11 +94,8 @@ def train(config: TrainConfig, task: Task, run: RunFolder) -> Row:
         return read_json(run.path / METRICS) if run.finished else _train(config, task, run)
 
 
-def check_names(config: TrainConfig) -> None:
-    """Raise if the backbone or the loss, names of other libraries, is not one of theirs.
-
-    Also if the backbone has no such embedding.
-    """
+def check_models(config: TrainConfig) -> None:
+    """Raise if timm has no such backbone, it no such embedding, or no library such a loss."""
     check_backbone(config.backbone, config.image_size)
     if config.embedding == "pooled":  # of a classifier's input all have one
         check_embedding(config.backbone, config.embedding, config.image_size)

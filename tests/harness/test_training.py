@@ -23,7 +23,7 @@ from bstriplet.learner import grey_level_statistics
 from bstriplet.losses import LossTerms
 from bstriplet.metrics import classification_metrics
 from bstriplet.runs import LAST, RunFolder, load_checkpoint
-from bstriplet.training import check_names, epochs_without_improvement, train
+from bstriplet.training import check_models, epochs_without_improvement, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning.losses import GeneralizedLiftedStructureLoss
@@ -163,10 +163,10 @@ def test_a_pooled_embedding_needs_a_feature_map_which_is_seen_before_any_run(
     tiny: TrainConfig,
 ) -> None:
     config = replace(tiny, backbone="test_vit", image_size=160)
-    check_names(config)
+    check_models(config)
     with pytest.raises(UserError, match="--embedding pooled: the features of test_vit are no map"):
-        check_names(replace(config, embedding="pooled"))
-    check_names(replace(tiny, embedding="pooled"))
+        check_models(replace(config, embedding="pooled"))
+    check_models(replace(tiny, embedding="pooled"))
 
 
 def test_the_metric_loss_is_of_the_embedding_that_is_asked_for(
