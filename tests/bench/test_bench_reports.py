@@ -1,4 +1,4 @@
-"""Pictures, the README's section and the devices' pages, targets and constants: all from rows alone."""
+"""Pictures, pages, targets and constants: all from rows alone."""
 
 from collections import defaultdict
 from dataclasses import replace
