@@ -1,6 +1,7 @@
 // moments.h for one accumulation type; included where that is compiled.
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "cpu.h"
@@ -268,9 +269,15 @@ class Moments {
   template <class Fill>
   Matrices<T> part_moments(const std::vector<Part>& parts, const Fill& fill) const {
     Matrices<T> sums(static_cast<int64_t>(parts.size()), d_, wide_);
+    std::vector<int64_t> in_memory(parts.size());  // the parts as they lie side by side
+    std::iota(in_memory.begin(), in_memory.end(), int64_t{0});
+    std::sort(in_memory.begin(), in_memory.end(), [&](int64_t a, int64_t b) {
+      return order_[parts[a].rows.begin] < order_[parts[b].rows.begin];
+    });
     parallel_for(0, static_cast<int64_t>(parts.size()),
                                 grain(part_rows_ * d_ * d_ / 2), [&](int64_t begin, int64_t end) {
-                                  for (int64_t i = begin; i < end; ++i) {
+                                  for (int64_t k = begin; k < end; ++k) {
+                                    const int64_t i = in_memory[k];
                                     std::fill(sums[i], sums[i] + sums.size(), T(0));
                                     split(parts[i].rows, block_rows_, [&](Range rows) {
                                       const Scratch scratch = make_scratch(2);
@@ -406,6 +413,10 @@ class Moments {
         split(classes_.range(classes_.small() + s), block_rows_,
               [&](Range rows) { units.push_back({s, rows}); });
       }
+      // Units side by side in memory, whatever their classes, are worked on one after the other.
+      std::sort(units.begin(), units.end(), [&](const Unit& a, const Unit& b) {
+        return order_[a.rows.begin] < order_[b.rows.begin];
+      });
       parallel_for(0, static_cast<int64_t>(units.size()), unit_grain(),
                                   [&](int64_t begin, int64_t end) {
                                     T* found[2];
