@@ -61,7 +61,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const Work& work) {
 }
 
 // Have the pages of fresh memory mapped by all threads, where it is large: else the first write to
-// each is a trap of its own, together a fifth of the time of a large gradient.
+// each is a trap of its own (512 MiB, two threads: 120 ms, mapped so 77).
 void map_pages(void* data, int64_t bytes);
 
 // Bring the first part of a row to the cache, to be read or written soon; the processor follows a

@@ -235,6 +235,10 @@ class Moments {
 
   bool is_dominating(int64_t s) const { return classes_.small() + s == classes_.dominating(); }
 
+  // Rows of all classes that are near each other in memory are taken one after the other: it is read
+  // and written faster so.
+  bool lies_before(Range a, Range b) const { return order_[a.begin] < order_[b.begin]; }
+
   // |u_i|^4: 1, or 0 for a zero row.
   T self(int64_t i) const { return inverse_[i] != 0 ? T(1) : T(0); }
 
@@ -269,11 +273,10 @@ class Moments {
   template <class Fill>
   Matrices<T> part_moments(const std::vector<Part>& parts, const Fill& fill) const {
     Matrices<T> sums(static_cast<int64_t>(parts.size()), d_, wide_);
-    std::vector<int64_t> in_memory(parts.size());  // the parts as they lie side by side
+    std::vector<int64_t> in_memory(parts.size());  // the order to take them in
     std::iota(in_memory.begin(), in_memory.end(), int64_t{0});
-    std::sort(in_memory.begin(), in_memory.end(), [&](int64_t a, int64_t b) {
-      return order_[parts[a].rows.begin] < order_[parts[b].rows.begin];
-    });
+    std::sort(in_memory.begin(), in_memory.end(),
+              [&](int64_t a, int64_t b) { return lies_before(parts[a].rows, parts[b].rows); });
     parallel_for(0, static_cast<int64_t>(parts.size()),
                                 grain(part_rows_ * d_ * d_ / 2), [&](int64_t begin, int64_t end) {
                                   for (int64_t k = begin; k < end; ++k) {
@@ -413,10 +416,8 @@ class Moments {
         split(classes_.range(classes_.small() + s), block_rows_,
               [&](Range rows) { units.push_back({s, rows}); });
       }
-      // Units side by side in memory, whatever their classes, are worked on one after the other.
-      std::sort(units.begin(), units.end(), [&](const Unit& a, const Unit& b) {
-        return order_[a.rows.begin] < order_[b.rows.begin];
-      });
+      std::sort(units.begin(), units.end(),
+                [&](const Unit& a, const Unit& b) { return lies_before(a.rows, b.rows); });
       parallel_for(0, static_cast<int64_t>(units.size()), unit_grain(),
                                   [&](int64_t begin, int64_t end) {
                                     T* found[2];

@@ -92,7 +92,7 @@ def test_section_sets_devices_side_by_side(folder, monkeypatch):
     assert "|  | test machine | second machine |" in text
 
 
-def test_page_has_all_that_was_measured(folder):
+def test_page_has_one_devices_tables_and_links_its_files(folder):
     drawn = figures.draw_all(folder)
     text = readme.page(folder)
     assert all(f"]({path.name})" in text for path in (*drawn, *folder.glob("*.csv")))
