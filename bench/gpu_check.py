@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bstriplet_kernels import available_impls, bstriplet_loss
-from bstriplet_kernels.functional import make_spec
+from bstriplet_kernels.checks import make_spec
 from bstriplet_kernels.paths import PATHS
 from bstriplet_kernels.spec import Spec
 

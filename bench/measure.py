@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bstriplet_kernels import plan
-from bstriplet_kernels.functional import make_spec
+from bstriplet_kernels.checks import make_spec
 
 from . import machine, steps, timing
 from .cases import DTYPES, FORWARD, Case, Problem, make_problem

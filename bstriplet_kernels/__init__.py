@@ -1,6 +1,7 @@
 """Exact, fast batch-similarity triplet loss for PyTorch (Huang et al., Sensors 2021, 21, 764)."""
 
-from .functional import BSTripletStats, available_impls, bstriplet_loss, explain
+from .checks import available_impls
+from .functional import BSTripletStats, bstriplet_loss, explain
 from .loss import BSTripletLoss, CrossEntropyBSTripletLoss
 
 __version__ = "0.1.0"

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-import difflib
-import functools
-import math
-from numbers import Real
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+from torch.overrides import handle_torch_function, has_torch_function
 
-from . import plan, reference
+from . import operators, plan, reference
+from ._torch import (
+    PLAIN_TENSORS,
+    dispatches_itself,
+    is_traced,
+    numbers_of_shapes,
+    without_autocast,
+)
 from .autograd import batch_similarity
-from .paths import PATHS
+from .checks import (
+    Target,
+    check_batch,
+    check_embeddings,
+    check_indices,
+    make_spec,
+    make_target,
+    refuse_input,
+    refuse_named_impl,
+    remembered_target,
+)
 from .spec import Rows, Spec, hinge
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_NUMBER = (float, Real)  # float first: asking an abstract class takes microseconds
-_SIGNED = {"square": False, "signed_square": True}
-_SIGMA = {"corrected": 1.0, "printed": -1.0}
-_REDUCTIONS = ("mean", "sum", "none")
 
 
 class BSTripletStats(NamedTuple):
@@ -93,40 +101,15 @@ def bstriplet_loss(
     target = None
     if group is None and not is_dynamo_compiling():
         try:
-            target = _remembered_target(*options)
-        except TypeError:  # an option of a wrong type, hashable or not: to be said below, once
+            target = remembered_target(*options)
+        except TypeError:  # an unhashable option: `make_target` raises the proper error
             target = None
     if target is None:
         target = make_target(*options, group)
     return compute(embeddings, labels, target, ref_emb, ref_labels)
 
 
-class Target(NamedTuple):
-    """The checked options of a loss: what to compute, by which path, for which batch."""
-
-    spec: Spec
-    impl: str
-    group: ProcessGroup | None
-    return_stats: bool
-
-
-def make_target(
-    margin: float,
-    similarity: str,
-    eq3: str,
-    reduction: str,
-    eps: float,
-    impl: str,
-    return_stats: bool,
-    group: ProcessGroup | None = None,
-) -> Target:
-    """The options of `bstriplet_loss`, checked."""
-    check_impl(impl)
-    return Target(make_spec(margin, similarity, eq3, reduction, eps), impl, group, return_stats)
-
-
-_REMEMBERED = 4096
-_remembered_target = functools.lru_cache(_REMEMBERED, typed=True)(make_target)  # 1 is no True
+_Given = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # ..., ref_emb, ref_labels
 
 
 def compute(
@@ -137,69 +120,84 @@ def compute(
     ref_labels: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, BSTripletStats]:
     """`bstriplet_loss` for options that have been checked: check the tensors, plan, run."""
+    by_operator = False
+    given = embeddings, labels, ref_emb, ref_labels
+    if not _are_plain(*given):
+        if not is_dynamo_compiling() and has_torch_function(given):
+            return _compute_by_class(given, target)
+        if not is_dynamo_compiling():
+            embeddings, labels = _undressed(embeddings), _undressed(labels)
+            ref_emb, ref_labels = _undressed(ref_emb), _undressed(ref_labels)
+            given = embeddings, labels, ref_emb, ref_labels
+        by_operator = not _are_plain(*given)
     if target.group is not None:
-        check_embeddings(embeddings, labels, ref_emb, ref_labels)
-        return _global_loss(embeddings, _as_int64(labels), ref_emb, target)
-    spec, path = _checked_plan(embeddings, labels, target, ref_emb, ref_labels)
+        check_embeddings(*given)
+        return _global_loss(embeddings, labels.to(torch.int64), ref_emb, target)
+    if by_operator or is_traced() or embeddings.is_meta:
+        return _compute_traced(embeddings, labels, target, ref_emb, ref_labels)
+    spec, path = plan.checked_plan(*given, target, _wants_gradient(embeddings, ref_emb))
     if labels.dtype != torch.int64:
         labels = labels.to(torch.int64)
     if ref_labels is not None:
-        ref_labels = _as_int64(ref_labels)
+        ref_labels = ref_labels.to(torch.int64)
     loss, rows = batch_similarity(embeddings, ref_emb, labels, ref_labels, spec, path)
     return loss if rows is None or not target.return_stats else (loss, _stats(rows, spec))
 
 
-_planned: dict[tuple[object, ...], tuple[Spec, str]] = {}
+def _are_plain(
+    embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None, ref_labels: Tensor | None
+) -> bool:
+    """Whether none is of a class that may do things its own way."""
+    if type(embeddings) not in PLAIN_TENSORS or type(labels) not in PLAIN_TENSORS:
+        return False
+    if ref_emb is None and ref_labels is None:
+        return True
+    return all(t is None or type(t) in PLAIN_TENSORS for t in (ref_emb, ref_labels))
 
 
-def _checked_plan(
+def _wants_gradient(embeddings: Tensor, ref_emb: Tensor | None) -> bool:
+    """Whether a backward can follow."""
+    wanted = embeddings.requires_grad or (ref_emb is not None and ref_emb.requires_grad)
+    return wanted and torch.is_grad_enabled()
+
+
+def _compute_by_class(given: _Given, target: Target) -> Tensor | tuple[Tensor, BSTripletStats]:
+    """As torch's own losses do: a class with `__torch_function__` takes the whole call.
+
+    Labels of a class that knows nothing of the embeddings' are numbers: torch would refuse the mix.
+    """
+    embeddings, labels, *refs = given
+    kinds = type(embeddings), type(labels)
+    if has_torch_function((embeddings,)) and not (
+        issubclass(*kinds) or issubclass(*reversed(kinds))
+    ):
+        labels = _undressed(labels)
+    taken = embeddings, labels, *refs
+    return handle_torch_function(compute, taken, embeddings, labels, target, *refs)
+
+
+def _undressed(given: Any) -> Any:
+    """A tensor of a class that takes no operators itself as the plain tensor that it is."""
+    is_dressed = isinstance(given, Tensor) and not dispatches_itself(given)
+    return given.as_subclass(Tensor) if is_dressed else given
+
+
+def _compute_traced(
     embeddings: Tensor,
     labels: Tensor,
     target: Target,
     ref_emb: Tensor | None,
     ref_labels: Tensor | None,
-) -> tuple[Spec, str]:
-    """What to run for these inputs and by which path, or what is wrong with them.
-
-    Remembered by all that decides it, so that in a training loop check and choice are a look-up.
-    """
-    key: tuple[object, ...] | None = None
-    if type(embeddings) is Tensor and type(labels) is Tensor and not is_dynamo_compiling():
-        key = (  # where it says True for a device, which takes longer to make and to compare
-            embeddings.shape,
-            embeddings.dtype,
-            embeddings.is_cpu or embeddings.device,
-            embeddings.requires_grad,
-            labels.shape,
-            labels.dtype,
-            labels.is_cpu or labels.device,
-            target,
-            torch.is_grad_enabled(),
-        )
-        if ref_emb is not None or ref_labels is not None:
-            key = (*key, _form(ref_emb), _form(ref_labels))
-        planned = _planned.get(key)
-        if planned is not None:
-            return planned
-    check_embeddings(embeddings, labels, ref_emb, ref_labels)
-    _check_batch(embeddings, ref_emb)
-    wanted = embeddings.requires_grad or (ref_emb is not None and ref_emb.requires_grad)
-    spec = target.spec._replace(
-        wants_gradient=wanted and torch.is_grad_enabled(), wants_rows=target.return_stats
-    )
-    planned = spec, _path(target.impl, embeddings, ref_emb, spec)
-    if key is not None:
-        if len(_planned) >= _REMEMBERED:
-            _planned.clear()
-        _planned[key] = planned
-    return planned
-
-
-def _form(given: Tensor | None) -> object:
-    """What checks and plans see of a tensor; of anything else, its type."""
-    if isinstance(given, Tensor):
-        return given.shape, given.dtype, given.device, given.requires_grad
-    return type(given)
+) -> Tensor | tuple[Tensor, BSTripletStats]:
+    """By the operator, which looks at sizes when it runs; here they may be symbols."""
+    with numbers_of_shapes():
+        check_embeddings(embeddings, labels, ref_emb, ref_labels)
+        check_batch(embeddings, ref_emb)
+        if target.impl != "auto":
+            refuse_input(target.impl, embeddings, ref_emb, target.spec)
+    spec = target.spec._replace(wants_gradient=_wants_gradient(embeddings, ref_emb))
+    loss, rows = operators.loss_and_rows(embeddings, labels, ref_emb, ref_labels, spec, target.impl)
+    return (loss, _stats(rows, spec)) if target.return_stats else loss
 
 
 def compute_listed(
@@ -211,10 +209,12 @@ def compute_listed(
     """The loss over a miner's pairs instead of labels; see `BSTripletLoss.forward`."""
     if target.group is not None:
         raise ValueError("indices_tuple cannot be given together with group")
+    if target.impl != "reference":
+        refuse_named_impl(target.impl, "indices_tuple")
     check_indices(indices_tuple)
     check_embeddings(embeddings, None, ref_emb, None)
-    _check_batch(embeddings, ref_emb)
-    with torch.autocast(embeddings.device.type, enabled=False):
+    check_batch(embeddings, ref_emb)
+    with without_autocast(embeddings.device):
         loss, rows = reference.listed_pairs_loss(embeddings, ref_emb, indices_tuple, target.spec)
     return (loss, _stats(rows, target.spec)) if target.return_stats else loss
 
@@ -235,158 +235,8 @@ def explain(
     """
     spec = make_spec(0.9, similarity, "corrected", reduction)._replace(wants_gradient=True)
     check_embeddings(embeddings, labels, ref_emb, ref_labels)
-    _check_batch(embeddings, ref_emb)
-    return plan.explain_plan(embeddings, _as_int64(labels), ref_emb, ref_labels, spec)
-
-
-def available_impls() -> tuple[str, ...]:
-    """The names that `impl` can take here, beside "auto"."""
-    return tuple(name for name, path in PATHS.items() if path.missing() is None)
-
-
-def make_spec(margin: float, similarity: str, eq3: str, reduction: str, eps: float = 1e-12) -> Spec:
-    """The options checked and turned into numbers."""
-    if isinstance(margin, bool) or not isinstance(margin, _NUMBER):
-        raise TypeError(f"margin must be a number in [0, 1], got {type(margin).__name__}")
-    if not 0 <= margin <= 1:
-        raise ValueError(f"margin must be in [0, 1], got {margin}")
-    if similarity not in _SIGNED:
-        raise _unknown("similarity", similarity, tuple(_SIGNED))
-    if eq3 not in _SIGMA:
-        raise _unknown("eq3", eq3, tuple(_SIGMA))
-    if reduction not in _REDUCTIONS:
-        raise _unknown("reduction", reduction, _REDUCTIONS)
-    if isinstance(eps, bool) or not isinstance(eps, _NUMBER):
-        raise TypeError(f"eps must be a positive finite number, got {type(eps).__name__}")
-    if not 0 < eps < math.inf:
-        raise ValueError(f"eps must be a positive finite number, got {eps}")
-    return Spec(float(margin), _SIGMA[eq3], _SIGNED[similarity], reduction, float(eps))
-
-
-def check_impl(impl: str) -> None:
-    """Raise unless `impl` is "auto" or a path that can run here."""
-    if impl == "auto":
-        return
-    if impl not in PATHS:
-        raise _unknown("impl", impl, ("auto", *PATHS))
-    missing = PATHS[impl].missing()
-    if missing is not None:
-        raise RuntimeError(
-            f"impl={impl!r} cannot run here: {missing}. "
-            f"Available: {', '.join(('auto', *available_impls()))}"
-        )
-
-
-def check_embeddings(
-    embeddings: Tensor, labels: Tensor | None, ref_emb: Tensor | None, ref_labels: Tensor | None
-) -> None:
-    """Raise unless shapes, dtypes and devices fit together; `labels` None: no labels are used."""
-    _check_matrix("embeddings", embeddings)
-    if labels is not None:
-        _check_labels("labels", labels, "embeddings", embeddings)
-        if (ref_emb is None) != (ref_labels is None):
-            given, absent = ("ref_emb", "ref_labels")[:: 1 if ref_labels is None else -1]
-            raise ValueError(f"{given} was given without {absent}; give both or neither")
-    if ref_emb is None:
-        return
-    _check_matrix("ref_emb", ref_emb)
-    if ref_emb.shape[1] != embeddings.shape[1]:
-        raise ValueError(
-            f"ref_emb must have as many columns as embeddings, {embeddings.shape[1]}, "
-            f"got shape {tuple(ref_emb.shape)}"
-        )
-    if ref_emb.device != embeddings.device:
-        raise ValueError(
-            f"ref_emb is on {ref_emb.device} and embeddings on {embeddings.device}; "
-            "move one to the other's device"
-        )
-    if ref_labels is not None:
-        _check_labels("ref_labels", ref_labels, "ref_emb", ref_emb)
-
-
-def check_indices(indices_tuple: tuple[Tensor, ...]) -> None:
-    """Raise unless the tuple holds three or four one-dimensional integer index tensors."""
-    if not isinstance(indices_tuple, tuple | list) or len(indices_tuple) not in (3, 4):
-        got = (
-            f"{len(indices_tuple)} entries"
-            if isinstance(indices_tuple, tuple | list)
-            else type(indices_tuple).__name__
-        )
-        raise ValueError(
-            "indices_tuple must be triplets (anchors, positives, negatives) or pairs "
-            f"(anchors, positives, anchors, negatives), got {got}"
-        )
-    for i, index in enumerate(indices_tuple):
-        if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
-            kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
-            raise TypeError(f"indices_tuple[{i}] must be an int64 tensor, got {kind}")
-    partners = (0, 0, 0) if len(indices_tuple) == 3 else (0, 0, 2, 2)
-    for i, partner in enumerate(partners):
-        own, other = (indices_tuple[k].shape for k in (i, partner))
-        if own != other or len(own) != 1:
-            raise ValueError(
-                f"the index tensors of a pair must be one-dimensional and of one length: "
-                f"indices_tuple[{i}] has {own.numel()} entries "
-                f"and indices_tuple[{partner}] {other.numel()}"
-            )
-
-
-def _check_matrix(name: str, value: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.dtype not in _FLOATS:
-        raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {value.dtype}")
-    if value.dim() != 2 or value.shape[1] == 0:
-        raise ValueError(
-            f"{name} must have shape [N, D] with D >= 1, got shape {tuple(value.shape)}"
-        )
-
-
-def _check_labels(name: str, labels: Tensor, of: str, matrix: Tensor) -> None:
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(labels).__name__}")
-    if labels.dtype.is_floating_point or labels.dtype.is_complex:
-        raise TypeError(f"{name} must be of an integer dtype or bool, got {labels.dtype}")
-    if labels.dim() != 1 or labels.shape[0] != matrix.shape[0]:
-        raise ValueError(
-            f"{name} must have shape [{matrix.shape[0]}], one label for each row of {of}, "
-            f"got shape {tuple(labels.shape)}"
-        )
-    if labels.device != matrix.device:
-        raise ValueError(
-            f"{name} is on {labels.device} and {of} on {matrix.device}; "
-            "move one to the other's device"
-        )
-
-
-def _check_batch(embeddings: Tensor, ref_emb: Tensor | None) -> None:
-    n = embeddings.shape[0]
-    if n < (2 if ref_emb is None else 1):
-        raise ValueError(
-            f"embeddings has {n} row{'' if n == 1 else 's'}, and a row is compared with the others "
-            "of its batch: at least 2 are needed. Where the last batch of an epoch is the cause, "
-            "pass drop_last=True to the DataLoader"
-        )
-
-
-def _path(impl: str, embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str:
-    """The path that `impl` means for this input."""
-    if impl == "auto":
-        return plan.choose(embeddings, ref_emb, spec)
-    reason = PATHS[impl].refuses(embeddings, ref_emb, spec)
-    if reason is not None:
-        raise ValueError(f'impl={impl!r} does not take this input: {reason}; use impl="auto"')
-    return impl
-
-
-def _unknown(name: str, value: object, allowed: tuple[str, ...]) -> ValueError:
-    near = difflib.get_close_matches(str(value), allowed, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}{hint}")
-
-
-def _as_int64(labels: Tensor) -> Tensor:
-    return labels if labels.dtype == torch.int64 else labels.to(torch.int64)
+    check_batch(embeddings, ref_emb)
+    return plan.explain_plan(embeddings, labels, ref_emb, ref_labels, spec)
 
 
 def _global_loss(

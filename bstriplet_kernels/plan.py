@@ -15,7 +15,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._torch import PLAIN_TENSORS
 from .calibration import CONSTANTS
+from .checks import (
+    REMEMBERED,
+    Target,
+    check_batch,
+    check_embeddings,
+    check_spec,
+    refuse_input,
+)
 from .paths import PATHS, fused, gram, native
 from .spec import Spec
 
@@ -107,6 +116,61 @@ def eq8_flops(n: int, d: int, c: int) -> int:
 def path_cost(path: str, work: Work, class_sizes: Sequence[int]) -> Cost:
     """What the path of that name counts for this work; class_sizes: members among the columns."""
     return _COSTS[path](work, class_sizes)
+
+
+_planned: dict[tuple[object, ...], tuple[Spec, str]] = {}
+
+
+def checked_plan(
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_emb: Tensor | None,
+    ref_labels: Tensor | None,
+    target: Target,
+    wants_gradient: bool,
+) -> tuple[Spec, str]:
+    """What to run for these inputs and by which path, or what is wrong with them.
+
+    Remembered by all that decides it, so that in a training loop check and choice are a look-up.
+    """
+    key: tuple[object, ...] | None = None
+    if type(embeddings) in PLAIN_TENSORS and type(labels) in PLAIN_TENSORS:
+        key = (  # on the CPU it holds True: to make and compare a torch.device is slow
+            embeddings.shape,
+            embeddings.dtype,
+            embeddings.is_cpu or embeddings.device,
+            labels.shape,
+            labels.dtype,
+            labels.is_cpu or labels.device,
+            target,
+            wants_gradient,
+        )
+        if ref_emb is not None or ref_labels is not None:
+            key = (*key, _form(ref_emb), _form(ref_labels))
+        planned = _planned.get(key)
+        if planned is not None:
+            return planned
+    check_embeddings(embeddings, labels, ref_emb, ref_labels)
+    check_batch(embeddings, ref_emb)
+    check_spec(target.spec)
+    spec = target.spec._replace(wants_gradient=wants_gradient, wants_rows=target.return_stats)
+    if target.impl == "auto":
+        planned = spec, choose(embeddings, ref_emb, spec)
+    else:
+        refuse_input(target.impl, embeddings, ref_emb, spec)
+        planned = spec, target.impl
+    if key is not None:
+        if len(_planned) >= REMEMBERED:
+            _planned.clear()
+        _planned[key] = planned
+    return planned
+
+
+def _form(given: Tensor | None) -> object:
+    """What checks and plans see of a tensor; of anything else, its type."""
+    if isinstance(given, Tensor):
+        return given.shape, given.dtype, given.device
+    return type(given)
 
 
 def choose(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str:

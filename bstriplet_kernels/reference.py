@@ -119,7 +119,7 @@ def gradient(
     ref_labels: Tensor | None,
     spec: Spec,
 ) -> tuple[Tensor, Tensor | None]:
-    """dL/d(embeddings) and dL/d(ref_emb), in their dtypes, by the analytic backward.
+    """dL/d(embeddings) and dL/d(ref_emb), in the accumulation dtype, by the analytic backward.
 
     Everything is computed anew from the embeddings, so that differentiating this function gives
     the second derivative of the loss.
@@ -132,10 +132,10 @@ def gradient(
     ds = similarity_gradient(similarity, weights, a, spec)
     if ref_emb is None:  # each pair stands in S twice: in row i and in row j
         v = (ds + ds.T) @ unit.rows
-        return denormalise_gradient(v, unit.rows, unit.row_inverse).to(embeddings.dtype), None
+        return denormalise_gradient(v, unit.rows, unit.row_inverse), None
     grad_rows = denormalise_gradient(ds @ unit.columns, unit.rows, unit.row_inverse)
     grad_columns = denormalise_gradient(ds.T @ unit.rows, unit.columns, unit.column_inverse)
-    return grad_rows.to(embeddings.dtype), grad_columns.to(ref_emb.dtype)
+    return grad_rows, grad_columns
 
 
 def listed_pairs_loss(

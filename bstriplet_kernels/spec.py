@@ -40,20 +40,12 @@ State = tuple[Tensor, ...]
 
 
 class Gradients(tuple[Tensor, ...]):
-    """A state that is the gradient already, for an upstream of 1, in the accumulation dtype.
+    """A state that is the gradient already, for an upstream of 1.
 
-    Of the embeddings and, where there is one, of ref_emb. Not in the dtype of half embeddings: the
-    upstream number, a loss scale for one, must come in before what is small can underflow.
+    Of the embeddings and, where there is one, of ref_emb.
     """
 
     __slots__ = ()
-
-    def times(
-        self, grad_loss: Tensor, embeddings: Tensor, ref_emb: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The gradients for an upstream of `grad_loss`, in their inputs' dtypes."""
-        grad = (self[0] * grad_loss).to(embeddings.dtype)
-        return grad, None if ref_emb is None else (self[1] * grad_loss).to(ref_emb.dtype)
 
 
 def _nothing_missing() -> None:
@@ -72,10 +64,13 @@ class Path(NamedTuple):
     tensors that `backward` wants kept. Where the state is the gradient and spec does not want the
     rows they may be None.
     backward(grad_loss, embeddings, ref_emb, labels, ref_labels, rows, state, spec) ->
-    (gradient of the embeddings, gradient of ref_emb or None), in their dtypes.
+    (gradient of the embeddings, gradient of ref_emb or None), as the state's `Gradients` in the
+    accumulation dtype: an upstream number, such as the scale of a half-precision loss, must come in
+    before what is small can underflow.
     missing() -> what is not installed that the path needs and how to get it, or None.
     refuses(embeddings, ref_emb, spec) -> why the path cannot take this input, or None; it looks at
     shapes, dtypes and devices alone.
+    keeps: whether `backward` wants the rows and the state; else they may be None and ().
     heeds_autocast: whether autocast would change the dtype of products in `forward`.
     """
 
@@ -83,6 +78,7 @@ class Path(NamedTuple):
     backward: Callable[..., tuple[Tensor, Tensor | None]]
     missing: Callable[[], str | None] = _nothing_missing
     refuses: Callable[[Tensor, Tensor | None, Spec], str | None] = _refuses_nothing
+    keeps: bool = True
     heeds_autocast: bool = True
 
 

@@ -5,7 +5,7 @@ unit upstream gradient, and the backward is one multiply. Else: norms, row sums 
 kernel that finishes them; the backward recomputes tiles. O(N) numbers are kept, N x M never stored.
 Where D is large the products of both go through `panels` instead, by predicted time.
 
-The operators are `torch.ops.bstriplet.triton_*`. Triton is imported when the first of them runs.
+Triton is imported when the first kernel runs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -113,15 +112,15 @@ def cost(
 
 def by_panels(n: int, m: int | None, d: int, dtype: torch.dtype) -> bool:
     """Whether panels are predicted to be faster than tiles, forward and backward together."""
-    decide = _compare if torch.compiler.is_compiling() else _remembered  # a trace has no hash
-    return decide(n, m, d, dtype, _products_are_exact())
+    return _compare(n, m, d, dtype, _products_are_exact())
 
 
 def _products_are_exact() -> bool:
-    """Whether torch multiplies float32 as it is; a trace cannot ask, and takes the default."""
-    return torch.compiler.is_compiling() or torch.get_float32_matmul_precision() == "highest"
+    """Whether torch multiplies float32 as it is."""
+    return torch.get_float32_matmul_precision() == "highest"
 
 
+@functools.lru_cache(maxsize=4096)
 def _compare(n: int, m: int | None, d: int, dtype: torch.dtype, exact: bool) -> bool:
     seconds = [
         found.launches * _LAUNCH_SECONDS
@@ -133,9 +132,6 @@ def _compare(n: int, m: int | None, d: int, dtype: torch.dtype, exact: bool) -> 
         )
     ]
     return seconds[1] < seconds[0]
-
-
-_remembered = functools.lru_cache(maxsize=4096)(_compare)
 
 
 def _rate(rates: Rates, dtype: torch.dtype, exact: bool) -> float:
@@ -220,12 +216,11 @@ def forward(
         loss, positive, negative, gradient = _small(embeddings, labels, spec, spec.wants_gradient)
         state = Gradients((gradient,)) if spec.wants_gradient else ()
         return loss, Rows(positive, negative), state
-    ops = torch.ops.bstriplet
     rows, columns = _sides(embeddings, ref_emb)
-    inverse = ops.triton_inverse_norms(rows, spec.eps)
-    others = () if ref_emb is None else (ops.triton_inverse_norms(columns, spec.eps),)
+    inverse = _inverse_norms(rows, spec.eps)
+    others = () if ref_emb is None else (_inverse_norms(columns, spec.eps),)
     inverses = (inverse, *others)
-    loss, positive, negative, pull = ops.triton_rows(
+    loss, positive, negative, pull = _rows(
         rows,
         columns,
         labels,
@@ -253,19 +248,18 @@ def backward(
 ) -> tuple[Tensor, Tensor | None]:
     """dL/df of both sides, from the tiles of S anew, or by one multiply."""
     if _fits_one_launch(embeddings, ref_emb, spec):
-        gradients = Gradients(state or _small(embeddings, labels, spec, True)[3:])
-        return gradients.times(grad_loss, embeddings, ref_emb)
+        gradient = state[0] if state else _small(embeddings, labels, spec, True)[3]
+        return gradient * grad_loss, None
     pull, inverse, *rest = state
     f, columns = _sides(embeddings, ref_emb)
-    gradient_of = torch.ops.bstriplet.triton_gradient
-    if ref_emb is None:
-        side = (f, labels, inverse, pull)
-        return gradient_of(*side, *side, grad_loss, True, spec.signed), None
     side = (f, labels, inverse, pull)
+    if ref_emb is None:
+        return _gradient(*side, *side, grad_loss, True, spec.signed), None
+    assert ref_labels is not None
     other = (columns, ref_labels, rest[0], pull.new_zeros(2, ref_emb.shape[0]))
     return (
-        gradient_of(*side, *other, grad_loss, False, spec.signed).to(embeddings.dtype),
-        gradient_of(*other, *side, grad_loss, False, spec.signed).to(ref_emb.dtype),
+        _gradient(*side, *other, grad_loss, False, spec.signed),
+        _gradient(*other, *side, grad_loss, False, spec.signed),
     )
 
 
@@ -276,7 +270,7 @@ def _fits_one_launch(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> 
 def _small(
     embeddings: Tensor, labels: Tensor, spec: Spec, wants_gradient: bool
 ) -> tuple[Tensor, ...]:
-    return torch.ops.bstriplet.triton_loss_and_gradient(
+    return _loss_and_gradient(
         embeddings,
         labels,
         spec.margin,
@@ -382,13 +376,6 @@ def _tiles_of(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def _operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
-    """Define bstriplet::`schema`, run by the decorated function wherever its tensors are."""
-    name, arguments = schema.split("(", 1)
-    torch.library.define(f"bstriplet::{name}", "(" + arguments, tags=torch.Tag.pt2_compliant_tag)
-    return torch.library.impl(f"bstriplet::{name}", "CompositeExplicitAutograd")
-
-
 def _empty_rows(embeddings: Tensor, loss_shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and Eq. 3's two means, to be written."""
     n = embeddings.shape[0]
@@ -414,10 +401,6 @@ def _empty_finished(rows: Tensor, reduction: str) -> tuple[Tensor, ...]:
     return *_empty_rows(rows, (n,) if reduction == "none" else ()), pull
 
 
-@_operator(
-    "triton_loss_and_gradient(Tensor embeddings, Tensor labels, float margin, float sigma, "
-    "bool signed, bool mean, float eps, bool wants_gradient) -> (Tensor, Tensor, Tensor, Tensor)"
-)
 def _loss_and_gradient(
     embeddings: Tensor,
     labels: Tensor,
@@ -457,7 +440,6 @@ def _loss_and_gradient(
     return out
 
 
-@_operator("triton_inverse_norms(Tensor embeddings, float eps) -> Tensor")
 def _inverse_norms(embeddings: Tensor, eps: float) -> Tensor:
     """1 / n_i, [N]: 0 for a zero row, NaN where n_i^2 overflows."""
     n, d = embeddings.shape
@@ -469,11 +451,6 @@ def _inverse_norms(embeddings: Tensor, eps: float) -> Tensor:
     return inverse
 
 
-@_operator(
-    "triton_rows(Tensor rows, Tensor columns, Tensor row_labels, Tensor column_labels, "
-    "Tensor row_inverse, Tensor column_inverse, bool own, float margin, float sigma, bool signed, "
-    "str reduction) -> (Tensor, Tensor, Tensor, Tensor)"
-)
 def _rows(
     rows: Tensor,
     columns: Tensor,
@@ -566,11 +543,6 @@ def _tiled_row_sums(
     return sums, counts
 
 
-@_operator(
-    "triton_gradient(Tensor rows, Tensor row_labels, Tensor row_inverse, Tensor row_pull, "
-    "Tensor columns, Tensor column_labels, Tensor column_inverse, Tensor column_pull, "
-    "Tensor upstream, bool own, bool signed) -> Tensor"
-)
 def _gradient(
     rows: Tensor,
     row_labels: Tensor,
@@ -584,7 +556,10 @@ def _gradient(
     own: bool,
     signed: bool,
 ) -> Tensor:
-    """The gradient of `rows`, [N, D] in their dtype, given dL/dL or, for each row, dL/dl_i."""
+    """The gradient of `rows`, [N, D] in the accumulation dtype.
+
+    upstream: dL/dL or, for each row, dL/dl_i.
+    """
     n, width = rows.shape
     m = columns.shape[0]
     if by_panels(n, None if own else m, width, rows.dtype):
@@ -593,14 +568,13 @@ def _gradient(
             other = side if own else panels.make_side(columns, column_labels, column_inverse)
             pulls = _times(row_pull, upstream), _times(column_pull, upstream)
             gradient = panels.gradient(side, pulls[0], other, pulls[1], own, signed)
-            return gradient[:, :width].to(rows.dtype).contiguous()
+            return gradient[:, :width].contiguous()
     rows, columns = _aligned_sides(rows, columns, own)
     d = rows.shape[1]
     blocks = gradient_blocks(rows.dtype, _is_hopper(rows.device))
     row_tiles, slices = _tiles_of(n, blocks.n), _tiles_of(d, blocks.v)
     parts = _parts(row_tiles * slices, _tiles_of(m, blocks.m), rows.device)
-    dtype = rows.dtype if parts == 1 else row_inverse.dtype
-    partial = rows.new_empty((parts, n, d), dtype=dtype)
+    partial = row_inverse.new_empty((parts, n, d))
     with _on_device_of(rows):
         _tiles().tile_gradient[row_tiles, slices, parts](
             rows,
@@ -629,7 +603,7 @@ def _gradient(
             num_warps=blocks.warps,
             num_stages=blocks.stages,
         )
-    gradient = partial[0] if parts == 1 else partial.sum(dim=0).to(rows.dtype)
+    gradient = partial[0] if parts == 1 else partial.sum(dim=0)
     return gradient if width == d else gradient[:, :width].contiguous()
 
 
@@ -638,25 +612,3 @@ def _times(pull: Tensor, upstream: Tensor) -> Tensor:
     if upstream.dim() and upstream.shape[0] != pull.shape[1]:
         return pull  # the side that has no losses of its own
     return torch.where(pull == 0, 0.0, pull * upstream)
-
-
-@torch.library.register_fake("bstriplet::triton_loss_and_gradient")
-def _fake_loss_and_gradient(
-    embeddings: Tensor, labels: Tensor, *options: Any
-) -> tuple[Tensor, ...]:
-    return _empty_small(embeddings, options[-1])
-
-
-@torch.library.register_fake("bstriplet::triton_inverse_norms")
-def _fake_inverse_norms(embeddings: Tensor, eps: float) -> Tensor:
-    return embeddings.new_empty(embeddings.shape[0], dtype=accumulation_dtype(embeddings))
-
-
-@torch.library.register_fake("bstriplet::triton_rows")
-def _fake_rows(rows: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _empty_finished(rows, rest[-1])
-
-
-@torch.library.register_fake("bstriplet::triton_gradient")
-def _fake_gradient(rows: Tensor, *rest: Any) -> Tensor:
-    return rows.new_empty(rows.shape)

@@ -1,8 +1,8 @@
 """impl="gram": exact, in time linear in the batch, by second moments. Nothing is N x M.
 
-One mathematics (`second_moments`), three schedules behind two operators: on the CPU, where sizes
-can be read, `gram_native` where the native library is, else `gram_host`; `gram_device` where
-reading them would stop a GPU.
+One mathematics (`second_moments`), three schedules: on the CPU, where sizes can be read,
+`gram_native` where the native library is, else `gram_host`; `gram_device` where reading them would
+stop a GPU.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from ..spec import Path, Rows, Spec, State, reduce_losses, row_gradient
@@ -27,72 +26,6 @@ def _schedule(embeddings: Tensor, ref_emb: Tensor | None) -> ModuleType:
     return gram_host if embeddings.is_cpu else gram_device
 
 
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-torch.library.define(
-    "bstriplet::gram_means",
-    "(Tensor embeddings, Tensor? ref_emb, Tensor labels, Tensor? ref_labels, float eps) "
-    "-> Tensor[]",
-    tags=_TAGS,
-)
-torch.library.define(
-    "bstriplet::gram_gradients",
-    "(Tensor a, Tensor embeddings, Tensor? ref_emb, Tensor[] state, float sigma) -> Tensor[]",
-    tags=_TAGS,
-)
-
-
-@torch.library.impl("bstriplet::gram_means", "CompositeExplicitAutograd")
-def _means(
-    embeddings: Tensor,
-    ref_emb: Tensor | None,
-    labels: Tensor,
-    ref_labels: Tensor | None,
-    eps: float,
-) -> list[Tensor]:
-    return _schedule(embeddings, ref_emb).forward(embeddings, ref_emb, labels, ref_labels, eps)
-
-
-@torch.library.register_fake("bstriplet::gram_means")
-def _(
-    embeddings: Tensor,
-    ref_emb: Tensor | None,
-    labels: Tensor,
-    ref_labels: Tensor | None,
-    eps: float,
-) -> list[Tensor]:
-    return _schedule(embeddings, ref_emb).empty_outputs(embeddings, ref_emb)
-
-
-@torch.library.impl("bstriplet::gram_gradients", "CompositeExplicitAutograd")
-def _gradients(
-    a: Tensor, embeddings: Tensor, ref_emb: Tensor | None, state: list[Tensor], sigma: float
-) -> list[Tensor]:
-    return _schedule(embeddings, ref_emb).gradients(a, embeddings, ref_emb, state, sigma)
-
-
-@torch.library.impl("bstriplet::gram_gradients", "Batched")
-def _(
-    a: Tensor, embeddings: Tensor, ref_emb: Tensor | None, state: list[Tensor], sigma: float
-) -> list[Tensor]:
-    """`torch.autograd.grad(..., is_grads_batched=True)`: one call for each a of the batch.
-
-    torch loops over other operators by itself, but not over one that takes a list.
-    """
-    level = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
-    batch = torch._remove_batch_dim(a, level, 0, 0)
-    each = [torch.ops.bstriplet.gram_gradients(b, embeddings, ref_emb, state, sigma) for b in batch]
-    return [torch._add_batch_dim(torch.stack(g), 0, level) for g in zip(*each, strict=True)]
-
-
-@torch.library.register_fake("bstriplet::gram_gradients")
-def _(
-    a: Tensor, embeddings: Tensor, ref_emb: Tensor | None, state: list[Tensor], sigma: float
-) -> list[Tensor]:
-    sides = (embeddings,) if ref_emb is None else (embeddings, ref_emb)
-    return [side.new_empty(side.shape) for side in sides]
-
-
 def forward(
     embeddings: Tensor,
     ref_emb: Tensor | None,
@@ -101,8 +34,9 @@ def forward(
     spec: Spec,
 ) -> tuple[Tensor, Rows, State]:
     """Moments of the columns, then two quadratic forms a row; see `second_moments`."""
-    means = torch.ops.bstriplet.gram_means
-    positive, negative, *state = means(embeddings, ref_emb, labels, ref_labels, spec.eps)
+    schedule = _schedule(embeddings, ref_emb)
+    means = schedule.forward(embeddings, ref_emb, labels, ref_labels, spec.eps)
+    positive, negative, *state = means
     rows = Rows(positive, negative)
     return reduce_losses(rows, spec), rows, tuple(state)
 
@@ -119,8 +53,8 @@ def backward(
 ) -> tuple[Tensor, Tensor | None]:
     """One matrix a class where its rows share one weight, else two; see `second_moments`."""
     a = row_gradient(grad_loss.to(rows.positive.dtype), rows, spec)
-    gradients = torch.ops.bstriplet.gram_gradients
-    gradient, *ref_gradient = gradients(a, embeddings, ref_emb, list(state), spec.sigma)
+    schedule = _schedule(embeddings, ref_emb)
+    gradient, *ref_gradient = schedule.gradients(a, embeddings, ref_emb, list(state), spec.sigma)
     return gradient, ref_gradient[0] if ref_gradient else None
 
 

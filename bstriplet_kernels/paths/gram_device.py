@@ -77,16 +77,6 @@ def segment_count(n: int, d: int) -> int:
     return n // smallest_moment(d) + 2
 
 
-def empty_outputs(embeddings: Tensor, ref_emb: Tensor | None) -> list[Tensor]:
-    """Tensors shaped as what `forward` returns."""
-    n, d = embeddings.shape
-    dtype = accumulation_dtype(embeddings)
-    vector = [embeddings.new_empty(n, dtype=dtype) for _ in range(3)]
-    index = [embeddings.new_empty(n, dtype=torch.int64) for _ in range(4)]
-    moments = embeddings.new_empty(segment_count(n, d), d, d, dtype=dtype)
-    return [*vector[:2], moments, index[0], vector[2], *index[1:]]
-
-
 def forward(
     embeddings: Tensor,
     ref_emb: Tensor | None,
@@ -274,7 +264,7 @@ class Batch:
     def gradient(self, a: Tensor, moments: Tensor, sigma: float) -> Tensor:
         """dL/d(embeddings), [N, D] in the given order, for a [N] in class order."""
         n, d = self.embeddings.shape
-        gradient = self.embeddings.new_empty(n + 1, d)
+        gradient = a.new_empty(n + 1, d)
         self.write_others_share(gradient, a, moments, sigma)
         # of T_c as of A_c, what the rows of class c get: -2 p, and 2 sigma q less than all get
         of_row = -2 * (self.p + (sigma * self.q).masked_fill(self.row_dominates, 0.0))
@@ -293,7 +283,7 @@ class Batch:
             v = torch.baddbmm(v, unit, back[tiles.segment])
             inverse = self.at(self.layout.inverse, tiles)
             v = through_normalisation(v.flatten(0, 1), unit.flatten(0, 1), inverse.flatten())
-            gradient.index_copy_(0, to, v.add_(gradient[to]).to(gradient.dtype))
+            gradient.index_copy_(0, to, v.add_(gradient[to]))
         return gradient[:n]
 
     def write_others_share(
@@ -325,7 +315,7 @@ class Batch:
             weight = (2 * sigma * a * self.q)[here].unsqueeze(1)
             v.addcmul_(self.times(blocks, whole)[: len(v)], weight)
             v = through_normalisation(v, unit, self.layout.inverse[here])
-            gradient.index_copy_(0, self.layout.order[here], v.to(gradient.dtype))
+            gradient.index_copy_(0, self.layout.order[here], v)
 
 
 def segment_sums(values: Tensor, segment: Tensor, count: int) -> Tensor:

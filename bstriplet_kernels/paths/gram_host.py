@@ -146,15 +146,6 @@ def make_runs(table: Tensor, d: int, own: bool) -> list[Run]:
     return runs
 
 
-def table_capacity(n: int, m: int | None) -> int:
-    """Lines that a class table can have: distinct sizes of N rows, or pairs with M columns.
-
-    k distinct sizes have k (k + 1) / 2 rows or more, so k < sqrt(2 N) <= 64 + N / 128; said
-    without a root, for symbolic N.
-    """
-    return 65 + n // 128 if m is None else n + m
-
-
 def forward(
     embeddings: Tensor,
     ref_emb: Tensor | None,
@@ -166,39 +157,18 @@ def forward(
     own = ref_emb is None
     row_order, column_order, table = class_order(labels, ref_labels)
     if ref_emb is None:
-        dtype, capacity = accumulation_dtype(embeddings), table_capacity(len(embeddings), None)
+        dtype = accumulation_dtype(embeddings)
         rows = columns = make_side(embeddings, row_order, eps, dtype)
         sides: tuple[Side, ...] = (rows,)
     else:
         dtype = accumulation_dtype(embeddings, ref_emb)
-        capacity = table_capacity(len(embeddings), len(ref_emb))
         rows = make_side(embeddings, row_order, eps, dtype)
         columns = make_side(ref_emb, column_order, eps, dtype)
         sides = (rows, columns)
     runs = make_runs(table, embeddings.shape[1], own)
     moments = column_moments(columns, runs)
     positive, negative = means(rows, columns, runs, moments, own)
-    kept = table.new_zeros(capacity, 3)
-    kept[: len(table)] = table
-    return [positive, negative, kept, *moments, *(t for s in sides for t in (s.order, s.inverse))]
-
-
-def empty_outputs(embeddings: Tensor, ref_emb: Tensor | None) -> list[Tensor]:
-    """Tensors shaped as what `forward` returns; for tracing, where labels have no values."""
-    sides = (embeddings,) if ref_emb is None else (embeddings, ref_emb)
-    dtype = accumulation_dtype(*sides)
-    n, d = embeddings.shape
-    means = [embeddings.new_empty(n, dtype=dtype) for _ in range(2)]
-    lines = table_capacity(n, None if ref_emb is None else ref_emb.shape[0])
-    table = embeddings.new_empty(lines, 3, dtype=torch.int64)
-    slots = torch.library.get_ctx().new_dynamic_size()
-    moments = [embeddings.new_empty(k, d, d, dtype=dtype) for k in (2, slots)]
-    return [
-        *means,
-        table,
-        *moments,
-        *(s.new_empty(s.shape[0], dtype=t) for s in sides for t in (torch.int64, dtype)),
-    ]
+    return [positive, negative, table, *moments, *(t for s in sides for t in (s.order, s.inverse))]
 
 
 def make_side(embeddings: Tensor, order: Tensor, eps: float, dtype: torch.dtype) -> Side:
@@ -361,7 +331,7 @@ def gradients(
     moments = Moments(small, slots)
     rows = Side(embeddings, *orders[:2])
     columns = rows if ref_emb is None else Side(ref_emb, *orders[2:])
-    runs = make_runs(table[: int((table[:, 2] > 0).sum())], embeddings.shape[1], own)
+    runs = make_runs(table, embeddings.shape[1], own)
     a = a[rows.order]
     of_columns = moment_complements(moments, runs, len(columns.order))
     served = weighted_moments(rows, a, runs, moments if own else None)
@@ -468,8 +438,8 @@ def side_gradient(
     column_share: Share | None,
     sigma: float,
 ) -> Tensor:
-    """dL/d(embeddings of `rows`), [N, D] in their dtype and given order."""
-    gradient = torch.empty_like(rows.embeddings, memory_format=torch.contiguous_format)
+    """dL/d(embeddings of `rows`), [N, D] in the accumulation dtype and given order."""
+    gradient = rows.inverse.new_empty(rows.embeddings.shape)
     for run in runs:
         if not run.n:
             continue
@@ -482,7 +452,7 @@ def side_gradient(
             if run.slot is None:
                 add_blocks(v, tile, columns, weights, -2 * (run.p + sigma * run.q))
             v = through_normalisation(v, tile.unit, rows.inverse[tile.rows])
-            gradient.index_copy_(0, rows.order[tile.rows], v.to(gradient.dtype))
+            gradient.index_copy_(0, rows.order[tile.rows], v)
     return gradient
 
 

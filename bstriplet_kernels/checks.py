@@ -1,0 +1,232 @@
+"""Every check of an argument, once, at the public edge; every message names what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+from numbers import Real
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .paths import PATHS
+from .spec import Spec
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_NUMBER = (float, Real)  # float first: asking an abstract class takes microseconds
+_SIGNED = {"square": False, "signed_square": True}
+_SIGMA = {"corrected": 1.0, "printed": -1.0}
+_REDUCTIONS = ("mean", "sum", "none")
+
+REMEMBERED = 4096
+"""How many sets of options, and forms of input, are checked once and not again."""
+
+
+class Target(NamedTuple):
+    """The checked options of a loss: what to compute, by which path, for which batch."""
+
+    spec: Spec
+    impl: str
+    group: ProcessGroup | None
+    return_stats: bool
+
+
+def make_target(
+    margin: float,
+    similarity: str,
+    eq3: str,
+    reduction: str,
+    eps: float,
+    impl: str,
+    return_stats: bool,
+    group: ProcessGroup | None = None,
+) -> Target:
+    """The options of `bstriplet_loss`, checked."""
+    check_impl(impl)
+    if group is not None:
+        refuse_named_impl(impl, "group")
+    return Target(make_spec(margin, similarity, eq3, reduction, eps), impl, group, return_stats)
+
+
+remembered_target = functools.lru_cache(REMEMBERED, typed=True)(make_target)
+"""`make_target`, once for each set of hashable options; typed: True is no margin of 1."""
+
+
+def available_impls() -> tuple[str, ...]:
+    """The names that `impl` can take here, beside "auto"."""
+    return tuple(name for name, path in PATHS.items() if path.missing() is None)
+
+
+def make_spec(margin: float, similarity: str, eq3: str, reduction: str, eps: float = 1e-12) -> Spec:
+    """The options checked and turned into numbers."""
+    if isinstance(margin, bool) or not isinstance(margin, _NUMBER):
+        raise TypeError(f"margin must be a number in [0, 1], got {type(margin).__name__}")
+    if similarity not in _SIGNED:
+        raise _unknown("similarity", similarity, tuple(_SIGNED))
+    if eq3 not in _SIGMA:
+        raise _unknown("eq3", eq3, tuple(_SIGMA))
+    if isinstance(eps, bool) or not isinstance(eps, _NUMBER):
+        raise TypeError(f"eps must be a positive finite number, got {type(eps).__name__}")
+    spec = Spec(float(margin), _SIGMA[eq3], _SIGNED[similarity], reduction, float(eps))
+    check_spec(spec)
+    return spec
+
+
+def check_spec(spec: Spec) -> None:
+    """Raise unless the numbers are those of a loss."""
+    if not 0 <= spec.margin <= 1:
+        raise ValueError(f"margin must be in [0, 1], got {spec.margin}")
+    if spec.sigma not in _SIGMA.values():
+        raise ValueError(f"sigma must be 1 or -1, got {spec.sigma}")
+    if spec.reduction not in _REDUCTIONS:
+        raise _unknown("reduction", spec.reduction, _REDUCTIONS)
+    if not 0 < spec.eps < math.inf:
+        raise ValueError(f"eps must be a positive finite number, got {spec.eps}")
+
+
+def check_impl(impl: str) -> None:
+    """Raise unless `impl` is "auto" or a path that can run here."""
+    if impl == "auto":
+        return
+    if impl not in PATHS:
+        raise _unknown("impl", impl, ("auto", *PATHS))
+    missing = PATHS[impl].missing()
+    if missing is not None:
+        raise RuntimeError(
+            f"impl={impl!r} cannot run here: {missing}. "
+            f"Available: {', '.join(('auto', *available_impls()))}"
+        )
+
+
+def refuse_input(impl: str, embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> None:
+    """Raise where the path of that name cannot run here, or does not take this input."""
+    check_impl(impl)
+    reason = PATHS[impl].refuses(embeddings, ref_emb, spec)
+    if reason is not None:
+        raise ValueError(f'impl={impl!r} does not take this input: {reason}; use impl="auto"')
+
+
+def refuse_named_impl(impl: str, given: str) -> None:
+    """Raise where a path is named beside an argument that no path serves."""
+    if impl != "auto":
+        raise ValueError(
+            f"impl={impl!r} is not used where {given} is given, which is computed in plain torch; "
+            'use impl="auto"'
+        )
+
+
+def refuse_distributed(name: str, tensor: Tensor) -> None:
+    """Raise where a tensor is a DTensor, a part of which lies on each rank."""
+    if type(tensor).__module__.startswith("torch.distributed.tensor"):
+        raise TypeError(
+            f"{name} is a {type(tensor).__name__}: a part of the batch lies on each rank. Pass "
+            f"{name}.full_tensor() and labels.full_tensor() for the loss of the whole batch, or "
+            "to_local() of both with group= for the same without gathering it in the graph"
+        )
+
+
+def check_embeddings(
+    embeddings: Tensor, labels: Tensor | None, ref_emb: Tensor | None, ref_labels: Tensor | None
+) -> None:
+    """Raise unless shapes, dtypes and devices fit together; `labels` None: no labels are used."""
+    _check_matrix("embeddings", embeddings)
+    if labels is not None:
+        _check_labels("labels", labels, "embeddings", embeddings)
+        if (ref_emb is None) != (ref_labels is None):
+            given, absent = ("ref_emb", "ref_labels")[:: 1 if ref_labels is None else -1]
+            raise ValueError(f"{given} was given without {absent}; give both or neither")
+    if ref_emb is None:
+        return
+    _check_matrix("ref_emb", ref_emb)
+    if ref_emb.shape[1] != embeddings.shape[1]:
+        raise ValueError(
+            f"ref_emb must have as many columns as embeddings, {embeddings.shape[1]}, "
+            f"got shape {tuple(ref_emb.shape)}"
+        )
+    if ref_emb.device != embeddings.device:
+        raise ValueError(
+            f"ref_emb is on {ref_emb.device} and embeddings on {embeddings.device}; "
+            "move one to the other's device"
+        )
+    if ref_labels is not None:
+        _check_labels("ref_labels", ref_labels, "ref_emb", ref_emb)
+
+
+def check_indices(indices_tuple: tuple[Tensor, ...]) -> None:
+    """Raise unless the tuple holds three or four one-dimensional integer index tensors."""
+    if not isinstance(indices_tuple, tuple | list) or len(indices_tuple) not in (3, 4):
+        got = (
+            f"{len(indices_tuple)} entries"
+            if isinstance(indices_tuple, tuple | list)
+            else type(indices_tuple).__name__
+        )
+        raise ValueError(
+            "indices_tuple must be triplets (anchors, positives, negatives) or pairs "
+            f"(anchors, positives, anchors, negatives), got {got}"
+        )
+    for i, index in enumerate(indices_tuple):
+        if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
+            kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
+            raise TypeError(f"indices_tuple[{i}] must be an int64 tensor, got {kind}")
+    partners = (0, 0, 0) if len(indices_tuple) == 3 else (0, 0, 2, 2)
+    for i, partner in enumerate(partners):
+        own, other = (indices_tuple[k].shape for k in (i, partner))
+        if own != other or len(own) != 1:
+            raise ValueError(
+                f"the index tensors of a pair must be one-dimensional and of one length: "
+                f"indices_tuple[{i}] has {own.numel()} entries "
+                f"and indices_tuple[{partner}] {other.numel()}"
+            )
+
+
+def _check_matrix(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    refuse_distributed(name, value)
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}; use to_dense()")
+    if value.dtype not in _FLOATS:
+        raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {value.dtype}")
+    if value.dim() != 2 or value.shape[1] == 0:
+        raise ValueError(
+            f"{name} must have shape [N, D] with D >= 1, got shape {tuple(value.shape)}"
+        )
+
+
+def _check_labels(name: str, labels: Tensor, of: str, matrix: Tensor) -> None:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(labels).__name__}")
+    refuse_distributed(name, labels)
+    if labels.dtype.is_floating_point or labels.dtype.is_complex:
+        raise TypeError(f"{name} must be of an integer dtype or bool, got {labels.dtype}")
+    if labels.dim() != 1 or labels.shape[0] != matrix.shape[0]:
+        raise ValueError(
+            f"{name} must have shape [{matrix.shape[0]}], one label for each row of {of}, "
+            f"got shape {tuple(labels.shape)}"
+        )
+    if labels.device != matrix.device:
+        raise ValueError(
+            f"{name} is on {labels.device} and {of} on {matrix.device}; "
+            "move one to the other's device"
+        )
+
+
+def check_batch(embeddings: Tensor, ref_emb: Tensor | None) -> None:
+    n = embeddings.shape[0]
+    if n < (2 if ref_emb is None else 1):
+        raise ValueError(
+            f"embeddings has {n} row{'' if n == 1 else 's'}, and a row is compared with the others "
+            "of its batch: at least 2 are needed. Where the last batch of an epoch is the cause, "
+            "pass drop_last=True to the DataLoader"
+        )
+
+
+def _unknown(name: str, value: object, allowed: tuple[str, ...]) -> ValueError:
+    near = difflib.get_close_matches(str(value), allowed, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}{hint}")
