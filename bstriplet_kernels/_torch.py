@@ -142,11 +142,16 @@ def register_autograd_kernel(operator: Any, kernel: Callable[..., Any]) -> None:
     _LIBRARY.impl(operator, kernel, "Autograd", with_keyset=True)
 
 
+_NO_CONTEXT = nullcontext()
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Products of a loss stay in its accumulation dtype, whatever autocast would choose."""
+    if not torch._C._is_any_autocast_enabled():
+        return _NO_CONTEXT
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return _NO_CONTEXT
 
 
 @contextlib.contextmanager

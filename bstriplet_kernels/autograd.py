@@ -49,7 +49,7 @@ class BatchSimilarity(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor, ...]:
         labels, ref_labels, spec, name = others
         path = PATHS[name]
-        if path.heeds_autocast and torch._C._is_any_autocast_enabled():
+        if path.heeds_autocast:
             with without_autocast(embeddings.device):
                 loss, rows, state = path.forward(embeddings, ref_emb, labels, ref_labels, spec)
         else:
@@ -67,7 +67,7 @@ class BatchSimilarity(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return None, None, None
-        grads: tuple[Any, ...]
+        grads: Any
         saved = ctx.saved_tensors
         embeddings, ref_emb = saved[:2]
         if torch.is_grad_enabled() or is_batched_upstream(grad_loss) or is_traced():

@@ -196,8 +196,10 @@ def _compute_traced(
         if target.impl != "auto":
             refuse_input(target.impl, embeddings, ref_emb, target.spec)
     spec = target.spec._replace(wants_gradient=_wants_gradient(embeddings, ref_emb))
-    loss, rows = operators.loss_and_rows(embeddings, labels, ref_emb, ref_labels, spec, target.impl)
-    return (loss, _stats(rows, spec)) if target.return_stats else loss
+    loss, means = operators.loss_and_means(
+        embeddings, labels, ref_emb, ref_labels, spec, target.impl
+    )
+    return (loss, _stats(Rows(means[0], means[1]), spec)) if target.return_stats else loss
 
 
 def compute_listed(

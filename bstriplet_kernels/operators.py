@@ -27,6 +27,7 @@ from ._torch import (
     call_below_autograd,
     function_for_kernels,
     have_tangents,
+    is_traced,
     register_autograd_kernel,
     require_grad,
     without_autocast,
@@ -34,7 +35,7 @@ from ._torch import (
 from .checks import Target
 from .paths import PATHS
 from .plan import checked_plan
-from .spec import Gradients, Path, Rows, Spec, accumulation_dtype
+from .spec import Gradients, Path, Spec, accumulation_dtype
 
 _PROBLEM = (
     "Tensor embeddings, Tensor labels, Tensor? ref_emb=None, Tensor? ref_labels=None, "
@@ -99,12 +100,12 @@ class Problem(NamedTuple):
         """What can be differentiated: the embeddings and, where there is one, ref_emb."""
         return (self.embeddings,) if self.ref_emb is None else (self.embeddings, self.ref_emb)
 
-    @property
-    def path(self) -> Path:
-        """The path to take; raises where an argument is wrong, or a named path refuses it."""
+    def planned(self) -> tuple[Spec, Path]:
+        """What to run, and by which path; raises where an argument is wrong."""
         spec = self.spec
         target = Target(spec, self.impl, group=None, return_stats=True)
-        return PATHS[checked_plan(*self.tensors, target, spec.wants_gradient)[1]]
+        spec, name = checked_plan(*self.tensors, target, spec.wants_gradient)
+        return spec, PATHS[name]
 
     @property
     def path_inputs(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
@@ -117,18 +118,18 @@ _N_PROBLEM = len(Problem._fields) - 1
 """The arguments that both operators have; `gradient` is of `loss` alone."""
 
 
-def loss_and_rows(
+def loss_and_means(
     embeddings: Tensor,
     labels: Tensor,
     ref_emb: Tensor | None,
     ref_labels: Tensor | None,
     spec: Spec,
     impl: str,
-) -> tuple[Tensor, Rows]:
-    """The loss and Eq. 3's two means for each row, whoever looks on."""
+) -> tuple[Tensor, Tensor]:
+    """The loss and Eq. 3's two means for each row, [2, N], whoever looks on."""
     options = (*spec[:5], impl, spec.wants_gradient)
     loss, means, *_ = _LOSS(embeddings, labels, ref_emb, ref_labels, *options)
-    return loss, Rows(means[0], means[1])
+    return loss, means
 
 
 def gradients(
@@ -163,7 +164,7 @@ def _pair(gradients: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, Ten
 
 def _run_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     problem = Problem(*args)
-    path, spec, inputs = problem.path, problem.spec, problem.path_inputs
+    (spec, path), inputs = problem.planned(), problem.path_inputs
     with without_autocast(problem.embeddings.device):
         loss, rows, state = path.forward(*inputs, spec)
         assert rows is not None
@@ -179,9 +180,8 @@ def _run_loss_gradient(grad_loss: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     known = args[_N_PROBLEM:]
     if known:
         return _pair([gradient * grad_loss for gradient in known], grad_loss)
-    problem = Problem(*args)
-    path, inputs = problem.path, problem.path_inputs
-    spec = problem.spec._replace(wants_gradient=False)
+    problem = Problem(*args[:_N_PROBLEM])._replace(gradient=False)
+    (spec, path), inputs = problem.planned(), problem.path_inputs
     dtype = accumulation_dtype(*problem.sides)
     with without_autocast(problem.embeddings.device):
         rows, state = path.forward(*inputs, spec)[1:] if path.keeps else (None, ())
@@ -253,8 +253,12 @@ class _Loss(torch.autograd.Function):
         problem = Problem(*tensors, *ctx.options)
         grads: tuple[Tensor | None, ...] = (None, None)
         if grad_loss is not None:
-            known = (grad, grad_ref) if problem.spec.wants_gradient else ()
-            grads = gradients(grad_loss, *problem.tensors, problem.spec, problem.impl, known)
+            spec = problem.spec
+            if spec.wants_gradient and not is_traced():  # their own derivative is not lost
+                grads = grad * grad_loss, grad_ref * grad_loss
+            else:
+                known = (grad, grad_ref) if spec.wants_gradient else ()
+                grads = gradients(grad_loss, *problem.tensors, spec, problem.impl, known)
         if any(upstream is not None for upstream in others):
             more = _pull_back(_plain_loss, (), problem, (None, *others))
             grads = tuple(m if g is None else g + m for g, m in zip(grads, more, strict=False))
@@ -322,9 +326,14 @@ def _derivative(
 ) -> Callable[..., Any]:
     """The kernel for autograd: what `operator` does where one of its tensors is differentiated."""
     apply = function_for_kernels(function)
+    differentiable = [
+        k
+        for k, argument in enumerate(operator._schema.arguments)
+        if argument.name in ("embeddings", "ref_emb", "grad_loss")
+    ]
 
     def kernel(keyset: Any, *args: Any) -> Any:
-        numbers = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
+        numbers = [args[k] for k in differentiable if k < len(args)]
         if have_tangents(*numbers):
             return plain(*args)
         if require_grad(*numbers):
