@@ -47,6 +47,11 @@ def is_traced() -> bool:
     )
 
 
+def is_jit_traced() -> bool:
+    """Whether torch.jit.trace records what is called."""
+    return _tracing_state() is not None
+
+
 def _is_mode_tracing() -> bool:
     return any(torch._C._get_dispatch_mode(key) is not None for key in _TRACING_MODES)
 
@@ -152,6 +157,15 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return _NO_CONTEXT
+
+
+def is_known(comparison: bool) -> bool:
+    """A comparison of sizes; False where a tracer cannot tell, as the operator will look again."""
+    if is_compiling() or isinstance(comparison, torch.SymBool):
+        from torch.fx.experimental.symbolic_shapes import guard_or_false  # it brings sympy
+
+        return guard_or_false(comparison)
+    return comparison
 
 
 @contextlib.contextmanager

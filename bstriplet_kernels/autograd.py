@@ -70,7 +70,7 @@ class BatchSimilarity(torch.autograd.Function):
         grads: Any
         saved = ctx.saved_tensors
         embeddings, ref_emb = saved[:2]
-        if torch.is_grad_enabled() or is_batched_upstream(grad_loss) or is_traced():
+        if torch.is_grad_enabled() or is_traced() or is_batched_upstream(grad_loss):
             # A second derivative may follow, or many upstreams come at once.
             tensors = embeddings, saved[2], ref_emb, saved[3]
             grads = operators.gradients(grad_loss, *tensors, ctx.spec, ctx.path)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from ._torch import is_known
 from .paths import PATHS
 from .spec import Spec
 
@@ -124,9 +125,9 @@ def refuse_distributed(name: str, tensor: Tensor) -> None:
     """Raise where a tensor is a DTensor, a part of which lies on each rank."""
     if type(tensor).__module__.startswith("torch.distributed.tensor"):
         raise TypeError(
-            f"{name} is a {type(tensor).__name__}: a part of the batch lies on each rank. Pass "
-            f"{name}.full_tensor() and labels.full_tensor() for the loss of the whole batch, or "
-            "to_local() of both with group= for the same without gathering it in the graph"
+            f"{name} is a DTensor, a part of which lies on each rank: pass full_tensor() of "
+            "embeddings and labels, or to_local() of both and group=, whose loss is also that of "
+            "the whole batch"
         )
 
 
@@ -189,7 +190,7 @@ def _check_matrix(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     refuse_distributed(name, value)
     if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}; use to_dense()")
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
     if value.dtype not in _FLOATS:
         raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {value.dtype}")
     if value.dim() != 2 or value.shape[1] == 0:
@@ -202,9 +203,11 @@ def _check_labels(name: str, labels: Tensor, of: str, matrix: Tensor) -> None:
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(labels).__name__}")
     refuse_distributed(name, labels)
+    if labels.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {labels.layout}")
     if labels.dtype.is_floating_point or labels.dtype.is_complex:
         raise TypeError(f"{name} must be of an integer dtype or bool, got {labels.dtype}")
-    if labels.dim() != 1 or labels.shape[0] != matrix.shape[0]:
+    if labels.dim() != 1 or is_known(labels.shape[0] != matrix.shape[0]):
         raise ValueError(
             f"{name} must have shape [{matrix.shape[0]}], one label for each row of {of}, "
             f"got shape {tuple(labels.shape)}"
@@ -218,7 +221,7 @@ def _check_labels(name: str, labels: Tensor, of: str, matrix: Tensor) -> None:
 
 def check_batch(embeddings: Tensor, ref_emb: Tensor | None) -> None:
     n = embeddings.shape[0]
-    if n < (2 if ref_emb is None else 1):
+    if is_known(n < (2 if ref_emb is None else 1)):
         raise ValueError(
             f"embeddings has {n} row{'' if n == 1 else 's'}, and a row is compared with the others "
             "of its batch: at least 2 are needed. Where the last batch of an epoch is the cause, "

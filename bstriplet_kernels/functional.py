@@ -13,6 +13,7 @@ from . import operators, plan, reference
 from ._torch import (
     PLAIN_TENSORS,
     dispatches_itself,
+    is_jit_traced,
     is_traced,
     numbers_of_shapes,
     without_autocast,
@@ -132,6 +133,11 @@ def compute(
         by_operator = not _are_plain(*given)
     if target.group is not None:
         check_embeddings(*given)
+        if not is_dynamo_compiling() and (by_operator or is_traced() or embeddings.is_meta):
+            raise RuntimeError(
+                "group cannot be traced, exported or differentiated by torch.func: ranks exchange "
+                "rows while the loss runs. Call it outside, or torch.compile what contains it"
+            )
         return _global_loss(embeddings, labels.to(torch.int64), ref_emb, target)
     if by_operator or is_traced() or embeddings.is_meta:
         return _compute_traced(embeddings, labels, target, ref_emb, ref_labels)
@@ -193,9 +199,11 @@ def _compute_traced(
     with numbers_of_shapes():
         check_embeddings(embeddings, labels, ref_emb, ref_labels)
         check_batch(embeddings, ref_emb)
-        if target.impl != "auto":
+        if target.impl != "auto" and not embeddings.is_meta:  # which stands for any device
             refuse_input(target.impl, embeddings, ref_emb, target.spec)
-    spec = target.spec._replace(wants_gradient=_wants_gradient(embeddings, ref_emb))
+    # torch.jit.trace traces once more without recording, and both graphs must be the same.
+    wants_gradient = not is_jit_traced() and _wants_gradient(embeddings, ref_emb)
+    spec = target.spec._replace(wants_gradient=wants_gradient)
     loss, means = operators.loss_and_means(
         embeddings, labels, ref_emb, ref_labels, spec, target.impl
     )

@@ -138,9 +138,11 @@ def checked_plan(
         key = (  # on the CPU it holds True: to make and compare a torch.device is slow
             embeddings.shape,
             embeddings.dtype,
+            embeddings.layout,
             embeddings.is_cpu or embeddings.device,
             labels.shape,
             labels.dtype,
+            labels.layout,
             labels.is_cpu or labels.device,
             target,
             wants_gradient,
@@ -169,7 +171,7 @@ def checked_plan(
 def _form(given: Tensor | None) -> object:
     """What checks and plans see of a tensor; of anything else, its type."""
     if isinstance(given, Tensor):
-        return given.shape, given.dtype, given.device
+        return given.shape, given.dtype, given.layout, given.device
     return type(given)
 
 
