@@ -18,8 +18,9 @@ class BSTripletLoss(nn.Module):
     """The batch-similarity triplet loss, Eqs. 1-4 of Huang et al., Sensors 2021, 21, 764.
 
     `criterion(embeddings, labels)` with embeddings [N, D] and labels [N] returns the scalar loss.
-    Stands wherever a pytorch-metric-learning loss stands. The options are those of
-    `bstriplet_loss`; all are checked here, once.
+    It is called as a pytorch-metric-learning loss is; `bstriplet_kernels.metric_learning` has the
+    loss on that library's base class. The options are those of `bstriplet_loss`; all are checked
+    here, once.
 
     Args:
         margin: m of Eq. 3, in [0, 1].
