@@ -63,6 +63,15 @@ def available_impls() -> tuple[str, ...]:
     return tuple(name for name, path in PATHS.items() if path.missing() is None)
 
 
+def check_weight(weight: float) -> float:
+    """lambda of Eq. 7 as a float; raises unless it is a finite number >= 0."""
+    if isinstance(weight, bool) or not isinstance(weight, _NUMBER):
+        raise TypeError(f"weight must be a number >= 0, got {type(weight).__name__}")
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"weight must be a finite number >= 0, got {weight}")
+    return float(weight)
+
+
 def make_spec(margin: float, similarity: str, eq3: str, reduction: str, eps: float = 1e-12) -> Spec:
     """The options checked and turned into numbers."""
     if isinstance(margin, bool) or not isinstance(margin, _NUMBER):

@@ -85,7 +85,12 @@ def bstriplet_loss(
             call, and gets, the global loss (with "none": its own rows). The backward gives
             world_size times the one-process gradient, because DistributedDataParallel divides by
             world_size: parameters see exactly the gradient of one process on the whole batch.
-        impl: "auto", or one of `available_impls()`.
+            Each rank gathers all rows and compares its own with them in plain torch, whatever
+            the sizes are: time grows with the square of the whole batch, memory with its size.
+            `impl` must be "auto" here.
+        impl: "auto", or one of `available_impls()`: "reference" and "native" compare all pairs,
+            "triton" does so in tiles, "gram" takes time linear in N; similarity="signed_square"
+            has no such form, and is quadratic in N by every path.
         eps: a row of at most this norm is a zero row: similarity 0 to all, gradient 0.
         return_stats: also return `BSTripletStats`.
 
@@ -179,7 +184,20 @@ def _compute_by_class(given: _Given, target: Target) -> Tensor | tuple[Tensor, B
     ):
         labels = _undressed(labels)
     taken = embeddings, labels, *refs
-    return handle_torch_function(compute, taken, embeddings, labels, target, *refs)
+    result = handle_torch_function(loss_and_stats, taken, embeddings, labels, target, *refs)
+    return result if isinstance(result, Tensor) else (result[0], BSTripletStats(*result[1:]))
+
+
+def loss_and_stats(
+    embeddings: Tensor,
+    labels: Tensor,
+    target: Target,
+    ref_emb: Tensor | None,
+    ref_labels: Tensor | None,
+) -> Tensor | tuple[Tensor, ...]:
+    """What such a class is asked to call: `compute`, with stats as torch can convert them."""
+    result = compute(embeddings, labels, target, ref_emb, ref_labels)
+    return result if isinstance(result, Tensor) else (result[0], *result[1])
 
 
 def _undressed(given: Any) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from . import functional
+from .checks import check_weight, make_target
 from .functional import BSTripletStats
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ class BSTripletLoss(nn.Module):
         similarity: "square" or "signed_square".
         eq3: "corrected" or "printed".
         reduction: "mean", "sum" or "none".
-        group: process group whose ranks' rows together are the batch.
+        group: process group whose ranks' rows together are the batch; its cost is in
+            `bstriplet_loss`.
         impl: "auto" or one of `available_impls()`.
         eps: a row of at most this norm is a zero row.
         return_stats: return (loss, BSTripletStats) instead of the loss.
@@ -46,7 +48,7 @@ class BSTripletLoss(nn.Module):
         return_stats: bool = False,
     ) -> None:
         super().__init__()
-        self._target = functional.make_target(
+        self._target = make_target(
             margin, similarity, eq3, reduction, eps, impl, return_stats, group
         )
 
@@ -86,28 +88,41 @@ class CrossEntropyBSTripletLoss(nn.Module):
     """Eq. 7: L = L_ce + weight * L_bst, of logits and the embeddings that they were made from.
 
     `criterion(logits, embeddings, labels)` with logits [N, C], embeddings [N, D] and labels [N]
-    integer in [0, C) returns the scalar loss, in float32 or float64. Other options are those of
-    `BSTripletLoss`; "none" and `return_stats` have no place in the sum.
+    integer in [0, C) returns the scalar loss, in float32 or float64.
 
     Args:
         weight: lambda of Eq. 7, a number >= 0; 1 in the paper.
         margin: m of Eq. 3, in [0, 1].
+        reduction: "mean" or "sum", of both losses.
+        similarity, eq3, group, impl, eps: as in `BSTripletLoss`.
     """
 
-    def __init__(self, weight: float = 1.0, margin: float = 0.9, **options: Any) -> None:
+    def __init__(
+        self,
+        weight: float = 1.0,
+        margin: float = 0.9,
+        *,
+        similarity: str = "square",
+        eq3: str = "corrected",
+        reduction: str = "mean",
+        group: ProcessGroup | None = None,
+        impl: str = "auto",
+        eps: float = 1e-12,
+    ) -> None:
         super().__init__()
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise TypeError(f"weight must be a number >= 0, got {type(weight).__name__}")
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"weight must be a finite number >= 0, got {weight}")
-        for name, refused in (("return_stats", True), ("reduction", "none")):
-            if options.get(name) == refused:
-                raise ValueError(
-                    f"{name}={refused!r} does not fit a sum of two losses; use BSTripletLoss"
-                )
-        self.weight = float(weight)
-        self.cross_entropy = nn.CrossEntropyLoss(reduction=options.get("reduction", "mean"))
-        self.bstriplet = BSTripletLoss(margin, **options)
+        self.weight = check_weight(weight)
+        if reduction == "none":
+            raise ValueError("reduction='none' does not fit a sum of two losses; use BSTripletLoss")
+        self.cross_entropy = nn.CrossEntropyLoss(reduction=reduction)
+        self.bstriplet = BSTripletLoss(
+            margin,
+            similarity=similarity,
+            eq3=eq3,
+            reduction=reduction,
+            group=group,
+            impl=impl,
+            eps=eps,
+        )
 
     def forward(self, logits: Tensor, embeddings: Tensor, labels: Tensor) -> Tensor:
         """logits [N, C], embeddings [N, D], labels [N] integer in [0, C) -> scalar."""

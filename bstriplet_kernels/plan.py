@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._torch import PLAIN_TENSORS
+from ._torch import PLAIN_TENSORS, dispatches_itself
 from .calibration import CONSTANTS
 from .checks import (
     REMEMBERED,
@@ -189,6 +189,8 @@ def explain_plan(
     spec: Spec,
 ) -> Plan:
     """`choose` with its reasons; reads the labels, so it waits for the device."""
+    if embeddings.is_meta or dispatches_itself(labels):
+        raise ValueError("labels have no values here, and explain counts classes; pass real ones")
     work = _work(embeddings, ref_emb, spec)._replace(wants_gradient=True)
     device = embeddings.device.type
     takers = _takers(embeddings, ref_emb, spec)

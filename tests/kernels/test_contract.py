@@ -3,9 +3,12 @@
 Also the modules, and the loss over a miner's pairs.
 """
 
+import inspect
 import subprocess
 import sys
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from oracle import Options, batch, loop_loss
@@ -104,7 +107,8 @@ def test_modules_refuse_when_they_are_made(options, message):
         (ValueError, {"weight": float("inf")}, "weight must be a finite number >= 0, got inf"),
         (TypeError, {"weight": "1"}, "weight must be a number >= 0, got str"),
         (ValueError, {"reduction": "none"}, "reduction='none' does not fit"),
-        (ValueError, {"return_stats": True}, "return_stats=True does not fit"),
+        (TypeError, {"weight": True}, "weight must be a number >= 0, got bool"),
+        (TypeError, {"return_stats": True}, "unexpected keyword argument 'return_stats'"),
     ],
 )
 def test_sum_of_losses_refuses(error, options, message):
@@ -141,6 +145,33 @@ def test_equation_7(weight, reduction):
     loss.backward()
     assert logits.grad is not None
     assert (x.grad.norm() > 0) == (weight > 0)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), np.int64(2), Fraction(1, 2)])
+def test_any_number_is_a_weight(number):
+    logits = torch.randn(6, 2)
+    criterion = CrossEntropyBSTripletLoss(number, margin=np.float32(0.5))
+    expected = CrossEntropyBSTripletLoss(float(number), 0.5)
+    assert torch.equal(criterion(logits, X, Y), expected(logits, X, Y))
+    assert type(criterion.weight) is float
+
+
+def test_options_of_the_sum_are_those_of_the_loss():
+    options = inspect.signature(BSTripletLoss).parameters
+    own = inspect.signature(CrossEntropyBSTripletLoss).parameters
+    assert list(own) == ["weight", *(name for name in options if name != "return_stats")]
+    assert all(own[name].default == options[name].default for name in own if name != "weight")
+
+
+@pytest.mark.parametrize("impl", ["native", "gram"])
+def test_a_named_path_that_would_not_run_is_refused(impl):
+    if impl not in available_impls():
+        pytest.skip(f"{impl} is not here")
+    pairs = tuple(torch.tensor(i) for i in ([0], [1], [0], [4]))
+    with pytest.raises(ValueError, match=f"impl='{impl}' is not used where indices_tuple is given"):
+        BSTripletLoss(impl=impl)(X, None, pairs)
+    expected = BSTripletLoss()(X, None, pairs)
+    assert torch.equal(BSTripletLoss(impl="reference")(X, None, pairs), expected)
 
 
 def test_equation_7_in_half_precision_is_float32():

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from oracle import Options, batch
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from bstriplet_kernels import BSTripletLoss, bstriplet_loss
+from bstriplet_kernels import BSTripletLoss, CrossEntropyBSTripletLoss, bstriplet_loss
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
@@ -114,6 +115,11 @@ def errors_are_clear(rank, world):
         bstriplet_loss(x[: 1 - rank], labels[: 1 - rank], group=group)
     with pytest.raises(ValueError, match="same number of columns and dtype on every rank"):
         bstriplet_loss(x[:, : 3 + rank], labels, group=group)
+    for module in (BSTripletLoss, CrossEntropyBSTripletLoss):
+        with pytest.raises(ValueError, match="impl='gram' is not used where group is given"):
+            module(impl="gram", group=group)
+    with pytest.raises(ValueError, match="impl='reference' is not used where group is given"):
+        bstriplet_loss(x, labels, impl="reference", group=group)
     with pytest.raises(ValueError, match="indices_tuple cannot be given together with group"):
         BSTripletLoss(group=group)(x, labels, (labels, labels, labels))
     loss = bstriplet_loss(x.requires_grad_(), labels, group=group)
@@ -134,8 +140,86 @@ def small_panels_give_the_same(rank, world):
     torch.testing.assert_close(*[leaf.grad for leaf in leaves])
 
 
+def what_would_lose_the_gradient_is_refused(rank, world):
+    x, labels = batch(6, 5, 3, rank)
+
+    def loss(x):
+        return bstriplet_loss(x, labels, group=dist.group.WORLD)
+
+    def traced(x):
+        return make_fx(loss)(x)
+
+    def exported(x):
+        return torch.export.export(Holder(loss), (x,))
+
+    def jit_traced(x):
+        return torch.jit.trace(loss, (x,))
+
+    def dual(x):
+        with torch.autograd.forward_ad.dual_level():
+            return loss(torch.autograd.forward_ad.make_dual(x, x))
+
+    transforms = (torch.func.grad(loss), torch.func.jacfwd(loss), torch.vmap(loss))
+    for run in (traced, exported, jit_traced, dual, *transforms):
+        with pytest.raises(
+            RuntimeError, match="group cannot be traced, exported or differentiated"
+        ):
+            run(x[None] if run is transforms[-1] else x)
+    with pytest.raises(RuntimeError, match="group cannot be traced"):
+        bstriplet_loss(x.to("meta"), labels.to("meta"), group=dist.group.WORLD)
+
+
+class Holder(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
+
+
+def compiled_is_eager(rank, world):
+    x, labels = batch(6, 5, 3, rank)
+
+    def gradient(run):
+        leaf = x.clone().requires_grad_()
+        run(leaf * 1).backward()
+        return leaf.grad
+
+    def loss(x):
+        return bstriplet_loss(x, labels, group=dist.group.WORLD)
+
+    torch.testing.assert_close(gradient(torch.compile(loss, backend="aot_eager")), gradient(loss))
+
+
+def shards_of_a_dtensor(rank, world):
+    """A DTensor is refused, and both ways out that the message names give the right gradient."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (world,))
+    x, labels = batch(8, 5, 3, 0)
+    expected = x.clone().requires_grad_()
+    bstriplet_loss(expected, labels).backward()
+    parts, own = (distribute_tensor(t, mesh, [Shard(0)]) for t in (x, labels))
+    parts.requires_grad_()
+    with pytest.raises(TypeError, match=r"embeddings is a DTensor.*full_tensor\(\).*to_local\(\)"):
+        bstriplet_loss(parts, own)
+    with pytest.raises(TypeError, match="labels is a DTensor"):
+        bstriplet_loss(parts.to_local(), own)
+    bstriplet_loss(parts.full_tensor(), own.full_tensor()).backward()
+    torch.testing.assert_close(parts.grad.full_tensor(), expected.grad)
+    parts.grad = None
+    bstriplet_loss(parts.to_local(), own.to_local(), group=mesh.get_group()).backward()
+    torch.testing.assert_close(parts.grad.full_tensor(), world * expected.grad)
+
+
 def two_rank_bodies(rank, world):
-    for body in (ddp_gets_the_one_process_gradient, errors_are_clear, small_panels_give_the_same):
+    for body in (
+        ddp_gets_the_one_process_gradient,
+        errors_are_clear,
+        small_panels_give_the_same,
+        what_would_lose_the_gradient_is_refused,
+        compiled_is_eager,
+        shards_of_a_dtensor,
+    ):
         body(rank, world)
 
 

@@ -1,0 +1,173 @@
+"""torch.ops.bstriplet.*: complete by themselves, and never without a derivative in silence."""
+
+import pytest
+import torch
+from oracle import Options, batch, skip_if_refused
+
+from bstriplet_kernels import BSTripletLoss, bstriplet_loss
+from bstriplet_kernels.paths import native
+
+loss = torch.ops.bstriplet.loss
+loss_gradient = torch.ops.bstriplet.loss_gradient
+needs_native = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+
+
+def problem(with_ref=False, dtype=torch.float64):
+    """Positional arguments: embeddings, labels and, where asked for, reference ones."""
+    x, labels = batch(7, 4, 3, 0, dtype)
+    return (x, labels, *batch(5, 4, 3, 1, dtype)) if with_ref else (x, labels)
+
+
+@pytest.mark.parametrize("with_ref", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_well_formed(impl, with_ref, reduction):
+    tensors = problem(with_ref, torch.float32)
+    skip_if_refused(impl, tensors[0], Options(), tensors[2] if with_ref else None)
+    options = {"margin": 0.7, "sigma": -1.0, "reduction": reduction, "impl": impl}
+    for gradient in (True, False):
+        torch.library.opcheck(loss.default, tensors, options | {"gradient": gradient})
+    upstream = torch.ones(7) if reduction == "none" else torch.ones(())
+    torch.library.opcheck(loss_gradient.default, (upstream, *tensors), options)
+
+
+@pytest.mark.parametrize("with_ref", [False, True])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_every_output_can_be_differentiated(impl, with_ref, gradient):
+    x, labels, *ref = problem(with_ref)
+    skip_if_refused(impl, x, Options(), ref[0] if ref else None)
+    sides = (x, *ref[:1])
+
+    def outputs(x, *columns):
+        found = loss(x, labels, *columns, *ref[1:], impl=impl, gradient=gradient)
+        return found[: 2 + len(sides) * gradient]
+
+    def gradients(upstream, x, *columns):
+        found = loss_gradient(upstream, x, labels, *columns, *ref[1:], impl=impl)
+        return found[: len(sides)]
+
+    sides = [side.requires_grad_() for side in sides]
+    upstream = torch.tensor(1.5, dtype=x.dtype, requires_grad=True)
+    assert torch.autograd.gradcheck(outputs, sides)
+    assert torch.autograd.gradgradcheck(outputs, sides)
+    assert torch.autograd.gradcheck(gradients, (upstream, *sides))
+
+
+def test_gradient_that_came_with_the_loss_and_one_from_the_embeddings(impl):
+    x, labels = problem()
+    unit = loss(x, labels, impl=impl)[2]
+    upstream = torch.tensor(-2.5, dtype=x.dtype)
+    torch.testing.assert_close(loss_gradient(upstream, x, labels, impl=impl)[0], -2.5 * unit)
+    known = loss_gradient(upstream, x, labels, impl=impl, known=unit)[0]
+    assert torch.equal(known, -2.5 * unit)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_of_half_stay_in_float32_until_the_upstream_is_in(impl, dtype):
+    x, labels = batch(70, 64, 3, 0, dtype)
+    grad = loss(x, labels, impl=impl)[2]
+    assert grad.dtype == torch.float32
+    scaled = loss_gradient(torch.tensor(2.0**16), x, labels, impl=impl)[0]
+    torch.testing.assert_close(scaled, 2.0**16 * grad, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reduction": "maximum"}, "reduction must be one of"),
+        ({"margin": 1.5}, r"margin must be in \[0, 1\], got 1.5"),
+        ({"sigma": 0.5}, "sigma must be 1 or -1, got 0.5"),
+        ({"eps": 0.0}, "eps must be a positive finite number"),
+        ({"impl": "fastest"}, "impl must be one of"),
+        ({"impl": "gram", "signed": True}, "impl='gram' does not take this input"),
+    ],
+)
+def test_options_are_checked_when_it_runs(options, message):
+    with pytest.raises(ValueError, match=message):
+        loss(*problem(), **options)
+
+
+def test_tensors_are_checked_when_it_runs():
+    x, labels = problem()
+    with pytest.raises(ValueError, match="embeddings has 1 row"):
+        loss(x[:1], labels[:1])
+    with pytest.raises(TypeError, match="labels must be of an integer dtype"):
+        loss(x, labels.double())
+    with pytest.raises(ValueError, match="labels must have shape"):
+        loss(x, labels[:3])
+    assert torch.equal(loss(x, labels.to(torch.int16))[0], loss(x, labels)[0])
+
+
+def gram_means(x, labels):
+    return torch.ops.bstriplet.moment_means(x, labels, 1e-12, 64)[0]
+
+
+def gram_gradient(x, labels):
+    state = torch.ops.bstriplet.moment_means(x.detach(), labels, 1e-12, 64)[2:]
+    return torch.ops.bstriplet.moment_gradient(torch.ones(len(x)).to(x), x, *state, 1.0)
+
+
+def native_loss(x, labels):
+    return torch.ops.bstriplet.batch_similarity(x, labels)[0]
+
+
+@needs_native
+@pytest.mark.parametrize("operator", [native_loss, gram_means, gram_gradient])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_operators_of_csrc_refuse_to_be_differentiated(operator, compiled):
+    x, labels = problem()
+    operator(x, labels)
+    with torch.no_grad():
+        operator(x.requires_grad_(), labels)
+    run = operator
+    if compiled:
+        torch.compiler.reset()
+        run = torch.compile(operator, backend="eager")
+    message = "has no derivative of its own"
+    with pytest.raises(Exception, match=message):
+        run(x, labels)
+    x = x.detach()
+    for transform in (torch.func.grad, torch.func.jacfwd, torch.func.jacrev):
+        with pytest.raises(Exception, match=message):
+            transform(lambda x: run(x, labels).sum())(x)
+
+
+def test_vmap_over_embeddings_labels_and_both(impl):
+    x, labels = batch(12, 4, 3, 0)
+    xs, ys = torch.stack((x, x.flip(0))), torch.stack((labels, labels.roll(1)))
+
+    def one(x, y):
+        return bstriplet_loss(x, y, impl=impl)
+
+    for in_dims, pairs in (
+        ((0, None), [(xs[0], labels), (xs[1], labels)]),
+        ((None, 0), [(x, ys[0]), (x, ys[1])]),
+        ((0, 0), [(xs[0], ys[0]), (xs[1], ys[1])]),
+    ):
+        given = (xs if in_dims[0] == 0 else x, ys if in_dims[1] == 0 else labels)
+        got = torch.vmap(one, in_dims)(*given)
+        torch.testing.assert_close(got, torch.stack([one(*pair) for pair in pairs]))
+
+
+def test_a_penalty_on_a_compiled_gradient_is_an_error_and_no_zero():
+    """torch cannot differentiate a compiled backward; it has to see that it should."""
+    torch.compiler.reset()
+    x, labels = problem()
+    x.requires_grad_()
+    compiled = torch.compile(BSTripletLoss(), backend="aot_eager", fullgraph=True)
+    (gradient,) = torch.autograd.grad(compiled(x, labels), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not currently support double backward"):
+        (gradient.square().sum() + x.sum()).backward()
+
+
+def test_grad_mode_within_a_transform_holds_at_its_level():
+    x, labels = problem()
+
+    def penalty(x):
+        return torch.func.grad(lambda z: bstriplet_loss(z, labels))(x).square().sum()
+
+    def constant(x):
+        with torch.no_grad():
+            return penalty(x)
+
+    assert torch.func.grad(penalty)(x).norm() > 0
+    assert torch.func.grad(lambda x: constant(x) + x.sum())(x).eq(1).all()
