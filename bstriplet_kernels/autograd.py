@@ -70,8 +70,12 @@ class BatchSimilarity(torch.autograd.Function):
         grads: Any
         saved = ctx.saved_tensors
         embeddings, ref_emb = saved[:2]
-        if torch.is_grad_enabled() or is_traced() or is_batched_upstream(grad_loss):
-            # A second derivative may follow, or many upstreams come at once.
+        if (
+            torch.is_grad_enabled()  # a second derivative may follow
+            or is_traced()
+            or type(grad_loss) is not Tensor
+            or is_batched_upstream(grad_loss)  # many upstreams come at once
+        ):
             tensors = embeddings, saved[2], ref_emb, saved[3]
             grads = operators.gradients(grad_loss, *tensors, ctx.spec, ctx.path)
         elif ctx.has_gradients:

@@ -239,9 +239,10 @@ def compute_listed(
         raise ValueError("indices_tuple cannot be given together with group")
     if target.impl != "reference":
         refuse_named_impl(target.impl, "indices_tuple")
-    check_indices(indices_tuple)
-    check_embeddings(embeddings, None, ref_emb, None)
-    check_batch(embeddings, ref_emb)
+    with numbers_of_shapes():
+        check_indices(indices_tuple)
+        check_embeddings(embeddings, None, ref_emb, None)
+        check_batch(embeddings, ref_emb)
     with without_autocast(embeddings.device):
         loss, rows = reference.listed_pairs_loss(embeddings, ref_emb, indices_tuple, target.spec)
     return (loss, _stats(rows, target.spec)) if target.return_stats else loss

@@ -78,7 +78,17 @@ def test_wrapper_subclasses(impl):
             torch.testing.assert_close(wrapped.a, plain)
 
 
-def test_parameters_are_tensors(impl, monkeypatch):
+def test_an_upstream_of_another_class(impl):
+    """A plain loss times a number of a class that takes operators itself."""
+    x, labels = batch(9, 4, 3, 0)
+    scale = torch.tensor(3.0, dtype=x.dtype)
+    leaf = x.clone().requires_grad_()
+    scaled = bstriplet_loss(leaf, labels, impl=impl) * TwoTensor(scale, scale.clone())
+    (got,) = torch.autograd.grad(scaled, leaf)
+    torch.testing.assert_close(got.a, 3 * gradient(bstriplet_loss, x, labels, impl=impl)[1])
+
+
+def test_parameters_are_tensors(impl):
     x, labels = batch(9, 4, 3, 0)
     table = torch.nn.Parameter(x.clone())
     loss = bstriplet_loss(table, labels, impl=impl)
