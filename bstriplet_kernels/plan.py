@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,46 +24,14 @@ from .checks import (
     check_spec,
     refuse_input,
 )
-from .paths import PATHS, fused, gram, native
+from .cost import Cost, Work
+from .paths import PATHS, fused, gram, native, plain
 from .spec import Spec
 
 _MOMENTS_FROM = 3
 """Where nothing is measured: second moments from N = 3 D on (about 6 N D^2 against 2-3 N^2 D)."""
 _ASSUMED_CLASSES = 3
 """`choose` does not ask the device how many classes there are; the paper has two or three."""
-
-
-class Work(NamedTuple):
-    """What is to be computed: n rows of d numbers against m columns (None: against themselves)."""
-
-    n: int
-    m: int | None
-    d: int
-    dtype: torch.dtype
-    reduction: str = "mean"
-    wants_gradient: bool = True
-
-    @property
-    def columns(self) -> int:
-        """How many columns each row is compared with, itself included."""
-        return self.n if self.m is None else self.m
-
-    @property
-    def embedding_bytes(self) -> int:
-        """Bytes of the embeddings, both sides."""
-        return (self.n + (self.m or 0)) * self.d * self.dtype.itemsize
-
-
-class Cost(NamedTuple):
-    """What a path does, forward and, where a gradient is wanted, backward.
-
-    flops: of its products and sweeps, as it computes them. bytes: that must cross memory.
-    extra_memory: peak bytes beyond the inputs, the gradient included.
-    """
-
-    flops: int
-    bytes: int
-    extra_memory: int
 
 
 @dataclass(frozen=True)
@@ -115,7 +82,7 @@ def eq8_flops(n: int, d: int, c: int) -> int:
 
 def path_cost(path: str, work: Work, class_sizes: Sequence[int]) -> Cost:
     """What the path of that name counts for this work; class_sizes: members among the columns."""
-    return _COSTS[path](work, class_sizes)
+    return Cost(*_OPERATIONS[path](work, class_sizes), _MEMORY[path](work, class_sizes))
 
 
 _planned: dict[tuple[object, ...], tuple[Spec, str]] = {}
@@ -211,7 +178,10 @@ def explain_plan(
 def _work(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> Work:
     n, d = embeddings.shape
     m = None if ref_emb is None else ref_emb.shape[0]
-    return Work(n, m, d, embeddings.dtype, spec.reduction, spec.wants_gradient)
+    dtype, device = embeddings.dtype, embeddings.device.type
+    if ref_emb is not None:
+        dtype = torch.promote_types(dtype, ref_emb.dtype)
+    return Work(n, m, d, dtype, spec.reduction, spec.wants_gradient, device)
 
 
 def _takers(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> tuple[str, ...]:
@@ -246,8 +216,8 @@ def _reason(path: str, takers: tuple[str, ...], work: Work, device: str) -> str:
 
 def _seconds(path: str, work: Work, device: str, class_sizes: Sequence[int]) -> float:
     constants = CONSTANTS[device][path]
-    cost = path_cost(path, work, class_sizes)
-    return constants.call + constants.flop * cost.flops + constants.byte * cost.bytes
+    flops, bytes_ = _OPERATIONS[path](work, class_sizes)
+    return constants.call + constants.flop * flops + constants.byte * bytes_
 
 
 def _products(work: Work) -> int:
@@ -257,54 +227,51 @@ def _products(work: Work) -> int:
     return 2 if work.m is None else 3
 
 
-def _reference(work: Work, class_sizes: Sequence[int]) -> Cost:
+def _reference(work: Work, class_sizes: Sequence[int]) -> tuple[int, int]:
     """Dense matrices in plain torch; the backward computes S anew."""
     pairs = work.n * work.columns
     products, sweeps = _products(work) + work.wants_gradient, 30 if work.wants_gradient else 12
-    accumulated = max(4, work.dtype.itemsize)
-    side = (work.n + (work.m or 0)) * work.d * accumulated
-    return Cost(
-        flops=products * 2 * pairs * work.d + sweeps * pairs,
-        bytes=sweeps * pairs * accumulated + (3 if work.wants_gradient else 1) * side,
-        extra_memory=7 * pairs * accumulated + 3 * side,
+    side = work.vectors * work.d * work.accumulated
+    return (
+        products * 2 * pairs * work.d + sweeps * pairs,
+        sweeps * pairs * work.accumulated + (3 if work.wants_gradient else 1) * side,
     )
 
 
-def _native(work: Work, class_sizes: Sequence[int]) -> Cost:
+def _native(work: Work, class_sizes: Sequence[int]) -> tuple[int, int]:
     """S once, and once its weights times each side; a sweep over S for each."""
     pairs, products = work.n * work.columns, _products(work)
-    accumulated = max(4, work.dtype.itemsize)
-    gradient = (work.n + (work.m or 0)) * work.d * accumulated if work.wants_gradient else 0
-    return Cost(
-        flops=products * (2 * work.d + 7) * pairs,
-        bytes=products * work.embedding_bytes + gradient + products * pairs * accumulated,
-        extra_memory=pairs * accumulated + 2 * gradient,
+    gradient = work.vectors * work.d * work.accumulated if work.wants_gradient else 0
+    return (
+        products * (2 * work.d + 7) * pairs,
+        products * work.embedding_bytes + gradient + products * pairs * work.accumulated,
     )
 
 
-def _gram(work: Work, class_sizes: Sequence[int]) -> Cost:
+def _gram(work: Work, class_sizes: Sequence[int]) -> tuple[int, int]:
     """See `paths.gram`; the columns' classes are those that have moments."""
-    n, d, itemsize = max(work.n, work.columns), work.d, work.dtype.itemsize
-    return Cost(
-        flops=gram.flops(
-            n, d, class_sizes, work.reduction != "none", work.m is None and native.missing() is None
-        ),
-        bytes=gram.traffic(n, d, itemsize),
-        extra_memory=gram.extra_memory(n, d, itemsize),
-    )
+    n, d = max(work.n, work.columns), work.d
+    by_native = work.m is None and native.missing() is None
+    flops = gram.flops(n, d, class_sizes, work.reduction != "none", by_native)
+    return flops, gram.traffic(n, d, work.dtype.itemsize)
 
 
-def _triton(work: Work, class_sizes: Sequence[int]) -> Cost:
+def _triton(work: Work, class_sizes: Sequence[int]) -> tuple[int, int]:
     """See `paths.fused`."""
     counted = fused.cost(work.n, work.m, work.d, work.dtype, work.reduction, work.wants_gradient)
-    gradient = work.embedding_bytes if work.wants_gradient else 0
-    rows = 8 * (work.n + work.columns) * 4
-    return Cost(counted.flops, counted.bytes, gradient + rows + counted.scratch)
+    return counted.flops, counted.bytes
 
 
-_COSTS: dict[str, Callable[[Work, Sequence[int]], Cost]] = {
+_OPERATIONS: dict[str, Callable[[Work, Sequence[int]], tuple[int, int]]] = {
     "reference": _reference,
     "native": _native,
     "gram": _gram,
     "triton": _triton,
+}
+"""FLOPs and bytes, by which a path is chosen: memory is counted only where it is asked for."""
+_MEMORY: dict[str, Callable[[Work, Sequence[int]], int]] = {
+    "reference": plain.extra_memory,
+    "native": native.extra_memory,
+    "gram": gram.extra_memory,
+    "triton": fused.extra_memory,
 }

@@ -14,12 +14,14 @@ import contextlib
 import functools
 import importlib.util
 import os
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..cost import Work, round_up
 from ..spec import Gradients, Path, Rows, Spec, State, accumulation_dtype
 from . import panels
 
@@ -65,12 +67,11 @@ def gradient_blocks(dtype: torch.dtype, hopper: bool) -> Blocks:
 
 
 class Cost(NamedTuple):
-    """FLOPs of the products, bytes that must cross memory, kernels launched, bytes of scratch."""
+    """FLOPs of the products, bytes that must cross memory, kernels launched."""
 
     flops: int
     bytes: int
     launches: int
-    scratch: int = 0
 
 
 class Rates(NamedTuple):
@@ -163,12 +164,10 @@ def _panels_cost(n: int, m: int | None, d: int, dtype: torch.dtype, wants_gradie
     accumulated = max(4, dtype.itemsize)
     held = panels.pairs(n, columns, m is None)
     count = _tiles_of(n, panels.panel_rows(n, columns))
-    panel = panels.panel_rows(n, columns) * columns
     total = Cost(
         flops=2 * held * d,
         bytes=3 * size + 2 * held * accumulated,
         launches=10 * sides + 6 * count,
-        scratch=2 * size + panel * accumulated,
     )
     if not wants_gradient:
         return total
@@ -179,7 +178,6 @@ def _panels_cost(n: int, m: int | None, d: int, dtype: torch.dtype, wants_gradie
         total.flops + backward,
         total.bytes + (6 + 2 * sides) * size + swept,
         total.launches + sides * (15 + 4 * count),
-        total.scratch + panel * dtype.itemsize + 2 * max(n, columns) * d * accumulated,
     )
 
 
@@ -612,3 +610,55 @@ def _times(pull: Tensor, upstream: Tensor) -> Tensor:
     if upstream.dim() and upstream.shape[0] != pull.shape[1]:
         return pull  # the side that has no losses of its own
     return torch.where(pull == 0, 0.0, pull * upstream)
+
+
+def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
+    """Peak bytes beyond the inputs, the gradient included: by one launch, tiles or panels."""
+    n, number = work.n, work.accumulated
+    if work.m is None and work.reduction != "none" and n <= SMALL_ROWS:
+        return (2 * n + 1) * number + work.gradient_bytes + work.cast_bytes
+    kept = (6 * n + 3 * (work.m or 0)) * number  # norms, means, pulls
+    of = _panels_memory if by_panels(n, work.m, work.d, work.dtype) else _tiles_memory
+    return kept + max(of(work), work.gradient_bytes + work.cast_bytes)
+
+
+def _tiles_memory(work: Work) -> int:
+    """Copies of rows that tiles cannot read, and each program's part of sums and gradient."""
+    itemsize, number = work.dtype.itemsize, work.accumulated
+    device = torch.device(work.device)
+    d = round_up(work.d, 16)
+    copies = work.vectors * d * itemsize if d != work.d else 0
+    blocks = row_blocks(work.dtype, _is_hopper(device))
+    row_tiles = _tiles_of(work.n, blocks.n)
+    parts = _parts(row_tiles, _tiles_of(work.columns, blocks.m), device)
+    forward = copies + parts * work.n * (2 * number + 4)
+    if not work.wants_gradient:
+        return forward
+    blocks = gradient_blocks(work.dtype, _is_hopper(device))
+
+    def gradient(n: int, m: int) -> int:
+        programs = _tiles_of(n, blocks.n) * _tiles_of(d, blocks.v)
+        parts = _parts(programs, _tiles_of(m, blocks.m), device)
+        written = n * d * number * (1 if parts == 1 else parts + 1)
+        return written + (n * work.d * number if copies else 0)
+
+    backward = gradient(work.n, work.columns)
+    if work.m is not None:  # the gradient of the rows waits for that of the columns
+        backward = max(backward, work.n * work.d * number + gradient(work.m, work.n))
+    return max(forward, copies + backward)
+
+
+def _panels_memory(work: Work) -> int:
+    """Scaled rows of both sides, panels of S, a side's gradient, its unit rows and their product.
+
+    One panel is still there when the next is made; half weights stand beside the panel.
+    """
+    itemsize, number = work.dtype.itemsize, work.accumulated
+    n, m, d = (round_up(size, 16) for size in (work.n, work.columns, work.d))
+    scaled = (n if work.m is None else n + m) * d * itemsize
+    rows = min(panels.panel_rows(work.n, work.columns), n)
+    panel = rows * m * (number + (itemsize if work.casts else 0)) * (1 if rows == n else 2)
+    if not work.wants_gradient:
+        return 2 * scaled + panel
+    waiting = 0 if work.m is None else work.n * work.d * number
+    return scaled + panel + waiting + 3 * max(n, m) * d * number

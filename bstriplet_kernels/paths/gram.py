@@ -12,8 +12,9 @@ from types import ModuleType
 
 from torch import Tensor
 
+from ..cost import Work
 from ..spec import Path, Rows, Spec, State, reduce_losses, row_gradient
-from . import gram_device, gram_host, gram_native
+from . import gram_device, gram_host, gram_native, native
 from .second_moments import form_fraction, moment_fraction
 
 _BYTES_A_ROW = 96  # order, inverse norms, means, a and the vectors that make them
@@ -102,10 +103,9 @@ def traffic(n: int, d: int, itemsize: int = 4) -> int:
     return n * (6 * d * itemsize + _BYTES_A_ROW)
 
 
-def extra_memory(n: int, d: int, itemsize: int = 4) -> int:
-    """Peak bytes beyond the inputs on the CPU, the gradient included, whatever the classes are."""
-    accumulation = max(4, itemsize)
-    smallest = min(gram_host.smallest_moment(d), gram_native.smallest_moment(d))
-    matrices = (n // smallest + 8) * d * d
-    panel = 6 * gram_host.panel_rows(d) * max(d, gram_host.smallest_moment(d))
-    return n * (d * itemsize + _BYTES_A_ROW) + (matrices + panel) * accumulation
+def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
+    """Peak bytes beyond the inputs, the gradient included, of the schedule that will run."""
+    if work.device != "cpu":
+        return gram_device.extra_memory(work, class_sizes)
+    by_native = work.m is None and native.missing() is None
+    return (gram_native if by_native else gram_host).extra_memory(work, class_sizes)

@@ -14,12 +14,13 @@ have a fixed order: no atomics, the same bits from run to run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..cost import Work, round_up
 from ..spec import accumulation_dtype
 from .second_moments import class_weights, inverse_norms, through_normalisation
 
@@ -323,3 +324,26 @@ def segment_sums(values: Tensor, segment: Tensor, count: int) -> Tensor:
     every = torch.arange(count + 1, device=segment.device)
     offsets = torch.searchsorted(segment, every)
     return torch.segment_reduce(values, "sum", offsets=offsets, axis=0, unsafe=True)
+
+
+def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
+    """Peak bytes beyond the inputs, the gradient included; the same whatever the classes are.
+
+    A chunk is tiles, with unit rows, their products (and weighted copies) and a gathered matrix, or
+    blocks, with three times their rows and four times their band of S.
+    """
+    n, d, number = work.n, work.d, work.accumulated
+    width, block = max(16, d // 2), max(16, d // 4)
+    window = block + round_up(smallest_moment(d), block)
+    segments = segment_count(n, d)
+    tiles = -(-n // width) + segments
+    tiles_at_once = min(tiles, max(1, CHUNK_NUMBERS // (2 * d * d + 4 * width * d)))
+    rows_at_once = min(round_up(n, block), max(block, CHUNK_NUMBERS // (4 * window + 6 * d)))
+    kept = n * (4 * 8 + 5 * number) + tiles * width * 8
+    widened = n * d * number if work.casts else 0  # half rows, for their norms
+    both = work.wants_gradient  # of moments, rows and S there is one more for the backward
+    matrices = ((1 + both) * segments + 2) * d * d
+    in_tiles = tiles_at_once * (d * d + (2 + both) * width * d)
+    in_blocks = rows_at_once * ((3 + both) * window + 3 * d)
+    working = (matrices + max(in_tiles, in_blocks)) * number
+    return kept + max(widened, work.gradient_bytes + max(working, work.cast_bytes))

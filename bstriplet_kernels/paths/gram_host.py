@@ -10,12 +10,14 @@ one at D <= 128) and O(N).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..cost import Work
 from ..spec import accumulation_dtype
 from .second_moments import (
     add_moment,
@@ -486,3 +488,49 @@ def add_blocks(v: Tensor, tile: Tile, columns: Side, weights: Weights, scale: fl
     for at, members in column_blocks(tile, columns, own):
         similarity = (unit @ members.mT).mul_(weights.of_pairs(tile.rows, at, tile.classes))
         target.baddbmm_(similarity, members, alpha=scale)
+
+
+def split_sizes(
+    class_sizes: Sequence[int], columns: int, smallest: int
+) -> tuple[list[int], Counter[int]]:
+    """Members of each class that has a moment matrix; of the others, how many have each size."""
+    large = [s for s in class_sizes if s >= smallest or 2 * s > columns]
+    return large, Counter(s for s in class_sizes if s < smallest and 2 * s <= columns)
+
+
+def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
+    """Peak bytes beyond the inputs, the gradient included.
+
+    class_sizes: members of each class among the columns; the rows are taken to be shared out alike.
+    A class whose rows differ in weight needs a matrix A_c, known only when it runs: counted for
+    half of the classes.
+    """
+    n, m, d, number = work.n, work.columns, work.d, work.accumulated
+    large, small = split_sizes(class_sizes, m, smallest_moment(d))
+    if m < n:  # of classes of one size among few columns some differ in their many rows
+        small = Counter({size: (count + 1) // 2 for size, count in small.items()})
+    longer, shorter = max(n, m), min(n, m)
+    panel = panel_rows(d)
+    runs = [*large, *(size * count for size, count in small.items())]
+    rows = min(panel, max(runs) * longer // m)
+    held = 2 if rows >= longer else 3  # unit rows, their products, the panel before
+    blocks = [
+        min(panel, size * count * longer // m) * (size * shorter // m)
+        for size, count in small.items()
+    ]
+    block = max(blocks, default=0)  # of S
+
+    sorting = 5 * 8 * work.vectors
+    widened = max(n, m) * d * number if work.casts else 0  # half rows, for their norms
+    kept = work.vectors * (8 + number) + 4 * n * number
+    if work.wants_gradient:
+        # T, q T and A of all classes, their complements, a run's operator and its terms
+        matrices = 11 if large else 8
+        matrices += len(large) if work.m is not None else len(large) // 2  # A_c
+        panels = held * rows * d + (2 if work.m is None else 1) * block  # and weights of its size
+    else:
+        matrices = 7
+        panels = (held if large else held - 1) * rows * d + block
+    read = rows * d * work.dtype.itemsize if work.casts else 0
+    working = ((len(large) + matrices) * d * d + panels) * number + read
+    return max(sorting, kept + max(widened, work.gradient_bytes + max(working, work.cast_bytes)))

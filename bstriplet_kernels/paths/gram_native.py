@@ -6,9 +6,12 @@ backward; rows are read where they lie instead of being moved in class order fir
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from . import native
+from ..cost import Work, round_up
+from . import gram_host, native
 
 SMALLEST_MOMENT = 64
 BLOCK_PRODUCTS = 2  # of the members of a small class: half of S twice, and its weights
@@ -42,3 +45,45 @@ def gradients(
 ) -> list[Tensor]:
     """[dL/d(embeddings)] for a = dL/dl [h > 0], [N]."""
     return [native.KERNELS["moment_gradient"](a, embeddings, *state, sigma)]
+
+
+_BLOCK_BYTES = 1 << 17  # of unit rows in a thread's scratch; these as in csrc/moments_impl.h
+_FEWEST_ROWS = 96  # of a block
+_PART_ROWS = 4096  # the most rows of one sum in the accumulation dtype
+_PACKED_NUMBERS = 1 << 21  # of the matrices that are packed at once
+_WIDEST_PANEL = 32  # numbers: rows of a block are padded to whole panels
+
+
+def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
+    """Peak bytes beyond the inputs, the gradient and the operators' own arrays included.
+
+    A class whose rows differ in weight needs a matrix A_c, known only when it runs: counted for
+    half of the classes.
+    """
+    n, d, number = work.n, work.d, work.accumulated
+    large, small = gram_host.split_sizes(class_sizes, n, smallest_moment(d))
+    matrix, width = d * d * number, round_up(d, _WIDEST_PANEL)
+
+    runs = [*large, *(size * count for size, count in small.items())]
+    members = max(small, default=0)
+    rows = max(_FEWEST_ROWS, min(n // 32, _BLOCK_BYTES // (width * number)), members)
+    part = max(d, _FEWEST_ROWS, min(n // 32, _PART_ROWS))
+    blocks, parts = (sum(-(-run // most) for run in runs) for most in (rows, part))
+    threads = max(native.threads(blocks, rows * d * d), native.threads(parts, part * d * d // 2))
+    block = 2 * rows * (width + 1) + members * (members + 32)  # unit rows, results, S of a class
+    kept = n * (8 + 3 * number) + 24 * (65 + n // 128) + (2 + len(large)) * matrix
+    kept += threads * block * number
+
+    sums = parts * d * width * number
+    packed = round_up(d, native.panel_columns(work)) * d * number
+    at_once = min(max(1, _PACKED_NUMBERS * number // (2 * packed)), len(large))
+    packing = 2 * packed * max(at_once, bool(small))
+    complements = 2 * d * d * 8  # all classes together and all but a dominating one, in double
+
+    forward = max(sums, complements + packing, 3 * n * number)  # at least the hinge
+    if not work.wants_gradient:
+        return kept + forward
+    weighted = (1 + len(large) // 2) * matrix
+    backward = weighted + max(sums // 2, 2 * complements + packing)
+    weights = 2 * n * number  # of the rows, in both orders
+    return kept + max(forward, work.gradient_bytes + max(weights + backward, work.cast_bytes))

@@ -10,7 +10,7 @@ baseline), read at the first call, asks for less. On CUDA it takes small batches
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path as File
 from typing import Any
 
@@ -24,6 +24,7 @@ from .._torch import (
     register_autograd_kernel,
     require_grad,
 )
+from ..cost import Work, round_up
 from ..spec import Gradients, Path, Rows, Spec, State, accumulation_dtype, reduce_losses
 
 _REINSTALL = (
@@ -219,3 +220,49 @@ def backward(
 
 
 PATH = Path(forward, backward, missing, refuses, keeps=False, heeds_autocast=False)
+
+
+_PAD = 16  # numbers: the widest vector, to which rows are padded (csrc/kernels.h)
+_ROW_GROUP = 96  # rows of the gradient that one unit of work computes, of one panel of columns
+_PANEL_BYTES = {"avx512": 128, "avx2": 64, "baseline": 32}  # of one row, by instruction set
+_THREAD_OPERATIONS = 1 << 18  # multiply-adds for which a thread is started
+
+
+def panel_columns(work: Work) -> int:
+    """Columns of a matrix that the kernels compute at once; the most there are if not built."""
+    chosen = "avx512" if _MISSING is not None else instruction_set()
+    return _PANEL_BYTES[chosen] // work.accumulated
+
+
+def threads(units: int, multiply_adds: int) -> int:
+    """Among how many threads so many units of so many multiply-adds each are shared out."""
+    grain = max(1, _THREAD_OPERATIONS // multiply_adds)
+    return min(torch.get_num_threads(), -(-units // grain))
+
+
+def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
+    """Peak bytes beyond the inputs: S, rows that have to be copied, the gradient, thread scratch.
+
+    All are there when the gradient is written. A gradient of half rows is cast when S is gone.
+    """
+    n, m, d, number = work.n, work.columns, work.d, work.accumulated
+    if work.device != "cpu":  # one launch, all in shared memory
+        return work.gradient_bytes + work.cast_bytes + (2 * n + 1) * number
+    similarities = n * _stride(m)
+    if work.m is not None and work.wants_gradient:
+        similarities += m * _stride(n)  # the transpose
+    copies = work.vectors * round_up(d, _PAD) if work.casts or d % _PAD else 0
+    vectors = 2 * n + 5 * (round_up(n, _PAD) + (0 if work.m is None else round_up(m, _PAD)))
+    labels = 8 * (m + 2 * len(class_sizes))
+    scratch = 0
+    if work.wants_gradient:
+        panel, group = panel_columns(work), min(n, _ROW_GROUP)
+        units = -(-n // _ROW_GROUP) * -(-d // panel)
+        scratch = threads(units, group * panel * m) * (max(n, m) * panel + _PAD)
+    return (similarities + copies + vectors + scratch) * number + work.gradient_bytes + labels
+
+
+def _stride(columns: int) -> int:
+    """Numbers from one row of S to the next: whole vectors, and an odd number of cache lines."""
+    padded = round_up(columns, _PAD)
+    return padded if padded % (2 * _PAD) else padded + _PAD

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from .. import reference
+from ..cost import Work
 from ..spec import Path, Rows, Spec, State
 
 
@@ -35,3 +38,22 @@ def backward(
 
 
 PATH = Path(forward, backward, keeps=False)
+
+
+def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
+    """Peak bytes beyond the inputs: N x M matrices, unit rows and columns, O(N).
+
+    The forward ends with S, phi(S), two masks and phi(S) under each. The backward has S, two masks,
+    the slope, two shares and the two terms of dL/dS; or, where D is large, S, the masks and dL/dS
+    are still there beside the last three temporaries of a side's gradient.
+    """
+    number = work.accumulated
+    pairs, vectors = work.n * work.columns * number, work.n * number
+    rows, columns = vectors * work.d, (work.m or 0) * work.d * number
+    units = rows + columns
+    if not work.wants_gradient:
+        widened = units if work.casts else 0  # half rows, before there is anything else
+        return units + max(6 * pairs, widened) + 3 * vectors
+    forming = 8 * pairs
+    ending = 4 * pairs + max(3 * rows, rows + 3 * columns)
+    return units + max(forming, ending) + 6 * vectors

@@ -129,6 +129,14 @@ def test_explain_prints_everything():
     assert "M = 9" in str(explain(x, labels, ref_emb=ref, ref_labels=ref_labels.to(torch.int8)))
 
 
+def test_explain_counts_in_the_dtype_that_accumulates():
+    x, labels = batch(6, 4, 2, 0, torch.float16)
+    ref, ref_labels = batch(9, 4, 3, 1, torch.float64)
+    mixed = explain(x, labels, ref_emb=ref, ref_labels=ref_labels)
+    assert mixed.work.dtype == torch.float64
+    assert mixed.cost == explain(x.double(), labels, ref_emb=ref, ref_labels=ref_labels).cost
+
+
 def test_auto_compiles_whole_across_the_crossover():
     torch.compiler.reset()
     compiled = torch.compile(bstriplet_loss, fullgraph=True, dynamic=True, backend="aot_eager")
