@@ -1,0 +1,112 @@
+"""Run as a program under counting_allocator.cpp: [explained, allocated] of each case of a schedule.
+
+The schedule is the only argument, the cases come as JSON on stdin and the pairs leave on stdout.
+"""
+
+import ctypes
+import json
+import sys
+import threading
+from typing import NamedTuple
+
+import torch
+
+from bstriplet_kernels import bstriplet_loss, plan
+from bstriplet_kernels.paths import gram, gram_device, native
+
+
+class Case(NamedTuple):
+    """n rows of d numbers, against m others where that is not None.
+
+    dominating: one class has 7 of 10 rows. margin: at 0.9 all rows have h > 0, at 0 half of them.
+    """
+
+    n: int
+    d: int
+    classes: int
+    m: int | None = None
+    dtype: str = "float32"
+    ref_dtype: str | None = None
+    reduction: str = "mean"
+    margin: float = 0.9
+    dominating: bool = False
+    backward: bool = True
+    threads: int = 1
+
+
+def class_labels(case, n):
+    """Labels [n] of equal shares but for a dominating class."""
+    labels = torch.arange(n) % case.classes
+    if case.dominating:
+        labels[torch.arange(n) % 10 < 7] = 0
+    return labels
+
+
+def explained(schedule, case):
+    """The plan's figure."""
+    columns = class_labels(case, case.n if case.m is None else case.m)
+    dtype = getattr(torch, case.dtype)
+    if case.ref_dtype is not None:
+        dtype = torch.promote_types(dtype, getattr(torch, case.ref_dtype))
+    device = "cuda" if schedule == "gram_device" else "cpu"
+    work = plan.Work(case.n, case.m, case.d, dtype, case.reduction, case.backward, device)
+    sizes = columns.unique(return_counts=True)[1].tolist()
+    return plan.path_cost(path_of(schedule), work, sizes).extra_memory
+
+
+def allocated(schedule, case, allocator):
+    """Peak bytes of forward and backward.
+
+    In a thread of its own, since csrc/ keeps each thread's scratch for the next call.
+    """
+    torch.manual_seed(0)
+    x = torch.randn(case.n, case.d).to(getattr(torch, case.dtype)).requires_grad_(case.backward)
+    labels, keywords, peak = class_labels(case, case.n), {}, []
+    if case.m is not None:
+        ref = torch.randn(case.m, case.d).to(getattr(torch, case.ref_dtype or case.dtype))
+        keywords["ref_emb"] = ref.requires_grad_(case.backward)
+        keywords["ref_labels"] = class_labels(case, case.m)
+    keywords.update(reduction=case.reduction, margin=case.margin, impl=path_of(schedule))
+
+    def count():
+        allocator.start_counting()
+        loss = bstriplet_loss(x, labels, **keywords)
+        if case.backward:
+            loss.sum().backward()
+        peak.append(allocator.stop_counting())
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    thread.join()
+    return peak[0]
+
+
+def path_of(schedule):
+    """What `impl` takes."""
+    return schedule.partition("_")[0]
+
+
+def main():
+    """Force the schedule, then explain and measure."""
+    allocator = ctypes.CDLL(None)
+    allocator.stop_counting.restype = ctypes.c_size_t
+    allocator.start_counting()
+    torch.empty(1000)
+    assert allocator.stop_counting() == 4000, "torch's allocator is not the one that is counted"
+    schedule = sys.argv[1]
+    if schedule == "gram_host":
+        native._MISSING = "taken away"
+    if schedule == "gram_device":
+        gram._schedule = lambda *_: gram_device
+    torch.set_num_threads(1)
+    allocated(schedule, Case(8, 4, 2), allocator)  # what a first call brings along
+    pairs = []
+    for values in json.load(sys.stdin):
+        case = Case(*values)
+        torch.set_num_threads(case.threads)
+        pairs.append((explained(schedule, case), allocated(schedule, case, allocator)))
+    print(json.dumps(pairs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""`Cost.extra_memory` is what is allocated, by every schedule that runs without a GPU."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from allocations import Case, path_of
+
+from bstriplet_kernels.paths import native
+
+HERE = Path(__file__).parent
+FACTOR = 1.5
+CASES = [
+    Case(36, 128, 3),
+    Case(36, 1280, 3),
+    Case(2, 1, 2),
+    Case(7, 3, 3),
+    Case(512, 64, 2),
+    Case(512, 64, 8),
+    Case(512, 64, 100),
+    Case(512, 64, 512),
+    Case(512, 64, 5, dominating=True),
+    Case(1024, 512, 10),
+    Case(256, 512, 4),
+    Case(1000, 33, 7),
+    Case(36, 1280, 3, dtype="bfloat16"),
+    Case(512, 64, 8, dtype="float16"),
+    Case(512, 64, 8, dtype="float64"),
+    Case(2048, 16, 20, dtype="bfloat16", reduction="sum"),
+    Case(64, 96, 64, reduction="none"),
+    Case(512, 64, 8, dtype="float16", reduction="none"),
+    Case(512, 64, 8, margin=0.0),
+    Case(1024, 256, 4, margin=0.0, reduction="none"),
+    Case(512, 64, 8, threads=2),
+    Case(512, 64, 8, backward=False),
+]
+AGAINST_OTHERS = [
+    Case(512, 64, 8, m=300),
+    Case(36, 128, 8, m=2048),
+    Case(1, 4, 2, m=5),
+    Case(512, 64, 8, m=300, dtype="float16", reduction="none"),
+    Case(1500, 16, 8, m=40, dtype="float64"),
+    Case(1024, 256, 4, m=1024),
+    Case(256, 64, 8, m=1024, dtype="bfloat16", ref_dtype="float32"),
+    Case(512, 64, 8, m=300, backward=False),
+]
+LARGE = [
+    Case(20_000, 128, 10),
+    Case(20_000, 32, 2000),
+    Case(65_536, 64, 64),
+    Case(65_536, 2, 5),
+    Case(20_000, 128, 10, dominating=True, margin=0.0),
+    Case(20_000, 128, 150, reduction="none"),
+    Case(20_000, 128, 150, dtype="bfloat16", margin=0.0),
+    Case(20_000, 64, 10, threads=2),
+]
+LARGE_AGAINST_OTHERS = [Case(300, 64, 10, m=20_000), Case(20_000, 64, 10, m=300, reduction="none")]
+INTERPRETED = [  # slow, so small: by one launch, then by tiles
+    Case(36, 128, 3),
+    Case(2, 1, 2),
+    Case(7, 3, 3),
+    Case(64, 96, 64),
+    Case(36, 256, 3, backward=False),
+    Case(36, 64, 3, dtype="bfloat16"),
+    Case(20, 40, 3, dtype="float16"),
+    Case(64, 32, 8, dtype="float64"),
+    Case(64, 32, 2, margin=0.0),
+    Case(36, 128, 3, reduction="none"),
+    Case(36, 20, 3, reduction="none", dtype="float16"),
+    Case(65, 16, 65),
+    Case(100, 64, 8),
+    Case(100, 64, 8, backward=False),
+    Case(100, 48, 5, dominating=True),
+    Case(130, 33, 5, dtype="float16"),
+    Case(70, 32, 4, dtype="float64"),
+    Case(200, 16, 10, reduction="none"),
+    Case(60, 16, 3, m=100),
+    Case(16, 24, 3, m=70, dtype="bfloat16"),
+]
+SCHEDULES = {
+    "reference": CASES + AGAINST_OTHERS,
+    "native": CASES + AGAINST_OTHERS,
+    "gram_native": CASES + LARGE,
+    "gram_host": CASES + AGAINST_OTHERS + LARGE + LARGE_AGAINST_OTHERS,
+    "gram_device": CASES + LARGE[:2],
+    "triton": INTERPRETED,
+}
+
+
+@pytest.fixture(scope="module")
+def allocator(tmp_path_factory):
+    if sys.platform != "linux" or shutil.which("g++") is None:
+        pytest.skip("needs Linux and g++")
+    library = tmp_path_factory.mktemp("allocator") / "counting_allocator.so"
+    source = HERE / "counting_allocator.cpp"
+    subprocess.run(["g++", "-O2", "-fPIC", "-shared", source, "-o", library, "-ldl"], check=True)
+    return library
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_extra_memory_is_what_is_allocated(schedule, allocator):
+    if schedule.endswith("native") and native.missing() is not None:
+        pytest.skip(native.missing())
+    if schedule == "triton" and importlib.util.find_spec("triton") is None:
+        pytest.skip("needs Triton")
+    cases = SCHEDULES[schedule]
+    ran = subprocess.run(
+        [sys.executable, HERE / "allocations.py", schedule],
+        input=json.dumps(cases),
+        env=os.environ
+        | {"LD_PRELOAD": str(allocator), "TRITON_INTERPRET": str(int(schedule == "triton"))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    wrong = [
+        f"{explained:,} explained, {allocated:,} allocated: {path_of(schedule)} of {case}"
+        for case, (explained, allocated) in zip(cases, json.loads(ran.stdout), strict=True)
+        if not allocated / FACTOR <= explained <= allocated * FACTOR
+    ]
+    assert not wrong, "\n" + "\n".join(wrong)
