@@ -250,8 +250,14 @@ def _path(provider: Provider, problem: Problem) -> str:
 
 
 def _work(case: Case) -> plan.Work:
-    wants_gradient = case.operation != FORWARD
-    return plan.Work(case.n, None, case.d, DTYPES[case.dtype], wants_gradient=wants_gradient)
+    return plan.Work(
+        case.n,
+        None,
+        case.d,
+        DTYPES[case.dtype],
+        wants_gradient=case.operation != FORWARD,
+        device=torch.device(case.device).type,
+    )
 
 
 def _not_installed(provider: Provider) -> str | None:

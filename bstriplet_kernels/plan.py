@@ -144,8 +144,7 @@ def _form(given: Tensor | None) -> object:
 
 def choose(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str:
     """The path that `impl="auto"` runs for this input; reads shapes only, never the device."""
-    takers = _takers(embeddings, ref_emb, spec)
-    return _fastest(takers, _work(embeddings, ref_emb, spec), embeddings.device.type)
+    return _fastest(_takers(embeddings, ref_emb, spec), _work(embeddings, ref_emb, spec))
 
 
 def explain_plan(
@@ -159,19 +158,18 @@ def explain_plan(
     if embeddings.is_meta or dispatches_itself(labels):
         raise ValueError("labels have no values here, and explain counts classes; pass real ones")
     work = _work(embeddings, ref_emb, spec)._replace(wants_gradient=True)
-    device = embeddings.device.type
-    takers = _takers(embeddings, ref_emb, spec)
-    sizes = (labels if ref_labels is None else ref_labels).unique(return_counts=True)[1].tolist()
-    path = choose(embeddings, ref_emb, spec)
-    measured = CONSTANTS.get(device, {})
+    columns = (labels if ref_labels is None else ref_labels).to(torch.int64)
+    sizes = columns.unique(return_counts=True)[1].tolist()
+    takers, path = _takers(embeddings, ref_emb, spec), choose(embeddings, ref_emb, spec)
+    predicted = _predicted(takers, work, sizes)
     return Plan(
         path=path,
-        reason=_reason(path, takers, work, device),
+        reason=_reason(path, takers, work, predicted),
         work=work,
         n_classes=len(sizes),
         cost=path_cost(path, work, sizes),
         eq8_flops=eq8_flops(work.n, work.d, len(sizes)),
-        predicted={p: _seconds(p, work, device, sizes) for p in takers if p in measured},
+        predicted=predicted,
     )
 
 
@@ -193,31 +191,37 @@ def _takers(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> tuple[str
     )
 
 
-def _fastest(takers: tuple[str, ...], work: Work, device: str) -> str:
-    measured = [path for path in takers if path in CONSTANTS.get(device, {})]
-    if measured:
-        sizes = [max(1, work.columns // _ASSUMED_CLASSES)] * _ASSUMED_CLASSES
-        seconds = [_seconds(path, work, device, sizes) for path in measured]
-        return measured[seconds.index(min(seconds))]
+def _fastest(takers: tuple[str, ...], work: Work) -> str:
+    sizes = [max(1, work.columns // _ASSUMED_CLASSES)] * _ASSUMED_CLASSES
+    seconds = _predicted(takers, work, sizes)
+    if seconds:
+        return min(seconds, key=lambda path: seconds[path])
     by_rule = ("gram", "triton", "native", "reference")
     if work.columns <= _MOMENTS_FROM * work.d:
         by_rule = ("triton", "native", "reference", "gram")
     return next(path for path in by_rule if path in takers)
 
 
-def _reason(path: str, takers: tuple[str, ...], work: Work, device: str) -> str:
+def _reason(path: str, takers: tuple[str, ...], work: Work, predicted: dict[str, float]) -> str:
     if len(takers) == 1:
         return "the only path that takes this input here"
-    if CONSTANTS.get(device):
-        return "least predicted time"
+    if predicted:
+        reason = "least predicted time"
+        if predicted[path] > min(predicted.values()):
+            reason += f" for {_ASSUMED_CLASSES} classes, which a choice by shapes alone assumes"
+        return reason
     side = "up to" if work.columns <= _MOMENTS_FROM * work.d else "beyond"
-    return f"by rule, {device} is not calibrated: N {side} {_MOMENTS_FROM} D"
+    return f"by rule, {work.device} is not calibrated: N {side} {_MOMENTS_FROM} D"
 
 
-def _seconds(path: str, work: Work, device: str, class_sizes: Sequence[int]) -> float:
-    constants = CONSTANTS[device][path]
-    flops, bytes_ = _OPERATIONS[path](work, class_sizes)
-    return constants.call + constants.flop * flops + constants.byte * bytes_
+def _predicted(takers: tuple[str, ...], work: Work, class_sizes: Sequence[int]) -> dict[str, float]:
+    """Seconds of each of these paths that has been measured on this kind of device."""
+    seconds = {}
+    for path, constants in CONSTANTS.get(work.device, {}).items():
+        if path in takers:
+            flops, bytes_ = _OPERATIONS[path](work, class_sizes)
+            seconds[path] = constants.call + constants.flop * flops + constants.byte * bytes_
+    return seconds
 
 
 def _products(work: Work) -> int:

@@ -61,6 +61,21 @@ def test_the_choice_follows_predicted_time(monkeypatch):
     assert set(explained.predicted) == {"reference", "gram"}
 
 
+def test_a_choice_that_the_classes_would_change_says_so(monkeypatch):
+    """Many small classes make moments cheap, which a choice by shapes alone cannot know."""
+    constants = {"reference": Constants(0, 1e-12, 0), "gram": Constants(0, 0.9e-12, 0)}
+    monkeypatch.setattr(plan, "CONSTANTS", {"cpu": constants})
+    reasons = []
+    for classes in (3, 100):
+        explained = explain(torch.randn(200, 300), torch.arange(200) % classes)
+        assert explained.path == "reference"
+        reasons.append(explained.reason)
+    assert reasons[0] == "least predicted time"
+    assert reasons[1] == (
+        "least predicted time for 3 classes, which a choice by shapes alone assumes"
+    )
+
+
 def test_plans_are_remembered_within_bounds(monkeypatch):
     monkeypatch.setattr(plan, "REMEMBERED", 5)
     for n in range(2, 20):
