@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._C import _TorchDispatchModeKey as ModeKey
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 """The classes of a tensor that nobody has changed; asked for by `type(t) in`, not isinstance."""
@@ -38,13 +38,21 @@ def is_traced() -> bool:
     `autograd.Function`, or see what is inside its forward.
     """
     return (
-        is_compiling()
+        is_dynamo_compiling()  # a non-strict export is seen by its modes
         or _are_transforms_active()
         or forward_ad._current_level >= 0
         or _tracing_state() is not None
         or (_count_modes() > 0 and _is_mode_tracing())
         or _is_key_included(_PRE_DISPATCH)
     )
+
+
+def is_transform_traced_above_autograd() -> bool:
+    """Whether make_fx(..., pre_dispatch=True) records the inside of a transform of torch.func.
+
+    It keeps the numbers of the transform's level as constants of its graph, of any function.
+    """
+    return not is_compiling() and _is_key_included(_PRE_DISPATCH) and _are_transforms_active()
 
 
 def is_jit_traced() -> bool:
@@ -61,14 +69,11 @@ def dispatches_itself(tensor: Tensor) -> bool:
     return torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python)
 
 
-def is_batched_upstream(tensor: Tensor) -> bool:
-    """Whether this is what `torch.autograd.grad(..., is_grads_batched=True)` sends upstream."""
-    return torch._C._functorch.is_legacy_batchedtensor(tensor)
+is_batched_upstream = torch._C._functorch.is_legacy_batchedtensor
+"""Whether a tensor is what `torch.autograd.grad(..., is_grads_batched=True)` sends upstream."""
 
-
-def is_last_use_of_graph() -> bool:
-    """Whether the running backward frees the graph behind it (no retain_graph)."""
-    return not torch._C._autograd._get_current_graph_task_keep_graph()
+keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+"""Whether the running backward leaves the graph for another one (retain_graph)."""
 
 
 def have_tangents(*tensors: Tensor | None) -> bool:
@@ -83,30 +88,24 @@ def require_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
 
 
-def kernel_of(operator: Any) -> Callable[..., Any]:
-    """An operator of csrc/ as a function that goes by its kernel for autograd, which takes 5 us.
+below_autograd = torch._C._AutoDispatchBelowAutograd
+"""Context in which an operator's kernel for autograd is passed by: in Python it takes 5 us.
 
-    Straight to the kernel of the first argument's device, 0.7 us sooner than through the context
-    that leaves autograd out; through it where a dispatch mode is to see the call.
+The rest of the dispatcher stays: negated views, zero tensors, dispatch modes, the profiler.
+"""
+
+
+def in_memory(tensor: Tensor) -> Tensor:
+    """A tensor whose numbers lie where its pointer says: no negated view, no zero tensor.
+
+    Operators are given such tensors by the dispatcher; what takes a pointer itself has to ask.
     """
-    redispatch = operator._handle.redispatch_boxed
-    cpu, cuda = (
-        torch._C.DispatchKeySet(key)
-        for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
-    )
-
-    def call(first: Tensor, *args: Any) -> Any:
-        if _count_modes() > 0:
-            with torch._C._AutoDispatchBelowAutograd():
-                return operator(first, *args)
-        return redispatch(cpu if first.is_cpu else cuda, first, *args)
-
-    return call
+    return tensor.clone() if tensor._is_zerotensor() else tensor.resolve_neg()
 
 
 def call_below_autograd(operator: Any, keyset: Any, *args: Any) -> Any:
     """Go on to what an operator does below its kernel for autograd, from within that kernel."""
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 

@@ -11,28 +11,12 @@ import torch
 from torch import Tensor
 
 from . import operators
-from ._torch import is_batched_upstream, is_last_use_of_graph, is_traced, without_autocast
+from ._torch import is_batched_upstream, is_traced, keeps_graph, without_autocast
 from .paths import PATHS
 from .spec import Gradients, Rows, Spec
 
 _Others = tuple[Tensor, Tensor | None, Spec, str]  # labels, ref_labels, spec, path
 _N_SAVED = 6  # both sides, their labels and the rows; then the path's state
-
-
-def batch_similarity(
-    embeddings: Tensor,
-    ref_emb: Tensor | None,
-    labels: Tensor,
-    ref_labels: Tensor | None,
-    spec: Spec,
-    path: str,
-) -> tuple[Tensor, Rows | None]:
-    """The differentiable loss, and the rows where spec wants them."""
-    others = labels, ref_labels, spec, path
-    if spec.wants_rows:
-        loss, positive, negative = BatchSimilarity.apply(embeddings, ref_emb, others)
-        return loss, Rows(positive, negative)
-    return BatchSimilarity.apply(embeddings, ref_emb, others), None
 
 
 class BatchSimilarity(torch.autograd.Function):
@@ -74,6 +58,7 @@ class BatchSimilarity(torch.autograd.Function):
             torch.is_grad_enabled()  # a second derivative may follow
             or is_traced()
             or type(grad_loss) is not Tensor
+            or grad_loss._is_zerotensor()  # which has no number to look at
             or is_batched_upstream(grad_loss)  # many upstreams come at once
         ):
             tensors = embeddings, saved[2], ref_emb, saved[3]
@@ -94,7 +79,7 @@ class BatchSimilarity(torch.autograd.Function):
 
 def _scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
     """A saved gradient times the upstream number; in its own memory where this is its last use."""
-    if not is_last_use_of_graph():
+    if keeps_graph():
         gradient = gradient * grad_loss
     # Elsewhere to look at the number is to wait for it; here tolist() is faster than item().
     elif not grad_loss.is_cpu or grad_loss.tolist() != 1:

@@ -6,7 +6,7 @@ import difflib
 import functools
 import math
 from numbers import Real
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,21 @@ class Target(NamedTuple):
     group: ProcessGroup | None
     return_stats: bool
 
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """The options again as `bstriplet_loss` takes them."""
+        spec = self.spec
+        return {
+            "margin": spec.margin,
+            "similarity": "signed_square" if spec.signed else "square",
+            "eq3": "corrected" if spec.sigma > 0 else "printed",
+            "reduction": spec.reduction,
+            "group": self.group,
+            "impl": self.impl,
+            "eps": spec.eps,
+            "return_stats": self.return_stats,
+        }
+
 
 def make_target(
     margin: float,
@@ -50,6 +65,7 @@ def make_target(
     """The options of `bstriplet_loss`, checked."""
     check_impl(impl)
     if group is not None:
+        check_group(group)
         refuse_named_impl(impl, "group")
     return Target(make_spec(margin, similarity, eq3, reduction, eps), impl, group, return_stats)
 
@@ -63,10 +79,21 @@ def available_impls() -> tuple[str, ...]:
     return tuple(name for name, path in PATHS.items() if path.missing() is None)
 
 
+def check_group(group: ProcessGroup) -> None:
+    """Raise unless this is a process group."""
+    from torch.distributed import ProcessGroup
+
+    if not isinstance(group, ProcessGroup):
+        raise TypeError(
+            f"group must be a torch.distributed process group, got {_named(group)}; "
+            "torch.distributed.group.WORLD is the default one"
+        )
+
+
 def check_weight(weight: float) -> float:
     """lambda of Eq. 7 as a float; raises unless it is a finite number >= 0."""
     if isinstance(weight, bool) or not isinstance(weight, _NUMBER):
-        raise TypeError(f"weight must be a number >= 0, got {type(weight).__name__}")
+        raise TypeError(f"weight must be a number >= 0, got {_named(weight)}")
     if not 0 <= weight < math.inf:
         raise ValueError(f"weight must be a finite number >= 0, got {weight}")
     return float(weight)
@@ -75,13 +102,11 @@ def check_weight(weight: float) -> float:
 def make_spec(margin: float, similarity: str, eq3: str, reduction: str, eps: float = 1e-12) -> Spec:
     """The options checked and turned into numbers."""
     if isinstance(margin, bool) or not isinstance(margin, _NUMBER):
-        raise TypeError(f"margin must be a number in [0, 1], got {type(margin).__name__}")
-    if similarity not in _SIGNED:
-        raise _unknown("similarity", similarity, tuple(_SIGNED))
-    if eq3 not in _SIGMA:
-        raise _unknown("eq3", eq3, tuple(_SIGMA))
+        raise TypeError(f"margin must be a number in [0, 1], got {_named(margin)}")
+    _check_word("similarity", similarity, tuple(_SIGNED))
+    _check_word("eq3", eq3, tuple(_SIGMA))
     if isinstance(eps, bool) or not isinstance(eps, _NUMBER):
-        raise TypeError(f"eps must be a positive finite number, got {type(eps).__name__}")
+        raise TypeError(f"eps must be a positive finite number, got {_named(eps)}")
     spec = Spec(float(margin), _SIGMA[eq3], _SIGNED[similarity], reduction, float(eps))
     check_spec(spec)
     return spec
@@ -93,18 +118,16 @@ def check_spec(spec: Spec) -> None:
         raise ValueError(f"margin must be in [0, 1], got {spec.margin}")
     if spec.sigma not in _SIGMA.values():
         raise ValueError(f"sigma must be 1 or -1, got {spec.sigma}")
-    if spec.reduction not in _REDUCTIONS:
-        raise _unknown("reduction", spec.reduction, _REDUCTIONS)
+    _check_word("reduction", spec.reduction, _REDUCTIONS)
     if not 0 < spec.eps < math.inf:
         raise ValueError(f"eps must be a positive finite number, got {spec.eps}")
 
 
 def check_impl(impl: str) -> None:
     """Raise unless `impl` is "auto" or a path that can run here."""
+    _check_word("impl", impl, ("auto", *PATHS))
     if impl == "auto":
         return
-    if impl not in PATHS:
-        raise _unknown("impl", impl, ("auto", *PATHS))
     missing = PATHS[impl].missing()
     if missing is not None:
         raise RuntimeError(
@@ -132,7 +155,7 @@ def refuse_named_impl(impl: str, given: str) -> None:
 
 def refuse_distributed(name: str, tensor: Tensor) -> None:
     """Raise where a tensor is a DTensor, a part of which lies on each rank."""
-    if type(tensor).__module__.startswith("torch.distributed.tensor"):
+    if type(tensor).__name__ == "DTensor":  # by name: importing the class takes seconds
         raise TypeError(
             f"{name} is a DTensor, a part of which lies on each rank: pass full_tensor() of "
             "embeddings and labels, or to_local() of both and group=, whose loss is also that of "
@@ -153,6 +176,8 @@ def check_embeddings(
     if ref_emb is None:
         return
     _check_matrix("ref_emb", ref_emb)
+    if is_known(ref_emb.shape[0] == 0):
+        raise ValueError("ref_emb has no rows to compare with: give at least 1, or no ref_emb")
     if ref_emb.shape[1] != embeddings.shape[1]:
         raise ValueError(
             f"ref_emb must have as many columns as embeddings, {embeddings.shape[1]}, "
@@ -182,15 +207,14 @@ def check_indices(indices_tuple: tuple[Tensor, ...]) -> None:
     for i, index in enumerate(indices_tuple):
         if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
             kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
-            raise TypeError(f"indices_tuple[{i}] must be an int64 tensor, got {kind}")
+            raise TypeError(f"indices_tuple[{i}] must be an int64 or int32 tensor, got {kind}")
     partners = (0, 0, 0) if len(indices_tuple) == 3 else (0, 0, 2, 2)
     for i, partner in enumerate(partners):
-        own, other = (indices_tuple[k].shape for k in (i, partner))
+        own, other = (tuple(indices_tuple[k].shape) for k in (i, partner))
         if own != other or len(own) != 1:
             raise ValueError(
-                f"the index tensors of a pair must be one-dimensional and of one length: "
-                f"indices_tuple[{i}] has {own.numel()} entries "
-                f"and indices_tuple[{partner}] {other.numel()}"
+                "the index tensors of a pair must be one-dimensional and of one length, got "
+                f"shape {own} of indices_tuple[{i}] and {other} of indices_tuple[{partner}]"
             )
 
 
@@ -238,7 +262,14 @@ def check_batch(embeddings: Tensor, ref_emb: Tensor | None) -> None:
         )
 
 
-def _unknown(name: str, value: object, allowed: tuple[str, ...]) -> ValueError:
+def _check_word(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value in allowed:
+        return
     near = difflib.get_close_matches(str(value), allowed, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}{hint}")
+    raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}{hint}")
+
+
+def _named(value: object) -> str:
+    """A value of a wrong type, with the type."""
+    return f"{value!r} of type {type(value).__name__}"

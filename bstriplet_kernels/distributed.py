@@ -33,11 +33,6 @@ def global_loss(
 
     Raises ValueError where the global batch has fewer than 2 rows, or ranks differ in D or dtype.
     """
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(
-            f"group must be a torch.distributed process group, got {type(group).__name__}; "
-            "torch.distributed.group.WORLD is the default one"
-        )
     sizes = _gather_sizes(embeddings, group)
     loss, positive, negative = _GlobalBatch.apply(embeddings, labels, group, sizes, spec)
     return loss, Rows(positive, negative)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_dynamo_compiling, is_exporting
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import operators, plan, reference
@@ -15,10 +15,11 @@ from ._torch import (
     dispatches_itself,
     is_jit_traced,
     is_traced,
+    is_transform_traced_above_autograd,
     numbers_of_shapes,
     without_autocast,
 )
-from .autograd import batch_similarity
+from .autograd import BatchSimilarity
 from .checks import (
     Target,
     check_batch,
@@ -126,44 +127,27 @@ def compute(
     ref_labels: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, BSTripletStats]:
     """`bstriplet_loss` for options that have been checked: check the tensors, plan, run."""
-    by_operator = False
-    given = embeddings, labels, ref_emb, ref_labels
-    if not _are_plain(*given):
-        if not is_dynamo_compiling() and has_torch_function(given):
-            return _compute_by_class(given, target)
-        if not is_dynamo_compiling():
-            embeddings, labels = _undressed(embeddings), _undressed(labels)
-            ref_emb, ref_labels = _undressed(ref_emb), _undressed(ref_labels)
-            given = embeddings, labels, ref_emb, ref_labels
-        by_operator = not _are_plain(*given)
-    if target.group is not None:
-        check_embeddings(*given)
-        if not is_dynamo_compiling() and (by_operator or is_traced() or embeddings.is_meta):
-            raise RuntimeError(
-                "group cannot be traced, exported or differentiated by torch.func: ranks exchange "
-                "rows while the loss runs. Call it outside, or torch.compile what contains it"
-            )
-        return _global_loss(embeddings, labels.to(torch.int64), ref_emb, target)
-    if by_operator or is_traced() or embeddings.is_meta:
-        return _compute_traced(embeddings, labels, target, ref_emb, ref_labels)
-    spec, path = plan.checked_plan(*given, target, _wants_gradient(embeddings, ref_emb))
+    if (
+        type(embeddings) not in PLAIN_TENSORS
+        or type(labels) not in PLAIN_TENSORS
+        or (ref_emb is not None and type(ref_emb) not in PLAIN_TENSORS)
+        or (ref_labels is not None and type(ref_labels) not in PLAIN_TENSORS)
+        or target.group is not None
+        or is_traced()
+        or embeddings.is_meta
+    ):
+        return _compute_otherwise((embeddings, labels, ref_emb, ref_labels), target)
+    wants_gradient = _wants_gradient(embeddings, ref_emb)
+    spec, path = plan.checked_plan(embeddings, labels, ref_emb, ref_labels, target, wants_gradient)
     if labels.dtype != torch.int64:
         labels = labels.to(torch.int64)
     if ref_labels is not None:
         ref_labels = ref_labels.to(torch.int64)
-    loss, rows = batch_similarity(embeddings, ref_emb, labels, ref_labels, spec, path)
-    return loss if rows is None or not target.return_stats else (loss, _stats(rows, spec))
-
-
-def _are_plain(
-    embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None, ref_labels: Tensor | None
-) -> bool:
-    """Whether none is of a class that may do things its own way."""
-    if type(embeddings) not in PLAIN_TENSORS or type(labels) not in PLAIN_TENSORS:
-        return False
-    if ref_emb is None and ref_labels is None:
-        return True
-    return all(t is None or type(t) in PLAIN_TENSORS for t in (ref_emb, ref_labels))
+    others = labels, ref_labels, spec, path
+    if not target.return_stats:
+        return BatchSimilarity.apply(embeddings, ref_emb, others)
+    loss, *rows = BatchSimilarity.apply(embeddings, ref_emb, others)
+    return loss, _stats(Rows(*rows), spec)
 
 
 def _wants_gradient(embeddings: Tensor, ref_emb: Tensor | None) -> bool:
@@ -172,48 +156,75 @@ def _wants_gradient(embeddings: Tensor, ref_emb: Tensor | None) -> bool:
     return wanted and torch.is_grad_enabled()
 
 
-def _compute_by_class(given: _Given, target: Target) -> Tensor | tuple[Tensor, BSTripletStats]:
+def _compute_otherwise(given: _Given, target: Target) -> Tensor | tuple[Tensor, BSTripletStats]:
+    """`compute` where it is not the eager loss of plain tensors in one process."""
+    if not is_dynamo_compiling():
+        if has_torch_function(given):
+            return _compute_by_class(given, target)
+        embeddings, labels, ref_emb, ref_labels = plain = tuple(map(_undressed, given))
+        if any(new is not old for new, old in zip(plain, given, strict=True)):
+            return compute(embeddings, labels, target, ref_emb, ref_labels)
+    embeddings, labels, ref_emb, ref_labels = given
+    if target.group is None:
+        return _compute_traced(*given, target)
+    check_embeddings(*given)
+    is_seen = is_traced() or embeddings.is_meta or dispatches_itself(embeddings)
+    if is_exporting() or (is_seen and not is_dynamo_compiling()):
+        raise RuntimeError(
+            "group cannot be traced, exported or differentiated by torch.func: ranks exchange "
+            "rows while the loss runs. Call it outside, or torch.compile what contains it"
+        )
+    return _global_loss(embeddings, labels.to(torch.int64), ref_emb, target)
+
+
+def _compute_by_class(given: _Given, target: Target) -> Any:
     """As torch's own losses do: a class with `__torch_function__` takes the whole call.
 
     Labels of a class that knows nothing of the embeddings' are numbers: torch would refuse the mix.
     """
-    embeddings, labels, *refs = given
+    embeddings, labels, ref_emb, ref_labels = given
     kinds = type(embeddings), type(labels)
     if has_torch_function((embeddings,)) and not (
         issubclass(*kinds) or issubclass(*reversed(kinds))
     ):
         labels = _undressed(labels)
-    taken = embeddings, labels, *refs
-    result = handle_torch_function(loss_and_stats, taken, embeddings, labels, target, *refs)
-    return result if isinstance(result, Tensor) else (result[0], BSTripletStats(*result[1:]))
+    taken = embeddings, labels, ref_emb, ref_labels
+    options = target.keywords | {"ref_emb": ref_emb, "ref_labels": ref_labels}
+    if not target.return_stats:
+        return handle_torch_function(bstriplet_loss, taken, embeddings, labels, **options)
+    result = handle_torch_function(loss_and_stats, taken, embeddings, labels, **options)
+    return result[0], BSTripletStats(result[1], result[2], result[3])
 
 
-def loss_and_stats(
-    embeddings: Tensor,
-    labels: Tensor,
-    target: Target,
-    ref_emb: Tensor | None,
-    ref_labels: Tensor | None,
-) -> Tensor | tuple[Tensor, ...]:
-    """What such a class is asked to call: `compute`, with stats as torch can convert them."""
-    result = compute(embeddings, labels, target, ref_emb, ref_labels)
-    return result if isinstance(result, Tensor) else (result[0], *result[1])
+def loss_and_stats(embeddings: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    """`bstriplet_loss` with `return_stats` as such a class is asked for it.
+
+    A plain tuple of the loss and the three statistics, in which torch finds the tensors to convert.
+    """
+    loss, stats = bstriplet_loss(embeddings, labels, **options)
+    return loss, *stats
 
 
 def _undressed(given: Any) -> Any:
     """A tensor of a class that takes no operators itself as the plain tensor that it is."""
-    is_dressed = isinstance(given, Tensor) and not dispatches_itself(given)
-    return given.as_subclass(Tensor) if is_dressed else given
+    if type(given) in PLAIN_TENSORS or not isinstance(given, Tensor) or dispatches_itself(given):
+        return given
+    return given.as_subclass(Tensor)
 
 
 def _compute_traced(
     embeddings: Tensor,
     labels: Tensor,
-    target: Target,
     ref_emb: Tensor | None,
     ref_labels: Tensor | None,
+    target: Target,
 ) -> Tensor | tuple[Tensor, BSTripletStats]:
     """By the operator, which looks at sizes when it runs; here they may be symbols."""
+    if is_transform_traced_above_autograd():
+        raise RuntimeError(
+            "a transform of torch.func traced above autograd (pre_dispatch=True) leaves a graph of "
+            "constants; trace with pre_dispatch=False, or trace the function without the transform"
+        )
     with numbers_of_shapes():
         check_embeddings(embeddings, labels, ref_emb, ref_labels)
         check_batch(embeddings, ref_emb)

@@ -75,13 +75,9 @@ class BSTripletLoss(nn.Module):
         return functional.compute(embeddings, labels, self._target, ref_emb, ref_labels)
 
     def extra_repr(self) -> str:
-        spec, impl, group, _ = self._target
-        distributed = "" if group is None else ", group=..."
-        return (
-            f"margin={spec.margin}, similarity={'signed_square' if spec.signed else 'square'}, "
-            f"eq3={'corrected' if spec.sigma > 0 else 'printed'}, reduction={spec.reduction}, "
-            f"impl={impl}{distributed}"
-        )
+        options = self._target.keywords
+        options["group"] = None if options["group"] is None else "..."
+        return ", ".join(f"{name}={value}" for name, value in options.items())
 
 
 class CrossEntropyBSTripletLoss(nn.Module):

@@ -177,16 +177,40 @@ def _run_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _run_loss_gradient(grad_loss: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    known = args[_N_PROBLEM:]
-    if known:
-        return _pair([gradient * grad_loss for gradient in known], grad_loss)
     problem = Problem(*args[:_N_PROBLEM])._replace(gradient=False)
+    _check_upstream(grad_loss, problem)
+    known = [gradient for gradient in args[_N_PROBLEM:] if gradient is not None]
+    if known:
+        _check_known(known, problem)
+        return _pair([gradient * grad_loss for gradient in known], grad_loss)
     (spec, path), inputs = problem.planned(), problem.path_inputs
     dtype = accumulation_dtype(*problem.sides)
     with without_autocast(problem.embeddings.device):
         rows, state = path.forward(*inputs, spec)[1:] if path.keeps else (None, ())
         grads = path.backward(grad_loss.to(dtype), *inputs, rows, state, spec)
     return _pair(grads, grads[0])
+
+
+def _check_upstream(grad_loss: Tensor, problem: Problem) -> None:
+    """Raise unless there is a number from upstream for what the reduction leaves."""
+    n = problem.embeddings.shape[0]
+    expected = (n,) if problem.reduction == "none" else ()
+    if grad_loss.shape != expected:
+        raise ValueError(
+            f"grad_loss must have shape {list(expected)}, as the loss has with "
+            f"reduction={problem.reduction!r}, got shape {list(grad_loss.shape)}"
+        )
+
+
+def _check_known(known: list[Tensor], problem: Problem) -> None:
+    """Raise unless these can be what `loss` returned for the sides."""
+    shapes = [list(gradient.shape) for gradient in known[: len(problem.sides)]]
+    expected = [list(side.shape) for side in problem.sides]
+    if problem.reduction == "none" or shapes != expected:
+        raise ValueError(
+            "known and known_ref must be what loss returned for a scalar, gradients of shapes "
+            f"{expected}, got shapes {shapes} with reduction={problem.reduction!r}"
+        )
 
 
 # What tracers see: shapes and dtypes.
@@ -343,17 +367,20 @@ def _derivative(
     return kernel
 
 
-def _map_over_batch(operator: Any) -> Callable[..., Any]:
+def _map_over_batch(operator: Any, shapes: Callable[..., Any]) -> Callable[..., Any]:
     """The rule for vmap: one call for each batch, since a batch is what the loss is of."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        results = [
-            operator(
-                *(a if d is None else a.select(d, b) for a, d in zip(args, in_dims, strict=True))
-            )
-            for b in range(info.batch_size)
-        ]
-        stacked = tuple(torch.stack(outputs) for outputs in zip(*results, strict=True))
+        given = list(zip(args, in_dims, strict=True))
+        if info.batch_size == 0:
+            one = shapes(*(a if d is None else a.sum(d).to(a.dtype) for a, d in given))
+            stacked = tuple(output.new_empty((0, *output.shape)) for output in one)
+        else:
+            results = [
+                operator(*(a if d is None else a.select(d, b) for a, d in given))
+                for b in range(info.batch_size)
+            ]
+            stacked = tuple(torch.stack(outputs) for outputs in zip(*results, strict=True))
         return stacked, (0,) * len(stacked)
 
     return rule
@@ -372,5 +399,5 @@ for _operator, _run, _shapes, _function, _plain in (
     _name = _operator._schema.name
     torch.library.impl(_name, "CompositeExplicitAutograd", _run)
     torch.library.register_fake(_name, _shapes)
-    torch.library.register_vmap(_name, _map_over_batch(_operator))
+    torch.library.register_vmap(_name, _map_over_batch(_operator, _shapes))
     register_autograd_kernel(_operator, _derivative(_operator, _function, _plain))

@@ -109,7 +109,6 @@ def checked_plan(
             embeddings.is_cpu or embeddings.device,
             labels.shape,
             labels.dtype,
-            labels.layout,
             labels.is_cpu or labels.device,
             target,
             wants_gradient,

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._torch import in_memory
 from ..cost import Work, round_up
 from ..spec import Gradients, Path, Rows, Spec, State, accumulation_dtype
 from . import panels
@@ -210,6 +211,7 @@ def forward(
     spec: Spec,
 ) -> tuple[Tensor, Rows, State]:
     """Eqs. 2-4; the state is dL/df for unit upstream gradient, or norms and the rows' weights."""
+    embeddings, ref_emb, labels, ref_labels = _in_memory(embeddings, ref_emb, labels, ref_labels)
     if _fits_one_launch(embeddings, ref_emb, spec):
         loss, positive, negative, gradient = _small(embeddings, labels, spec, spec.wants_gradient)
         state = Gradients((gradient,)) if spec.wants_gradient else ()
@@ -245,6 +247,8 @@ def backward(
     spec: Spec,
 ) -> tuple[Tensor, Tensor | None]:
     """dL/df of both sides, from the tiles of S anew, or by one multiply."""
+    embeddings, ref_emb, labels, ref_labels = _in_memory(embeddings, ref_emb, labels, ref_labels)
+    grad_loss = in_memory(grad_loss)
     if _fits_one_launch(embeddings, ref_emb, spec):
         gradient = state[0] if state else _small(embeddings, labels, spec, True)[3]
         return gradient * grad_loss, None
@@ -259,6 +263,11 @@ def backward(
         _gradient(*side, *other, grad_loss, False, spec.signed),
         _gradient(*other, *side, grad_loss, False, spec.signed),
     )
+
+
+def _in_memory(*tensors: Any) -> Any:
+    """`in_memory` for what kernels take by its pointer; None stays None."""
+    return tuple(None if t is None else in_memory(t) for t in tensors)
 
 
 def _fits_one_launch(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> bool:

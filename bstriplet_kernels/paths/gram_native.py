@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from .._torch import below_autograd
 from ..cost import Work, round_up
 from . import gram_host, native
 
@@ -37,14 +38,16 @@ def forward(
 ) -> list[Tensor]:
     """[positive [N], negative [N], *state]: the two means of Eq. 3, and what `gradients` wants."""
     smallest = smallest_moment(embeddings.shape[1])
-    return list(native.KERNELS["moment_means"](embeddings, labels, eps, smallest))
+    with below_autograd():
+        return list(native.CALLS["moment_means"](embeddings, labels, eps, smallest))
 
 
 def gradients(
     a: Tensor, embeddings: Tensor, ref_emb: None, state: list[Tensor], sigma: float
 ) -> list[Tensor]:
     """[dL/d(embeddings)] for a = dL/dl [h > 0], [N]."""
-    return [native.KERNELS["moment_gradient"](a, embeddings, *state, sigma)]
+    with below_autograd():
+        return [native.CALLS["moment_gradient"](a, embeddings, *state, sigma)]
 
 
 _BLOCK_BYTES = 1 << 17  # of unit rows in a thread's scratch; these as in csrc/moments_impl.h

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from .._torch import (
+    below_autograd,
     call_below_autograd,
     have_tangents,
-    kernel_of,
     register_autograd_kernel,
     require_grad,
 )
@@ -119,15 +119,15 @@ def _refuse_derivatives(operator: Any) -> None:
     register_autograd_kernel(operator, kernel)
 
 
-KERNELS: dict[str, Callable[..., Any]] = {}
-"""What `_OPERATORS` do, by name, where they are."""
+CALLS: dict[str, Callable[..., Any]] = {}
+"""`_OPERATORS` by name, to be called `below_autograd`: 2 us sooner than torch.ops' own objects."""
 
 if _MISSING is None:
     torch.library.register_fake("bstriplet::batch_similarity", _shapes)
     for _name in _OPERATORS:
         _operator = getattr(torch.ops.bstriplet, _name).default
         _refuse_derivatives(_operator)
-        KERNELS[_name] = kernel_of(_operator)
+        CALLS[_name] = _operator._op
 
 
 def missing() -> str | None:
@@ -184,12 +184,12 @@ def forward(
     """One call, which brings the gradient too where one number will come from upstream."""
     scalar = spec.reduction != "none"
     with_gradient = scalar and spec.wants_gradient
-    if ref_emb is None:
-        results = KERNELS["batch_similarity"](embeddings, labels, *_given_options(spec))
-    else:
-        results = KERNELS["batch_similarity"](
-            embeddings, labels, *_options(spec), ref_emb, ref_labels
-        )
+    call = CALLS["batch_similarity"]
+    with below_autograd():
+        if ref_emb is None:
+            results = call(embeddings, labels, *_given_options(spec))
+        else:
+            results = call(embeddings, labels, *_options(spec), ref_emb, ref_labels)
     loss, means, grad, grad_ref = results
     # To take the means apart costs as much as a small batch's arithmetic.
     rows = None if with_gradient and not spec.wants_rows else Rows(*means.unbind())
@@ -213,9 +213,11 @@ def backward(
     n = embeddings.shape[0]
     upstream = grad_loss / n if spec.reduction == "mean" else grad_loss
     options = _options(spec._replace(reduction="sum", wants_gradient=True))
-    *_, grad, grad_ref = KERNELS["batch_similarity"](
-        embeddings, labels, *options, ref_emb, ref_labels, upstream.expand(n)
-    )
+    call = CALLS["batch_similarity"]
+    with below_autograd():
+        *_, grad, grad_ref = call(
+            embeddings, labels, *options, ref_emb, ref_labels, upstream.expand(n)
+        )
     return grad, None if ref_emb is None else grad_ref
 
 

@@ -47,9 +47,12 @@ REF, REF_Y = batch(5, 4, 2, 1, torch.float32)
         (ValueError, r"labels is on meta and embeddings on cpu", {"labels": Y.to("meta")}),
         (ValueError, r"margin must be in \[0, 1\], got 1.5", {"margin": 1.5}),
         (ValueError, r"margin must be in \[0, 1\], got nan", {"margin": float("nan")}),
-        (TypeError, r"margin must be a number in \[0, 1\], got str", {"margin": "0.9"}),
-        (TypeError, r"margin must be a number in \[0, 1\], got bool", {"margin": True}),
-        (TypeError, r"margin must be a number in \[0, 1\], got list", {"margin": [0.9]}),
+        (TypeError, r"margin must be a number in \[0, 1\], got '0.9' of type str",
+         {"margin": "0.9"}),
+        (TypeError, r"margin must be a number in \[0, 1\], got True of type bool",
+         {"margin": True}),
+        (TypeError, r"margin must be a number in \[0, 1\], got \[0.9\] of type list",
+         {"margin": [0.9]}),
         (ValueError, r"similarity must be one of 'square', 'signed_square', got 'signed'; did you "
          r"mean 'signed_square'", {"similarity": "signed"}),
         (ValueError, r"eq3 must be one of .*got 'print'; did you mean 'printed'", {"eq3": "print"}),
@@ -58,7 +61,7 @@ REF, REF_Y = batch(5, 4, 2, 1, torch.float32)
         (ValueError, r"impl must be one of 'auto', .*'reference'.*did you mean 'reference'",
          {"impl": "refrence"}),
         (ValueError, r"eps must be a positive finite number, got 0", {"eps": 0}),
-        (TypeError, r"eps must be a positive finite number, got str", {"eps": "1"}),
+        (TypeError, r"eps must be a positive finite number, got '1' of type str", {"eps": "1"}),
         (ValueError, r"ref_emb was given without ref_labels", {"ref_emb": REF}),
         (ValueError, r"ref_labels was given without ref_emb", {"ref_labels": REF_Y}),
         (ValueError, r"ref_emb must have as many columns as embeddings, 4, got shape \(5, 3\)",
@@ -67,10 +70,12 @@ REF, REF_Y = batch(5, 4, 2, 1, torch.float32)
         (TypeError, r"ref_emb must be float64", {"ref_emb": REF.int(), "ref_labels": REF_Y}),
         (ValueError, r"ref_emb is on meta and embeddings on cpu",
          {"ref_emb": REF.to("meta"), "ref_labels": REF_Y.to("meta")}),
-        (TypeError, r"group must be a torch.distributed process group, got str",
+        (TypeError, r"group must be a torch.distributed process group, got 'world' of type str",
          {"group": "world"}),
-        (ValueError, r"group and ref_emb were both given",
-         {"group": "any", "ref_emb": REF, "ref_labels": REF_Y}),
+        (ValueError, r"similarity must be one of .*, got \['square'\]", {"similarity": ["square"]}),
+        (ValueError, r"impl must be one of .*, got \['auto'\]", {"impl": ["auto"]}),
+        (ValueError, r"ref_emb has no rows to compare with",
+         {"ref_emb": REF[:0], "ref_labels": REF_Y[:0]}),
     ],
 )  # fmt: skip
 def test_refused(error, message, arguments):
@@ -105,9 +110,9 @@ def test_modules_refuse_when_they_are_made(options, message):
     [
         (ValueError, {"weight": -1}, "weight must be a finite number >= 0, got -1"),
         (ValueError, {"weight": float("inf")}, "weight must be a finite number >= 0, got inf"),
-        (TypeError, {"weight": "1"}, "weight must be a number >= 0, got str"),
+        (TypeError, {"weight": "1"}, "weight must be a number >= 0, got '1' of type str"),
         (ValueError, {"reduction": "none"}, "reduction='none' does not fit"),
-        (TypeError, {"weight": True}, "weight must be a number >= 0, got bool"),
+        (TypeError, {"weight": True}, "weight must be a number >= 0, got True of type bool"),
         (TypeError, {"return_stats": True}, "unexpected keyword argument 'return_stats'"),
     ],
 )
@@ -229,10 +234,13 @@ def test_listed_pairs_with_reference_embeddings_and_their_gradient():
     [
         (ValueError, (torch.tensor([0]),) * 2, "indices_tuple must be triplets .* got 2 entries"),
         (ValueError, 5, "indices_tuple must be triplets .* got int"),
-        (TypeError, ([0], [1], [2]), r"indices_tuple\[0\] must be an int64 tensor, got list"),
+        (TypeError, ([0], [1], [2]),
+         r"indices_tuple\[0\] must be an int64 or int32 tensor, got list"),
         (TypeError, (torch.tensor([0.5]),) * 3, r"indices_tuple\[0\] must be .*got torch.float32"),
         (ValueError, (torch.tensor([0]), torch.tensor([1, 2]), torch.tensor([3])),
-         r"indices_tuple\[1\] has 2 entries and indices_tuple\[0\] 1"),
+         r"got shape \(2,\) of indices_tuple\[1\] and \(1,\) of indices_tuple\[0\]"),
+        (ValueError, (torch.zeros(1, 2, dtype=torch.int64),) * 3,
+         r"one-dimensional .*got shape \(1, 2\) of indices_tuple\[0\]"),
     ],
 )  # fmt: skip
 def test_bad_indices(error, indices, message):

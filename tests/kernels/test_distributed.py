@@ -120,6 +120,8 @@ def errors_are_clear(rank, world):
             module(impl="gram", group=group)
     with pytest.raises(ValueError, match="impl='reference' is not used where group is given"):
         bstriplet_loss(x, labels, impl="reference", group=group)
+    with pytest.raises(ValueError, match="group and ref_emb were both given"):
+        bstriplet_loss(x, labels, ref_emb=x, ref_labels=labels, group=group)
     with pytest.raises(ValueError, match="indices_tuple cannot be given together with group"):
         BSTripletLoss(group=group)(x, labels, (labels, labels, labels))
     loss = bstriplet_loss(x.requires_grad_(), labels, group=group)
@@ -159,6 +161,11 @@ def what_would_lose_the_gradient_is_refused(rank, world):
         with torch.autograd.forward_ad.dual_level():
             return loss(torch.autograd.forward_ad.make_dual(x, x))
 
+    def strictly_exported(x):
+        return torch.export.export(Holder(loss), (x,), strict=True)
+
+    with pytest.raises(Exception, match="group cannot be traced, exported or differentiated"):
+        strictly_exported(x)
     transforms = (torch.func.grad(loss), torch.func.jacfwd(loss), torch.vmap(loss))
     for run in (traced, exported, jit_traced, dual, *transforms):
         with pytest.raises(

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from oracle import Options, batch, skip_if_refused
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bstriplet_kernels import BSTripletLoss, bstriplet_loss
 from bstriplet_kernels.paths import native
@@ -146,6 +148,57 @@ def test_vmap_over_embeddings_labels_and_both(impl):
         given = (xs if in_dims[0] == 0 else x, ys if in_dims[1] == 0 else labels)
         got = torch.vmap(one, in_dims)(*given)
         torch.testing.assert_close(got, torch.stack([one(*pair) for pair in pairs]))
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, torch.func.grad, torch.func.jacfwd])
+def test_vmap_over_no_batch_at_all(impl, transform):
+    _, labels = problem()
+    none = torch.empty(0, 7, 4, dtype=torch.float64)
+
+    def shape(loss):
+        return torch.vmap(transform(loss))(none).shape
+
+    assert shape(lambda x: bstriplet_loss(x, labels, impl=impl)) == shape(torch.mean)
+
+
+@pytest.mark.parametrize(
+    ("upstream", "options", "message"),
+    [
+        (torch.ones(7), {}, r"grad_loss must have shape \[\], as the loss has.*got shape \[7\]"),
+        (torch.ones(()), {"reduction": "none"}, r"must have shape \[7\], .*got shape \[\]"),
+        (torch.ones(7), {"reduction": "none", "known": torch.ones(7, 4)}, "known and known_ref"),
+        (torch.ones(()), {"known": torch.ones(7, 3)}, r"shapes \[\[7, 4\]\], got .*\[7, 3\]"),
+    ],
+)
+def test_an_upstream_that_does_not_fit_is_refused(upstream, options, message):
+    with pytest.raises(ValueError, match=message):
+        loss_gradient(upstream, *problem(), **options)
+
+
+def test_a_transform_that_a_tracer_would_make_constant_is_refused():
+    x, labels = problem()
+    gradient = torch.func.grad(lambda x: bstriplet_loss(x, labels))
+    with pytest.raises(RuntimeError, match="trace with pre_dispatch=False"):
+        make_fx(gradient, pre_dispatch=True)(x)
+    torch.testing.assert_close(make_fx(gradient)(x.flip(0))(x), gradient(x))
+
+
+@needs_native
+def test_the_profiler_and_dispatch_modes_see_the_operator_of_csrc():
+    x, labels = problem()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        bstriplet_loss(x, labels, impl="native")
+    assert "bstriplet::batch_similarity" in {event.name for event in profile.events()}
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        bstriplet_loss(x, labels, impl="native")
+    assert "bstriplet.batch_similarity.default" in seen
 
 
 def test_a_penalty_on_a_compiled_gradient_is_an_error_and_no_zero():
