@@ -54,7 +54,7 @@ def schedule(request, monkeypatch):
 def test_in_the_interpreter():
     pytest.importorskip("triton")
     chosen = [
-        "test_triton.py",
+        *("test_triton.py", "test_operators.py", "test_tensors.py", "test_tracers.py"),
         "test_properties.py::test_as_exact_as_plain_torch_in_the_same_dtype",
         "test_properties.py::test_reference_embeddings_are_as_exact",
         "test_properties.py::test_nan_and_infinity_are_never_hidden",
