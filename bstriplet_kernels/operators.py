@@ -128,7 +128,9 @@ def loss_and_means(
 ) -> tuple[Tensor, Tensor]:
     """The loss and Eq. 3's two means for each row, [2, N], whoever looks on."""
     options = (*spec[:5], impl, spec.wants_gradient)
-    loss, means, *_ = _LOSS(embeddings, labels, ref_emb, ref_labels, *options)
+    # Inside the operator it would be too late: torch.func restores autocast level by level.
+    with without_autocast(embeddings.device):
+        loss, means, *_ = _LOSS(embeddings, labels, ref_emb, ref_labels, *options)
     return loss, means
 
 
@@ -147,8 +149,9 @@ def gradients(
     In the accumulation dtype, and differentiable in grad_loss and both sides. known: what `loss`
     returned for an upstream of 1.
     """
-    options = (*spec[:5], impl, *known)
-    grad, grad_ref = _LOSS_GRADIENT(grad_loss, embeddings, labels, ref_emb, ref_labels, *options)
+    inputs = embeddings, labels, ref_emb, ref_labels, *spec[:5], impl
+    with without_autocast(embeddings.device):
+        grad, grad_ref = _LOSS_GRADIENT(grad_loss, *inputs, *known)
     return grad, None if ref_emb is None else grad_ref
 
 
@@ -321,13 +324,14 @@ def _pull_back(
         ref_emb = sides[1] if len(sides) == 2 else None
         return function(*first, *problem._replace(embeddings=sides[0], ref_emb=ref_emb))
 
-    values, pull = torch.func.vjp(outputs, *before, *problem.sides)[:2]
-    return pull(
-        tuple(
-            torch.zeros_like(value) if given is None else given
-            for value, given in zip(values, upstream, strict=True)
+    with without_autocast(problem.embeddings.device):
+        values, pull = torch.func.vjp(outputs, *before, *problem.sides)[:2]
+        return pull(
+            tuple(
+                torch.zeros_like(value) if given is None else given
+                for value, given in zip(values, upstream, strict=True)
+            )
         )
-    )
 
 
 def _in_place_of_inputs(
