@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._torch import is_known
+from ._torch import is_known_true
 from .paths import PATHS
 from .spec import Spec
 
@@ -71,7 +71,7 @@ def make_target(
 
 
 remembered_target = functools.lru_cache(REMEMBERED, typed=True)(make_target)
-"""`make_target`, once for each set of hashable options; typed: True is no margin of 1."""
+"""`make_target`, once for each set of hashable options; `typed=True` keeps 1 and True apart."""
 
 
 def available_impls() -> tuple[str, ...]:
@@ -148,7 +148,7 @@ def refuse_named_impl(impl: str, given: str) -> None:
     """Raise where a path is named beside an argument that no path serves."""
     if impl != "auto":
         raise ValueError(
-            f"impl={impl!r} is not used where {given} is given, which is computed in plain torch; "
+            f"impl={impl!r} cannot be combined with {given}: that loss is computed in plain torch; "
             'use impl="auto"'
         )
 
@@ -176,8 +176,6 @@ def check_embeddings(
     if ref_emb is None:
         return
     _check_matrix("ref_emb", ref_emb)
-    if is_known(ref_emb.shape[0] == 0):
-        raise ValueError("ref_emb has no rows to compare with: give at least 1, or no ref_emb")
     if ref_emb.shape[1] != embeddings.shape[1]:
         raise ValueError(
             f"ref_emb must have as many columns as embeddings, {embeddings.shape[1]}, "
@@ -240,7 +238,7 @@ def _check_labels(name: str, labels: Tensor, of: str, matrix: Tensor) -> None:
         raise TypeError(f"{name} must be a dense tensor, got layout {labels.layout}")
     if labels.dtype.is_floating_point or labels.dtype.is_complex:
         raise TypeError(f"{name} must be of an integer dtype or bool, got {labels.dtype}")
-    if labels.dim() != 1 or is_known(labels.shape[0] != matrix.shape[0]):
+    if labels.dim() != 1 or is_known_true(labels.shape[0] != matrix.shape[0]):
         raise ValueError(
             f"{name} must have shape [{matrix.shape[0]}], one label for each row of {of}, "
             f"got shape {tuple(labels.shape)}"
@@ -253,8 +251,14 @@ def _check_labels(name: str, labels: Tensor, of: str, matrix: Tensor) -> None:
 
 
 def check_batch(embeddings: Tensor, ref_emb: Tensor | None) -> None:
+    """Raise where there are too few rows: 2, or 1 on each side where ref_emb is given."""
+    if ref_emb is not None:
+        for name, side in (("embeddings", embeddings), ("ref_emb", ref_emb)):
+            if is_known_true(side.shape[0] < 1):
+                raise ValueError(f"{name} has no rows; at least 1 is needed")
+        return
     n = embeddings.shape[0]
-    if is_known(n < (2 if ref_emb is None else 1)):
+    if is_known_true(n < 2):
         raise ValueError(
             f"embeddings has {n} row{'' if n == 1 else 's'}, and a row is compared with the others "
             "of its batch: at least 2 are needed. Where the last batch of an epoch is the cause, "

@@ -28,7 +28,7 @@ class Work(NamedTuple):
 
     @property
     def vectors(self) -> int:
-        """Embeddings of both sides."""
+        """Number of embeddings on both sides."""
         return self.n + (self.m or 0)
 
     @property
@@ -61,8 +61,8 @@ class Cost(NamedTuple):
     """What a path does, forward and, where a gradient is wanted, backward.
 
     flops: of its products and sweeps, as it computes them. bytes: that must cross memory.
-    extra_memory: the most bytes held at once beyond the inputs, the gradient and the buffers of the
-    C++ operators included; buffers inside BLAS are not.
+    extra_memory: peak bytes beyond the inputs. Includes the gradient and the buffers of the C++
+    operators, not those inside BLAS.
     """
 
     flops: int

@@ -171,8 +171,9 @@ def _compute_otherwise(given: _Given, target: Target) -> Tensor | tuple[Tensor, 
     is_seen = is_traced() or embeddings.is_meta or dispatches_itself(embeddings)
     if is_exporting() or (is_seen and not is_dynamo_compiling()):
         raise RuntimeError(
-            "group cannot be traced, exported or differentiated by torch.func: ranks exchange "
-            "rows while the loss runs. Call it outside, or torch.compile what contains it"
+            "group cannot be used under torch.export, make_fx, torch.jit.trace, torch.func or "
+            "forward-mode AD, nor with meta or fake tensors: ranks exchange rows while the loss "
+            "runs. torch.compile is fine"
         )
     return _global_loss(embeddings, labels.to(torch.int64), ref_emb, target)
 
@@ -180,7 +181,7 @@ def _compute_otherwise(given: _Given, target: Target) -> Tensor | tuple[Tensor, 
 def _compute_by_class(given: _Given, target: Target) -> Any:
     """As torch's own losses do: a class with `__torch_function__` takes the whole call.
 
-    Labels of a class that knows nothing of the embeddings' are numbers: torch would refuse the mix.
+    torch refuses to mix unrelated subclasses, so labels of one are stripped.
     """
     embeddings, labels, ref_emb, ref_labels = given
     kinds = type(embeddings), type(labels)
@@ -206,7 +207,7 @@ def loss_and_stats(embeddings: Tensor, labels: Tensor, **options: Any) -> tuple[
 
 
 def _undressed(given: Any) -> Any:
-    """A tensor of a class that takes no operators itself as the plain tensor that it is."""
+    """Strip a subclass that overrides only `__torch_function__`; return the rest unchanged."""
     if type(given) in PLAIN_TENSORS or not isinstance(given, Tensor) or dispatches_itself(given):
         return given
     return given.as_subclass(Tensor)

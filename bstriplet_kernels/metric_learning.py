@@ -132,7 +132,10 @@ class BSTripletLoss(losses.BaseMetricLossFunction):
         ref_emb: Tensor,
         ref_labels: Tensor | None,
     ) -> Losses:
-        """What the reducer is given; called by the library's `forward`, as are its arguments."""
+        """The losses for the reducer: embeddings [N, D], labels [N], ref_emb [M, D].
+
+        The library's `forward` calls this, with ref_emb = embeddings where none was given.
+        """
         is_self = ref_labels is labels
         if indices_tuple is None and labels is not None and is_self and ref_emb is not embeddings:
             indices_tuple = lmu.get_all_pairs_indices(labels, ref_labels)  # without (i, i)
@@ -214,7 +217,7 @@ class SelfSupervisedLoss(losses.SelfSupervisedLoss):
 
     `loss(embeddings, ref_emb)` with both [N, D]: row i of each is an augmentation of image i, the
     one positive of the other. Arguments are the library's; by its name `BSTripletLoss` of
-    `bstriplet_kernels` is admitted too, on the CPU alone, where this wrapper makes its labels.
+    `bstriplet_kernels` is admitted too, on the CPU alone: this wrapper makes its labels there.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""torch.ops.bstriplet.loss and loss_gradient: the loss for whoever looks into a call.
+"""torch.ops.bstriplet.loss and loss_gradient: the loss as operators, for tracers and torch.func.
 
 torch.compile, torch.export, make_fx, torch.func, torch.jit.trace, meta, fake and wrapper tensors
 meet two operators that have everything of their own: shapes, a rule for vmap, and derivatives of
@@ -103,7 +103,7 @@ class Problem(NamedTuple):
     def planned(self) -> tuple[Spec, Path]:
         """What to run, and by which path; raises where an argument is wrong."""
         spec = self.spec
-        target = Target(spec, self.impl, group=None, return_stats=True)
+        target = Target(spec, self.impl, group=None, return_stats=True)  # the means are outputs
         spec, name = checked_plan(*self.tensors, target, spec.wants_gradient)
         return spec, PATHS[name]
 
@@ -126,7 +126,7 @@ def loss_and_means(
     spec: Spec,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """The loss and Eq. 3's two means for each row, [2, N], whoever looks on."""
+    """The loss and Eq. 3's two means for each row, [2, N], through the operator."""
     options = (*spec[:5], impl, spec.wants_gradient)
     # Inside the operator it would be too late: torch.func restores autocast level by level.
     with without_autocast(embeddings.device):
@@ -144,7 +144,7 @@ def gradients(
     impl: str,
     known: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor | None]:
-    """dL/df of each side for an upstream of `grad_loss`, whoever looks on.
+    """dL/df of each side for an upstream of `grad_loss`, through the operator.
 
     In the accumulation dtype, and differentiable in grad_loss and both sides. known: what `loss`
     returned for an upstream of 1.
@@ -156,7 +156,7 @@ def gradients(
 
 
 def _pair(gradients: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients as an operator returns them: [0] in place of one that there is not."""
+    """Two tensors, as the schema demands; [0] stands for a gradient that does not exist."""
     grads = [g for g in gradients if g is not None]
     grads += [like.new_empty(0) for _ in range(2 - len(grads))]
     return grads[0], grads[1]
@@ -281,7 +281,8 @@ class _Loss(torch.autograd.Function):
         grads: tuple[Tensor | None, ...] = (None, None)
         if grad_loss is not None:
             spec = problem.spec
-            if spec.wants_gradient and not is_traced():  # their own derivative is not lost
+            # Autograd differentiates these outputs again; a compiled graph does not.
+            if spec.wants_gradient and not is_traced():
                 grads = grad * grad_loss, grad_ref * grad_loss
             else:
                 known = (grad, grad_ref) if spec.wants_gradient else ()

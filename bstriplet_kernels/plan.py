@@ -59,7 +59,7 @@ class Plan:
             f"{', forward and backward' if work.wants_gradient else ', forward'}",
             f"path          {self.path}: {self.reason}",
             f"FLOPs         {cost.flops:.3e}",
-            f"bytes         {cost.bytes:.3e}",
+            f"bytes moved   {cost.bytes:.3e}",
             f"extra memory  {cost.extra_memory:.3e} bytes, "
             f"{cost.extra_memory / max(1, work.embedding_bytes):.2f} x the embeddings",
             f"Eq. 8         {self.eq8_flops:.3e} FLOPs, forward alone",
@@ -96,7 +96,7 @@ def checked_plan(
     target: Target,
     wants_gradient: bool,
 ) -> tuple[Spec, str]:
-    """What to run for these inputs and by which path, or what is wrong with them.
+    """Check the inputs; return the spec to run and the path's name. Raises as `bstriplet_loss`.
 
     Remembered by all that decides it, so that in a training loop check and choice are a look-up.
     """
@@ -154,11 +154,11 @@ def explain_plan(
     spec: Spec,
 ) -> Plan:
     """`choose` with its reasons; reads the labels, so it waits for the device."""
-    if embeddings.is_meta or dispatches_itself(labels):
-        raise ValueError("labels have no values here, and explain counts classes; pass real ones")
-    work = _work(embeddings, ref_emb, spec)._replace(wants_gradient=True)
-    columns = (labels if ref_labels is None else ref_labels).to(torch.int64)
-    sizes = columns.unique(return_counts=True)[1].tolist()
+    counted = labels if ref_labels is None else ref_labels
+    if counted.is_meta or dispatches_itself(counted):
+        raise ValueError("explain counts classes, and these labels have no values: pass plain ones")
+    work = _work(embeddings, ref_emb, spec)
+    sizes = counted.to(torch.int64).unique(return_counts=True)[1].tolist()
     takers, path = _takers(embeddings, ref_emb, spec), choose(embeddings, ref_emb, spec)
     predicted = _predicted(takers, work, sizes)
     return Plan(

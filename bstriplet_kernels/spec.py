@@ -64,9 +64,8 @@ class Path(NamedTuple):
     tensors that `backward` wants kept. Where the state is the gradient and spec does not want the
     rows they may be None.
     backward(grad_loss, embeddings, ref_emb, labels, ref_labels, rows, state, spec) ->
-    (gradient of the embeddings, gradient of ref_emb or None), as the state's `Gradients` in the
-    accumulation dtype: an upstream number, such as the scale of a half-precision loss, must come in
-    before what is small can underflow.
+    (gradient of the embeddings, gradient of ref_emb or None), both in the accumulation dtype: the
+    upstream number, such as a loss scale, must be multiplied in before half precision underflows.
     missing() -> what is not installed that the path needs and how to get it, or None.
     refuses(embeddings, ref_emb, spec) -> why the path cannot take this input, or None; it looks at
     shapes, dtypes and devices alone.

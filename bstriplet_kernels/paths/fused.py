@@ -30,7 +30,7 @@ SMALL_ROWS = 64
 MAX_PARTS = 8
 """Among how many programs the columns of one tile of rows are shared out at most."""
 _INTERPRETER_PROCESSORS = 6  # so that small inputs share columns out there too
-_HAS_TRITON = importlib.util.find_spec("triton") is not None  # here, since no trace can ask
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _FIRST_CAPABILITY = 8  # the first with bfloat16 and tf32 products
 
 

@@ -64,7 +64,7 @@ def refuses(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str | Non
     if spec.signed:
         return 'similarity="signed_square" has no second-moment form'
     if ref_emb is not None and not embeddings.is_cpu:
-        return "ref_emb has no schedule of fixed shapes, and runs on the CPU alone"
+        return "with ref_emb it runs on the CPU alone"
     return None
 
 

@@ -1,10 +1,11 @@
 """impl="native": the operator of csrc/, one call for loss and gradient, built when installing.
 
 `torch.ops.bstriplet.batch_similarity` is declared in C++ on torch's stable ABI; here it gets its
-shapes for tracing and is called. It refuses to be differentiated: its derivative is that of
-`torch.ops.bstriplet.loss`. On the CPU it runs AVX-512, AVX2 or the architecture's baseline, the
-widest that the processor has; the environment variable BSTRIPLET_INSTRUCTION_SET (avx512, avx2,
-baseline), read at the first call, asks for less. On CUDA it takes small batches, in one launch.
+shapes for tracing and is called. It raises where it would be differentiated;
+`torch.ops.bstriplet.loss` has the derivative. On the CPU it runs AVX-512, AVX2 or the
+architecture's baseline, the widest that the processor has; the environment variable
+BSTRIPLET_INSTRUCTION_SET (avx512, avx2, baseline), read at the first call, asks for less. On CUDA
+it takes small batches, in one launch.
 """
 
 from __future__ import annotations
@@ -111,8 +112,8 @@ def _refuse_derivatives(operator: Any) -> None:
         numbers = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
         if require_grad(*numbers) or have_tangents(*numbers):
             raise RuntimeError(
-                f"{operator._schema.name} has no derivative of its own; call "
-                "bstriplet_kernels.bstriplet_loss or torch.ops.bstriplet.loss, which have"
+                f"{operator._schema.name} has no derivative of its own; differentiate "
+                "bstriplet_kernels.bstriplet_loss or torch.ops.bstriplet.loss"
             )
         return call_below_autograd(operator, keyset, *args)
 

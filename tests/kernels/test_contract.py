@@ -74,8 +74,10 @@ REF, REF_Y = batch(5, 4, 2, 1, torch.float32)
          {"group": "world"}),
         (ValueError, r"similarity must be one of .*, got \['square'\]", {"similarity": ["square"]}),
         (ValueError, r"impl must be one of .*, got \['auto'\]", {"impl": ["auto"]}),
-        (ValueError, r"ref_emb has no rows to compare with",
+        (ValueError, r"ref_emb has no rows; at least 1 is needed",
          {"ref_emb": REF[:0], "ref_labels": REF_Y[:0]}),
+        (ValueError, r"embeddings has no rows; at least 1 is needed",
+         {"embeddings": X[:0], "labels": Y[:0], "ref_emb": REF, "ref_labels": REF_Y}),
     ],
 )  # fmt: skip
 def test_refused(error, message, arguments):
@@ -173,7 +175,7 @@ def test_a_named_path_that_would_not_run_is_refused(impl):
     if impl not in available_impls():
         pytest.skip(f"{impl} is not here")
     pairs = tuple(torch.tensor(i) for i in ([0], [1], [0], [4]))
-    with pytest.raises(ValueError, match=f"impl='{impl}' is not used where indices_tuple is given"):
+    with pytest.raises(ValueError, match=f"impl='{impl}' cannot be combined with indices_tuple"):
         BSTripletLoss(impl=impl)(X, None, pairs)
     expected = BSTripletLoss()(X, None, pairs)
     assert torch.equal(BSTripletLoss(impl="reference")(X, None, pairs), expected)

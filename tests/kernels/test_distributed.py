@@ -116,9 +116,9 @@ def errors_are_clear(rank, world):
     with pytest.raises(ValueError, match="same number of columns and dtype on every rank"):
         bstriplet_loss(x[:, : 3 + rank], labels, group=group)
     for module in (BSTripletLoss, CrossEntropyBSTripletLoss):
-        with pytest.raises(ValueError, match="impl='gram' is not used where group is given"):
+        with pytest.raises(ValueError, match="impl='gram' cannot be combined with group"):
             module(impl="gram", group=group)
-    with pytest.raises(ValueError, match="impl='reference' is not used where group is given"):
+    with pytest.raises(ValueError, match="impl='reference' cannot be combined with group"):
         bstriplet_loss(x, labels, impl="reference", group=group)
     with pytest.raises(ValueError, match="group and ref_emb were both given"):
         bstriplet_loss(x, labels, ref_emb=x, ref_labels=labels, group=group)
@@ -164,15 +164,13 @@ def what_would_lose_the_gradient_is_refused(rank, world):
     def strictly_exported(x):
         return torch.export.export(Holder(loss), (x,), strict=True)
 
-    with pytest.raises(Exception, match="group cannot be traced, exported or differentiated"):
+    with pytest.raises(Exception, match="group cannot be used under"):
         strictly_exported(x)
     transforms = (torch.func.grad(loss), torch.func.jacfwd(loss), torch.vmap(loss))
     for run in (traced, exported, jit_traced, dual, *transforms):
-        with pytest.raises(
-            RuntimeError, match="group cannot be traced, exported or differentiated"
-        ):
+        with pytest.raises(RuntimeError, match="group cannot be used under"):
             run(x[None] if run is transforms[-1] else x)
-    with pytest.raises(RuntimeError, match="group cannot be traced"):
+    with pytest.raises(RuntimeError, match="group cannot be used"):
         bstriplet_loss(x.to("meta"), labels.to("meta"), group=dist.group.WORLD)
 
 

@@ -169,6 +169,17 @@ def test_compiles_whole_with_static_and_dynamic_n(impl, dynamic):
     assert len(frames) <= {False: 4, True: 1, None: 2}[dynamic]  # no recompile for each batch size
 
 
+def test_what_a_named_path_refuses_is_refused_while_compiling():
+    torch.compiler.reset()
+    x, labels = batch(12, 6, 3, 0)
+
+    def loss(x):
+        return bstriplet_loss(x, labels, impl="gram", similarity="signed_square")
+
+    with pytest.raises(Exception, match="does not take this input"):
+        torch.compile(loss, backend="eager", fullgraph=True)(x)
+
+
 def test_compiles_with_inductor_inside_a_model(impl):
     torch.compiler.reset()
     torch.use_deterministic_algorithms(False)

@@ -7,7 +7,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bstriplet_kernels import BSTripletLoss, bstriplet_loss
-from bstriplet_kernels.paths import native
+from bstriplet_kernels.paths import PATHS, native
 
 loss = torch.ops.bstriplet.loss
 loss_gradient = torch.ops.bstriplet.loss_gradient
@@ -99,11 +99,11 @@ def test_tensors_are_checked_when_it_runs():
     assert torch.equal(loss(x, labels.to(torch.int16))[0], loss(x, labels)[0])
 
 
-def gram_means(x, labels):
+def moment_means(x, labels):
     return torch.ops.bstriplet.moment_means(x, labels, 1e-12, 64)[0]
 
 
-def gram_gradient(x, labels):
+def moment_gradient(x, labels):
     state = torch.ops.bstriplet.moment_means(x.detach(), labels, 1e-12, 64)[2:]
     return torch.ops.bstriplet.moment_gradient(torch.ones(len(x)).to(x), x, *state, 1.0)
 
@@ -113,7 +113,7 @@ def native_loss(x, labels):
 
 
 @needs_native
-@pytest.mark.parametrize("operator", [native_loss, gram_means, gram_gradient])
+@pytest.mark.parametrize("operator", [native_loss, moment_means, moment_gradient])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_operators_of_csrc_refuse_to_be_differentiated(operator, compiled):
     x, labels = problem()
@@ -148,6 +148,84 @@ def test_vmap_over_embeddings_labels_and_both(impl):
         given = (xs if in_dims[0] == 0 else x, ys if in_dims[1] == 0 else labels)
         got = torch.vmap(one, in_dims)(*given)
         torch.testing.assert_close(got, torch.stack([one(*pair) for pair in pairs]))
+
+
+TRANSFORMS = {
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+    "jvp of grad": lambda f, x: torch.func.jvp(torch.func.grad(f), (x,), (torch.ones_like(x),))[1],
+    "grad of grad": lambda f, x: torch.func.grad(lambda z: torch.func.grad(f)(z).square().sum())(x),
+    "hessian": lambda f, x: torch.func.hessian(f)(x),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=list(TRANSFORMS))
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_autocast_changes_no_derivative(impl, transform, reduction):
+    x, labels = problem(dtype=torch.float32)
+
+    def run(x):
+        return bstriplet_loss(x, labels, impl=impl, reduction=reduction).sum()
+
+    expected = transform(run, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = transform(run, x)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_autocast_changes_nothing_of_the_operators(impl, reduction):
+    x, labels = problem(dtype=torch.float32)
+    upstream = torch.rand(7) if reduction == "none" else torch.tensor(2.0)
+    options = {"impl": impl, "reduction": reduction}
+
+    def run():
+        return *loss(x, labels, **options), *loss_gradient(upstream, x, labels, **options)
+
+    expected = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_trace_of_the_backward_alone_follows_its_upstream(impl, reduction):
+    x, labels = problem()
+    loss_ = bstriplet_loss(x.requires_grad_(), labels, impl=impl, reduction=reduction)
+    upstream = torch.ones_like(loss_)
+
+    def gradient(upstream):
+        return torch.autograd.grad(loss_, x, upstream, retain_graph=True)[0]
+
+    graph = make_fx(gradient)(upstream)
+    torch.testing.assert_close(graph(3 * upstream), 3 * gradient(upstream))
+
+
+@pytest.mark.parametrize(
+    ("grad_mode", "leaf", "expected"),
+    [(True, True, True), (False, True, False), (True, False, False)],
+)
+def test_a_gradient_is_computed_where_a_backward_can_follow(
+    impl, monkeypatch, grad_mode, leaf, expected
+):
+    asked = []
+    path = PATHS[impl]
+
+    def forward(*args):
+        asked.append(args[-1].wants_gradient)
+        return path.forward(*args)
+
+    monkeypatch.setitem(PATHS, impl, path._replace(forward=forward))
+    x, labels = problem()
+    with torch.set_grad_enabled(grad_mode):
+        bstriplet_loss(x.requires_grad_(leaf), labels, impl=impl)
+    assert asked == [expected]
+
+
+def test_an_eager_backward_of_the_operator_computes_nothing_twice(monkeypatch):
+    monkeypatch.setattr("bstriplet_kernels.operators.gradients", None)
+    x, labels = problem()
+    (gradient,) = torch.autograd.grad(3 * loss(x.requires_grad_(), labels)[0], x)
+    torch.testing.assert_close(gradient, 3 * loss(x.detach(), labels)[2])
 
 
 @pytest.mark.parametrize("transform", [lambda f: f, torch.func.grad, torch.func.jacfwd])
@@ -209,7 +287,7 @@ def test_a_penalty_on_a_compiled_gradient_is_an_error_and_no_zero():
     compiled = torch.compile(BSTripletLoss(), backend="aot_eager", fullgraph=True)
     (gradient,) = torch.autograd.grad(compiled(x, labels), x, create_graph=True)
     with pytest.raises(RuntimeError, match="does not currently support double backward"):
-        (gradient.square().sum() + x.sum()).backward()
+        torch.autograd.grad(gradient.square().sum() + x.sum(), x)
 
 
 def test_grad_mode_within_a_transform_holds_at_its_level():

@@ -97,6 +97,10 @@ def test_what_was_planned_for_one_input_is_not_run_for_another():
         bstriplet_loss(x, y, ref_emb=x, ref_labels=y.tolist())
     with pytest.raises(ValueError, match="without ref_emb"):
         bstriplet_loss(x, y, ref_labels=y)
+    bstriplet_loss(x, y, ref_emb=x, ref_labels=y)
+    for bad in (y.float(), y[:5]):
+        with pytest.raises((TypeError, ValueError), match="ref_labels"):
+            bstriplet_loss(x, y, ref_emb=x, ref_labels=bad)
     for changed in (x.clone().requires_grad_(), x.double(), x.half()):
         loss = bstriplet_loss(changed, y)
         assert loss.requires_grad == changed.requires_grad

@@ -50,6 +50,15 @@ def test_meta_in_the_modules_and_with_listed_pairs():
     assert BSTripletLoss()(x, None, pairs).is_meta
     with pytest.raises(ValueError, match="labels have no values"):
         explain(x, labels)
+    real = torch.ones(6, 3), torch.zeros(6, dtype=torch.int64)
+    with FakeTensorMode():
+        unknown = torch.ones(6, 3), torch.zeros(6, dtype=torch.int64)
+    with pytest.raises(ValueError, match="labels have no values"):
+        explain(*unknown)
+    with pytest.raises(ValueError, match="labels have no values"):
+        explain(*real, ref_emb=unknown[0], ref_labels=unknown[1])
+    with pytest.raises(ValueError, match="embeddings has 1 row"):
+        bstriplet_loss(x[:1], labels[:1])
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -151,6 +160,8 @@ def test_other_layouts_are_refused_after_a_dense_tensor_of_that_shape_too(impl, 
     other = getattr(x, convert)()
     with pytest.raises(TypeError, match="embeddings must be a dense tensor, got layout"):
         bstriplet_loss(other, labels, impl=impl)
+    skip_if_refused(impl, x, Options(), x)
+    bstriplet_loss(x, labels, ref_emb=x, ref_labels=labels, impl=impl)
     with pytest.raises(TypeError, match="ref_emb must be a dense tensor, got layout"):
         bstriplet_loss(x, labels, ref_emb=other, ref_labels=labels, impl=impl)
     with pytest.raises((TypeError, NotImplementedError)):

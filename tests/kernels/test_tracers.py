@@ -36,6 +36,13 @@ def test_every_pair_of_choices(case):
     assert tracers.verdict(case) == "right"
 
 
+@pytest.mark.parametrize("path", tracers.PATHS)
+@pytest.mark.parametrize("transform", tracers.TRANSFORMS)
+def test_every_transform_eagerly(transform, path):
+    for variant in tracers.VARIANTS:
+        assert tracers.verdict(Case(transform, "eager", path, variant)) == "right", variant
+
+
 def test_a_gradient_that_vanishes_is_seen(monkeypatch):
     """The judge itself: a loss that is cut off the graph, and one that raises."""
     case = Case("grad", "eager", "auto", "plain")

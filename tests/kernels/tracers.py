@@ -1,7 +1,8 @@
 """Every way of differentiating the loss, under every tracer, for every path: right, or an error.
 
-`python tests/kernels/tracers.py` prints the whole table; `test_tracers.py` runs a subset in which
-every pair of choices occurs. Truth is the same transform of the loss in plain torch, eagerly.
+`python tests/kernels/tracers.py` prints the whole table, with words the part of it in which each
+word is a transform, mode, path or variant; `test_tracers.py` runs all of it eagerly and a subset in
+which every pair of choices occurs. Truth is the same transform of plain torch, eagerly.
 """
 
 from __future__ import annotations
@@ -82,13 +83,6 @@ def bare(path: str) -> Callable[..., Tensor]:
         return torch.ops.bstriplet.loss(x, y, ref, ref_y, reduction=reduction, impl=path)[0]
 
     return loss
-
-
-def native_kernel(
-    x: Tensor, y: Tensor, ref: Tensor | None, ref_y: Tensor | None, reduction: str
-) -> Tensor:
-    """The operator of csrc/, which has no derivative and must say so."""
-    return torch.ops.bstriplet.batch_similarity(x, y, ref_emb=ref, ref_labels=ref_y)[0]
 
 
 def plain(x: Tensor, y: Tensor, ref: Tensor | None, ref_y: Tensor | None, reduction: str) -> Tensor:
@@ -193,6 +187,8 @@ TRANSFORMS: dict[str, Callable[[Loss, Tensor], Tensor]] = {
     "grad of grad": lambda f, x: func.grad(lambda z: func.grad(f)(z).square().sum())(x),
     "jvp": lambda f, x: func.jvp(f, (x,), (torch.ones_like(x),))[1],
     "dual numbers": by_dual_numbers,
+    "dual numbers of grad": lambda f, x: by_dual_numbers(func.grad(f), x),
+    "jvp of grad": lambda f, x: func.jvp(func.grad(f), (x,), (torch.ones_like(x),))[1],
     "jacfwd": lambda f, x: func.jacfwd(f)(x),
     "hessian": lambda f, x: func.hessian(f)(x),
     "export": by_export,
@@ -212,7 +208,10 @@ WITHOUT_TRACING = {
 """What the graph of a tracer must give."""
 TRACE_THEMSELVES = ("export", "make_fx", "make_fx(grad)", "jit.trace")
 """Of these the graph is compiled, since one tracer does not go through another."""
-AUTOGRAD = ("backward", "backward twice", "is_grads_batched", "dual numbers", "bare operator")
+AUTOGRAD = (
+    *("backward", "backward twice", "is_grads_batched", "dual numbers", "dual numbers of grad"),
+    "bare operator",
+)
 """Of these the loss is compiled: torch.autograd is called from outside."""
 
 
@@ -270,28 +269,25 @@ def main() -> int:
     """Print the table; 1 where anything is wrong."""
     words = sys.argv[1:]
     found: dict[tuple[str, str], dict[str, int]] = {}
-    wrong = []
+    others = []
     started = time.time()
     for case in all_cases():
-        if words and not all(any(w in field for field in case) for w in words):
+        if not all(word in case for word in words):
             continue
         said = verdict(case)
         kind = said.split(":")[0]
         cell = found.setdefault((case.transform, case.mode), {})
         cell[kind] = cell.get(kind, 0) + 1
         if kind != "right":
-            wrong.append((case, said))
+            others.append(said)
             print(case, said, flush=True)
     seconds = time.time() - started
     print(f"\npaths {PATHS} x variants {VARIANTS} in each cell; {seconds:.0f} s")
     for transform in TRANSFORMS:
         cells = [found.get((transform, mode), {}) for mode in MODES]
-        print(
-            f"| {transform} | "
-            + " | ".join(", ".join(f"{k} {v}" for k, v in cell.items()) for cell in cells)
-            + " |"
-        )
-    return any(said.startswith("WRONG") for _, said in wrong)
+        counts = (", ".join(f"{kind} {n}" for kind, n in cell.items()) for cell in cells)
+        print(f"| {transform} | " + " | ".join(counts) + " |")
+    return any(said.startswith("WRONG") for said in others)
 
 
 if __name__ == "__main__":
