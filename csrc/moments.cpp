@@ -63,22 +63,17 @@ class Numbered {
 };
 
 // The table of classes that is kept for the backward: a line (rows, columns, k) for the next k
-// classes, which have so many rows and, here, as many columns each; lines of zeros after the last.
-int64_t table_capacity(int64_t n) { return 65 + n / 128; }
-
+// classes, which have so many rows and, here, as many columns each.
 Tensor make_table(const Classes& classes, const Tensor& like) {
-  const int64_t capacity = table_capacity(classes.rows());
-  Tensor table = empty_tensor({capacity, 3}, ScalarType::Long, like);
-  int64_t* const lines = static_cast<int64_t*>(table.mutable_data_ptr());
-  std::fill(lines, lines + 3 * capacity, 0);
-  int64_t* line = lines - 3;
+  std::vector<int64_t> lines;
   for (int64_t c = 0; c < classes.count(); ++c) {
-    if (c == 0 || classes.size(c) != classes.size(c - 1)) {
-      line += 3;
-      line[0] = line[1] = classes.size(c);
-    }
-    ++line[2];
+    const int64_t size = classes.size(c);
+    if (c == 0 || size != classes.size(c - 1)) lines.insert(lines.end(), {size, size, 0});
+    ++lines.back();
   }
+  Tensor table =
+      empty_tensor({static_cast<int64_t>(lines.size()) / 3, 3}, ScalarType::Long, like);
+  std::copy(lines.begin(), lines.end(), static_cast<int64_t*>(table.mutable_data_ptr()));
   return table;
 }
 
@@ -90,8 +85,8 @@ Classes read_table(const Tensor& table, int64_t rows, int64_t slots) {
   const int64_t* line = static_cast<const int64_t*>(table.const_data_ptr());
   Classes classes;
   for (int64_t i = 0; i < table.size(0); ++i, line += 3) {
-    STD_TORCH_CHECK(line[2] == 0 || (line[0] >= 1 && line[0] == line[1] && line[2] > 0 &&
-                                     line[0] <= rows && line[2] <= rows),
+    STD_TORCH_CHECK(line[0] >= 1 && line[0] == line[1] && line[2] >= 1 && line[0] <= rows &&
+                        line[2] <= rows,
                     "table must come from moment_means");
     for (int64_t k = 0; k < line[2]; ++k) {
       STD_TORCH_CHECK(classes.rows() <= rows - line[0] &&

@@ -36,8 +36,7 @@ def forward(
 ) -> tuple[Tensor, Rows, State]:
     """Moments of the columns, then two quadratic forms a row; see `second_moments`."""
     schedule = _schedule(embeddings, ref_emb)
-    means = schedule.forward(embeddings, ref_emb, labels, ref_labels, spec.eps)
-    positive, negative, *state = means
+    positive, negative, *state = schedule.forward(embeddings, ref_emb, labels, ref_labels, spec.eps)
     rows = Rows(positive, negative)
     return reduce_losses(rows, spec), rows, tuple(state)
 

@@ -74,7 +74,7 @@ def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
     blocks, parts = (sum(-(-run // most) for run in runs) for most in (rows, part))
     threads = max(native.threads(blocks, rows * d * d), native.threads(parts, part * d * d // 2))
     block = 2 * rows * (width + 1) + members * (members + 32)  # unit rows, results, S of a class
-    kept = n * (8 + 3 * number) + 24 * (65 + n // 128) + (2 + len(large)) * matrix
+    kept = n * (8 + 3 * number) + 24 * len(set(class_sizes)) + (2 + len(large)) * matrix
     kept += threads * block * number
 
     sums = parts * d * width * number
