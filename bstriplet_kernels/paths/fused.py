@@ -213,7 +213,7 @@ def forward(
     """Eqs. 2-4; the state is dL/df for unit upstream gradient, or norms and the rows' weights."""
     embeddings, ref_emb, labels, ref_labels = _in_memory(embeddings, ref_emb, labels, ref_labels)
     if _fits_one_launch(embeddings, ref_emb, spec):
-        loss, positive, negative, gradient = _small(embeddings, labels, spec, spec.wants_gradient)
+        loss, positive, negative, gradient = _loss_and_gradient(embeddings, labels, spec)
         state = Gradients((gradient,)) if spec.wants_gradient else ()
         return loss, Rows(positive, negative), state
     rows, columns = _sides(embeddings, ref_emb)
@@ -228,10 +228,7 @@ def forward(
         inverse,
         inverses[-1],
         ref_emb is None,
-        spec.margin,
-        spec.sigma,
-        spec.signed,
-        spec.reduction,
+        spec,
     )
     return loss, Rows(positive, negative), (pull, *inverses)
 
@@ -250,7 +247,8 @@ def backward(
     embeddings, ref_emb, labels, ref_labels = _in_memory(embeddings, ref_emb, labels, ref_labels)
     grad_loss = in_memory(grad_loss)
     if _fits_one_launch(embeddings, ref_emb, spec):
-        gradient = state[0] if state else _small(embeddings, labels, spec, True)[3]
+        spec = spec._replace(wants_gradient=True)
+        gradient = state[0] if state else _loss_and_gradient(embeddings, labels, spec)[3]
         return gradient * grad_loss, None
     pull, inverse, *rest = state
     f, columns = _sides(embeddings, ref_emb)
@@ -272,21 +270,6 @@ def _in_memory(*tensors: Any) -> Any:
 
 def _fits_one_launch(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> bool:
     return ref_emb is None and spec.reduction != "none" and embeddings.shape[0] <= SMALL_ROWS
-
-
-def _small(
-    embeddings: Tensor, labels: Tensor, spec: Spec, wants_gradient: bool
-) -> tuple[Tensor, ...]:
-    return _loss_and_gradient(
-        embeddings,
-        labels,
-        spec.margin,
-        spec.sigma,
-        spec.signed,
-        spec.reduction == "mean",
-        spec.eps,
-        wants_gradient,
-    )
 
 
 def _sides(embeddings: Tensor, ref_emb: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -394,57 +377,36 @@ def _empty_rows(embeddings: Tensor, loss_shape: tuple[int, ...]) -> tuple[Tensor
     )
 
 
-def _empty_small(embeddings: Tensor, wants_gradient: bool) -> tuple[Tensor, ...]:
-    n, d = embeddings.shape
-    gradient = embeddings.new_empty(
-        (n if wants_gradient else 0, d), dtype=accumulation_dtype(embeddings)
-    )
-    return *_empty_rows(embeddings, ()), gradient
-
-
-def _empty_finished(rows: Tensor, reduction: str) -> tuple[Tensor, ...]:
-    n = rows.shape[0]
-    pull = rows.new_empty((2, n), dtype=accumulation_dtype(rows))
-    return *_empty_rows(rows, (n,) if reduction == "none" else ()), pull
-
-
-def _loss_and_gradient(
-    embeddings: Tensor,
-    labels: Tensor,
-    margin: float,
-    sigma: float,
-    signed: bool,
-    mean: bool,
-    eps: float,
-    wants_gradient: bool,
-) -> tuple[Tensor, ...]:
+def _loss_and_gradient(embeddings: Tensor, labels: Tensor, spec: Spec) -> tuple[Tensor, ...]:
     """(loss, positive, negative, dL/df [N, D] for unit upstream gradient, or [0, D])."""
     n, d = embeddings.shape
-    out = _empty_small(embeddings, wants_gradient)
+    rows = _empty_rows(embeddings, ())
+    gradient = rows[0].new_empty(n if spec.wants_gradient else 0, d)
     blocks = small_blocks(n, embeddings.dtype)
-    grid = (_tiles_of(d, blocks.v) if wants_gradient else 1,)
+    grid = (_tiles_of(d, blocks.v) if spec.wants_gradient else 1,)
     with _on_device_of(embeddings):
         _tiles().loss_and_gradient[grid](
             embeddings,
             labels,
-            *out,
+            *rows,
+            gradient,
             n,
             d,
             *embeddings.stride(),
             labels.stride(0),
-            margin,
-            eps * eps,
-            sigma,
-            int(signed),
-            int(mean),
-            int(wants_gradient),
+            spec.margin,
+            spec.eps * spec.eps,
+            spec.sigma,
+            int(spec.signed),
+            int(spec.reduction == "mean"),
+            int(spec.wants_gradient),
             PRECISION=precision(embeddings.dtype, small=True),
             BLOCK_N=blocks.n,
             BLOCK_D=blocks.d,
             num_warps=blocks.warps,
             num_stages=blocks.stages,
         )
-    return out
+    return *rows, gradient
 
 
 def _inverse_norms(embeddings: Tensor, eps: float) -> Tensor:
@@ -466,18 +428,17 @@ def _rows(
     row_inverse: Tensor,
     column_inverse: Tensor,
     own: bool,
-    margin: float,
-    sigma: float,
-    signed: bool,
-    reduction: str,
+    spec: Spec,
 ) -> tuple[Tensor, ...]:
     """(loss, positive, negative, pull [2, N]); `own`: the columns are the rows themselves."""
-    out = _empty_finished(rows, reduction)
+    n = rows.shape[0]
+    finished = _empty_rows(rows, (n,) if spec.reduction == "none" else ())
+    pull = finished[0].new_empty(2, n)
     with _on_device_of(rows):
-        if by_panels(rows.shape[0], None if own else columns.shape[0], rows.shape[1], rows.dtype):
+        if by_panels(n, None if own else columns.shape[0], rows.shape[1], rows.dtype):
             side = panels.make_side(rows, row_labels, row_inverse)
             other = side if own else panels.make_side(columns, column_labels, column_inverse)
-            *sums, counts = panels.row_sums(side, other, own, signed)
+            *sums, counts = panels.row_sums(side, other, own, spec.signed)
             partial = torch.stack(sums).unsqueeze(1), counts.to(torch.int32)[None]
         else:
             partial = _tiled_row_sums(
@@ -487,23 +448,24 @@ def _rows(
                 row_inverse,
                 column_inverse,
                 own,
-                signed,
+                spec.signed,
             )
         _tiles().finish_rows[(1,)](
             *partial,
-            *out,
-            rows.shape[0],
+            *finished,
+            pull,
+            n,
             columns.shape[0],
             partial[0].shape[1],
             int(own),
-            margin,
-            sigma,
-            REDUCTION=reduction,
+            spec.margin,
+            spec.sigma,
+            REDUCTION=spec.reduction,
             MAX_PARTS=MAX_PARTS,
             BLOCK_N=512,
             num_warps=8,
         )
-    return out
+    return *finished, pull
 
 
 def _tiled_row_sums(
