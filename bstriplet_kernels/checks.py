@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import functools
 import math
+from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,8 +29,12 @@ REMEMBERED = 4096
 """How many sets of options, and forms of input, are checked once and not again."""
 
 
-class Target(NamedTuple):
-    """The checked options of a loss: what to compute, by which path, for which batch."""
+@dataclass(frozen=True, eq=False)
+class Target:
+    """The checked options of a loss: what to compute, by which path, for which batch.
+
+    Plans are remembered by its identity, since to compare options takes 0.1 us a call.
+    """
 
     spec: Spec
     impl: str

@@ -137,7 +137,9 @@ def compute(
         or embeddings.is_meta
     ):
         return _compute_otherwise((embeddings, labels, ref_emb, ref_labels), target)
-    wants_gradient = _wants_gradient(embeddings, ref_emb)
+    wants_gradient = torch.is_grad_enabled() and (
+        embeddings.requires_grad or (ref_emb is not None and ref_emb.requires_grad)
+    )
     spec, path = plan.checked_plan(embeddings, labels, ref_emb, ref_labels, target, wants_gradient)
     if labels.dtype != torch.int64:
         labels = labels.to(torch.int64)
@@ -148,12 +150,6 @@ def compute(
         return BatchSimilarity.apply(embeddings, ref_emb, others)
     loss, *rows = BatchSimilarity.apply(embeddings, ref_emb, others)
     return loss, _stats(Rows(*rows), spec)
-
-
-def _wants_gradient(embeddings: Tensor, ref_emb: Tensor | None) -> bool:
-    """Whether a backward can follow."""
-    wanted = embeddings.requires_grad or (ref_emb is not None and ref_emb.requires_grad)
-    return wanted and torch.is_grad_enabled()
 
 
 def _compute_otherwise(given: _Given, target: Target) -> Tensor | tuple[Tensor, BSTripletStats]:
@@ -232,7 +228,11 @@ def _compute_traced(
         if target.impl != "auto" and not embeddings.is_meta:  # which stands for any device
             refuse_input(target.impl, embeddings, ref_emb, target.spec)
     # torch.jit.trace traces once more without recording, and both graphs must be the same.
-    wants_gradient = not is_jit_traced() and _wants_gradient(embeddings, ref_emb)
+    wants_gradient = (
+        not is_jit_traced()
+        and torch.is_grad_enabled()
+        and any(side is not None and side.requires_grad for side in (embeddings, ref_emb))
+    )
     spec = target.spec._replace(wants_gradient=wants_gradient)
     loss, means = operators.loss_and_means(
         embeddings, labels, ref_emb, ref_labels, spec, target.impl

@@ -16,6 +16,7 @@ reverse mode are the paths'; all others are those of the reference, in plain tor
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from ._torch import (
     require_grad,
     without_autocast,
 )
-from .checks import Target
+from .checks import REMEMBERED, Target
 from .paths import PATHS
 from .plan import checked_plan
 from .spec import Gradients, Path, Spec, accumulation_dtype
@@ -103,7 +104,7 @@ class Problem(NamedTuple):
     def planned(self) -> tuple[Spec, Path]:
         """What to run, and by which path; raises where an argument is wrong."""
         spec = self.spec
-        target = Target(spec, self.impl, group=None, return_stats=True)  # the means are outputs
+        target = _target(spec, self.impl)
         spec, name = checked_plan(*self.tensors, target, spec.wants_gradient)
         return spec, PATHS[name]
 
@@ -112,6 +113,11 @@ class Problem(NamedTuple):
         """The tensors as the functions of a path take them."""
         ref_labels = None if self.ref_labels is None else self.ref_labels.to(torch.int64)
         return self.embeddings, self.ref_emb, self.labels.to(torch.int64), ref_labels
+
+
+@functools.lru_cache(REMEMBERED)
+def _target(spec: Spec, impl: str) -> Target:
+    return Target(spec, impl, group=None, return_stats=True)  # the means are outputs
 
 
 _N_PROBLEM = len(Problem._fields) - 1
