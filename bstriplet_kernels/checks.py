@@ -85,10 +85,10 @@ def available_impls() -> tuple[str, ...]:
 
 
 def check_group(group: ProcessGroup) -> None:
-    """Raise unless this is a process group."""
-    from torch.distributed import ProcessGroup
+    """Raise unless this is a process group, or what `new_group` gives a rank that is not in it."""
+    from torch.distributed import GroupMember, ProcessGroup
 
-    if not isinstance(group, ProcessGroup):
+    if not isinstance(group, ProcessGroup) and group is not GroupMember.NON_GROUP_MEMBER:
         raise TypeError(
             f"group must be a torch.distributed process group, got {_named(group)}; "
             "torch.distributed.group.WORLD is the default one"
@@ -160,7 +160,7 @@ def refuse_named_impl(impl: str, given: str) -> None:
 
 def refuse_distributed(name: str, tensor: Tensor) -> None:
     """Raise where a tensor is a DTensor, a part of which lies on each rank."""
-    if type(tensor).__name__ == "DTensor":  # by name: importing the class takes seconds
+    if type(tensor).__name__ == "DTensor":  # by name: importing the class takes half a second
         raise TypeError(
             f"{name} is a DTensor, a part of which lies on each rank: pass full_tensor() of "
             "embeddings and labels, or to_local() of both and group=, whose loss is also that of "
@@ -272,7 +272,7 @@ def check_batch(embeddings: Tensor, ref_emb: Tensor | None) -> None:
 
 
 def _check_word(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value in allowed:
+    if isinstance(value, str) and value in allowed:
         return
     near = difflib.get_close_matches(str(value), allowed, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""

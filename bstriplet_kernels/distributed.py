@@ -33,6 +33,8 @@ def global_loss(
 
     Raises ValueError where the global batch has fewer than 2 rows, or ranks differ in D or dtype.
     """
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("this rank is not in group; only its members may call the loss")
     sizes = _gather_sizes(embeddings, group)
     loss, positive, negative = _GlobalBatch.apply(embeddings, labels, group, sizes, spec)
     return loss, Rows(positive, negative)

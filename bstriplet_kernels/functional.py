@@ -79,8 +79,8 @@ def bstriplet_loss(
         similarity: "square", or "signed_square" for s|s| where cosines can be negative.
         eq3: "corrected", or "printed" for the sign of the negatives' mean as typeset.
         reduction: "mean" (Eq. 4), "sum", or "none" for the [N] values l_i.
-        ref_emb: [M, D]; compare each row with these instead of with the batch. No self-pair is
-            removed, N may then be 1, and gradient flows to both sides.
+        ref_emb: [M, D], M >= 1; compare each row with these instead of with the batch. No
+            self-pair is removed, N may then be 1, and gradient flows to both sides.
         ref_labels: [M], the labels of `ref_emb`.
         group: process group; the loss is that of the rows of all ranks together. Every rank must
             call, and gets, the global loss (with "none": its own rows). The backward gives
@@ -165,7 +165,7 @@ def _compute_otherwise(given: _Given, target: Target) -> Tensor | tuple[Tensor, 
         return _compute_traced(*given, target)
     check_embeddings(*given)
     if not is_dynamo_compiling() and (
-        is_traced() or embeddings.is_meta or dispatches_itself(embeddings)
+        is_traced() or embeddings.is_meta or any(map(dispatches_itself, (embeddings, labels)))
     ):
         raise RuntimeError(
             "group cannot be used under torch.export, make_fx, torch.jit.trace, torch.func or "
@@ -220,8 +220,8 @@ def _compute_traced(
     """By the operator, which looks at sizes when it runs; here they may be symbols."""
     if is_transform_traced_above_autograd():
         raise RuntimeError(
-            "a transform of torch.func traced above autograd (pre_dispatch=True) leaves a graph of "
-            "constants; trace with pre_dispatch=False, or trace the function without the transform"
+            "a transform of torch.func traced above autograd (pre_dispatch=True) leaves a graph "
+            "of constants; trace with pre_dispatch=False, or without the transform"
         )
     with numbers_of_shapes():
         check_embeddings(embeddings, labels, ref_emb, ref_labels)

@@ -64,9 +64,9 @@ class BSTripletLoss(nn.Module):
 
         embeddings [N, D], labels [N], ref_emb [M, D], ref_labels [M] as in `bstriplet_loss`.
         indices_tuple: a miner's triplets (anchors, positives, negatives) or pairs (anchors,
-        positives, anchors, negatives), int64. The means of Eq. 3 then run over the listed pairs,
-        each as often as it is listed; labels are not used, and a row that is listed nowhere has
-        two empty means and counts as the margin.
+        positives, anchors, negatives), int64 or int32. The means of Eq. 3 then run over the listed
+        pairs, each as often as it is listed; labels are not used, and a row that is listed nowhere
+        has two empty means and counts as the margin.
         """
         if indices_tuple is not None:
             return functional.compute_listed(embeddings, indices_tuple, self._target, ref_emb)

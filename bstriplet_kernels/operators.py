@@ -186,13 +186,15 @@ def _run_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _run_loss_gradient(grad_loss: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    # The gradient is `backward`'s work: the forward need not compute it too.
     problem = Problem(*args[:_N_PROBLEM])._replace(gradient=False)
+    (spec, path), inputs = problem.planned(), problem.path_inputs
     _check_upstream(grad_loss, problem)
-    known = [gradient for gradient in args[_N_PROBLEM:] if gradient is not None]
-    if known:
+    known = args[_N_PROBLEM:]
+    if any(gradient is not None for gradient in known):
+        known = known[: len(problem.sides)]
         _check_known(known, problem)
         return _pair([gradient * grad_loss for gradient in known], grad_loss)
-    (spec, path), inputs = problem.planned(), problem.path_inputs
     dtype = accumulation_dtype(*problem.sides)
     with without_autocast(problem.embeddings.device):
         rows, state = path.forward(*inputs, spec)[1:] if path.keeps else (None, ())
@@ -211,9 +213,9 @@ def _check_upstream(grad_loss: Tensor, problem: Problem) -> None:
         )
 
 
-def _check_known(known: list[Tensor], problem: Problem) -> None:
+def _check_known(known: Sequence[Tensor | None], problem: Problem) -> None:
     """Raise unless these can be what `loss` returned for the sides."""
-    shapes = [list(gradient.shape) for gradient in known[: len(problem.sides)]]
+    shapes = [None if gradient is None else list(gradient.shape) for gradient in known]
     expected = [list(side.shape) for side in problem.sides]
     if problem.reduction == "none" or shapes != expected:
         raise ValueError(
@@ -287,7 +289,7 @@ class _Loss(torch.autograd.Function):
         grads: tuple[Tensor | None, ...] = (None, None)
         if grad_loss is not None:
             spec = problem.spec
-            # Autograd differentiates these outputs again; a compiled graph does not.
+            # Eager autograd differentiates these outputs again; a traced graph needs the operator.
             if spec.wants_gradient and not is_traced():
                 grads = grad * grad_loss, grad_ref * grad_loss
             else:

@@ -109,6 +109,7 @@ def checked_plan(
             embeddings.is_cpu or embeddings.device,
             labels.shape,
             labels.dtype,
+            labels.layout,
             labels.is_cpu or labels.device,
             target,
             wants_gradient,
@@ -142,7 +143,7 @@ def _form(given: Tensor | None) -> object:
 
 
 def choose(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str:
-    """The path that `impl="auto"` runs for this input; reads shapes only, never the device."""
+    """The path of `impl="auto"`, by shapes, dtypes and kind of device; it never waits for one."""
     return _fastest(_takers(embeddings, ref_emb, spec), _work(embeddings, ref_emb, spec))
 
 

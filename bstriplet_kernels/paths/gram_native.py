@@ -58,7 +58,7 @@ _WIDEST_PANEL = 32  # numbers: rows of a block are padded to whole panels
 
 
 def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
-    """Peak bytes beyond the inputs, the gradient and the operators' own arrays included.
+    """Peak bytes beyond the inputs. Includes the gradient and the operators' own arrays.
 
     A class whose rows differ in weight needs a matrix A_c, known only when it runs: counted for
     half of the classes.

@@ -74,6 +74,7 @@ REF, REF_Y = batch(5, 4, 2, 1, torch.float32)
          {"group": "world"}),
         (ValueError, r"similarity must be one of .*, got \['square'\]", {"similarity": ["square"]}),
         (ValueError, r"impl must be one of .*, got \['auto'\]", {"impl": ["auto"]}),
+        (ValueError, r"eq3 must be one of", {"eq3": np.array(["corrected", "printed"])}),
         (ValueError, r"ref_emb has no rows; at least 1 is needed",
          {"ref_emb": REF[:0], "ref_labels": REF_Y[:0]}),
         (ValueError, r"embeddings has no rows; at least 1 is needed",

@@ -231,6 +231,12 @@ def test_data_parallel_errors_and_panels_on_two_ranks():
     on_ranks(two_rank_bodies, world=2)
 
 
+def test_a_rank_outside_the_group_makes_the_module_and_may_not_call_it():
+    criterion = BSTripletLoss(group=dist.GroupMember.NON_GROUP_MEMBER)
+    with pytest.raises(ValueError, match="this rank is not in group"):
+        criterion(*batch(4, 5, 3, 0))
+
+
 def test_a_group_of_one_is_no_group():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

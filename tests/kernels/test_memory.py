@@ -88,7 +88,7 @@ SCHEDULES = {
     "native": CASES + AGAINST_OTHERS,
     "gram_native": CASES + LARGE,
     "gram_host": CASES + AGAINST_OTHERS + LARGE + LARGE_AGAINST_OTHERS,
-    "gram_device": CASES + LARGE[:2],
+    "gram_device": CASES + LARGE[:3],
     "triton": INTERPRETED,
 }
 

@@ -245,6 +245,8 @@ def test_vmap_over_no_batch_at_all(impl, transform):
         (torch.ones(7), {}, r"grad_loss must have shape \[\], as the loss has.*got shape \[7\]"),
         (torch.ones(()), {"reduction": "none"}, r"must have shape \[7\], .*got shape \[\]"),
         (torch.ones(7), {"reduction": "none", "known": torch.ones(7, 4)}, "known and known_ref"),
+        (torch.ones(()), {"known_ref": torch.ones(7, 4)}, r"got shapes \[None\]"),
+        (torch.ones(()), {"known": torch.ones(7, 4), "reduction": "typo"}, "reduction must be one"),
         (torch.ones(()), {"known": torch.ones(7, 3)}, r"shapes \[\[7, 4\]\], got .*\[7, 3\]"),
     ],
 )
