@@ -57,6 +57,18 @@ class Work(NamedTuple):
         return self.embedding_bytes if self.wants_gradient and self.casts else 0
 
 
+class Operations(NamedTuple):
+    """What a path's schedule does, forward and, where a gradient is wanted, backward.
+
+    flops: of its products and sweeps. bytes: that must cross memory. launches: kernels that a GPU
+    is told to run; 0 on the CPU.
+    """
+
+    flops: int
+    bytes: int
+    launches: int
+
+
 class Cost(NamedTuple):
     """What a path does, forward and, where a gradient is wanted, backward.
 

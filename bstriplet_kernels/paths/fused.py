@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .._torch import in_memory
-from ..cost import Work, round_up
+from ..cost import Operations, Work, round_up
 from ..spec import Gradients, Path, Rows, Spec, State, accumulation_dtype
 from . import panels
 
@@ -67,14 +67,6 @@ def gradient_blocks(dtype: torch.dtype, hopper: bool) -> Blocks:
     return Blocks(128 if hopper else 64, 64, 64, 128, 8, 3)
 
 
-class Cost(NamedTuple):
-    """FLOPs of the products, bytes that must cross memory, kernels launched."""
-
-    flops: int
-    bytes: int
-    launches: int
-
-
 class Rates(NamedTuple):
     """FLOPs a second of products, by the precision of the operands."""
 
@@ -93,7 +85,7 @@ _LAUNCH_SECONDS = 3e-6
 
 def cost(
     n: int, m: int | None, d: int, dtype: torch.dtype, reduction: str, wants_gradient: bool
-) -> Cost:
+) -> Operations:
     """What n rows against m columns (None: against themselves) cost, forward and backward.
 
     Counted as launched, whole blocks and recomputed tiles included, with the blocks that suit any
@@ -107,7 +99,7 @@ def cost(
         depth = _tiles_of(d, blocks.d) * blocks.d
         gradient = slices * pairs * blocks.v if wants_gradient else 0
         bytes_ = size * (4 if wants_gradient else 1)  # read; gradient written, read, scaled
-        return Cost(slices * pairs * depth + gradient, bytes_, 2 if wants_gradient else 1)
+        return Operations(slices * pairs * depth + gradient, bytes_, 2 if wants_gradient else 1)
     of = _panels_cost if by_panels(n, m, d, dtype) else _tiles_cost
     return of(n, m, d, dtype, wants_gradient)
 
@@ -142,22 +134,26 @@ def _rate(rates: Rates, dtype: torch.dtype, exact: bool) -> float:
     return rates.float64 if dtype == torch.float64 else rates.half
 
 
-def _tiles_cost(n: int, m: int | None, d: int, dtype: torch.dtype, wants_gradient: bool) -> Cost:
+def _tiles_cost(
+    n: int, m: int | None, d: int, dtype: torch.dtype, wants_gradient: bool
+) -> Operations:
     sides = 1 if m is None else 2
     columns = n if m is None else m
     size = (n if m is None else n + m) * d * dtype.itemsize
     forward = _tile_flops(n, columns, d, row_blocks(dtype, False))
-    total = Cost(forward, 2 * size, 2 + sides)
+    total = Operations(forward, 2 * size, 2 + sides)
     if not wants_gradient:
         return total
     blocks = gradient_blocks(dtype, False)
     backward = _tile_flops(n, columns, d, blocks)
     if sides == 2:
         backward += _tile_flops(columns, n, d, blocks)
-    return Cost(forward + backward, total.bytes + (1 + sides) * size, total.launches + sides)
+    return Operations(forward + backward, total.bytes + (1 + sides) * size, total.launches + sides)
 
 
-def _panels_cost(n: int, m: int | None, d: int, dtype: torch.dtype, wants_gradient: bool) -> Cost:
+def _panels_cost(
+    n: int, m: int | None, d: int, dtype: torch.dtype, wants_gradient: bool
+) -> Operations:
     """Products of panels, and the sweeps that read and write them."""
     sides = 1 if m is None else 2
     columns = n if m is None else m
@@ -165,7 +161,7 @@ def _panels_cost(n: int, m: int | None, d: int, dtype: torch.dtype, wants_gradie
     accumulated = max(4, dtype.itemsize)
     held = panels.pairs(n, columns, m is None)
     count = _tiles_of(n, panels.panel_rows(n, columns))
-    total = Cost(
+    total = Operations(
         flops=2 * held * d,
         bytes=3 * size + 2 * held * accumulated,
         launches=10 * sides + 6 * count,
@@ -175,7 +171,7 @@ def _panels_cost(n: int, m: int | None, d: int, dtype: torch.dtype, wants_gradie
     weights = accumulated + 2 * dtype.itemsize
     backward = sides * 2 * d * (held + n * columns)
     swept = sides * held * (accumulated + weights)
-    return Cost(
+    return Operations(
         total.flops + backward,
         total.bytes + (6 + 2 * sides) * size + swept,
         total.launches + sides * (15 + 4 * count),
