@@ -29,8 +29,9 @@ COMPILE_LIMIT_S = 300.0
 _FREE_CALL_S = 0.5
 _MOST_UNRETURNED = 1 << 30
 _LARGE_N = 4096
-_MOST_BUFFERS = 512
-# A step that synchronises fails to be captured; those that may come last, and disturb nobody.
+_MOST_BUFFERS = 16
+_REPLAY_S = 50e-3
+# A capture that breaks takes the process with it: those that may break come last.
 _CAPTURE_ORDER = {FLOOR: 0, OURS: 1, GROWTH: 1, COMPILED: 2, BASELINE: 3, PEER: 4}
 
 
@@ -38,14 +39,30 @@ class SpentProcess(Exception):
     """What was allocated before memory ran out is freed, but not free for what comes next."""
 
 
+class LostProcess(Exception):
+    """The GPU works no more for this process: the provider at work, its status, and its mode.
+
+    mode: GRAPH where the provider's eager calls are not to blame, else "".
+    """
+
+    def __init__(self, provider: str, status: str, mode: str = "") -> None:
+        super().__init__(provider, status, mode)
+        self.provider, self.status, self.mode = provider, status, mode
+
+
 class Job(NamedTuple):
-    """One case for one worker. skip: providers that are not tried, and what their rows say."""
+    """One case for one worker.
+
+    skip: providers that are not tried, and what their rows say. uncaptured: providers that are not
+    tried in a CUDA graph, and what their rows of that mode say.
+    """
 
     suite: str
     case: Case
     names: tuple[str, ...]
     skip: dict[str, str]
     budget: timing.Budget
+    uncaptured: tuple[tuple[str, str], ...] = ()
 
 
 class Starting(NamedTuple):
@@ -71,6 +88,7 @@ def measure(job: Job, tell: Callable[[Starting], None]) -> list[Row]:
 
     Raises:
         SpentProcess: the provider told last ran out of memory, and the process with it.
+        LostProcess: a provider broke the process's use of the GPU.
     """
     torch.set_num_threads(job.case.threads)
     make = steps.make_problem if job.case.backbone else make_problem
@@ -79,7 +97,8 @@ def measure(job: Job, tell: Callable[[Starting], None]) -> list[Row]:
     gate = Gate(problem)
     if not job.case.backbone:
         gate.evaluate()
-    blank = _blank_row(job)
+    limits = machine.limits(job.case.device, DTYPES[job.case.dtype], job.case.threads)
+    blank = replace(_blank_row(job), gemm_flops_s=limits.gemm, bandwidth_bytes_s=limits.bandwidth)
     candidates = [
         _Candidate(known[name], replace(blank, provider=name, group=known[name].group))
         for name in job.names
@@ -97,8 +116,10 @@ def measure(job: Job, tell: Callable[[Starting], None]) -> list[Row]:
                 reason = _failure(error)
                 if reason == OUT_OF_MEMORY and unreturned_memory() > _MOST_UNRETURNED:
                     raise SpentProcess from error
+                if not _is_usable(job.case.device):
+                    raise LostProcess(name, reason) from error
         candidate.row = replace(candidate.row, status=reason or OK)
-    _time(candidates, problem, job.budget, tell)
+    _time(candidates, problem, job, tell)
     return [row for candidate in candidates for row in _rows(candidate)]
 
 
@@ -174,7 +195,7 @@ def _examined(row: Row, problem: Problem, gate: Gate, errors: Errors, memory: Me
 def _time(
     candidates: list[_Candidate],
     problem: Problem,
-    budget: timing.Budget,
+    job: Job,
     tell: Callable[[Starting], None],
 ) -> None:
     """Samples of all candidates that passed, taken in turns; written into their rows."""
@@ -182,34 +203,73 @@ def _time(
     captured_first = sorted(passed.items(), key=lambda item: _CAPTURE_ORDER[item[1].provider.group])
     if not passed:
         return
-    for mode in (EAGER, GRAPH) if problem.case.device == "cuda" else (EAGER,):
+    modes = (EAGER, GRAPH) if problem.case.device == "cuda" else (EAGER,)
+    buffers, uncaptured = _rotated(problem), dict(job.uncaptured)
+    for mode in modes:
         turns = {}
         for name, candidate in captured_first:
-            assert candidate.step is not None
-            tell(Starting(name, budget.limit_s))
+            if mode == GRAPH and name in uncaptured:
+                candidate.outcomes[mode] = {"status": uncaptured[name]}
+                continue
+            tell(Starting(name, job.budget.limit_s))
             try:
-                turns[name] = _turn(candidate.step, problem, mode)
+                turns[name] = _turn(candidate, problem, buffers, mode)
             except RuntimeError as error:  # what cannot be captured, above all
-                candidate.outcomes[mode] = {"status": _failure(error)}
-        tell(Starting("", _timing_limit(list(passed.values()), budget)))
-        samples = timing.interleave(turns, {n: passed[n].call_s for n in turns}, budget)
+                status = _failure(error)
+                if not _is_usable(problem.case.device):
+                    raise LostProcess(name, status, mode) from error
+                candidate.outcomes[mode] = {"status": status}
+        tell(Starting("", _timing_limit(list(passed.values()), job.budget)))
+        try:
+            samples = timing.interleave(turns, {n: passed[n].call_s for n in turns}, job.budget)
+        except timing.TurnError as error:
+            cause = error.__cause__
+            assert isinstance(cause, Exception)
+            lost_mode = GRAPH if mode == GRAPH else ""
+            raise LostProcess(error.name, _failure(cause), lost_mode) from cause
         for name in turns:
             passed[name].outcomes[mode] = _quantiles(samples[name] or [passed[name].call_s])
 
 
-def _turn(step: Step, problem: Problem, mode: str) -> timing.Turn:
+def _is_usable(device: str) -> bool:
+    """Whether the GPU still works for this process.
+
+    After an illegal access every later call fails with the same error. After a capture that could
+    not be ended, the current stream is still the one that was captured.
+    """
+    if device != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize()
+        return bool(torch.cuda.current_stream() == torch.cuda.default_stream())
+    except RuntimeError:
+        return False
+
+
+def _turn(candidate: _Candidate, problem: Problem, buffers: list[Tensor], mode: str) -> timing.Turn:
+    step = candidate.step
+    assert step is not None
     if problem.case.device != "cuda":
         return timing.cpu_turn(lambda: step(problem.x, problem.labels))
-    calls: list[timing.Call] = [partial(step, x, problem.labels) for x in _rotated(problem)]
-    return timing.graph_turn(calls) if mode == GRAPH else timing.cuda_turn(cycle(calls))
+    calls: list[timing.Call] = [partial(step, x, problem.labels) for x in buffers]
+    if mode == EAGER:
+        return timing.cuda_turn(cycle(calls))
+    # Of a longer call the graph holds fewer: to fill the cache anew takes less than 1 % of 3 ms.
+    return timing.graph_turn(calls[: max(1, int(_REPLAY_S / max(candidate.call_s, 1e-9)))])
 
 
-def _rotated(problem: Problem) -> Iterator[Tensor]:
-    """Copies of the embeddings, twice as many bytes as the second-level cache holds."""
+def _rotated(problem: Problem) -> list[Tensor]:
+    """Copies of the embeddings, together more than twice the bytes of the second-level cache.
+
+    Sixteen at most: small embeddings lie in the cache, as they do in a training loop, where the
+    backbone has just written them. On the CPU: the embeddings themselves.
+    """
+    if problem.case.device != "cuda":
+        return [problem.x]
     cache = machine.second_level_cache(problem.case.device)
     n = min(_MOST_BUFFERS, 2 * cache // max(1, problem.x.nbytes) + 1)
     wanted = problem.x.requires_grad
-    return (problem.x.detach().clone().requires_grad_(wanted) for _ in range(n))
+    return [problem.x.detach().clone().requires_grad_(wanted) for _ in range(n)]
 
 
 def _rows(candidate: _Candidate) -> Iterator[Row]:
@@ -234,7 +294,7 @@ def _quantiles(samples: list[float]) -> dict[str, Any]:
 
 def _timing_limit(passed: list[_Candidate], budget: timing.Budget) -> float:
     """Generous: every call passed within its limit once already."""
-    expected = sum((budget.samples(c.call_s) + 1) * c.call_s + budget.seconds for c in passed)
+    expected = sum(budget.expected(c.call_s) for c in passed)
     return budget.limit_s + 5 * expected
 
 
@@ -275,7 +335,6 @@ def _failure(error: Exception) -> str:
 
 def _blank_row(job: Job) -> Row:
     case = job.case
-    limits = machine.limits(case.device, DTYPES[case.dtype], case.threads)
     return Row(
         suite=job.suite,
         provider="",
@@ -295,8 +354,6 @@ def _blank_row(job: Job) -> Row:
         versions=machine.versions(),
         active=case.active,
         eq8_flops=plan.eq8_flops(case.n, case.d, case.c),
-        gemm_flops_s=limits.gemm,
-        bandwidth_bytes_s=limits.bandwidth,
     )
 
 

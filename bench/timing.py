@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,31 +15,51 @@ import torch
 Call = Callable[[], object]
 Turn = Callable[[int], list[float]]
 
-_TURN_S = 2e-3
 _LONG_CALL_S, _SINGLE_CALL_S = 2.0, 10.0
+_NO_WARM_UP_S = 0.1
+
+
+class TurnError(Exception):
+    """A variant failed in its turn: its name; the cause is what it raised."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
 
 
 @dataclass(frozen=True)
 class Budget:
     """How long one variant is measured: seconds in all, and the fewest and the most samples.
 
-    limit_s: a variant whose first call takes longer is given up.
+    limit_s: a variant whose first call takes longer is given up. turn_s: how long a turn is.
     """
 
     seconds: float = 0.4
     least: int = 3
     most: int = 1000
     limit_s: float = 60.0
+    turn_s: float = 2e-3
 
-    def samples(self, call_s: float) -> int:
-        """What fits the time, and `least` of a call of up to 2 s, one of a longer one.
+    def is_spent(self, call_s: float, seconds: float, samples: int) -> bool:
+        """Whether a variant ends that has been timed for so long and has so many samples."""
+        least = self._least(call_s)
+        return samples >= least and (least == 0 or seconds >= self.seconds or samples >= self.most)
+
+    def expected(self, call_s: float) -> float:
+        """Seconds of all turns of a variant, its warm-up included, where a turn is a sample."""
+        turn_s = max(self.turn_s, call_s)
+        warm_up_s = turn_s if call_s < _NO_WARM_UP_S else 0.0
+        least = self._least(call_s)
+        return warm_up_s + max(self.seconds, least * turn_s) if least else 0.0
+
+    def _least(self, call_s: float) -> int:
+        """`least` of a call of up to 2 s, one of a longer one.
 
         None of a call of more than 10 s: it was made once already, and that is its sample.
         """
         if call_s > _SINGLE_CALL_S:
             return 0
-        least = self.least if call_s <= _LONG_CALL_S else 1
-        return min(self.most, max(least, int(self.seconds / max(call_s, 1e-9))))
+        return self.least if call_s <= _LONG_CALL_S else 1
 
 
 def interleave(
@@ -47,23 +68,41 @@ def interleave(
     """Seconds a call, some samples for each variant.
 
     turns: turn(n) makes n calls and returns a sample for each (or one for all of them). call_s: the
-    expected seconds a call. A variant's turn is 2 ms of calls in a row, or one call; variants in
-    shuffled order, round after round, so that what disturbs the machine disturbs all alike. The
-    first turn of each is a warm-up and is dropped where a call is short.
+    expected seconds a call. Variants take turns in shuffled order, round after round, so that what
+    disturbs the machine disturbs all alike. A variant ends when its own turns have taken its
+    seconds and it has its fewest samples, or when it has its most. The first turn of each is a
+    warm-up where a call is short: it is dropped, and its time plans the turns that follow.
+
+    Raises:
+        TurnError: a variant failed.
     """
-    wanted = {name: budget.samples(call_s[name]) for name in turns}
-    calls = {name: max(1, int(_TURN_S / max(call_s[name], 1e-9))) for name in turns}
+    expected = dict(call_s)
+    spent = dict.fromkeys(turns, 0.0)
     samples: dict[str, list[float]] = {name: [] for name in turns}
     order = list(turns)
     shuffle = random.Random(0).shuffle
+
+    def take(name: str) -> list[float]:
+        calls = max(1, int(budget.turn_s / max(expected[name], 1e-9)))
+        try:
+            return turns[name](calls)
+        except Exception as error:
+            raise TurnError(name) from error
+
     with _without_collector():
         for name in order:
-            if call_s[name] < 0.1:
-                turns[name](calls[name])
-        while order := [name for name in order if len(samples[name]) < wanted[name]]:
+            if call_s[name] < _NO_WARM_UP_S:
+                expected[name] = min(call_s[name], statistics.median(take(name)))
+        while order := [
+            name
+            for name in order
+            if not budget.is_spent(call_s[name], spent[name], len(samples[name]))
+        ]:
             shuffle(order)
             for name in order:
-                samples[name] += turns[name](calls[name])
+                start = time.perf_counter()
+                samples[name] += take(name)
+                spent[name] += time.perf_counter() - start
     return samples
 
 
@@ -84,7 +123,7 @@ def cpu_turn(call: Call) -> Turn:
 def cuda_turn(calls: Iterator[Call]) -> Turn:
     """n calls between two synchronisations, by the wall clock: what a training loop pays.
 
-    calls: the same work on one buffer after the other, without end.
+    calls: the same work on one buffer after the other, without end. The sample is the turn's mean.
     """
 
     def turn(n: int) -> list[float]:
@@ -99,12 +138,21 @@ def cuda_turn(calls: Iterator[Call]) -> Turn:
 
 
 def graph_turn(calls: Sequence[Call]) -> Turn:
-    """Replays of one CUDA graph that holds every call once, each on its own buffer."""
+    """Replays of one CUDA graph that holds every call once, each on its own buffer.
+
+    Raises:
+        RuntimeError: the call cannot be captured. Where it synchronises that is found before a
+            capture begins, because a capture that breaks may take the process with it.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            calls[0]()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                calls[0]()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -112,7 +160,7 @@ def graph_turn(calls: Sequence[Call]) -> Turn:
             call()
 
     def turn(n: int) -> list[float]:
-        replays = max(1, n // len(calls))
+        replays = -(-n // len(calls))
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(replays):

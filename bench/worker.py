@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import sys
@@ -13,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
-from .measure import OUT_OF_MEMORY, Job, SpentProcess, Starting, measure
+from .measure import OUT_OF_MEMORY, Job, LostProcess, SpentProcess, Starting, measure
 from .table import Row
 
 _MEMORY_SHARE = 0.9
@@ -26,10 +27,14 @@ Serve = Callable[[Connection, str, str], None]
 
 
 class Lost(NamedTuple):
-    """A job that took its process with it: the provider at work ("" : none), and why."""
+    """A job that took its process with it: the provider at work ("": none), and why.
+
+    mode: the one that the provider failed in, where it may be measured in the other.
+    """
 
     provider: str
     status: str
+    mode: str = ""
 
 
 class Worker:
@@ -59,6 +64,9 @@ class Worker:
                 message = connection.recv()
             except EOFError:
                 return Lost(provider, self._reason_of_death())
+            if isinstance(message, Lost):
+                self.stop()
+                return message
             if not isinstance(message, Starting):
                 return message
             provider, limit, since = message.provider, message.limit_s, time.monotonic()
@@ -102,6 +110,7 @@ def _serve(connection: Connection, log: str, device: str) -> None:
     os.dup2(descriptor, 2)
     if device == "cpu":
         _limit_memory()
+    gc.freeze()  # torch's own objects: the collector runs in every case, and would walk them all
     tell: Callable[[Starting], None] = connection.send
     with contextlib.suppress(EOFError):
         while True:
@@ -109,6 +118,9 @@ def _serve(connection: Connection, log: str, device: str) -> None:
                 connection.send(measure(connection.recv(), tell))
             except SpentProcess:
                 os._exit(_SPENT)
+            except LostProcess as error:
+                connection.send(Lost(error.provider, error.status, error.mode))
+                os._exit(_SPENT)  # nothing may wait for the GPU on the way out
 
 
 def _limit_memory() -> None:

@@ -31,23 +31,72 @@ def quick_limits(monkeypatch):
     monkeypatch.setattr(machine, "limits", lambda *_: machine.Limits(1e11, 1e10))
 
 
-def test_interleaving_takes_turns_until_each_has_its_samples():
+class Clock:
+    """Time that passes only where a test says so."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(timing, "time", clock)
+    return clock
+
+
+def interleaved(clock, takes, budget, call_s=None):
+    """The variants' turns in order (name, calls), and their samples; takes: seconds of a call."""
     made = []
 
     def turn(name):
-        return lambda n: made.append(name) or [1e-3] * n
+        def calls(n):
+            made.append((name, n))
+            clock.now += n * takes[name]
+            return [takes[name]] * n
 
-    call_s = {"slow": 0.5, "fast": 1e-3, "slowest": 20.0}
-    turns = {name: turn(name) for name in call_s}
-    samples = timing.interleave(turns, call_s, Budget(0.05, least=3, most=40))
-    assert {name: len(s) for name, s in samples.items()} == {"slow": 3, "fast": 40, "slowest": 0}
-    assert Budget(0.05).samples(2.5) == 1
-    assert Budget(20.0).samples(5.0) == 4
-    assert made[0] == "fast"  # its warm-up turn
-    rounds = made[1:]
-    assert set(rounds[:2]) == {"slow", "fast"}
+        return calls
+
+    turns = {name: turn(name) for name in takes}
+    return made, timing.interleave(turns, call_s or takes, budget)
+
+
+def test_interleaving_takes_turns_until_the_seconds_are_spent(clock):
+    takes = {"slow": 0.5, "fast": 1e-3, "slower": 2.5, "slowest": 20.0}
+    made, samples = interleaved(clock, takes, Budget(0.05, least=3))
+    counts = {name: len(found) for name, found in samples.items()}
+    assert counts == {"slow": 3, "fast": pytest.approx(50, abs=2), "slower": 1, "slowest": 0}
+    assert made[0] == ("fast", 2)  # its warm-up turn
+    rounds = [name for name, _ in made[1:]]
+    assert set(rounds[:3]) == {"slow", "fast", "slower"}
     last_slow = max(i for i, name in enumerate(rounds) if name == "slow")
     assert rounds[:last_slow].count("fast") >= 2
+
+
+def test_a_variant_ends_with_its_most_samples(clock):
+    _, samples = interleaved(clock, {"fast": 1e-3}, Budget(0.05, most=10))
+    assert len(samples["fast"]) == 10
+
+
+def test_a_warm_up_plans_the_turns_that_follow(clock):
+    """A replay is far shorter than the eager call by which it was planned."""
+    budget = Budget(0.1, turn_s=25e-3)
+    made, _ = interleaved(clock, {"replay": 1e-5}, budget, {"replay": 1e-4})
+    assert made[0] == ("replay", 250)
+    assert {n for _, n in made[1:]} == {2500}
+
+
+def test_who_fails_in_a_turn_is_named():
+    def fails(n):
+        raise RuntimeError("no")
+
+    turns = {"sound": lambda n: [1.0], "unsound": fails}
+    with pytest.raises(timing.TurnError) as caught:
+        timing.interleave(turns, {"sound": 1.0, "unsound": 1.0}, Budget(0.05))
+    assert caught.value.name == "unsound"
+    assert isinstance(caught.value.__cause__, RuntimeError)
 
 
 def test_a_turn_times_every_call():
@@ -266,7 +315,7 @@ def test_the_framework_from_case_to_file_in_its_own_process(tmp_path, capsys):
     suite = Suite("tiny", "a test", (part,), QUICK)
     worker = Worker("cpu")
     try:
-        rows = run.run_suite(suite, worker)
+        rows, _ = run.run_suite(suite, worker)
     finally:
         worker.stop()
     path = tmp_path / "cpu-test" / "tiny.csv"
@@ -307,26 +356,6 @@ def test_a_problem_that_cannot_be_made_is_a_row_for_each():
     assert {(r.provider, r.status) for r in rows} == {
         ("naive", "out of memory"), ("auto", "out of memory")
     }  # fmt: skip
-
-
-def test_what_is_finished_survives_an_interruption(tmp_path, monkeypatch, capsys):
-    measured = []
-
-    def run_suite(suite, worker):
-        measured.append(suite.name)
-        if len(measured) == 2:
-            raise KeyboardInterrupt
-        assert suite.budget.seconds == 0.5
-        return [make_row(suite.name, CASE, "naive", "baseline", 1e-3)]
-
-    monkeypatch.setattr(run, "run_suite", run_suite)
-    command = ["paper", "threads", "--device", "cpu", "--results", str(tmp_path)]
-    assert run.main([*command, "--seconds", "0.5"]) == 130
-    assert [path.name for path in tmp_path.glob("*/*")] == ["paper.csv"]
-    assert "--missing goes on" in capsys.readouterr().out
-    assert run.main([*command, "--seconds", "0.5", "--missing"]) == 0
-    assert measured == ["paper", "threads", "threads"]
-    assert len(list(tmp_path.glob("*/*.csv"))) == 2
 
 
 def test_a_part_runs_the_groups_and_names_that_it_wants():
@@ -401,7 +430,7 @@ def test_devices_are_never_mixed(tmp_path):
 def test_suites_are_sound(device):
     known = suites(device)
     assert set(DEFAULT) <= set(known) | {"threads"}
-    assert len(known["crossover"].cases) == 60
+    assert len(known["crossover"].cases) == {"cpu": 60, "cuda": 23}[device]
     for suite in known.values():
         assert len(set(suite.cases)) == len(suite.cases)
         assert all(case.device == device for case in suite.cases)
@@ -436,6 +465,7 @@ def test_the_gpu_way_runs_every_line_with_a_pretended_gpu(monkeypatch):
         "memory_allocated": lambda *_: 0, "max_memory_allocated": lambda *_: 1 << 20,
         "Stream": Stream, "current_stream": Stream, "CUDAGraph": Graph, "graph": context,
         "stream": context, "get_device_name": lambda *_: "pretended",
+        "set_sync_debug_mode": lambda *_: None,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(machine, "second_level_cache", lambda _: 5000)
@@ -451,24 +481,30 @@ def test_the_gpu_way_runs_every_line_with_a_pretended_gpu(monkeypatch):
     ]
     assert all(row.peak_bytes == 1 << 20 and row.resident_bytes is None for row in rows)
     assert Graph.replays > 0
-    assert len(list(measure._rotated(make(CASE)._replace(case=case)))) == 2 * 5000 // 512 + 1
+    problem = make(CASE)._replace(case=case)  # of 512 bytes
+    monkeypatch.setattr(machine, "second_level_cache", lambda _: 1024)
+    assert len(measure._rotated(problem)) * 512 > 2 * 1024
+    monkeypatch.setattr(machine, "second_level_cache", lambda _: 1 << 20)
+    assert len(measure._rotated(problem)) == 16
 
 
 def test_a_step_that_cannot_be_captured_says_so(monkeypatch):
     def no_graph(_):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    def turn(step, problem, mode):
-        return no_graph(step) if mode == table.GRAPH else timing.cpu_turn(lambda: None)
+    def turn(candidate, problem, buffers, mode):
+        return no_graph(candidate) if mode == table.GRAPH else timing.cpu_turn(lambda: None)
 
     monkeypatch.setattr(measure, "_turn", turn)
+    monkeypatch.setattr(measure, "_rotated", lambda problem: [])
+    monkeypatch.setattr(measure, "_is_usable", lambda device: True)
     make = measure.make_problem
     job = Job("test", CASE, ("naive",), {}, QUICK)
     problem = make(CASE)._replace(case=replace(CASE, device="cuda"))
     row = make_row("test", CASE, "naive", "baseline", 1e-3, p50_ms=None)
     provider = providers.providers()["naive"]
     candidate = measure._Candidate(provider, row, provider.make(make(CASE)), 1e-3)
-    measure._time([candidate], problem, job.budget, lambda _: None)
+    measure._time([candidate], problem, job, lambda _: None)
     eager, graph = measure._rows(candidate)
     assert eager.is_measured
     assert graph.status == "RuntimeError: operation not permitted when stream is capturing"
