@@ -53,6 +53,7 @@ def main() -> int:
 def draw_all(folder: Path) -> list[Path]:
     """The pictures of one device, in its folder, as far as their suites were measured."""
     rows = [row for row in table.read_device(folder) if row.is_measured]
+    incomplete = table.incomplete(folder)
     drawn = []
     with matplotlib.rc_context({**STYLE, "text.parse_math": True}):  # powers of ten
         for name, suites, draw in _PICTURES:
@@ -60,7 +61,9 @@ def draw_all(folder: Path) -> list[Path]:
             if not chosen:
                 continue
             figure = draw(chosen)
-            figure.suptitle(chosen[0].device, x=0.99, ha="right", color=MUTED, fontsize=8.5)
+            partly = [suite for suite in suites if suite in incomplete]
+            title = chosen[0].device + (f", {' and '.join(partly)} not complete" if partly else "")
+            figure.suptitle(title, x=0.99, ha="right", color=MUTED, fontsize=8.5)
             path = folder / f"{name}.png"
             figure.savefig(path)
             drawn.append(path)

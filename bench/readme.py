@@ -74,9 +74,8 @@ def section(results: Path) -> str:
     conditions = _CONDITIONS.format(rules=_link(_RULES, README))
     lines = [f"{conditions} Each device has a page of tables and pictures.", ""]
     for folder, rows in devices.items():
-        lines.append(
-            f"- [{rows[0].device}]({_link(folder / README.name, README)}): {_versions(rows)}"
-        )
+        link = _link(folder / README.name, README)
+        lines.append(f"- [{rows[0].device}]({link}): {_versions(rows)}{_incomplete(folder)}")
     lines.append("")
     for kind in ("cpu", "cuda"):
         of_kind = [rows for folder, rows in devices.items() if folder.name.startswith(kind)]
@@ -94,8 +93,9 @@ def page(folder: Path) -> str:
     """Markdown: one device's tables and pictures; what has none is in the files beside it."""
     rows = table.read_device(folder)
     conditions = _CONDITIONS.format(rules=_link(_RULES, folder / README.name))
-    files = ", ".join(f"[{path.stem}]({path.name})" for path in sorted(folder.glob("*.csv")))
-    lines = [f"# {rows[0].device}", "", f"{_versions(rows)}. {conditions} All rows: {files}.", ""]
+    files = ", ".join(f"[{path.stem}]({path.name})" for path in table.files(folder))
+    about = f"{_versions(rows)}{_incomplete(folder)}. {conditions} All rows: {files}."
+    lines = [f"# {rows[0].device}", "", about, ""]
     lines += _verdict_table([rows])
     lines += _provider_table(rows)
     lines += _sweep_table(rows)
@@ -116,6 +116,12 @@ def _versions(rows: Sequence[Row]) -> str:
     versions = "; ".join(sorted({row.versions for row in rows}))
     commits = ", ".join(sorted({row.commit for row in rows}))
     return f"{threads} threads; {versions}; commit {commits}"
+
+
+def _incomplete(folder: Path) -> str:
+    """Of which suites only a part was measured."""
+    names = table.incomplete(folder)
+    return f"; **not complete: {', '.join(names)}**" if names else ""
 
 
 def _verdict_table(devices: Sequence[Sequence[Row]]) -> list[str]:

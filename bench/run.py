@@ -1,10 +1,16 @@
-"""`python -m bench.run [SUITE ...]`: measure, and write a CSV for each suite that is complete."""
+"""`python -m bench.run [SUITE ...]`: measure, case by case, and write a CSV for each suite.
+
+A suite's rows are in SUITE.partial.csv after each of its cases, and in SUITE.csv when complete.
+"""
 
 from __future__ import annotations
 
 import argparse
+import functools
+import math
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,40 +18,56 @@ import torch
 
 from . import machine, steps, table
 from .cases import Case
+from .forecast import TimeLimit
 from .measure import Job, failed_row
 from .providers import Provider, providers
 from .suites import DEFAULT, Suite, suites
-from .table import OK, RESULTS, Row
+from .table import GRAPH, OK, RESULTS, Row
 from .worker import Lost, Worker
 
 _INTERRUPTED = 130
+_OUT_OF_TIME = 124  # as of `timeout`
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 where every row of ours that was written is right; 1 where one is not."""
+    """0; 1 where a row of ours is wrong; 124 where the limit left cases out; 130 interrupted."""
     options = _parse(arguments)
     known = suites(options.device)
     names = options.suites or [name for name in DEFAULT if name in known]
     folder = options.results / machine.device_slug(options.device)
     worker = Worker(options.device)
-    wrong, begin = 0, time.monotonic()
+    limit = TimeLimit(options.limit)
+    wrong, unfinished, begin = 0, [], time.monotonic()
     try:
         for name in names:
             start, path = time.monotonic(), folder / f"{name}.csv"
-            if options.missing and path.exists():
-                print(f"{path}: kept")
-                continue
-            rows = run_suite(_budgeted(known[name], options.seconds), worker)
-            table.write(path, rows)
-            print(f"{path}: {len(rows)} rows in {time.monotonic() - start:.0f} s", flush=True)
+            draft, begun = table.partial(path), list[Row]()
+            if options.missing:
+                if path.exists():
+                    print(f"{path}: kept")
+                    continue
+                begun = _begun(draft, options.device)
+            suite = _budgeted(known[name], options.seconds)
+            keep = functools.partial(table.write, draft)
+            rows, left_out = run_suite(suite, worker, keep, begun, limit)
+            seconds = f"{time.monotonic() - start:.0f} s"
+            if left_out:
+                unfinished.append(name)
+                print(f"{draft}: {len(rows)} rows in {seconds}, {left_out} cases left out")
+            else:
+                table.write(path, rows)
+                draft.unlink(missing_ok=True)
+                print(f"{path}: {len(rows)} rows in {seconds}", flush=True)
             wrong += sum(row.status.startswith("wrong") and row.group == "ours" for row in rows)
     except KeyboardInterrupt:
-        print(f"interrupted: finished suites are in {folder}; --missing goes on with the others")
+        print(f"interrupted: finished cases are in {folder}; --missing goes on with the others")
         return _INTERRUPTED
     finally:
         worker.stop()
     print(f"{len(names)} suites in {time.monotonic() - begin:.0f} s")
-    return 1 if wrong else 0
+    if unfinished:
+        print(f"out of time, not complete: {', '.join(unfinished)}; --missing goes on with them")
+    return 1 if wrong else _OUT_OF_TIME if unfinished else 0
 
 
 def _budgeted(suite: Suite, seconds: float | None) -> Suite:
@@ -57,30 +79,96 @@ def _budgeted(suite: Suite, seconds: float | None) -> Suite:
     return replace(suite, parts=parts, budget=budget)
 
 
-def run_suite(suite: Suite, worker: Worker) -> list[Row]:
-    """All rows of a suite, in the order of its cases."""
-    print(f"{suite.name}: {suite.purpose}", flush=True)
-    commit, rows = machine.commit(), []
-    limits = _Limits()
-    for case, wanted, budget in suite.work():
-        start = time.monotonic()
-        known = steps.providers() if case.backbone else providers()
-        names = tuple(p.name for p in known.values() if {p.group, p.name} & {*wanted})
-        job = Job(suite.name, case, names, limits.known(case, names), budget)
-        found = [replace(row, commit=commit) for row in _run_job(job, known, worker)]
-        limits.learn(case, found)
-        rows += found
-        print(f"  {case}, {time.monotonic() - start:.1f} s: {_summary(found)}", flush=True)
+def _begun(path: Path, device: str) -> list[Row]:
+    """The rows of a suite that was left, where what would be measured now is the same code."""
+    if not path.exists():
+        return []
+    commit = machine.commit()
+    here = machine.device_name(device), commit, machine.versions()
+    try:
+        rows = table.read(path)
+    except ValueError:  # of other columns
+        rows = []
+    same = all((row.device, row.commit, row.versions) == here for row in rows)
+    if not rows or not same or commit == "unknown" or commit.endswith("+"):
+        print(f"{path}: not of this device, commit and versions for certain: begun again")
+        return []
+    print(f"{path}: {len(rows)} rows kept")
     return rows
 
 
+def jobs(suite: Suite) -> Iterator[Job]:
+    """The jobs of a suite, in the order in which they run."""
+    for case, wanted, budget in suite.work():
+        names = tuple(p.name for p in _known(case).values() if {p.group, p.name} & {*wanted})
+        yield Job(suite.name, case, names, {}, budget)
+
+
+def run_suite(
+    suite: Suite,
+    worker: Worker,
+    keep: Callable[[list[Row]], object] = lambda rows: None,
+    begun: Iterable[Row] = (),
+    limit: TimeLimit | None = None,
+) -> tuple[list[Row], int]:
+    """All rows of a suite, in the order of its cases, and how many jobs the limit left out.
+
+    keep: is given all rows so far after each job. begun: rows that need not be measured again.
+    """
+    print(f"{suite.name}: {suite.purpose}", flush=True)
+    commit, limit, limits, left_out = machine.commit(), limit or TimeLimit(), _Limits(), 0
+    found: dict[Case, list[Row]] = {case: [] for case in suite.cases}
+    by_identity = {_identity(case): case for case in suite.cases}
+    for row in begun:
+        found[by_identity[_identity(row)]].append(row)
+    for case, rows in found.items():
+        limits.learn(case, rows)
+    for job in jobs(suite):
+        case, before = job.case, found[job.case]
+        present = {row.provider for row in before}
+        if present.issuperset(job.names):
+            continue
+        if (needed := limit.predict(job)) > limit.left():
+            left_out += 1
+            print(f"  {case}: left out, takes about {needed:.0f} s", flush=True)
+            continue
+        start = time.monotonic()
+        job = job._replace(skip=limits.known(case, job.names))
+        rows = [replace(r, commit=commit) for r in _run_job(job, _known(case), worker)]
+        limit.learn(job, time.monotonic() - start)
+        limits.learn(case, rows)
+        if not any(row.is_measured for row in rows):  # then what was measured before stands
+            rows = before + [row for row in rows if row.provider not in present]
+        found[case] = rows
+        keep([row for of_case in found.values() for row in of_case])
+        print(f"  {case}, {time.monotonic() - start:.1f} s: {_summary(rows)}", flush=True)
+    return [row for of_case in found.values() for row in of_case], left_out
+
+
+def _known(case: Case) -> dict[str, Provider]:
+    return steps.providers() if case.backbone else providers()
+
+
+def _identity(of: Case | Row) -> tuple[object, ...]:
+    """What tells the cases of a suite apart."""
+    return (
+        of.operation, of.dtype, of.n, of.d, of.c, of.threads, of.balance, of.backbone, of.active
+    )  # fmt: skip
+
+
 def _run_job(job: Job, known: dict[str, Provider], worker: Worker) -> list[Row]:
-    """The job's rows; a provider that takes the process with it gets a row and is left out."""
+    """The job's rows; a provider that takes the process with it gets a row and is left out.
+
+    One that does so in a CUDA graph is measured again without.
+    """
     lost: dict[str, Row] = {}
     while True:
         result = worker.run(job)
         if not isinstance(result, Lost):
             return [lost.get(row.provider, row) for row in result]
+        if result.mode == GRAPH:
+            job = job._replace(uncaptured=(*job.uncaptured, (result.provider, result.status)))
+            continue
         culprits = (result.provider,) if result.provider else job.names
         for name in culprits:
             lost[name] = failed_row(job, name, known[name].group, result.status)
@@ -138,7 +226,17 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         help="default: a GPU where there is one",
     )
     parser.add_argument(
-        "--missing", action="store_true", help="measure only suites that have no file yet"
+        "--missing",
+        action="store_true",
+        help="measure only suites that have no complete file yet, and of these only cases that "
+        "the partial file lacks, if it is of this device, commit and versions",
+    )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=math.inf,
+        metavar="SECONDS",
+        help="begin no case that would not end in this time; exit status 124 where one is left out",
     )
     parser.add_argument(
         "--seconds", type=float, help="for each provider on each case, instead of the suite's own"

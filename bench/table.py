@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,6 +14,7 @@ from .machine import ROOT
 
 RESULTS = ROOT / "bench" / "results"
 OK = "ok"
+_PARTIAL = ".partial.csv"
 EAGER, GRAPH = "eager", "graph replay"
 
 
@@ -101,12 +103,36 @@ def read(path: Path) -> list[Row]:
                 for line in lines]  # fmt: skip
 
 
+def partial(path: Path) -> Path:
+    """Where the rows of a suite are until its last case is measured: SUITE.partial.csv."""
+    return path.with_name(path.stem + _PARTIAL)
+
+
+def files(folder: Path) -> list[Path]:
+    """A file for each suite of a device: the complete one, else the partial one."""
+    found = sorted(folder.glob("*.csv"))
+    superseded = {partial(path) for path in found}
+    return [path for path in found if path not in superseded]
+
+
+def incomplete(folder: Path) -> list[str]:
+    """The suites of a device that were measured in part alone."""
+    names = (path.name for path in files(folder))
+    return [name.removesuffix(_PARTIAL) for name in names if name.endswith(_PARTIAL)]
+
+
 def read_device(folder: Path) -> list[Row]:
-    """All rows of a device's folder. ValueError where it holds rows of two devices."""
-    rows = [row for path in sorted(folder.glob("*.csv")) for row in read(path)]
+    """All rows of a device's folder; warns where they are a part of a suite.
+
+    Raises:
+        ValueError: the folder holds rows of two devices.
+    """
+    rows = [row for path in files(folder) for row in read(path)]
     devices = {row.device for row in rows}
     if len(devices) > 1:
         raise ValueError(f"{folder} mixes devices: {', '.join(sorted(devices))}")
+    if names := incomplete(folder):
+        warnings.warn(f"{folder}: not complete: {', '.join(names)}", stacklevel=2)
     return rows
 
 

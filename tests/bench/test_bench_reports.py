@@ -62,6 +62,37 @@ def test_targets_are_judged(made_up_rows):
     assert targets.mean_choice(made_up_rows) == pytest.approx(1)
 
 
+def test_the_worst_choice_is_of_the_whole_grid(made_up_rows):
+    partly = [row for row in made_up_rows if row.suite != "crossover" or row.n < 100]
+    (grid,) = (v for v in targets.verdicts(partly) if "single path" in v.claim)
+    assert targets.worst_choice(partly) is not None
+    assert grid.figure is None
+
+
+def test_a_part_of_a_suite_is_never_taken_for_the_whole(folder, monkeypatch):
+    monkeypatch.setattr(readme, "README", folder.parent / "README.md")
+    whole = table.read(folder / "paper.csv")
+    table.write(table.partial(folder / "paper.csv"), whole[:3])
+    assert len([r for r in table.read_device(folder) if r.suite == "paper"]) == len(whole)
+    assert "not complete" not in readme.page(folder)
+    (folder / "paper.csv").unlink()
+    with pytest.warns(UserWarning, match="not complete: paper"):
+        rows = table.read_device(folder)
+    assert len([row for row in rows if row.suite == "paper"]) == 3
+    with pytest.warns(UserWarning, match="not complete"):
+        texts = readme.page(folder), readme.section(folder.parent)
+    assert all("**not complete: paper**" in text for text in texts)
+    titles = []
+    save = figures.Figure.savefig
+    monkeypatch.setattr(
+        figures.Figure, "savefig",
+        lambda figure, path: titles.append(figure.get_suptitle()) or save(figure, path),
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="not complete"):
+        figures.draw_all(folder)
+    assert [title.endswith("paper not complete") for title in titles].count(True) == 1
+
+
 def test_a_target_that_was_not_measured_is_not_met_by_silence():
     assert {v.is_met for v in targets.verdicts([])} == {None}
     assert targets.worst_choice([]) is None
@@ -163,6 +194,7 @@ def test_calibration_writes_a_module_that_python_reads(folder, tmp_path, monkeyp
 def test_committed_results_can_be_read():
     for device in table.devices():
         assert table.read_device(device)
+        assert not table.incomplete(device)
     assert (ROOT / "bench" / "README.md").exists()
 
 
