@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -120,7 +121,8 @@ def run_suite(
     found: dict[Case, list[Row]] = {case: [] for case in suite.cases}
     by_identity = {_identity(case): case for case in suite.cases}
     for row in begun:
-        found[by_identity[_identity(row)]].append(row)
+        if case := by_identity.get(_identity(row)):  # None: measured with other threads
+            found[case].append(row)
     for case, rows in found.items():
         limits.learn(case, rows)
     for job in jobs(suite):
@@ -250,4 +252,5 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the worker too
     sys.exit(main())

@@ -189,6 +189,14 @@ def test_cases_of_other_code_are_measured_again(change, gpu, command, capsys):
     assert len({(row.commit, row.versions, row.device) for row in rows}) == 1
 
 
+def test_rows_of_another_number_of_threads_are_no_case_of_the_suite(gpu, command):
+    _, folder = command("--limit", "20")
+    draft = folder / "tiny.partial.csv"
+    table.write(draft, [replace(row, threads=99) for row in table.read(draft)])
+    assert command("--missing")[0] == 0
+    assert {row.threads for row in table.read_device(folder)} == {SMALL.threads}
+
+
 @pytest.mark.parametrize("commit", ["unknown", "0123456789+"])
 def test_code_that_no_commit_names_may_be_other_code(commit, gpu, command, monkeypatch, capsys):
     monkeypatch.setattr(run.machine, "commit", lambda: commit)
