@@ -44,11 +44,12 @@ def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
     """
     pairs, side = work.n * work.columns, work.vectors * work.d * work.accumulated
     own = work.m is None
+    casts = work.casts * (1 if own else 2)
     products, sweeps = 1, 12
-    launches = (31 if own else 40) + work.casts
+    launches = (31 if own else 40) + casts
     if work.wants_gradient:
         products, sweeps = (3 if own else 4), 30
-        launches += (48 if own else 62) + 2 * work.casts
+        launches += (48 if own else 62) + 2 * casts
     return Operations(
         products * 2 * pairs * work.d + sweeps * pairs,
         sweeps * pairs * work.accumulated + (3 if work.wants_gradient else 1) * side,
