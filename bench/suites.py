@@ -22,6 +22,7 @@ from .providers import (
     PEER,
     PML,
     ROW_MOVES,
+    SCHEDULE,
 )  # fmt: skip
 from .timing import Budget
 
@@ -248,25 +249,44 @@ def _hinge() -> tuple[Part, ...]:
 
 
 def _crossover(device: str) -> tuple[Part, ...]:
-    """A log grid: ten N by six D, the classes changing along both.
-
-    On a GPU, where a new D means new kernels, eight N by three D, where one path gives way to
-    another: at some 64 rows, and at some thousands.
-    """
+    """A log grid of 60 points: ten N by six D, the classes changing along both."""
+    if device != "cpu":
+        return _gpu_crossover()
     ns = (16, 36, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
     ds = (32, 64, 128, 256, 512, 1280)
-    if device != "cpu":
-        ns, ds = (16, 36, 64, 256, 1024, 4096, 16384, 65536), (128, 512, 1280)
     classes = (2, 8, 64)
     grid = [
         Case(n, d, min(classes[(i + j) % 3], n // 2))
         for (i, n), (j, d) in product(enumerate(ns), enumerate(ds))
     ]
-    if device != "cpu":
-        return (Part(tuple(case for case in grid if case.n * case.d <= 1 << 25), _FAST),)
     small = tuple(case for case in grid if case.n <= 2048)
     large = tuple(case for case in grid if case.n > 2048)
     return Part(small, (OURS,)), Part(large, _FAST, Budget(0.4, least=2))
+
+
+def _gpu_crossover() -> tuple[Part, ...]:
+    """A coarser grid that reaches further, and in half precision too.
+
+    From 65 rows on impl="triton" has two schedules, which are timed apart. Each D and dtype means
+    new kernels, some seconds of compilation, and so does an N that 16 does not divide: three D in
+    float32, two in half precision, and N_b = 36 is in `paper`.
+    """
+    small, large, classes = (16, 32, 64), (128, 512, 2048, 8192, 32768), (2, 8, 64)
+
+    def grid(ns: tuple[int, ...]) -> Iterator[Case]:
+        for (i, n), (j, d) in product(enumerate(ns), enumerate((128, 512, 1280))):
+            c = min(classes[(i + j) % 3], n // 2)
+            yield Case(n, d, c)
+            if d != 512 and n in large:
+                yield Case(n, d, c, "bfloat16")
+
+    paired = tuple(case for case in grid(large) if case.n <= 2048)
+    longer = tuple(case for case in grid(large) if case.n > 2048)
+    return (
+        Part(tuple(grid(small)), _FAST),
+        Part(paired, ("reference", "gram", "auto", SCHEDULE)),
+        Part(longer, ("gram", "auto", SCHEDULE)),
+    )
 
 
 def _training_steps() -> tuple[Part, ...]:

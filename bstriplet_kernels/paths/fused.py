@@ -22,10 +22,13 @@ import torch
 from torch import Tensor
 
 from .._torch import in_memory
-from ..cost import Operations, Work, round_up
+from ..calibration import CONSTANTS
+from ..cost import Constants, Operations, Work, round_up
 from ..spec import Gradients, Path, Rows, Spec, State, accumulation_dtype
 from . import panels
 
+SMALL, TILES, PANELS = "triton small", "triton tiles", "triton panels"
+"""The schedules, by the names under which their measured speeds stand."""
 SMALL_ROWS = 64
 MAX_PARTS = 8
 """Among how many programs the columns of one tile of rows are shared out at most."""
@@ -76,32 +79,35 @@ class Rates(NamedTuple):
     float64: float
 
 
-# Not measured: what an H100 may be expected to do. They decide between tiles and panels alone.
+# Not measured: what an H100 may be expected to do. Where nothing is, they decide between tiles and
+# panels, and nothing else.
 _TILES = Rates(3.5e14, 1.6e14, 8e13, 3e13)
 _PRODUCTS = Rates(6e14, 3e14, 4.5e13, 5e13)
 _BYTES_A_SECOND = 4e12  # panels lie in the second-level cache in part
 _LAUNCH_SECONDS = 3e-6
 
 
-def cost(
-    n: int, m: int | None, d: int, dtype: torch.dtype, reduction: str, wants_gradient: bool
-) -> Operations:
-    """What n rows against m columns (None: against themselves) cost, forward and backward.
+def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
+    """Counted as launched, whole blocks and recomputed tiles included.
 
-    Counted as launched, whole blocks and recomputed tiles included, with the blocks that suit any
-    GPU and columns not shared out.
+    The blocks are those that suit any GPU, and columns are not shared out.
     """
-    size = n * d * dtype.itemsize
+    n, m, d, dtype, reduction, wants_gradient, device = work
     if m is None and reduction != "none" and n <= SMALL_ROWS:
+        size = n * d * dtype.itemsize
         blocks = small_blocks(n, dtype)
         slices = _tiles_of(d, blocks.v) if wants_gradient else 1
         pairs = 2 * blocks.n * blocks.n
         depth = _tiles_of(d, blocks.d) * blocks.d
         gradient = slices * pairs * blocks.v if wants_gradient else 0
         bytes_ = size * (4 if wants_gradient else 1)  # read; gradient written, read, scaled
-        return Operations(slices * pairs * depth + gradient, bytes_, 2 if wants_gradient else 1)
-    of = _panels_cost if by_panels(n, m, d, dtype) else _tiles_cost
-    return of(n, m, d, dtype, wants_gradient)
+        flops, launches = slices * pairs * depth + gradient, 2 if wants_gradient else 1
+        found = Operations(flops, bytes_, launches, SMALL)
+    else:
+        of = _panels_operations if by_panels(n, m, d, dtype) else _tiles_operations
+        found = of(n, m, d, dtype, wants_gradient)
+    casts = (1 if m is None else 2) if wants_gradient and work.casts else 0
+    return found._replace(launches=0 if device == "cpu" else found.launches + casts)
 
 
 def by_panels(n: int, m: int | None, d: int, dtype: torch.dtype) -> bool:
@@ -116,42 +122,52 @@ def _products_are_exact() -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _compare(n: int, m: int | None, d: int, dtype: torch.dtype, exact: bool) -> bool:
-    seconds = [
-        found.launches * _LAUNCH_SECONDS
-        + found.flops / _rate(rates, dtype, exact)
-        + found.bytes / _BYTES_A_SECOND
-        for rates, found in (
-            (_TILES, _tiles_cost(n, m, d, dtype, True)),
-            (_PRODUCTS, _panels_cost(n, m, d, dtype, True)),
-        )
-    ]
-    return seconds[1] < seconds[0]
+    tiles, panels_ = _speeds(dtype, exact)
+    return panels_.seconds(_panels_operations(n, m, d, dtype, True), dtype) < tiles.seconds(
+        _tiles_operations(n, m, d, dtype, True), dtype
+    )
 
 
-def _rate(rates: Rates, dtype: torch.dtype, exact: bool) -> float:
+def _speeds(dtype: torch.dtype, exact: bool) -> tuple[Constants, Constants]:
+    """Of tiles and of panels: measured, where both were in this precision, else assumed."""
+    measured = CONSTANTS.get("cuda", {})
+    if TILES in measured and PANELS in measured:
+        found = measured[TILES], measured[PANELS]
+        if dtype == torch.float32 and exact:
+            return found
+        if dtype.itemsize < 4 and None not in (found[0].half, found[1].half):
+            return found
+    return _assumed(_TILES, dtype, exact), _assumed(_PRODUCTS, dtype, exact)
+
+
+def _assumed(rates: Rates, dtype: torch.dtype, exact: bool) -> Constants:
     if dtype == torch.float32:
-        return rates.float32 if exact else rates.tf32
-    return rates.float64 if dtype == torch.float64 else rates.half
+        rate = rates.float32 if exact else rates.tf32
+    else:
+        rate = rates.float64 if dtype == torch.float64 else rates.half
+    return Constants(0.0, 1 / rate, 1 / _BYTES_A_SECOND, _LAUNCH_SECONDS)
 
 
-def _tiles_cost(
+def _tiles_operations(
     n: int, m: int | None, d: int, dtype: torch.dtype, wants_gradient: bool
 ) -> Operations:
     sides = 1 if m is None else 2
     columns = n if m is None else m
     size = (n if m is None else n + m) * d * dtype.itemsize
     forward = _tile_flops(n, columns, d, row_blocks(dtype, False))
-    total = Operations(forward, 2 * size, 2 + sides)
+    total = Operations(forward, 2 * size, 2 + sides, TILES)
     if not wants_gradient:
         return total
     blocks = gradient_blocks(dtype, False)
     backward = _tile_flops(n, columns, d, blocks)
     if sides == 2:
         backward += _tile_flops(columns, n, d, blocks)
-    return Operations(forward + backward, total.bytes + (1 + sides) * size, total.launches + sides)
+    return Operations(
+        forward + backward, total.bytes + (1 + sides) * size, total.launches + sides, TILES
+    )
 
 
-def _panels_cost(
+def _panels_operations(
     n: int, m: int | None, d: int, dtype: torch.dtype, wants_gradient: bool
 ) -> Operations:
     """Products of panels, and the sweeps that read and write them."""
@@ -165,6 +181,7 @@ def _panels_cost(
         flops=2 * held * d,
         bytes=3 * size + 2 * held * accumulated,
         launches=10 * sides + 6 * count,
+        schedule=PANELS,
     )
     if not wants_gradient:
         return total
@@ -175,6 +192,7 @@ def _panels_cost(
         total.flops + backward,
         total.bytes + (6 + 2 * sides) * size + swept,
         total.launches + sides * (15 + 4 * count),
+        PANELS,
     )
 
 
@@ -302,9 +320,6 @@ def refuses(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str | Non
 def interpreted() -> bool:
     """Whether Triton runs kernels on the CPU, in its interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "y", "yes", "t", "true", "on")
-
-
-PATH = Path(forward, backward, missing, refuses)
 
 
 @functools.cache
@@ -629,3 +644,6 @@ def _panels_memory(work: Work) -> int:
         return 2 * scaled + panel
     waiting = 0 if work.m is None else work.n * work.d * number
     return scaled + panel + waiting + 3 * max(n, m) * d * number
+
+
+PATH = Path(forward, backward, operations, extra_memory, missing, refuses)

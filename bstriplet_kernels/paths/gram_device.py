@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..cost import Work, round_up
+from ..cost import Operations, Work, round_up
 from ..spec import accumulation_dtype
 from .second_moments import class_weights, inverse_norms, through_normalisation
 
@@ -324,6 +324,31 @@ def segment_sums(values: Tensor, segment: Tensor, count: int) -> Tensor:
     every = torch.arange(count + 1, device=segment.device)
     offsets = torch.searchsorted(segment, every)
     return torch.segment_reduce(values, "sum", offsets=offsets, axis=0, unsafe=True)
+
+
+def operations(work: Work) -> Operations:
+    """FLOPs, bytes and launches, the same whatever the classes are.
+
+    A chunk of tiles adds to all moments of all segments. Launches: counted operator by operator, a
+    number for each chunk of tiles, for each chunk of blocks and for all that is not in chunks.
+    """
+    n, d, number = work.n, work.d, work.accumulated
+    width, block = max(16, d // 2), max(16, d // 4)
+    window = block + round_up(smallest_moment(d), block)
+    segments = segment_count(n, d)
+    tiles = -(-n // width) + segments
+    tile_chunks = -(-tiles // max(1, CHUNK_NUMBERS // (2 * d * d + 4 * width * d)))
+    block_chunks = -(-n // max(block, CHUNK_NUMBERS // (4 * window + 6 * d)))
+    launches = 107 + 47 * tile_chunks + 20 * block_chunks
+    if work.wants_gradient:
+        launches += 97 + 61 * tile_chunks + 32 * block_chunks
+    both = 1 + work.wants_gradient
+    products = 5.75 + 9.5 * work.wants_gradient  # D x D of a row, as told at the top
+    return Operations(
+        flops=int(2 * products * n * d * d),
+        bytes=both * (5 * tile_chunks * segments * d * d + 20 * n * d) * number,
+        launches=launches,
+    )
 
 
 def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:

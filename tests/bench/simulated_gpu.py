@@ -29,7 +29,7 @@ from bench.gate import Errors
 from bench.measure import Job
 from bench.suites import DEFAULT, suites
 from bench.worker import Lost
-from bstriplet_kernels.paths import PATHS
+from bstriplet_kernels.paths import PATHS, fused
 
 PROCESS_S = 8.0  # Python, torch, the CUDA context, cuBLAS
 COMPILE_S = 25.0  # torch.compile of a loss and its gradient, nothing cached
@@ -63,13 +63,12 @@ def assumed(name, case) -> Call:
     pairs, products, row_bytes = n * n, 2.0 * n * n * d * (3 if backward else 1), 4 * n * d
     if case.backbone:
         return Call(1500, 36 * 3e9, 36 * 2e8)
+    name = _path_of(name, case)
     if name in PATHS and name not in ("reference", "native"):
         if name == "triton":
             return Call(2, products * 4 / 3, 4 * row_bytes, 80e-6)
         launches = 355 + n // 69  # of a path by second moments, as it stands: quadratic in N
         return Call(launches, 10.0 * n * d * d, 0.5 * pairs * d * 4e-3 + 5 * row_bytes, 80e-6)
-    if name == "auto" or name == providers.HALF:
-        return assumed(_choice(case), case)
     dense = {  # launches, matrices swept, matrices held
         "reference": (160, 40, 12), "naive": (140, 40, 12), "eager": (50, 20, 8),
         "compiled naive": (10, 8, 6), "compiled eager": (8, 6, 4), "native": (2, 2, 0),
@@ -91,8 +90,13 @@ def assumed(name, case) -> Call:
     return Call(*((12, 0, 6 * row_bytes) if name == providers.ROW_MOVES else (2, 0, row_bytes)))
 
 
-def _choice(case) -> str:
-    return "triton" if case.n <= 3 * case.d else "gram"
+def _path_of(name, case) -> str:
+    """The path that a provider of ours takes; the name itself of the others."""
+    if name in (fused.TILES, fused.PANELS):
+        return "triton"
+    if name in ("auto", providers.HALF):
+        return "triton" if case.n <= 3 * case.d else "gram"
+    return name
 
 
 class SimulatedGPU:
@@ -163,7 +167,7 @@ class SimulatedGPU:
             self.advance(IMPORT_S, "imports")
         key, seconds = (name, case), COMPILE_S
         if not name.startswith("compiled"):
-            path = _choice(case) if name in ("auto", providers.HALF) else name
+            path = _path_of(name, case)
             if path not in PATHS or path in ("native", "reference"):
                 return
             key = (path, case.d, case.dtype, case.operation, case.n % 16 == 0)
@@ -220,14 +224,17 @@ def install(monkeypatch) -> SimulatedGPU:
         collect=lambda: gpu.advance(COLLECT_S, "collector"), disable=int, enable=int
     )
     monkeypatch.setattr(timing, "gc", collector)
-    monkeypatch.setattr(measure.plan, "path_cost", lambda *_: (1, 1, 1))
+    monkeypatch.setattr(measure, "_counted", lambda _, path, problem: {"path": path, "flops": 1})
     monkeypatch.setattr(measure, "Gate", lambda problem: _Judge(gpu, problem))
-    monkeypatch.setattr(measure, "_path", lambda provider, problem: _path(provider, problem.case))
+    monkeypatch.setattr(measure, "_path", _impl)
     monkeypatch.setattr(measure, "make_problem", lambda case: _problem(gpu, case))
     monkeypatch.setattr(measure.steps, "make_problem", lambda case: _problem(gpu, case))
     known = providers.providers()
+    make = known["auto"].make
     for name in (*PATHS, "auto"):
-        known[name] = providers.Provider(name, providers.OURS, known["auto"].make)
+        known[name] = providers.Provider(name, providers.OURS, make)
+    for name in (fused.TILES, fused.PANELS):
+        known[name] = providers.Provider(name, providers.SCHEDULE, make)
     losses = {name: _faked(gpu, provider) for name, provider in known.items()}
     steps = {name: _faked(gpu, p) for name, p in measure.steps.providers().items()}
     for module in (measure, run):
@@ -274,10 +281,9 @@ class _Judge:
         return Errors(0.0, 0.0)
 
 
-def _path(provider, case) -> str:
-    if provider.group != providers.OURS:
-        return ""
-    return _choice(case) if provider.name == "auto" else provider.name
+def _impl(provider, problem) -> str:
+    is_ours = provider.group in (providers.OURS, providers.SCHEDULE)
+    return _path_of(provider.name, problem.case) if is_ours else ""
 
 
 def _problem(gpu, case) -> Problem:
