@@ -1,58 +1,41 @@
 #!/usr/bin/env bash
-# One command for a machine with a GPU: bench/gpu.sh [OUTPUT FOLDER]
-# Needs a Python with torch >= 2.11, and this repository; installs nothing. Checks first, then times,
-# then lets compute-sanitizer look, where it is. Whatever fails, the rest still runs; the exit
-# status is the number of steps that failed. It ends after LIMIT seconds (480): a step that is at
-# work then is stopped, and those behind it do not begin; both count as failed. Suites of timings
-# that are complete are kept. DEVICE=cpu rehearses it in Triton's interpreter.
+# For a machine with a GPU that may be at hand for minutes: bench/gpu.sh first|second [FOLDER]
+# `first` checks and times every path within 260 s, `second` runs the suites within 300 s; FOLDER
+# (runs/gpu) gets a log, the results and one archive of all. bench/README.md says what to bring.
+# Needs a Python with torch >= 2.11; DEVICE=cpu rehearses it in Triton's interpreter. The exit status
+# is the number of commands that failed.
 set -u
 cd "$(dirname "$0")/.."
-out=${1:-bench/results}
-PYTHON=${PYTHON:-python3}
-DEVICE=${DEVICE:-cuda}
-LIMIT=${LIMIT:-480}
-export PYTHONPATH=. CUBLAS_WORKSPACE_CONFIG=:4096:8
+call=${1:?first or second} folder=${2:-runs/gpu}
+PYTHON=${PYTHON:-python3} DEVICE=${DEVICE:-cuda}
+export PYTHONPATH=".:python${PYTHONPATH:+:$PYTHONPATH}" CUBLAS_WORKSPACE_CONFIG=:4096:8
 [ "$DEVICE" = cpu ] && export TRITON_INTERPRET=1
-failed=0
 
-step() {  # step NAME COMMAND...: run it in the time that is left, say how long it took
-    local name=$1 start=$SECONDS left=$((LIMIT - SECONDS))
-    shift
-    echo "== $name: $*"
-    if [ "$left" -gt 0 ] && timeout --signal=INT --kill-after=10 "$left" "$@"; then
-        echo "== $name: $((SECONDS - start)) s"
-    else
-        echo "== $name: FAILED after $((SECONDS - start)) s; $left s were left"
-        failed=$((failed + 1))
+# Every row names the commit, and what differs from it: in a copy without .git, the files themselves.
+if [ -z "${BENCH_COMMIT:-}" ]; then
+    files=$(find bench bstriplet_kernels csrc -name '*.py' -o -path 'csrc/*' -type f | LC_ALL=C sort |
+        xargs cat | sha1sum)
+    if ! BENCH_COMMIT=$(git rev-parse --quiet --short=10 --verify HEAD 2> /dev/null); then
+        BENCH_COMMIT=files-${files:0:10}
+    elif ! git diff --quiet HEAD -- bench bstriplet_kernels csrc; then
+        BENCH_COMMIT+=+files-${files:0:10}
     fi
-}
+fi
+export BENCH_COMMIT
+echo "$(date -u +%FT%TZ) commit $BENCH_COMMIT"
+command -v nvidia-smi > /dev/null && nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 
-has() { "$PYTHON" -c "import $1" 2>/dev/null; }
-
-mkdir -p "$out"
-command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
-step doctor "$PYTHON" -m bstriplet_kernels
-if [ "$DEVICE" = cpu ]; then
-    step checks "$PYTHON" -m bench.gpu_check --device cpu --impl triton --quick
-    step "more checks" "$PYTHON" -m bench.gpu_check --device cpu --impl gram
-    step timing "$PYTHON" -m bench.run --device cpu --results "$out" smoke
-else
-    step checks "$PYTHON" -m bench.gpu_check
-    step timing "$PYTHON" -m bench.run --device cuda --results "$out" targets paper hinge crossover
+if compgen -G 'build/wheels/*.whl' > /dev/null; then
+    "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --upgrade \
+        --target build/brought build/wheels/*.whl && export PYTHONPATH="$PYTHONPATH:build/brought"
 fi
-if [ "$DEVICE" = cuda ] && command -v compute-sanitizer >/dev/null; then
-    for tool in memcheck racecheck initcheck; do
-        # torch's caching allocator hides what lies beyond a tensor from the tools
-        step "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
-            --error-exitcode 1 "$PYTHON" -m bench.gpu_check --quick --impl triton
-    done
-else
-    echo "== compute-sanitizer: not here"
+# Libraries are no part of the sources. Built apart from pyproject.toml, which an old setuptools
+# cannot read.
+if [ "$DEVICE" = cuda ] && ! compgen -G 'bstriplet_kernels/_native_cuda.*' > /dev/null; then
+    echo "no native library was brought: building it"
+    mkdir -p build/apart/bstriplet_kernels && cp -r csrc setup.py build/apart/ &&
+        (cd build/apart && timeout 120 "$PYTHON" setup.py -q build_ext --inplace) &&
+        cp build/apart/bstriplet_kernels/_native* bstriplet_kernels/
 fi
-if [ "$DEVICE" = cuda ]; then
-    has pytest && has hypothesis && step tests "$PYTHON" -m pytest tests/kernels/test_triton.py
-    step "more timing" "$PYTHON" -m bench.run --device cuda --results "$out" \
-        sweep dtypes classes training_step million
-fi
-echo "== $failed steps failed"
-exit "$failed"
+exec "$PYTHON" -m bench.gpu_steps "$call" "$folder" --device "$DEVICE" --spent "$SECONDS" \
+    ${LIMIT:+--limit "$LIMIT"}

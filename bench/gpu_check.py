@@ -1,9 +1,10 @@
-"""What only a GPU can show, without pytest: python -m bench.gpu_check [--quick] [--device cpu]
+"""What only a GPU can show, without pytest: python -m bench.gpu_check [--impl ...] [--dtype ...]
 
 Every path that runs there, against the reference in float64 on fresh inputs; the same bits twice;
 no synchronisation; CUDA graph capture; kernels launched; another device than the current one;
-`torch.compile`. One line for each check; exit status 1 where one fails. --quick: small inputs
-through each path once, for compute-sanitizer. --device cpu: what of it a CPU can do.
+`torch.compile`. One line for each check. What fails is collected, and the rest goes on; an error
+that leaves CUDA unusable ends the process, since all that came after would fail with it. Exit
+status 0 where all hold, 1 where one fails, 2 where CUDA was lost.
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +27,8 @@ from bstriplet_kernels.checks import make_spec
 from bstriplet_kernels.paths import PATHS
 from bstriplet_kernels.spec import Spec
 
+from .cases import DTYPES
+
 TOLERANCE = {
     torch.float64: 1e-12,
     torch.float32: 1e-6,
@@ -29,8 +36,58 @@ TOLERANCE = {
     torch.bfloat16: 1e-2,
 }
 SHAPES = ((2, 1), (17, 5), (36, 1280), (64, 70), (65, 128), (300, 257), (1000, 64))
+QUICK_SHAPES = ((36, 1280), (70, 33))
 WIDE = (1024, 2048)  # where S goes through torch.mm in panels
-KERNELS = {"forward": 2, "backward": 1}  # at most, at N_b = 36 and D = 1280
+KERNELS = {"forward": 2, "backward": 1}  # at most, at N_b = 36 and D = 1280, in one launch
+_SMALL = ("native", "triton")  # the paths that serve that batch in one launch
+_SHOWN = 5  # failures of one check that are printed in full
+HELD, FAILED, LOST = 0, 1, 2
+
+
+class Subject(NamedTuple):
+    """What is checked: a path on a device, in some dtypes; quick: small inputs, once."""
+
+    impl: str
+    device: str
+    dtypes: tuple[torch.dtype, ...] = tuple(TOLERANCE)
+    quick: bool = False
+
+
+@dataclass
+class Tally:
+    """Cases of one check, and those that failed."""
+
+    cases: int = 0
+    refused: str = "no input was tried"
+    failures: list[str] = field(default_factory=list)
+
+    def takes(self, subject: Subject, x: Tensor, ref: Tensor | None, spec: Spec) -> bool:
+        """Whether the path takes this input; what it takes none of has not passed."""
+        path = PATHS[subject.impl]
+        reason = path.missing() or path.refuses(x, ref, spec)
+        self.refused = reason or self.refused
+        return reason is None
+
+    @contextmanager
+    def case(self, name: str) -> Iterator[None]:
+        """One case: what it raises is collected, but for what leaves CUDA unusable."""
+        self.cases += 1
+        try:
+            yield
+        except Exception as error:
+            if _cuda_is_lost():
+                raise
+            text = str(error).strip() or traceback.format_exc()
+            self.failures.append(f"{name}: {type(error).__name__}: {text}")
+
+    def verdict(self, holds: str) -> str:
+        """What the check says where every case held; AssertionError with what did not."""
+        if not self.cases:
+            raise AssertionError(f"no case was run: {self.refused}")
+        if self.failures:
+            shown = "\n".join(f"    {failure[:600]}" for failure in self.failures[:_SHOWN])
+            raise AssertionError(f"{len(self.failures)} of {self.cases} cases\n{shown}")
+        return f"{self.cases} cases, {holds}"
 
 
 def fresh(n: int, d: int, classes: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
@@ -53,15 +110,20 @@ def evaluate(
     return [loss.detach(), *torch.autograd.grad(loss.sum(), sides)]
 
 
-def is_exact(impl: str, device: str, quick: bool) -> str:
-    """|path - truth| <= 2 |torch in the same dtype - truth| + tolerance, over all options."""
-    worst, cases = 0.0, 0
-    shapes = ((36, 70), (70, 33)) if quick else SHAPES
-    if device == "cuda":  # too slow in the interpreter
+def is_exact(subject: Subject) -> str:
+    """|path - truth| <= 2 |torch in the same dtype - truth| + tolerance, over all options.
+
+    Once as users run it, once with new memory poisoned, where a missed output is NaN.
+    """
+    impl, device, quick = subject.impl, subject.device, subject.quick
+    tally, worst = Tally(), 0.0
+    judge = "cpu" if quick else device  # not in a sanitizer, which would look at its kernels too
+    shapes = QUICK_SHAPES if quick else SHAPES
+    if device == "cuda" and not quick:  # too slow in the interpreter and in a sanitizer
         shapes = (*shapes, WIDE)
     for (n, d), dtype, similarity, eq3, reduction, with_ref in itertools.product(
         shapes,
-        TOLERANCE,
+        subject.dtypes,
         ("square", "signed_square"),
         ("corrected",) if quick else ("corrected", "printed"),
         ("mean", "none"),
@@ -70,41 +132,68 @@ def is_exact(impl: str, device: str, quick: bool) -> str:
         options = {"similarity": similarity, "eq3": eq3, "reduction": reduction}
         x, labels = fresh(n, d, 3, dtype, device)
         ref = fresh(n + 7, d, 3, dtype, device)[0] if with_ref else None
-        if PATHS[impl].refuses(x, ref, make_spec(0.9, similarity, eq3, reduction)) is not None:
+        if not tally.takes(subject, x, ref, make_spec(0.9, similarity, eq3, reduction)):
             continue
-        wide = None if ref is None else ref.double()
-        truth = evaluate("reference", x.double(), labels, wide, **options)
-        plain = evaluate("reference", x, labels, ref, **options)
-        got = evaluate(impl, x, labels, ref, **options)
-        rows = 1 if reduction == "mean" else n
-        scales = [
-            rows,
-            *(rows / len(t) / t.double().norm(dim=1) for t in (x, ref) if t is not None),
-        ]
-        for t, p, g, scale in zip(truth, plain, got, scales, strict=True):
-            size = t.norm() + torch.as_tensor(scale).to(t).norm()
-            allowed = 2 * (p.double() - t).norm() + TOLERANCE[dtype] * size
-            worst = max(worst, ((g.double() - t).norm() / allowed).item())
-            if not worst <= 1:
-                raise AssertionError(f"N={n} D={d} {dtype} {options} ref={with_ref}: {worst:.2f}")
-        cases += 1
-    return f"{cases} cases, at worst {worst:.2f} of what is allowed"
+        with tally.case(f"N={n} D={d} {dtype} {options} ref={with_ref}"):
+            given = [t if t is None else t.to(judge) for t in (x, labels, ref)]
+            wide = [None if t is None else t.double() for t in (given[0], given[2])]
+            truth = evaluate("reference", wide[0], given[1], wide[1], **options)
+            plain = evaluate("reference", *given, **options)
+            rows = 1 if reduction == "mean" else n
+            scales = [rows, *(rows / len(t) / t.norm(dim=1) for t in wide if t is not None)]
+            for is_poisoned in (False, True):
+                with _new_memory_poisoned(is_poisoned):
+                    got = evaluate(impl, x, labels, ref, **options)
+                ratio = max(
+                    _error_ratio(g.to(t.device), p, t, scale, dtype)
+                    for t, p, g, scale in zip(truth, plain, got, scales, strict=True)
+                )
+                if not ratio <= 1:  # NaN too
+                    where = " in poisoned memory" if is_poisoned else ""
+                    raise AssertionError(f"{ratio:.3g} times what is allowed{where}")
+                worst = max(worst, ratio)
+    return tally.verdict(f"at worst {worst:.2f} of what is allowed")
 
 
-def repeats_bits(impl: str, device: str, quick: bool) -> str:
+def _error_ratio(
+    got: Tensor, plain: Tensor, truth: Tensor, scale: Tensor | int, dtype: torch.dtype
+) -> float:
+    """The error over what is allowed; NaN where a number is one, as max() alone would drop it."""
+    size = truth.norm() + torch.as_tensor(scale).to(truth).norm()
+    allowed = 2 * (plain.double() - truth).norm() + TOLERANCE[dtype] * size
+    ratio = ((got.double() - truth).norm() / allowed).item()
+    return ratio if ratio == ratio else float("inf")
+
+
+@contextmanager
+def _new_memory_poisoned(wanted: bool) -> Iterator[None]:
+    """Memory that is allocated and not written holds NaN; torch's algorithms are others then."""
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def repeats_bits(subject: Subject) -> str:
     """The same bits, run after run."""
-    shapes = ((36, 300), (500, 300), *([WIDE] if device == "cuda" else []))
+    tally = Tally()
+    shapes = ((36, 300), (500, 300), *([WIDE] if subject.device == "cuda" else []))
     for (n, d), dtype in itertools.product(shapes, (torch.float32, torch.bfloat16)):
-        x, labels = fresh(n, d, 4, dtype, device)
-        first = evaluate(impl, x, labels)
-        for _ in range(1 if quick else 20):
-            again = evaluate(impl, x, labels)
-            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), (n, dtype)
-    return "same bits"
+        x, labels = fresh(n, d, 4, dtype, subject.device)
+        if not tally.takes(subject, x, None, Spec()):
+            continue
+        with tally.case(f"N={n} {dtype}"):
+            first = evaluate(subject.impl, x, labels)
+            for _ in range(1 if subject.quick else 20):
+                again = evaluate(subject.impl, x, labels)
+                assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), "moved"
+    return tally.verdict("the same bits")
 
 
-def compiles(impl: str, device: str, quick: bool) -> str:
+def compiles(subject: Subject) -> str:
     """One graph, static and dynamic, with the eager numbers."""
+    impl, device, tally = subject.impl, subject.device, Tally()
     for dynamic in (False, True):
         torch.compiler.reset()
         compiled = torch.compile(
@@ -114,111 +203,157 @@ def compiles(impl: str, device: str, quick: bool) -> str:
             backend="aot_eager" if device == "cpu" else "inductor",
         )
         for n in (20, 33):
-            x, labels = fresh(n, 64, 3, torch.float32, device)
-            x.requires_grad_()
-            expected = torch.autograd.grad(2 * bstriplet_loss(x, labels, impl=impl), x)[0]
-            torch.testing.assert_close(torch.autograd.grad(compiled(x, labels), x)[0], expected)
-    return "fullgraph, static and dynamic"
+            with tally.case(f"N={n} dynamic={dynamic}"):
+                x, labels = fresh(n, 64, 3, torch.float32, device)
+                x.requires_grad_()
+                expected = torch.autograd.grad(2 * bstriplet_loss(x, labels, impl=impl), x)[0]
+                torch.testing.assert_close(torch.autograd.grad(compiled(x, labels), x)[0], expected)
+    return tally.verdict("one graph each")
 
 
-def never_waits(impl: str, device: str, quick: bool) -> str:
+def never_waits(subject: Subject) -> str:
     """No host synchronisation, forward or backward."""
+    impl, tally = subject.impl, Tally()
     for (n, d), reduction in itertools.product(((36, 300), (500, 300), WIDE), ("mean", "none")):
-        x, labels = fresh(n, d, 4, torch.float32, device)
-        evaluate(impl, x, labels, reduction=reduction)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        x, labels = fresh(n, d, 4, torch.float32, subject.device)
+        if not tally.takes(subject, x, None, Spec()):
+            continue
+        with tally.case(f"N={n} D={d} {reduction}"):
             evaluate(impl, x, labels, reduction=reduction)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return "no synchronisation"
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                evaluate(impl, x, labels, reduction=reduction)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    return tally.verdict("no synchronisation")
 
 
-def is_capturable(impl: str, device: str, quick: bool) -> str:
+def is_capturable(subject: Subject) -> str:
     """Captured in a CUDA graph once, replayed on new inputs."""
+    impl, tally = subject.impl, Tally()
     for n, d in ((36, 300), (500, 300), WIDE):
-        x, labels = fresh(n, d, 4, torch.float32, device)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            evaluate(impl, x, labels)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = evaluate(impl, x, labels)
-        x.copy_(fresh(n, d, 4, torch.float32, device)[0])
-        graph.replay()
-        expected = evaluate(impl, x, labels)
-        assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True)), n
-    return "captured and replayed"
+        x, labels = fresh(n, d, 4, torch.float32, subject.device)
+        if not tally.takes(subject, x, None, Spec()):
+            continue
+        with tally.case(f"N={n} D={d}"):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                evaluate(impl, x, labels)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = evaluate(impl, x, labels)
+            x.copy_(fresh(n, d, 4, torch.float32, subject.device)[0])
+            graph.replay()
+            expected = evaluate(impl, x, labels)
+            same = [torch.equal(a, b) for a, b in zip(captured, expected, strict=True)]
+            assert all(same), "the replay gives other numbers"
+    return tally.verdict("captured and replayed")
 
 
-def launches_few(impl: str, device: str, quick: bool) -> str:
-    """Kernels at N_b = 36, D = 1280, forward and backward."""
-    x, labels = fresh(36, 1280, 3, torch.float32, device)
-    leaf = x.requires_grad_()
-    upstream = torch.ones((), device=device)
-    torch.autograd.grad(bstriplet_loss(leaf, labels, impl=impl), leaf, upstream)
-    counts = {}
-    with _kernels_of() as forward:
-        loss = bstriplet_loss(leaf, labels, impl=impl)
-    with _kernels_of() as backward:
-        torch.autograd.grad(loss, leaf, upstream)
-    for phase, profile in (("forward", forward), ("backward", backward)):
-        counts[phase] = sum(e.device_type.name != "CPU" for e in profile.events())
-        if impl == "triton" and counts[phase] > KERNELS[phase]:
-            raise AssertionError(f"{counts[phase]} kernels {phase}, at most {KERNELS[phase]}")
-    return f"{counts['forward']} kernels forward, {counts['backward']} backward"
+def launches_few(subject: Subject) -> str:
+    """Kernels at N_b = 36, D = 1280, forward and backward, in float32 and in bfloat16."""
+    impl, tally, texts = subject.impl, Tally(), []
+    for dtype in (torch.float32, torch.bfloat16):
+        with tally.case(str(dtype)):
+            x, labels = fresh(36, 1280, 3, dtype, subject.device)
+            leaf = x.requires_grad_()
+            loss = bstriplet_loss(leaf, labels, impl=impl)
+            upstream = torch.ones_like(loss)
+            torch.autograd.grad(loss, leaf, upstream)
+            with _kernels_of() as forward:
+                loss = bstriplet_loss(leaf, labels, impl=impl)
+            with _kernels_of() as backward:
+                torch.autograd.grad(loss, leaf, upstream)
+            counts = {}
+            for phase, profile in (("forward", forward), ("backward", backward)):
+                counts[phase] = sum(e.device_type.name != "CPU" for e in profile.events())
+            text = f"{counts['forward']} forward and {counts['backward']} backward"
+            texts.append(f"{text} in {str(dtype).removeprefix('torch.')}")
+            for phase, most in KERNELS.items() if impl in _SMALL else ():
+                assert counts[phase] <= most, f"{counts[phase]} kernels {phase}, at most {most}"
+    return tally.verdict(f"kernels: {', '.join(texts)}")
 
 
 def _kernels_of() -> torch.profiler.profile:
     torch.cuda.synchronize()
-    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+    activities = torch.profiler.ProfilerActivity
+    return torch.profiler.profile(activities=[activities.CPU, activities.CUDA])
 
 
-def minds_the_device(impl: str, device: str, quick: bool) -> str:
+def minds_the_device(subject: Subject) -> str:
     """Tensors on the last GPU while the first is current."""
     last = f"cuda:{torch.cuda.device_count() - 1}"
     x, labels = fresh(36, 64, 3, torch.float32, last)
-    loss, gradient = evaluate(impl, x, labels)
+    loss, gradient = evaluate(subject.impl, x, labels)
     assert loss.device == gradient.device == torch.device(last)
     torch.testing.assert_close(loss, evaluate("reference", x, labels)[0])
     return f"{last} with cuda:0 current"
 
 
-Check = Callable[[str, str, bool], str]
-ANYWHERE: tuple[Check, ...] = (is_exact, repeats_bits, compiles)
-ON_A_GPU: tuple[Check, ...] = (never_waits, is_capturable, launches_few, minds_the_device)
+def _cuda_is_lost() -> bool:
+    """Whether CUDA answers nothing but its last error, as after an illegal access."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
+
+
+Check = Callable[[Subject], str]
+CHECKS: dict[str, Check] = {
+    "exact": is_exact,
+    "bits": repeats_bits,
+    "waits": never_waits,
+    "capture": is_capturable,
+    "launches": launches_few,
+    "device": minds_the_device,
+    "compile": compiles,
+}
+ANYWHERE = ("exact", "bits", "compile")
+"""The checks that a CPU can make."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a line for each path and check; 1 where one fails."""
-    parser = argparse.ArgumentParser(description="What only a GPU can show.")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--impl", nargs="*", help="default: all that run there, but the reference")
-    parser.add_argument("--quick", action="store_true", help="small inputs, once: for a sanitizer")
-    options = parser.parse_args(arguments)
-    checks = (is_exact,) if options.quick else ANYWHERE
-    if options.device == "cuda" and not options.quick:
-        checks += ON_A_GPU
+    """Print a line for each path and check; see the module for the exit status."""
+    options = _parse(arguments)
+    dtypes = tuple(DTYPES[name] for name in options.dtype)
     probe, spec = torch.ones(2, 2, device=options.device), Spec()
     impls = options.impl or [
         name
         for name in available_impls()
         if name != "reference" and PATHS[name].refuses(probe, None, spec) is None
     ]
+    checks = options.check or [n for n in CHECKS if options.device == "cuda" or n in ANYWHERE]
     print(f"torch {torch.__version__}, seed {torch.seed()}")
     failed = 0
-    for impl, check in itertools.product(impls, checks):
-        torch.use_deterministic_algorithms(check is is_exact, warn_only=True)  # poisons new memory
+    for impl, name in itertools.product(impls, checks):
+        subject, start = Subject(impl, options.device, dtypes, options.quick), time.monotonic()
         try:
-            verdict = check(impl, options.device, options.quick)
-        except Exception:
+            verdict = CHECKS[name](subject)
+        except Exception as error:
             failed += 1
-            verdict = "FAILED\n" + traceback.format_exc()
-        print(f"{impl:<8} {check.__name__:<17} {verdict}", flush=True)
+            is_told = isinstance(error, AssertionError)
+            verdict = f"FAILED: {error if is_told else traceback.format_exc()}"
+        print(f"{impl:<8} {name:<8} {verdict} ({time.monotonic() - start:.1f} s)", flush=True)
+        if _cuda_is_lost():
+            print("CUDA is lost; what comes after is not tried", flush=True)
+            return LOST
     print(f"{failed} failed" if failed else "all hold")
-    return 1 if failed else 0
+    return FAILED if failed else HELD
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="What only a GPU can show.")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--impl", nargs="+", help="default: all that run there, but the reference")
+    parser.add_argument("--dtype", nargs="+", default=tuple(DTYPES), choices=tuple(DTYPES))
+    parser.add_argument("--check", nargs="+", choices=tuple(CHECKS), help="default: all")
+    parser.add_argument("--quick", action="store_true", help="small inputs, once: for a sanitizer")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

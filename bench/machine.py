@@ -1,4 +1,7 @@
-"""The machine that a row was measured on, and what it can do at best."""
+"""The machine that a row was measured on, and what it can do at best.
+
+`python -m bench.machine [cpu|cuda]` prints it.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -61,12 +65,21 @@ def versions() -> str:
 
 
 def commit() -> str:
-    """The commit that was measured; "+" where what is measured differs from it."""
+    """The commit that was measured; "+" where what is measured differs from it.
+
+    BENCH_COMMIT names it where there is no repository. RuntimeError where nothing does: a time
+    without the code that took it is worth nothing.
+    """
+    named = os.environ.get("BENCH_COMMIT")
+    if named:
+        return named
     try:
         head = _git("rev-parse", "--short=10", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", *_MEASURED_PATHS)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise RuntimeError(
+            f"{ROOT} is no git repository: set BENCH_COMMIT to the commit of these files"
+        ) from error
     return head + ("+" if changed else "")
 
 
@@ -91,6 +104,25 @@ def limits(device: str, dtype: torch.dtype, threads: int) -> Limits:
 def second_level_cache(device: str) -> int:
     """Bytes of a GPU's L2."""
     return torch.cuda.get_device_properties(device).L2_cache_size
+
+
+def main(device: str) -> None:
+    """Device, commit, versions, and the rates that every other time is to be held against."""
+    print(f"{device_name(device)}; commit {commit()}; {versions()}")
+    source = torch.randn(1 << (28 if device == "cuda" else 24), device=device)
+    target = torch.empty_like(source)
+    seconds = _median_seconds(lambda: target.copy_(source))
+    print(f"copy: {2 * source.nbytes / seconds / 1e12:.3f} TB/s read and written", flush=True)
+    for name, dtype, precision in (
+        ("bfloat16", torch.bfloat16, "highest"),
+        ("tf32", torch.float32, "high"),
+        ("float32", torch.float32, "highest"),
+        ("float64", torch.float64, "highest"),
+    ):
+        torch.set_float32_matmul_precision(precision)
+        limits.cache_clear()
+        rate = limits(device, dtype, torch.get_num_threads()).gemm
+        print(f"products in {name}: {rate / 1e12:.4g} TFLOP/s", flush=True)
 
 
 def _median_seconds(call: object) -> float:
@@ -125,3 +157,7 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "cpu")

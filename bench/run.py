@@ -220,7 +220,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         epilog="suites: " + "; ".join(f"{s.name} ({s.purpose})" for s in known.values()),
     )
-    parser.add_argument("suites", nargs="*", help="default: all but smoke and million")
+    parser.add_argument("suites", nargs="*", help=f"default: {', '.join(DEFAULT)}")
     parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),

@@ -96,6 +96,8 @@ def suites(device: str = "cpu") -> dict[str, Suite]:
     """All suites by name, in the order in which they run."""
     every = (
         Suite("smoke", "every line of the framework, in seconds", _smoke(), Budget(0.01)),
+        Suite("small", "the paper's batch alone", _paper_batch(), Budget(0.8)),
+        Suite("first", "eight sizes, and two large ones once", _first(), Budget(0.8)),
         Suite("targets", "the work that the targets name", _targets(device), Budget(0.6, least=5)),
         Suite("paper", "the paper's batches, Fig. 5", _paper(), Budget(0.15)),
         Suite("sweep", "N to a million", _sweep(device), Budget(0.15)),
@@ -143,6 +145,22 @@ def _smoke() -> tuple[Part, ...]:
     losses = (replace(small, operation=FORWARD), Case(64, 16, 4, active=0.5))
     step = Case(2, 1024, 2, operation=TRAINING_STEP, backbone="mobilenetv3_small_100")
     return Part((small,), _ALL), Part((*losses, step), _UNCOMPILED)
+
+
+def _paper_batch() -> tuple[Part, ...]:
+    return (Part((Case(36, 1280, 3), Case(36, 1280, 3, "bfloat16")), (EMPTY, "naive", "native")),)
+
+
+def _first() -> tuple[Part, ...]:
+    """What the first minutes on a device should say of every path, in ascending size."""
+    pairs = (EMPTY, "naive", "gram", SCHEDULE)
+    return (
+        Part((Case(36, 1280, 3), Case(36, 1280, 3, "bfloat16")), (EMPTY, "naive", *_FAST)),
+        Part((Case(256, 512, 8), Case(1024, 128, 3), Case(4096, 128, 3)), pairs),
+        Part((Case(4096, 512, 8, "bfloat16"), Case(1 << 14, 128, 10)), pairs),
+        Part((Case(1 << 16, 128, 10),), (EMPTY, "gram", SCHEDULE)),
+        Part((Case(1 << 18, 128, 10), Case(1 << 20, 128, 10)), ("gram",), Budget(0.2, least=1)),
+    )
 
 
 def _targets(device: str) -> tuple[Part, ...]:

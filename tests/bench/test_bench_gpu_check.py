@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from bench import gpu_check
+from bench.gpu_check import Subject
+
+FLOAT32 = (torch.float32,)
 
 
 class Stream:
@@ -55,29 +58,70 @@ def pretended_gpu(monkeypatch):
 
 
 def test_a_cpu_checks_what_it_can(capsys):
-    assert gpu_check.main(["--device", "cpu", "--impl", "gram", "--quick"]) == 0
-    assert "all hold" in capsys.readouterr().out
+    options = ["--device", "cpu", "--impl", "gram", "--quick", "--dtype", "float32"]
+    assert gpu_check.main(options) == gpu_check.HELD
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines[1:-1]] == list(gpu_check.ANYWHERE)
+    assert lines[-1] == "all hold"
 
 
-def test_a_check_that_fails_is_told(monkeypatch, capsys):
-    def fails(impl, device, quick):
-        raise AssertionError("off by 3")
+def test_what_fails_is_collected_and_the_rest_goes_on(monkeypatch, capsys):
+    """Every bad case of a check is counted, NaN among them, and the next check still runs."""
+    true = gpu_check.evaluate
 
-    monkeypatch.setattr(gpu_check, "is_exact", fails)
-    assert gpu_check.main(["--device", "cpu", "--impl", "gram", "--quick"]) == 1
-    assert "off by 3" in capsys.readouterr().out
+    def wrong(impl, x, *rest, **options):
+        results = true(impl, x, *rest, **options)
+        if impl == "gram" and x.shape[0] == 36:
+            results[1][0, 0] = torch.nan
+        return results
+
+    monkeypatch.setattr(gpu_check, "evaluate", wrong)
+    options = ["--device", "cpu", "--impl", "gram", "--quick", "--dtype", "float32"]
+    assert gpu_check.main([*options, "--check", "exact", "bits"]) == gpu_check.FAILED
+    out = capsys.readouterr().out
+    assert "FAILED: 4 of 8 cases" in out
+    assert "N=36 D=1280 torch.float32" in out
+    assert "inf times what is allowed" in out
+    assert "FAILED: 2 of 4 cases" in out  # the same bits: NaN is not equal to itself
+
+
+def test_a_path_that_takes_nothing_has_not_passed(monkeypatch):
+    nowhere = SimpleNamespace(missing=lambda: None, refuses=lambda *_: "not here")
+    monkeypatch.setitem(gpu_check.PATHS, "gram", nowhere)
+    with pytest.raises(AssertionError, match="no case was run: not here"):
+        gpu_check.is_exact(Subject("gram", "cpu", FLOAT32, quick=True))
+
+
+def test_a_lost_device_ends_the_process(monkeypatch, capsys):
+    """After an illegal access every call fails: what came after would say nothing."""
+
+    def breaks(subject):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "synchronize", fails)
+        fails()
+
+    def fails():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setitem(gpu_check.CHECKS, "exact", breaks)
+    assert gpu_check.main(["--device", "cpu", "--impl", "gram", "native"]) == gpu_check.LOST
+    out = capsys.readouterr().out
+    assert out.count("FAILED") == 1
+    assert "CUDA is lost" in out
 
 
 def test_checks_of_a_gpu_run_every_line(pretended_gpu, monkeypatch):
-    assert "no synchronisation" in gpu_check.never_waits("gram", "cpu", quick=True)
+    gram, triton = Subject("gram", "cpu", quick=True), Subject("triton", "cpu", quick=True)
+    assert "no synchronisation" in gpu_check.never_waits(gram)
     assert pretended_gpu[-1] == "default"
-    assert "1 kernels forward" in gpu_check.launches_few("native", "cpu", quick=True)
+    found = gpu_check.launches_few(Subject("native", "cpu", quick=True))
+    assert "1 forward and 1 backward in bfloat16" in found
     monkeypatch.setattr(Profile, "kinds", ["CUDA", "CUDA"])
     monkeypatch.setattr(gpu_check, "bstriplet_loss", lambda x, labels, impl: x.sum())
     with pytest.raises(AssertionError, match="2 kernels backward, at most 1"):
-        gpu_check.launches_few("triton", "cpu", quick=True)
+        gpu_check.launches_few(triton)
     monkeypatch.setattr(gpu_check, "evaluate", lambda *_: [torch.ones(())])
-    assert "captured" in gpu_check.is_capturable("gram", "cpu", quick=True)
+    assert "captured" in gpu_check.is_capturable(gram)
 
 
 def test_another_device_is_minded(pretended_gpu, monkeypatch):
@@ -85,4 +129,4 @@ def test_another_device_is_minded(pretended_gpu, monkeypatch):
     monkeypatch.setattr(gpu_check, "fresh", lambda *_: (None, None))
     monkeypatch.setattr(gpu_check, "evaluate", lambda *_: [last, last])
     monkeypatch.setattr(torch.testing, "assert_close", lambda *_: None)
-    assert gpu_check.minds_the_device("gram", "cuda", quick=True).startswith("cuda:0")
+    assert gpu_check.minds_the_device(Subject("gram", "cuda")).startswith("cuda:0")

@@ -1,0 +1,318 @@
+"""The steps of `bench/gpu.sh first` and `second`: each in processes of its own, within its time.
+
+A machine with a GPU may be at hand for minutes. So the steps are in order of priority; what each
+prints is printed as it comes and goes into one log; a step that outlasts its cap is stopped and the
+next begins; what fails is counted and told at the end; the archive is made anew after every step.
+Imports neither torch nor this package: it must run where they do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, NamedTuple
+
+_GRACE_S = 3.0  # between being asked to end and being killed
+_ARCHIVE_S = 2.0  # kept for what comes after the last step
+_LEAST_S = 5.0  # a step for which less is left is not begun
+_MOST_FAILURES = 100  # an exit status has eight bits
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+_SANITIZER = (
+    "compute-sanitizer --error-exitcode 1 --kernel-regex kns=batch_similarity_kernel --tool"
+)
+TESTS = (
+    "tests/kernels/test_triton.py",
+    "tests/kernels/test_native.py::test_cuda_agrees_with_the_reference",
+    "tests/kernels/test_native.py::test_cuda_graph_replays_the_same_bits",
+    "tests/kernels/test_native.py::test_cuda_refuses_what_is_beyond_one_launch",
+)
+LEFT_OUT = ("tests/kernels/test_triton.py::test_in_the_interpreter",)
+
+
+class Command(NamedTuple):
+    """What one process runs: its label in the log, its arguments, the program that it needs."""
+
+    label: str
+    arguments: tuple[str, ...]
+    needs: str = ""
+
+
+class Step(NamedTuple):
+    """Commands that run side by side; seconds: what they should take, and after which they end."""
+
+    name: str
+    expected_s: float
+    cap_s: float
+    commands: tuple[Command, ...]
+
+
+class Outcome(NamedTuple):
+    """How a command ended: "" where it did well."""
+
+    step: str
+    label: str
+    failure: str
+    seconds: float
+
+
+def first(python: str, device: str, results: Path) -> tuple[Step, ...]:
+    """The first call: the cluster kernel, then Triton and the moments, then eight cases of each."""
+    check = _checks(python, device)
+    rest = ("bits", "waits", "capture", "launches", "device") if device == "cuda" else ("bits",)
+    run = _runs(python, device, results)
+    return (
+        Step("the card", 12, 30, (_module(python, "bstriplet_kernels"), _ceilings(python, device))),
+        Step("native is right", 15, 40, (*_exact(check, "native"), check("native", *rest))),
+        Step("native is fast", 15, 30, (run(25, "small"),)),
+        Step(
+            "Triton and moments are right",
+            45,
+            90,
+            (
+                *_exact(check, "triton"), check("triton", *rest),
+                *_exact(check, "gram"), check("gram", *rest),
+                *_sanitized(python, device, "native"),
+            ),
+        ),
+        Step("eight cases", 75, 90, (run(85, "first"),)),
+    )  # fmt: skip
+
+
+def second(python: str, device: str, results: Path) -> tuple[Step, ...]:
+    """The second call: all that is right or not, then the suites of timings."""
+    check = _checks(python, device)
+    run = _runs(python, device, results)
+    impls = ("native", "triton", "gram")
+    return (
+        Step(
+            "what was mended is right",
+            40,
+            60,
+            (
+                *(check(impl, "exact", dtype=dtype) for impl in impls for dtype in DTYPES[::3]),
+                *(check(impl, "compile") for impl in impls),
+                *_sanitized(python, device, "triton"),
+                _tests(python),
+            ),
+        ),
+        Step("targets", 55, 65, (run(60, "targets"),)),
+        Step("crossover", 90, 100, (run(95, "crossover"),)),
+        Step("sweep", 70, 80, (run(75, "sweep"),)),
+        Step("compiled forms", 25, 60, (run(55, "--missing", "targets", "paper"),)),
+    )
+
+
+CALLS: dict[str, tuple[float, Callable[[str, str, Path], tuple[Step, ...]]]] = {
+    "first": (260.0, first),
+    "second": (300.0, second),
+}
+"""The seconds of each call in all, and its steps."""
+
+
+def _module(python: str, name: str, *arguments: str, label: str = "") -> Command:
+    return Command(label or name.split(".")[-1], (python, "-m", name, *arguments))
+
+
+def _ceilings(python: str, device: str) -> Command:
+    return _module(python, "bench.machine", device, label="ceilings")
+
+
+def _checks(python: str, device: str) -> Callable[..., Command]:
+    def check(impl: str, *names: str, dtype: str = "") -> Command:
+        of_dtype = ("--dtype", dtype) if dtype else ()
+        quick = ("--quick",) if device == "cpu" else ()
+        label = f"{impl} {dtype or 'checks'}"
+        options = ("--device", device, "--impl", impl, *of_dtype, *quick, "--check", *names)
+        return _module(python, "bench.gpu_check", *options, label=label)
+
+    return check
+
+
+def _exact(check: Callable[..., Command], impl: str) -> tuple[Command, ...]:
+    return tuple(check(impl, "exact", dtype=dtype) for dtype in DTYPES)
+
+
+def _runs(python: str, device: str, results: Path) -> Callable[..., Command]:
+    def run(limit: int, *suites: str) -> Command:
+        options = ("--device", device, "--results", str(results), "--limit", str(limit))
+        return _module(python, "bench.run", *options, *suites, label=suites[-1])
+
+    return run
+
+
+def _sanitized(python: str, device: str, impl: str) -> tuple[Command, ...]:
+    """Races and stray accesses of one path's kernels; on what has a sanitizer."""
+    if device != "cuda":
+        return ()
+    check = _checks(python, device)(impl, "exact", dtype="float32")
+    tools = ("racecheck", "memcheck")
+    return tuple(
+        Command(tool, (*_SANITIZER.split(), tool, *check.arguments, "--quick"), "compute-sanitizer")
+        for tool in tools
+    )
+
+
+def _tests(python: str) -> Command:
+    """Those of the GPU's kernels, but for one whose interpreter needs an older numpy there."""
+    options = ("-q", "-n", "8", *TESTS, *(o for name in LEFT_OUT for o in ("--deselect", name)))
+    return _module(python, "pytest", *options, label="tests")
+
+
+class Log:
+    """What is printed, here and in a file, line by line."""
+
+    def __init__(self, file: IO[str], spent_s: float) -> None:
+        self._file, self._lock = file, threading.Lock()
+        self._start = time.monotonic() - spent_s
+
+    def seconds(self) -> float:
+        """Since the call began."""
+        return time.monotonic() - self._start
+
+    def say(self, text: str) -> None:
+        """One line, at once."""
+        with self._lock:
+            for stream in (sys.stdout, self._file):
+                stream.write(f"{text}\n")
+                stream.flush()
+
+
+class Process:
+    """A command at work: its lines go to the log as they come."""
+
+    def __init__(self, command: Command, log: Log) -> None:
+        self.label, self._log = command.label, log
+        self._begin = self._last = time.monotonic()
+        self._process = subprocess.Popen(
+            command.arguments,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # so that its own processes end with it
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        )
+        self._reader = threading.Thread(target=self._relay, daemon=True)
+        self._reader.start()
+
+    def wait(self, until: float) -> tuple[str, float]:
+        """How it failed, "" where it did well, and its seconds; ended where it takes longer."""
+        failure = ""
+        try:
+            code = self._process.wait(max(0.0, until - time.monotonic()))
+            failure = f"exit status {code}" if code else ""
+        except subprocess.TimeoutExpired:
+            failure = "out of time"
+        self.end()
+        self._reader.join(_GRACE_S)
+        return failure, self._last - self._begin
+
+    def end(self) -> None:
+        """Ask the process and its own to end, then kill what is left of them."""
+        if self._process.poll() is None:
+            self._signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_GRACE_S)
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+    def _relay(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._log.say(f"[{self.label}] {line.rstrip()}")
+        self._last = time.monotonic()
+
+
+def run_step(step: Step, left_s: float, log: Log) -> list[Outcome]:
+    """Run a step's commands side by side, in the time that it has; how each ended."""
+    limit = min(step.cap_s, left_s)
+    if limit < _LEAST_S:
+        log.say(f"== {step.name}: not begun, {max(0.0, left_s):.0f} s are left")
+        return [Outcome(step.name, c.label, "not begun", 0.0) for c in step.commands]
+    log.say(f"== {step.name}: {step.expected_s:.0f} s expected, {limit:.0f} s at most")
+    begin, found = time.monotonic(), []
+    running: list[Process] = []
+    try:
+        for command in step.commands:
+            if command.needs and shutil.which(command.needs) is None:
+                log.say(f"[{command.label}] left out: no {command.needs} here")
+                continue
+            try:
+                running.append(Process(command, log))
+            except OSError as error:
+                found.append(Outcome(step.name, command.label, str(error), 0.0))
+        for process in running:
+            failure, seconds = process.wait(begin + limit)
+            log.say(f"[{process.label}] {failure or 'done'}, {seconds:.1f} s")
+            found.append(Outcome(step.name, process.label, failure, seconds))
+    finally:
+        for process in running:
+            process.end()
+    log.say(f"== {step.name}: {time.monotonic() - begin:.0f} s")
+    return found
+
+
+def archive(folder: Path, target: Path) -> None:
+    """All files of a folder but the archive itself, whole or not at all."""
+    draft = target.with_suffix(".part")
+    with tarfile.open(draft, "w:gz") as tar:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and path not in (draft, target):
+                tar.add(path, path.relative_to(folder))
+    draft.replace(target)
+
+
+def run_steps(
+    name: str, steps: Sequence[Step], limit_s: float, folder: Path, spent_s: float = 0.0
+) -> list[Outcome]:
+    """Every step in its turn; leaves NAME.log and NAME.tar.gz in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    outcomes: list[Outcome] = []
+    with (folder / f"{name}.log").open("w") as file:
+        log = Log(file, spent_s)
+        for step in steps:
+            outcomes += run_step(step, limit_s - _ARCHIVE_S - log.seconds(), log)
+            archive(folder, folder / f"{name}.tar.gz")
+        failures = [o for o in outcomes if o.failure]
+        log.say(f"== {name}: {log.seconds():.0f} of {limit_s:.0f} s, {len(failures)} failed")
+        for outcome in failures:
+            log.say(f"   {outcome.step}: {outcome.label}: {outcome.failure}")
+    archive(folder, folder / f"{name}.tar.gz")
+    return outcomes
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The number of commands that failed."""
+    parser = argparse.ArgumentParser(
+        prog="bench/gpu.sh", description="Checks and timings of a GPU."
+    )
+    parser.add_argument("call", choices=tuple(CALLS))
+    parser.add_argument("folder", type=Path, help="for the log, the results and one archive of all")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses")
+    parser.add_argument("--limit", type=float, help="seconds in all, in place of the call's own")
+    parser.add_argument("--spent", type=float, default=0.0, help="seconds of it that are gone")
+    options = parser.parse_args(arguments)
+    limit_s, steps_of = CALLS[options.call]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    steps = steps_of(sys.executable, options.device, options.folder / "results")
+    limit_s = options.limit or limit_s
+    outcomes = run_steps(options.call, steps, limit_s, options.folder, options.spent)
+    return min(_MOST_FAILURES, sum(bool(outcome.failure) for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""`bench/gpu.sh` and its steps: caps, failures, log and archive, without a GPU."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+from bench import gpu_check, gpu_steps, machine, run
+from bench.gpu_steps import CALLS, Command, Step, run_steps
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(label, code, needs=""):
+    return Command(label, (sys.executable, "-c", code), needs)
+
+
+def test_what_fails_is_counted_and_the_next_step_runs(tmp_path, capsys):
+    steps = (
+        Step("one", 1, 20, (
+            python("bad", "print('half a result'); raise SystemExit(3)"),
+            python("good", "open('made', 'w').write('rows')"),
+            python("absent", "", needs="no-such-program"),
+            Command("nowhere", ("/no/such/program",)),
+        )),
+        Step("two", 1, 20, (python("after", "print('still here')"),)),
+    )  # fmt: skip
+    here = Path.cwd()
+    os.chdir(tmp_path)
+    try:
+        outcomes = run_steps("first", steps, 60.0, tmp_path)
+    finally:
+        os.chdir(here)
+    failures = {o.label: o.failure for o in outcomes if o.failure}
+    assert failures["bad"] == "exit status 3"
+    assert "no/such/program" in failures["nowhere"]
+    assert len(failures) == 2
+    out = capsys.readouterr().out
+    for line in (
+        "[bad] half a result", "[absent] left out: no no-such-program here", "[after] still here",
+        "   one: bad: exit status 3",
+    ):  # fmt: skip
+        assert line in out.splitlines()
+    assert (tmp_path / "first.log").read_text() == out
+    with tarfile.open(tmp_path / "first.tar.gz") as tar:
+        assert tar.getnames() == ["first.log", "made"]
+
+
+STUBBORN = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_step_ends_at_its_cap_with_all_its_processes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_steps, "_GRACE_S", 0.3)
+    monkeypatch.setattr(gpu_steps, "_LEAST_S", 3.0)
+    monkeypatch.setattr(gpu_steps, "_ARCHIVE_S", 0.0)
+    steps = (
+        Step("slow", 1, 3, (python("stubborn", STUBBORN), python("quick", "print('a row')"))),
+        Step("next", 1, 5, (python("next", "import time; time.sleep(2); print('its turn')"),)),
+        Step("late", 1, 5, (python("late", "print('never')"),)),
+    )
+    begin = time.monotonic()
+    outcomes = run_steps("first", steps, 8.0, tmp_path)
+    assert time.monotonic() - begin < 8.0
+    failures = {o.label: o.failure for o in outcomes if o.failure}
+    assert failures == {"stubborn": "out of time", "late": "not begun"}
+    out = capsys.readouterr().out
+    assert "[quick] a row" in out
+    assert "[next] its turn" in out
+    assert "never" not in out
+    child = next(int(line.split()[-1]) for line in out.splitlines() if "[stubborn] " in line)
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("call", CALLS)
+def test_every_command_is_one_that_its_module_takes(call, device, tmp_path):
+    limit_s, steps_of = CALLS[call]
+    steps = steps_of("python", device, tmp_path)
+    assert sum(step.expected_s for step in steps) <= limit_s - 20
+    parsed = {"bench.gpu_check": gpu_check._parse, "bench.run": run._parse}
+    seen = set()
+    for step in steps:
+        assert step.expected_s < step.cap_s
+        assert len({command.label for command in step.commands}) == len(step.commands)
+        for command in step.commands:
+            module, *arguments = command.arguments[command.arguments.index("-m") + 1 :]
+            seen.add(module)
+            if module in parsed:
+                parsed[module](arguments)
+    assert {"bench.gpu_check", "bench.run"} <= seen
+
+
+@pytest.mark.parametrize("test", [*gpu_steps.TESTS, *gpu_steps.LEFT_OUT])
+def test_the_tests_that_are_named_are_there(test):
+    file, _, name = test.partition("::")
+    assert f"def {name}" in (ROOT / file).read_text()
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The files that travel, without .git, with steps that tell what they get."""
+    folder = tmp_path / "copy"
+    for name in ("bench", "bstriplet_kernels", "csrc"):
+        left_out = shutil.ignore_patterns("__pycache__", "results", "*.so")
+        shutil.copytree(ROOT / name, folder / name, ignore=left_out)
+    (folder / "bench/gpu_steps.py").write_text(
+        "import os, sys; print(sys.argv[1:], os.environ['PYTHONPATH'], os.environ['BENCH_COMMIT'])"
+    )
+    return folder
+
+
+def gpu_sh(folder, **variables):
+    known = {k: v for k, v in os.environ.items() if k not in ("BENCH_COMMIT", "PYTHONPATH")}
+    done = subprocess.run(
+        ["bash", "bench/gpu.sh", "first", "out"],
+        cwd=folder, env=known | {"PYTHON": sys.executable, "DEVICE": "cpu"} | variables,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def test_a_copy_without_git_names_what_it_runs(copy):
+    said = gpu_sh(copy, PYTHONPATH="/brought")
+    assert said.startswith("['first', 'out', '--device', 'cpu', '--spent', ")
+    assert " .:python:/brought files-" in said
+    assert gpu_sh(copy).split()[-1] == said.split()[-1]
+    (copy / "csrc/rows.h").write_text("// changed")
+    assert gpu_sh(copy).split()[-1] != said.split()[-1]
+    assert gpu_sh(copy, BENCH_COMMIT="e34336ac49").split()[-1] == "e34336ac49"
+
+
+def test_rows_name_the_commit_or_there_are_none(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    monkeypatch.delenv("BENCH_COMMIT", raising=False)
+    with pytest.raises(RuntimeError, match="set BENCH_COMMIT"):
+        machine.commit()
+    monkeypatch.setenv("BENCH_COMMIT", "e34336ac49")
+    assert machine.commit() == "e34336ac49"
