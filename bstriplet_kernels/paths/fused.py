@@ -45,10 +45,17 @@ class Blocks(NamedTuple):
     stages: int
 
 
-def small_blocks(n: int, dtype: torch.dtype) -> Blocks:
-    """Of `tiles.loss_and_gradient`, for at most `SMALL_ROWS` rows."""
+def small_blocks(n: int, dtype: torch.dtype, hopper: bool) -> Blocks:
+    """Of `tiles.loss_and_gradient`, for at most `SMALL_ROWS` rows.
+
+    As deep as registers allow. Hopper multiplies 64 rows from shared memory; other GPUs hold both
+    operands of a step in registers, where exact float32 ones take twice the room.
+    """
     rows, warps = (32, 4) if n <= 32 else (64, 8)
-    return Blocks(rows, rows, 32, 32, warps, 2 if dtype == torch.float64 else 3)
+    if dtype == torch.float64:
+        return Blocks(rows, rows, 32, 32, warps, 2)
+    depth = 2048 // rows if dtype == torch.float32 and not hopper else 128
+    return Blocks(rows, rows, depth, 32, warps, 3)
 
 
 def row_blocks(dtype: torch.dtype, hopper: bool) -> Blocks:
@@ -93,7 +100,7 @@ def cost(
     """
     size = n * d * dtype.itemsize
     if m is None and reduction != "none" and n <= SMALL_ROWS:
-        blocks = small_blocks(n, dtype)
+        blocks = small_blocks(n, dtype, False)
         slices = _tiles_of(d, blocks.v) if wants_gradient else 1
         pairs = 2 * blocks.n * blocks.n
         depth = _tiles_of(d, blocks.d) * blocks.d
@@ -378,7 +385,7 @@ def _loss_and_gradient(embeddings: Tensor, labels: Tensor, spec: Spec) -> tuple[
     n, d = embeddings.shape
     rows = _empty_rows(embeddings, ())
     gradient = rows[0].new_empty(n if spec.wants_gradient else 0, d)
-    blocks = small_blocks(n, embeddings.dtype)
+    blocks = small_blocks(n, embeddings.dtype, _is_hopper(embeddings.device))
     grid = (_tiles_of(d, blocks.v) if spec.wants_gradient else 1,)
     with _on_device_of(embeddings):
         _tiles().loss_and_gradient[grid](
@@ -399,6 +406,7 @@ def _loss_and_gradient(embeddings: Tensor, labels: Tensor, spec: Spec) -> tuple[
             PRECISION=precision(embeddings.dtype, small=True),
             BLOCK_N=blocks.n,
             BLOCK_D=blocks.d,
+            BLOCK_V=blocks.v,
             num_warps=blocks.warps,
             num_stages=blocks.stages,
         )
