@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..cost import Work, round_up
+from ..cost import Operations, Work, round_up
 from ..spec import accumulation_dtype
 from .second_moments import class_weights, inverse_norms, through_normalisation
 
@@ -53,13 +53,13 @@ class Blocks(NamedTuple):
     """Consecutive blocks of rows and the rows behind them that share small classes with them.
 
     start: the first position. own: unit rows [k, b, D]. near: for each block the units of its own
-    rows and of the `reach` rows behind, [k, W, D]. same: [k, b, W], two rows of one small class.
+    rows and of the `reach` rows behind, [k, W, D]. apart: [k, b, W], not two rows of a small class.
     """
 
     start: int
     own: Tensor
     near: Tensor
-    same: Tensor
+    apart: Tensor
 
 
 class Moments(NamedTuple):
@@ -205,13 +205,13 @@ class Batch:
             rows = slice(start, start + count * self.block + behind)
             unit, key = self.units(rows), self.key[rows]
             own = slice(count * self.block)
-            same = key[own].view(count, -1, 1) == key.unfold(0, window, self.block)[:, None]
-            same.diagonal(dim1=1, dim2=2).fill_(False)  # no row is its own pair
+            apart = key[own].view(count, -1, 1) != key.unfold(0, window, self.block)[:, None]
+            apart.diagonal(dim1=1, dim2=2).fill_(True)  # no row is its own pair
             yield Blocks(
                 start,
                 unit[own].view(count, self.block, d),
                 unit.unfold(0, window, self.block).mT,
-                same,
+                apart,
             )
 
     def units(self, rows: Tensor | slice) -> Tensor:
@@ -274,7 +274,7 @@ class Batch:
             unit = blocks.own.flatten(0, 1)
             here = slice(blocks.start, blocks.start + len(unit))
             every[here] = torch.linalg.vecdot(self.times(blocks, whole), unit)
-            squares = torch.where(blocks.same, (blocks.own @ blocks.near.mT).square_(), 0.0)
+            squares = (blocks.own @ blocks.near.mT).square_().masked_fill_(blocks.apart, 0.0)
             near[here].add_(squares.sum(2).flatten())
             self.add_behind(near[blocks.start :], squares[:, :, self.block :].sum(1))
         every, near = every[:n], near[:n]
@@ -287,7 +287,9 @@ class Batch:
     def add_behind(self, total: Tensor, parts: Tensor) -> None:
         """total[(k + s) b + r] += parts[k, (s - 1) b + r] for each block k and each s behind it."""
         for s, part in enumerate(parts.split(self.block, dim=1), start=1):
-            total[s * self.block :][: len(parts) * self.block].add_(part.flatten(0, 1))
+            total[s * self.block :][: len(parts) * self.block].unflatten(0, part.shape[:2]).add_(
+                part
+            )
 
     def given(self, values: Tensor) -> Tensor:
         """Values [N] in the given order."""
@@ -338,7 +340,7 @@ class Batch:
             pairs = near_a[:rows].view(count, -1, 1) + near_a.unfold(
                 0, behind + self.block, self.block
             ).unsqueeze(1)
-            pairs = torch.where(blocks.same, pairs * (blocks.own @ blocks.near.mT), 0.0)
+            pairs.mul_(blocks.own @ blocks.near.mT).masked_fill_(blocks.apart, 0.0)
             v = pad(carried, (0, 0, 0, rows))
             v[:rows].add_((pairs @ blocks.near).flatten(0, 1))
             self.add_behind(v, pairs[:, :, self.block :].mT @ blocks.own)
@@ -349,25 +351,140 @@ class Batch:
             gradient.index_copy_(0, self.layout.order[here], v)
 
 
+class Extent(NamedTuple):
+    """How large the pieces of the schedule are, and how many."""
+
+    width: int
+    block: int
+    window: int
+    segments: int
+    tiles: int
+    tile_chunks: int
+    block_chunks: int
+
+
+def extent(n: int, d: int) -> Extent:
+    """For n rows of d numbers, whatever their labels are."""
+    width, block = max(16, d // 2), max(16, d // 4)
+    segments = segment_count(n, d)
+    tiles = -(-n // width) + segments
+    return Extent(
+        width,
+        block,
+        block + round_up(smallest_moment(d), block),
+        segments,
+        tiles,
+        -(-tiles // tiles_at_once(n, d)),
+        -(-n // (blocks_at_once(n, d) * block)),
+    )
+
+
+def operations(work: Work) -> Operations:
+    """What `forward` and, where a gradient is wanted, `gradients` do; the same for any classes.
+
+    flops: of products alone. bytes: what every operator reads and writes, as if nothing stayed in a
+    cache. launches: one for each operator, though a sort, a scan or a reduction over segments is
+    several kernels. The hinge and the reduction of the loss, a dozen launches, are not counted.
+    """
+    forward, backward = _forward_operations(work), _backward_operations(work)
+    if not work.wants_gradient:
+        return forward
+    return Operations(*(sum(both) for both in zip(forward, backward, strict=True)))
+
+
+def _forward_operations(work: Work) -> Operations:
+    n, d, number = work.n, work.d, work.accumulated
+    e = extent(n, d)
+    rows, blocked = e.tiles * e.width, round_up(n, e.block)
+    tiles, matrices, band = e.tiles * d * d, e.segments * d * d, blocked * e.window
+    read = 2 * _unit_bytes(work, rows) + _unit_bytes(work, blocked + _overlap(e))
+    numbers = 9 * tiles + 2 * matrices + 8 * rows * d + 12 * n * d + 7 * band
+    per_row = n * (_LAYOUT_BYTES + _SETUP_BYTES) + n * d * work.dtype.itemsize
+    of_tiles, of_blocks = 19 + 2 * work.casts, 14 + work.casts + _blocks_behind(e)
+    return Operations(
+        flops=2 * d * (d * (2 * rows + blocked + (n + 1) // 2 + 2 * e.segments) + band),
+        bytes=read + number * numbers + 2 * band + per_row,
+        launches=_setup_launches(work, 106)
+        + of_tiles * e.tile_chunks
+        + of_blocks * e.block_chunks
+        + 3 * _chunks_aside(work, e),
+    )
+
+
+def _backward_operations(work: Work) -> Operations:
+    n, d, number = work.n, work.d, work.accumulated
+    e = extent(n, d)
+    rows, blocked = e.tiles * e.width, round_up(n, e.block)
+    tiles, matrices, band = e.tiles * d * d, e.segments * d * d, blocked * e.window
+    behind = _blocks_behind(e)
+    read = 2 * _unit_bytes(work, rows) + _unit_bytes(work, blocked + _overlap(e))
+    numbers = 12 * tiles + 9 * matrices + 25 * rows * d + (22 + 4 * behind) * n * d + 10 * band
+    of_tiles, of_blocks = 30 + 2 * work.casts, 17 + work.casts + behind
+    products = 3 * rows + blocked + (n + 1) // 2 + 4 * e.segments
+    return Operations(
+        flops=2 * d * (d * products + 2 * band + blocked * (e.window - e.block)),
+        bytes=read + number * numbers + 2 * band + n * _SETUP_BYTES,
+        launches=_setup_launches(work, 104)
+        + of_tiles * e.tile_chunks
+        + of_blocks * e.block_chunks
+        + 3 * _chunks_aside(work, e),
+    )
+
+
+_LAYOUT_BYTES = 380  # a row: labels sorted, members counted, rows moved by size of class
+_SETUP_BYTES = 400  # a row: weights of classes, tiles, and what is looked up by position
+
+
+def _setup_launches(work: Work, launches: int) -> int:
+    """Outside of chunks; weights of classes are float64, and rounded to what rows are added in."""
+    return launches + (2 if work.accumulated < 8 else 0)
+
+
+def _unit_bytes(work: Work, rows: int) -> int:
+    """Rows gathered, cast where they are of half precision, and scaled."""
+    item, number = work.dtype.itemsize, work.accumulated
+    return rows * work.d * (2 * item + (item + number if work.casts else 0) + 2 * number)
+
+
+def _blocks_behind(e: Extent) -> int:
+    return (e.window - e.block) // e.block
+
+
+def _overlap(e: Extent) -> int:
+    """Rows that two chunks of blocks read."""
+    return e.block_chunks * (e.window - e.block)
+
+
+def _chunks_aside(work: Work, e: Extent) -> int:
+    """Chunks of blocks with rows outside a class of most rows."""
+    return -(-((work.n + 1) // 2) // (blocks_at_once(work.n, work.d) * e.block))
+
+
 def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
     """Peak bytes beyond the inputs, the gradient included; the same whatever the classes are.
 
     A chunk is tiles, with unit rows (and weighted copies), their products and these products' sums,
-    or blocks, with three times their rows and four times their band of S.
+    or blocks, with their band of S and its mask, and either the band once more or what it adds to
+    their rows and to each block behind. The next chunk begins before the last one is given up.
     """
     n, d, number = work.n, work.d, work.accumulated
-    width, block = max(16, d // 2), max(16, d // 4)
-    window = block + round_up(smallest_moment(d), block)
-    segments = segment_count(n, d)
-    tiles = -(-n // width) + segments
-    kept = n * (6 * 8 + 6 * number) + tiles * width * 8
+    e = extent(n, d)
+    kept = n * (6 * 8 + 6 * number) + e.tiles * e.width * 8
     widened = n * d * number if work.casts else 0  # half rows, for their norms
     both = work.wants_gradient  # of moments, rows and S there is one more for the backward
-    matrices = ((1 + both) * segments + 2) * d * d
-    of_tile = max(2 * d * d + (1 + both) * width * d, d * d + (2 + both) * width * d)
-    in_tiles = min(tiles, tiles_at_once(n, d)) * of_tile
-    in_blocks = min(round_up(n, block), blocks_at_once(n, d) * block) * (
-        (3 + both) * window + 3 * d
-    )
-    working = (matrices + max(in_tiles, in_blocks)) * number
+    matrices = ((1 + both) * e.segments + 2) * d * d
+    of_tile = d * d + e.width * d + max(d * d + both * e.width * d, (1 + both) * e.width * d)
+    in_tiles = _peak(e.tiles, tiles_at_once(n, d), of_tile, d * d + e.width * d)
+    window, behind = e.window, _blocks_behind(e)
+    in_band = window + window / number + (max(window + d, (behind + 3) * d) if both else 3 * d)
+    rows, rows_at_once = round_up(n, e.block), blocks_at_once(n, d) * e.block
+    in_blocks = _peak(rows, rows_at_once, in_band, window + d)
+    working = int((matrices + max(in_tiles, in_blocks)) * number)
     return kept + max(widened, work.gradient_bytes + max(working, work.cast_bytes))
+
+
+def _peak(count: int, at_once: int, each: float, left: float) -> float:
+    """The most that a loop over chunks holds, where `left` of `each` outlives its chunk."""
+    first = min(count, at_once)
+    second = min(count - first, at_once)
+    return max(first * each, first * left + second * each)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from launches import Launches, on_fake_gpu
 from oracle import Options, assert_as_exact_as_plain, batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -298,6 +299,48 @@ def test_device_schedule_runs_where_torch_is_deterministic():
     finally:
         torch.use_deterministic_algorithms(False)
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("n", "d"),
+    [
+        (36, 8),
+        (37, 9),
+        (300, 64),
+        (1024, 128),
+        (4096, 512),
+        (10_007, 33),
+        (65536, 128),
+        (1 << 20, 128),
+    ],
+)
+def test_operations_of_the_device_schedule_are_those_it_calls(monkeypatch, n, d, dtype):
+    monkeypatch.undo()
+    with FakeTensorMode():
+        x, labels = on_fake_gpu(n, d, dtype)
+        with Launches() as forward:
+            _, _, *state = gram_device.forward(x, None, labels, None, 1e-12)
+        a = state[0].new_empty(n)
+        with Launches() as backward:
+            gram_device.gradients(a, x, None, state, 1.0)
+    work = Work(n, None, d, dtype, wants_gradient=False, device="cuda")
+    counts = [forward], [forward, backward]
+    for wanted, phases in zip((False, True), counts, strict=True):
+        got = gram_device.operations(work._replace(wants_gradient=wanted))
+        assert got.launches == sum(phase.launches for phase in phases)
+        assert got.flops == pytest.approx(sum(phase.flops for phase in phases), rel=0.01)
+        rel = 0.15 if n < 100 else 0.03
+        assert got.bytes == pytest.approx(sum(phase.bytes for phase in phases), rel=rel)
+
+
+def test_operations_of_the_device_schedule_grow_with_the_batch(monkeypatch):
+    monkeypatch.undo()
+    small, large = (
+        gram_device.operations(Work(n, None, 128, torch.float32)) for n in (1 << 18, 1 << 22)
+    )
+    assert large.bytes <= 16.2 * small.bytes
+    assert large.launches <= 6000
 
 
 def test_device_schedule_refuses_reference_embeddings():
