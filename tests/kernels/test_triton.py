@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from launches import Launches, on_fake_gpu
 from oracle import TOLERANCE, Options, assert_as_exact_as_plain, batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -182,11 +183,14 @@ def test_one_launch_and_tiles_say_the_same(similarity):
     torch.testing.assert_close(gradient, tiled / len(x))
 
 
+TILED = ("inverse_norms", "row_sums", "finish_rows", "tile_gradient")
+
+
 @runs_here
 def test_no_launch_more_than_one_where_the_batch_is_small(monkeypatch):
     calls = []
     launched = fused._tiles()
-    for name in ("loss_and_gradient", "inverse_norms", "row_sums", "finish_rows", "tile_gradient"):
+    for name in ("loss_and_gradient", *TILED):
         kernel = getattr(launched, name)
         monkeypatch.setattr(launched, name, Counted(kernel, name, calls))
     x, labels = on_device(*batch(36, 40, 3, 0))
@@ -446,10 +450,58 @@ def test_panels_are_taken_where_d_is_large():
 def test_cost_counts_what_is_launched():
     small = fused.cost(36, None, 64, torch.float32, "mean", True)
     assert small == (2 * 2 * 64 * 64 * (64 + 32), 4 * 36 * 64 * 4, 2)
+    half = fused.cost(36, None, 64, torch.bfloat16, "mean", True)
+    assert half.bytes == (2 + 3 * 4) * 36 * 64
     assert fused.cost(36, None, 64, torch.float32, "mean", False).launches == 1
     tiles = fused.cost(128, None, 128, torch.float32, "mean", True)
     assert tiles.flops == 2 * 128 * 128 * 128 * 3
-    assert tiles.launches == 4
+    assert tiles.launches == 5
     both = fused.cost(128, 256, 128, torch.float32, "mean", True)
     assert both.flops == 2 * 128 * 256 * 128 * 5
-    assert both.launches == 6
+    assert both.launches == 9
+
+
+class NotRun:
+    """A kernel that is counted, not run."""
+
+    def __init__(self):
+        self.launches = 0
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *args, **kwargs):
+        self.launches += 1
+
+
+@runs_here
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("by_panels", [False, True], ids=["tiles", "panels"])
+@pytest.mark.parametrize(
+    ("n", "m", "d"),
+    [(36, None, 1280), (1024, None, 128), (1024, None, 33), (8192, None, 512), (300, 500, 64)],
+)
+def test_predicted_launches_are_those_made(monkeypatch, n, m, d, by_panels, dtype):
+    """On fake tensors of a GPU with an H100's processors."""
+    kernel = NotRun()
+    for name in (*TILED, "loss_and_gradient", "panel_sums", "panel_weights"):
+        monkeypatch.setattr(fused._tiles(), name, kernel)
+    monkeypatch.setattr(fused, "by_panels", lambda *_: by_panels)
+    monkeypatch.setattr(fused, "_on_device_of", lambda _: nullcontext())
+    monkeypatch.setattr(fused, "_processors", lambda _: 132)
+    monkeypatch.setattr(fused, "_is_hopper", lambda _: False)
+    with FakeTensorMode():
+        x, labels = on_fake_gpu(n, d, dtype)
+        others = (None, None) if m is None else on_fake_gpu(m, d, dtype)
+        both = x, others[0], labels, others[1]
+        spec = Spec(wants_gradient=True)
+        with Launches() as forward:
+            loss, rows, state = fused.forward(*both, spec)
+        launches = forward.launches + kernel.launches
+        assert fused.cost(n, m, d, dtype, "mean", False).launches == launches
+        upstream = torch.empty_like(loss)
+        with Launches() as backward:
+            fused.backward(upstream, *both, rows, state, spec)
+    launches = forward.launches + backward.launches + kernel.launches
+    assert fused.cost(n, m, d, dtype, "mean", True).launches == launches
