@@ -1,8 +1,14 @@
 """`python -m bench.calibrate [FOLDER ...]`: the plan's constants, from measured rows.
 
-The model of a path on a kind of device is seconds = call + flops / rate + bytes / bandwidth, with
-the path's own counts. The three constants minimise the relative error over the rows of the folders
-(default: all of bench/results, one folder a kind of device).
+The model of a path on a kind of device is seconds = call + flops / rate + bytes / bandwidth +
+launch * launches, with the path's own counts; a path whose schedules differ in speed has constants
+for each of them. The constants minimise the relative error over the rows of the folders (default:
+all of bench/results, one folder a kind of device).
+
+Rows are eager, also on a GPU: a training loop calls the loss so, and what it waits for there is
+mostly Python and launches, of which a graph's replay would know nothing. float32 alone is fitted on
+the CPU, where half precision is widened to it; on a GPU half precision has a FLOP rate of its own.
+float64, tf32 and graph replay are predicted as float32, eager.
 """
 
 from __future__ import annotations
@@ -16,23 +22,19 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import nnls
 
+from bstriplet_kernels.calibration import CONSTANTS
+from bstriplet_kernels.cost import Constants
+
 from . import table
 from .cases import FORWARD_BACKWARD
 from .machine import ROOT
-from .providers import OURS
+from .providers import OURS, SCHEDULE
 from .table import EAGER, Row
 
 TARGET = ROOT / "bstriplet_kernels" / "calibration.py"
 _SUITES = ("targets", "paper", "sweep", "classes", "crossover")
 _FEWEST_ROWS = 6
-
-
-class Constants(NamedTuple):
-    """Seconds a call, a FLOP and a byte."""
-
-    call: float
-    flop: float
-    byte: float
+_HALF = ("bfloat16", "float16")
 
 
 class Fit(NamedTuple):
@@ -59,11 +61,15 @@ def main(arguments: list[str] | None = None) -> int:
             fits[kind] = (rows[0], fit_paths(rows))
     if not fits:
         parser.error("no measured rows were found; run python -m bench.run first")
+    for kind in CONSTANTS:
+        if kind not in fits:
+            parser.error(f"the constants of {kind} would be lost; name a folder of that kind too")
     for kind, (_, paths) in fits.items():
         for path, found in paths.items():
             print(
                 f"{kind} {path}: {found.constants.call * 1e6:.1f} µs a call, "
                 f"{_inverse(found.constants.flop) / 1e9:.1f} GFLOP/s, "
+                f"{_of_a_gpu(found.constants)}"
                 f"{_inverse(found.constants.byte) / 1e9:.1f} GB/s; {found.rows} rows, "
                 f"off by a factor of {found.median:.2f} (median), {found.worst:.2f} (worst)"
             )
@@ -75,39 +81,59 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def usable(rows: Iterable[Row]) -> list[Row]:
-    """Rows of single paths of ours, float32, all threads, with counts."""
-    rows = [row for row in rows if row.suite in _SUITES and row.group == OURS and row.is_measured]
+    """Rows of single paths of ours, eager, all threads, with counts; half precision on a GPU."""
+    rows = [
+        row
+        for row in rows
+        if row.suite in _SUITES and row.group in (OURS, SCHEDULE) and row.is_measured
+    ]
     threads = max((row.threads for row in rows), default=0)
     return [
         row
         for row in rows
         if row.provider != "auto"
-        and row.mode == EAGER
-        and (row.operation, row.dtype, row.threads) == (FORWARD_BACKWARD, "float32", threads)
+        and (row.mode, row.operation, row.threads) == (EAGER, FORWARD_BACKWARD, threads)
+        and (row.dtype == "float32" or (row.launches and row.dtype in _HALF))
         and row.flops is not None
         and row.bytes is not None
     ]
 
 
 def fit_paths(rows: Sequence[Row]) -> dict[str, Fit]:
-    """A fit for every path with rows enough."""
+    """A fit for every path or schedule with rows enough."""
     found = {}
-    for path in dict.fromkeys(row.provider for row in rows):
-        own = [row for row in rows if row.provider == path]
+    for path in dict.fromkeys(row.path for row in rows):
+        own = [row for row in rows if row.path == path and row.dtype not in _HALF]
+        half = [row for row in rows if row.path == path and row.dtype in _HALF]
         if len(own) >= _FEWEST_ROWS:
-            found[path] = fit(own)
+            found[path] = fit(own + half if len(half) >= _FEWEST_ROWS else own)
     return found
 
 
 def fit(rows: Sequence[Row]) -> Fit:
-    """Non-negative constants with the least squared relative error."""
+    """Non-negative constants with the least squared relative error.
+
+    Where all rows have as many launches these are part of the call.
+    """
     seconds = np.array([row.ms * 1e-3 for row in rows])
-    counts = np.array([(1.0, float(row.flops or 0), float(row.bytes or 0)) for row in rows])
-    scale = counts.max(axis=0)
-    solution, _ = nnls(counts / scale / seconds[:, None], np.ones(len(rows)))
-    predicted = counts / scale @ solution
+    is_half = np.array([row.dtype in _HALF for row in rows])
+    flops = np.array([float(row.flops or 0) for row in rows])
+    launches = np.array([float(row.launches or 0) for row in rows])
+    counts = {
+        "call": np.ones(len(rows)),
+        "flop": np.where(is_half, 0.0, flops),
+        "byte": np.array([float(row.bytes or 0) for row in rows]),
+    }
+    if len(set(launches)) > 1:
+        counts["launch"] = launches
+    if is_half.any():
+        counts["half"] = np.where(is_half, flops, 0.0)
+    columns = np.stack(list(counts.values()), axis=1)
+    scale = columns.max(axis=0)
+    solution, _ = nnls(columns / scale / seconds[:, None], np.ones(len(rows)))
+    predicted = columns / scale @ solution
     factor = np.exp(np.abs(np.log(np.maximum(predicted, 1e-12) / seconds)))
-    constants = Constants(*(solution / scale).tolist())
+    constants = Constants(**dict(zip(counts, (solution / scale).tolist(), strict=True)))
     return Fit(constants, len(rows), float(np.median(factor)), float(factor.max()))
 
 
@@ -116,29 +142,34 @@ def module(fits: dict[str, tuple[Row, dict[str, Fit]]]) -> str:
     lines = [
         '"""Measured speed of each path by kind of device. Written by `python -m bench.calibrate`.',
         "",
-        "Seconds of forward and backward in float32 are call + flop * FLOPs + byte * bytes.",
+        "Of forward and backward, eager, in float32 and, on a GPU, in half precision.",
         '"""',
         "",
-        "from typing import NamedTuple",
-        "",
-        "",
-        "class Constants(NamedTuple):",
-        '    """Seconds a call, a FLOP and a byte."""',
-        "",
-        "    call: float",
-        "    flop: float",
-        "    byte: float",
-        "",
+        "from .cost import Constants",
         "",
         "CONSTANTS: dict[str, dict[str, Constants]] = {",
     ]
     for kind, (row, paths) in fits.items():
         lines += [f'    "{kind}": {{  # {row.device}, {row.threads} threads, {row.commit}']
         for path, found in paths.items():
-            numbers = ", ".join(f"{value:.3e}" for value in found.constants)
-            lines.append(f'        "{path}": Constants({numbers}),')
+            lines.append(f'        "{path}": Constants({_numbers(found.constants)}),')
         lines.append("    },")
     return "\n".join([*lines, "}", ""])
+
+
+def _numbers(constants: Constants) -> str:
+    """The arguments; those of a GPU by name, where they are there."""
+    call, flop, byte, launch, half = constants
+    numbers = [f"{value:.3e}" for value in (call, flop, byte)]
+    numbers += [f"launch={launch:.3e}"] if launch else []
+    numbers += [] if half is None else [f"half={half:.3e}"]
+    return ", ".join(numbers)
+
+
+def _of_a_gpu(constants: Constants) -> str:
+    half, launch = constants.half, constants.launch
+    text = "" if half is None else f"{_inverse(half) / 1e9:.1f} in half precision, "
+    return text + (f"{launch * 1e6:.1f} µs a launch, " if launch else "")
 
 
 def _inverse(seconds: float) -> float:

@@ -20,7 +20,7 @@ from matplotlib.ticker import PercentFormatter
 
 from . import table
 from .cases import FORWARD, FORWARD_BACKWARD, TRAINING_STEP
-from .providers import EMPTY, MOMENT_PRODUCTS, OURS, PAIR_PRODUCTS, ROW_MOVES
+from .providers import EMPTY, MOMENT_PRODUCTS, OURS, PAIR_PRODUCTS, ROW_MOVES, SCHEDULE
 from .steps import CE
 from .table import EAGER, GRAPH, Row
 
@@ -166,7 +166,7 @@ def crossover(rows: Sequence[Row]) -> Figure:
     """The fastest path on the (N, D) grid; a frame in another colour where `auto` took another."""
     points: dict[tuple[int, int], list[Row]] = {}
     for row in rows:
-        if row.mode == EAGER and row.group == OURS:
+        if (row.mode, row.dtype) == (EAGER, "float32") and row.group in (OURS, SCHEDULE):
             points.setdefault((row.n, row.d), []).append(row)
     ns, ds = (sorted(set(values)) for values in zip(*points, strict=True))
     figure, (axes,) = _panels(1, (0.72 * len(ns) + 1.2, 0.62 * len(ds) + 1.6))
@@ -177,11 +177,11 @@ def crossover(rows: Sequence[Row]) -> Figure:
             continue
         best = min(single, key=lambda row: row.ms)
         x, y = ns.index(n), ds.index(d)
-        axes.add_patch(_tile(x, y, 0.46, facecolor=_COLOURS[best.provider]))
+        axes.add_patch(_tile(x, y, 0.46, facecolor=_COLOURS[_path(best)]))
         if auto is None:
             continue
-        if auto.path != best.provider and auto.path in _COLOURS:
-            colour = _COLOURS[auto.path]
+        if _path(auto) not in ("", _path(best)):
+            colour = _COLOURS[_path(auto)]
             axes.add_patch(_tile(x, y, 0.42, fill=False, edgecolor=colour, linewidth=4))
         weight = "bold" if auto.ms > _BAD_CHOICE * best.ms else "normal"
         ratio = f"{auto.ms / best.ms:.2f}"
@@ -194,13 +194,18 @@ def crossover(rows: Sequence[Row]) -> Figure:
     )  # fmt: skip
     axes.tick_params(length=0)
     axes.grid(visible=False)
-    names = [p for p in _PATHS if any(row.provider == p for row in rows)]
+    names = [p for p in _PATHS if any(p == _path(row) for at in points.values() for row in at)]
     handles = [
         Line2D([], [], marker="s", linestyle="", markersize=9, color=_COLOURS[p], label=p)
         for p in names
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
+
+
+def _path(row: Row) -> str:
+    """What ran, whatever its schedule."""
+    return row.path.partition(" ")[0]
 
 
 def _tile(x: float, y: float, half: float, **style: Any) -> Rectangle:

@@ -15,12 +15,25 @@ from torch import Tensor
 
 from bstriplet_kernels import plan
 from bstriplet_kernels.checks import make_spec
+from bstriplet_kernels.paths import PATHS
 
 from . import machine, steps, timing
 from .cases import DTYPES, FORWARD, Case, Problem, make_problem
 from .counting import Memory, Operations, peak_memory, unreturned_memory
 from .gate import Errors, Gate
-from .providers import BASELINE, COMPILED, FLOOR, GROWTH, OURS, PEER, Provider, Step, providers
+from .providers import (
+    BASELINE,
+    COMPILED,
+    FLOOR,
+    GROWTH,
+    OURS,
+    PEER,
+    SCHEDULE,
+    Provider,
+    Step,
+    forced,
+    providers,
+)
 from .table import EAGER, GRAPH, OK, Row
 
 OUT_OF_MEMORY = "out of memory"
@@ -31,7 +44,7 @@ _MOST_UNRETURNED = 1 << 30
 _LARGE_N = 4096
 _MOST_BUFFERS = 512
 # A step that synchronises fails to be captured; those that may come last, and disturb nobody.
-_CAPTURE_ORDER = {FLOOR: 0, OURS: 1, GROWTH: 1, COMPILED: 2, BASELINE: 3, PEER: 4}
+_CAPTURE_ORDER = {FLOOR: 0, OURS: 1, GROWTH: 1, SCHEDULE: 1, COMPILED: 2, BASELINE: 3, PEER: 4}
 
 
 class SpentProcess(Exception):
@@ -141,16 +154,15 @@ def _examine(
     if seconds < _FREE_CALL_S:
         seconds = timing.expected_seconds(lambda: step(problem.x, problem.labels), case.device)
     candidate.call_s = seconds
-    path = _path(provider, problem)
-    count: tuple[int | None, int | None] = (operations.flops, operations.bytes)
+    count: dict[str, Any] = {"flops": operations.flops, "bytes": operations.bytes}
     if is_compiled:  # what is fused is not seen; the products are those of what it compiles
-        count = (flops.get(provider.base), None)
-    elif path:  # no counter looks into an operator of ours: the plan's own counts
-        count = plan.path_cost(path, _work(case), problem.labels.bincount().tolist())[:2]
-    if count[0] is not None:
-        flops[provider.name] = count[0]
+        count = {"flops": flops.get(provider.base)}
+    elif path := _path(provider, problem):  # no counter looks into an operator of ours
+        count = _counted(provider, path, problem)
+    if count["flops"] is not None:
+        flops[provider.name] = count["flops"]
     candidate.row = _examined(candidate.row, problem, gate, errors, memory)
-    candidate.row = replace(candidate.row, path=path, flops=count[0], bytes=count[1])
+    candidate.row = replace(candidate.row, **count)
     return _refusal(errors, problem)
 
 
@@ -239,14 +251,28 @@ def _timing_limit(passed: list[_Candidate], budget: timing.Budget) -> float:
 
 
 def _path(provider: Provider, problem: Problem) -> str:
-    """What one of our providers runs for this input; "" for the others."""
-    if provider.group != OURS or problem.case.backbone:
+    """What `impl` one of our providers takes for this input; "" for the others."""
+    if provider.group not in (OURS, SCHEDULE) or problem.case.backbone:
         return ""
+    if provider.group == SCHEDULE:
+        return "triton"
     if provider.name != "auto":
         return provider.name
     spec = make_spec(problem.margin, "square", "corrected", "mean")
     wants_gradient = problem.case.operation != FORWARD
     return plan.choose(problem.x, None, spec._replace(wants_gradient=wants_gradient))
+
+
+def _counted(provider: Provider, path: str, problem: Problem) -> dict[str, Any]:
+    """The path's own counts, and the schedule that they are of."""
+    with forced(provider.name):
+        found = PATHS[path].operations(_work(problem.case), problem.labels.bincount().tolist())
+    return {
+        "path": found.schedule or path,
+        "flops": found.flops,
+        "bytes": found.bytes,
+        "launches": found.launches,
+    }
 
 
 def _work(case: Case) -> plan.Work:

@@ -7,7 +7,8 @@ the case asks for the forward alone. x and labels are arguments so that a GPU's 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bstriplet_kernels import available_impls, bstriplet_loss
+from bstriplet_kernels.paths import fused
 from bstriplet_kernels.reference import naive_loss
 
 from . import floors
@@ -25,7 +27,7 @@ from .cases import FORWARD, Problem
 Step = Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]
 Loss = Callable[[Tensor, Tensor], Tensor]
 FLOOR, BASELINE, COMPILED, PEER, OURS = "floor", "baseline", "compiled", "peer", "ours"
-GROWTH = "growth"
+GROWTH, SCHEDULE = "growth", "schedule"
 EMPTY, PAIR_PRODUCTS, MOMENT_PRODUCTS = "empty function", "products of pairs", "products of moments"
 ROW_MOVES = "moves of rows"
 HALF = "auto, half the rows"
@@ -65,6 +67,7 @@ def providers() -> dict[str, Provider]:
         Provider("tiled SupCon", PEER, lambda p: _differentiated(TiledSupCon.apply, p), "itself"),
         Provider("Liger InfoNCE", PEER, _liger, "itself", _missing("liger_kernel", "liger-kernel")),
         *(Provider(name, OURS, partial(_ours, name)) for name in (*available_impls(), "auto")),
+        *_schedules(),
     )
     return {provider.name: provider for provider in every}
 
@@ -178,6 +181,35 @@ def _ours(impl: str, problem: Problem) -> Step:
         return value
 
     return _differentiated(loss, problem)
+
+
+def _schedules() -> tuple[Provider, ...]:
+    """Tiles and panels of impl="triton", each where the path itself may take the other."""
+    if "triton" not in available_impls():
+        return ()
+    return tuple(Provider(n, SCHEDULE, partial(_scheduled, n)) for n in (fused.TILES, fused.PANELS))
+
+
+def _scheduled(name: str, problem: Problem) -> Step:
+    step = _ours("triton", problem)
+
+    def scheduled(x: Tensor, labels: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        with forced(name):
+            return step(x, labels)
+
+    return scheduled
+
+
+@contextmanager
+def forced(name: str) -> Iterator[None]:
+    """While entered, impl="triton" runs and counts this schedule; other names change nothing."""
+    chosen = fused.by_panels
+    if name in (fused.TILES, fused.PANELS):
+        fused.by_panels = lambda *shape: name == fused.PANELS
+    try:
+        yield
+    finally:
+        fused.by_panels = chosen
 
 
 def _on_half(problem: Problem) -> Step:

@@ -20,6 +20,7 @@ from .providers import (
     PEER,
     PML,
     ROW_MOVES,
+    SCHEDULE,
 )  # fmt: skip
 from .timing import Budget
 
@@ -86,7 +87,7 @@ def suites(device: str = "cpu") -> dict[str, Suite]:
         Suite("dtypes", "precisions", _dtypes(), Budget(0.15)),
         Suite("threads", "one thread and all", _threads()),
         Suite("hinge", "the share of rows with h_i > 0", _hinge(), Budget(0.2)),
-        Suite("crossover", "which path is fastest where", _crossover(), Budget(0.15)),
+        Suite("crossover", "which path is fastest where", _crossover(device), Budget(0.15)),
         Suite("training_step", "a step with and without the loss", _training_steps(), Budget(1.0)),
     )
     found = {suite.name: suite for suite in every}
@@ -212,8 +213,10 @@ def _hinge() -> tuple[Part, ...]:
     return (Part((*active, *forward), _FAST),)
 
 
-def _crossover() -> tuple[Part, ...]:
+def _crossover(device: str) -> tuple[Part, ...]:
     """A log grid of 60 points: ten N by six D, the classes changing along both."""
+    if device != "cpu":
+        return _gpu_crossover()
     ns = (16, 36, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
     ds = (32, 64, 128, 256, 512, 1280)
     classes = (2, 8, 64)
@@ -224,6 +227,29 @@ def _crossover() -> tuple[Part, ...]:
     small = tuple(case for case in grid if case.n <= 2048)
     large = tuple(case for case in grid if case.n > 2048)
     return Part(small, (OURS,)), Part(large, _FAST, Budget(0.4, least=2))
+
+
+def _gpu_crossover() -> tuple[Part, ...]:
+    """A coarser grid that reaches further, and in half precision too.
+
+    From 65 rows on impl="triton" has two schedules, which are timed apart.
+    """
+    small, large = (16, 36, 64), (128, 512, 2048, 8192, 16384, 32768)
+    classes = (2, 8, 64)
+
+    def grid(ns: tuple[int, ...]) -> Iterator[Case]:
+        for (i, n), (j, d), dtype in product(
+            enumerate(ns), enumerate((32, 128, 512, 1280)), ("float32", "bfloat16")
+        ):
+            yield Case(n, d, min(classes[(i + j) % 3], n // 2), dtype)
+
+    paired = tuple(case for case in grid(large) if case.n <= 2048)
+    longer = tuple(case for case in grid(large) if case.n > 2048)
+    return (
+        Part(tuple(grid(small)), (OURS,)),
+        Part(paired, ("reference", "gram", "auto", SCHEDULE)),
+        Part(longer, ("gram", "auto", SCHEDULE)),
+    )
 
 
 def _training_steps() -> tuple[Part, ...]:

@@ -20,11 +20,13 @@ EAGER, GRAPH = "eager", "graph replay"
 class Row:
     """One provider on one case. None where it was not measured; `status` says why.
 
-    path: of our providers, what ran. mode: "eager", or "graph replay" of a CUDA graph.
+    path: of our providers, what ran, and the schedule where there are several. mode: "eager", or
+    "graph replay" of a CUDA graph.
     active_share: of rows with h_i > 0. p20_ms, p50_ms, p80_ms: of one call, over `repeats` samples.
     peak_bytes, resident_bytes: see `counting.Memory`. flops, bytes: counted for this provider;
-    eq8_flops: Eq. 8's figure for the forward. gemm_flops_s, bandwidth_bytes_s: the machine's best,
-    measured in this run; gemm_share, bandwidth_share: of it, what the provider's own count used.
+    launches: of our providers on a GPU, as the plan counts them. eq8_flops: Eq. 8's figure for the
+    forward. gemm_flops_s, bandwidth_bytes_s: the machine's best, measured in this run; gemm_share,
+    bandwidth_share: of it, what the provider's own count used.
     loss_error, gradient_error: relative, against float64.
     """
 
@@ -56,6 +58,7 @@ class Row:
     resident_bytes: int | None = None
     flops: int | None = None
     bytes: int | None = None
+    launches: int | None = None
     eq8_flops: int | None = None
     gemm_flops_s: float | None = None
     bandwidth_bytes_s: float | None = None

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import geometric_mean
 
-from .cases import Case
-from .providers import EMPTY, HALF, MOMENT_PRODUCTS, PAIR_PRODUCTS
+from bstriplet_kernels import plan
+from bstriplet_kernels.paths import PATHS
+
+from .cases import DTYPES, Case
+from .providers import EMPTY, HALF, MOMENT_PRODUCTS, PAIR_PRODUCTS, SCHEDULE
 from .providers import OURS as OURS_GROUP
 from .suites import suites
 from .table import EAGER, GRAPH, Row
@@ -83,17 +87,41 @@ def mean_choice(rows: Iterable[Row]) -> float | None:
     return geometric_mean(ratios) if ratios else None
 
 
-def _choices(rows: Iterable[Row]) -> list[tuple[float, Row]]:
-    points: dict[tuple[int, int, int], list[Row]] = {}
-    for row in rows:
-        is_ours = row.suite == "crossover" and row.group == OURS_GROUP
-        if is_ours and row.is_measured and row.mode == EAGER:
-            points.setdefault((row.n, row.d, row.c), []).append(row)
+def planned_choices(rows: Iterable[Row], kind: str) -> list[tuple[float, Row]]:
+    """The time of what the plan takes today over the fastest path's, for each point of the grid.
+
+    kind: of device. The plan chooses among what was timed there; infinite where a schedule that it
+    takes has no time. With each ratio a row of the point.
+    """
     ratios = []
-    for at in points.values():
+    for at in _points(rows):
+        first = at[0]
+        times = {row.path: row.ms for row in at if row.provider != OURS}
+        takers = tuple(path for path in PATHS if any(name.split()[0] == path for name in times))
+        work = plan.Work(first.n, None, first.d, DTYPES[first.dtype], device=kind)
+        path = plan.fastest(takers, work)
+        sizes = [first.n // first.c] * first.c
+        chosen = PATHS[path].operations(work, sizes).schedule or path
+        ratios.append((times.get(chosen, math.inf) / min(times.values()), first))
+    return ratios
+
+
+def _points(rows: Iterable[Row]) -> list[list[Row]]:
+    """Eager rows of ours, together where they are of one point of the grid; some single path's."""
+    points: dict[tuple[int, int, int, str], list[Row]] = {}
+    for row in rows:
+        is_ours = row.suite == "crossover" and row.group in (OURS_GROUP, SCHEDULE)
+        if is_ours and row.is_measured and row.mode == EAGER:
+            points.setdefault((row.n, row.d, row.c, row.dtype), []).append(row)
+    return [at for at in points.values() if any(row.provider != OURS for row in at)]
+
+
+def _choices(rows: Iterable[Row]) -> list[tuple[float, Row]]:
+    ratios = []
+    for at in _points(rows):
         chosen = next((row for row in at if row.provider == OURS), None)
         single = [row.ms for row in at if row.provider != OURS]
-        if chosen is not None and single:
+        if chosen is not None:
             ratios.append((chosen.ms / min(single), chosen))
     return ratios
 

@@ -1,4 +1,4 @@
-"""What a path is to compute and what that costs; each path counts its memory beside its code."""
+"""What a path is to compute and what that costs; each path counts itself beside its code."""
 
 from __future__ import annotations
 
@@ -61,12 +61,37 @@ class Operations(NamedTuple):
     """What a path's schedule does, forward and, where a gradient is wanted, backward.
 
     flops: of its products and sweeps. bytes: that must cross memory. launches: kernels that a GPU
-    is told to run; 0 on the CPU.
+    is told to run; 0 on the CPU. schedule: which one it is, where a path has several on one device
+    whose speeds are measured apart.
     """
 
     flops: int
     bytes: int
     launches: int
+    schedule: str = ""
+
+
+class Constants(NamedTuple):
+    """Measured speed of a schedule: seconds a call, a FLOP, a byte and a launch.
+
+    half: seconds a FLOP of a product of half-precision numbers, where that was measured apart.
+    """
+
+    call: float
+    flop: float
+    byte: float
+    launch: float = 0.0
+    half: float | None = None
+
+    def seconds(self, operations: Operations, dtype: torch.dtype) -> float:
+        """The predicted time of these operations on embeddings of this dtype."""
+        flop = self.half if self.half is not None and dtype.itemsize < 4 else self.flop
+        return (
+            self.call
+            + flop * operations.flops
+            + self.byte * operations.bytes
+            + self.launch * operations.launches
+        )
 
 
 class Cost(NamedTuple):
@@ -74,12 +99,13 @@ class Cost(NamedTuple):
 
     flops: of its products and sweeps, as it computes them. bytes: that must cross memory.
     extra_memory: peak bytes beyond the inputs. Includes the gradient and the buffers of the C++
-    operators, not those inside BLAS.
+    operators, not those inside BLAS. launches: kernels that a GPU is told to run; 0 on the CPU.
     """
 
     flops: int
     bytes: int
     extra_memory: int
+    launches: int
 
 
 def round_up(n: int, multiple: int) -> int:

@@ -1,14 +1,14 @@
 """Which path runs, and what it costs: Eq. 8, each path's own counts, predicted times.
 
-The time of a path is predicted as call + flop * FLOPs + byte * bytes with constants measured on
-each kind of device (`calibration.py`); `impl="auto"` takes the path of the least predicted time
-among those that can run. On a kind of device that has not been measured it goes by a rule: pairs up
-to N = 3 D, second moments beyond.
+The time of a path is predicted as call + flop * FLOPs + byte * bytes + launch * launches, with the
+path's own counts and with constants measured on each kind of device (`calibration.py`);
+`impl="auto"` takes the path of the least predicted time among those that can run. On a kind of
+device that has not been measured it goes by a rule, `_by_rule`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,11 +25,18 @@ from .checks import (
     refuse_input,
 )
 from .cost import Cost, Work
-from .paths import PATHS, fused, gram, native, plain
+from .paths import PATHS
 from .spec import Spec
 
-_MOMENTS_FROM = 3
-"""Where nothing is measured: second moments from N = 3 D on (about 6 N D^2 against 2-3 N^2 D)."""
+_MOMENTS_FROM = {"native": 1 << 14, "triton": 1 << 14, "reference": 1 << 12}
+"""Where nothing is measured: the paths of pairs, the first that can run before the others, and how
+many columns N must have at least for second moments to be taken instead."""
+_MOMENTS_FROM_D, _MOMENTS_FROM_D_IN_HALF = 4, 16
+"""How many times D it must be too: moments take 10-15 N D^2 multiply-adds, pairs 2-3 N^2 D. Triton
+multiplies half-precision pairs as they are, several times as fast as moments, which are float32."""
+_MOST_PAIRS = 1 << 28
+"""N x M from which the reference is left to inputs that nothing else takes: its matrices, eight of
+them, take 8 GiB here."""
 _ASSUMED_CLASSES = 3
 """`choose` does not ask the device how many classes there are; the paper has two or three."""
 
@@ -62,6 +69,7 @@ class Plan:
             f"bytes moved   {cost.bytes:.3e}",
             f"extra memory  {cost.extra_memory:.3e} bytes, "
             f"{cost.extra_memory / max(1, work.embedding_bytes):.2f} x the embeddings",
+            *([] if work.device == "cpu" else [f"launches      {cost.launches:,}"]),
             f"Eq. 8         {self.eq8_flops:.3e} FLOPs, forward alone",
         ]
         lines += [
@@ -82,7 +90,9 @@ def eq8_flops(n: int, d: int, c: int) -> int:
 
 def path_cost(path: str, work: Work, class_sizes: Sequence[int]) -> Cost:
     """What the path of that name counts for this work; class_sizes: members among the columns."""
-    return Cost(*_OPERATIONS[path](work, class_sizes), _MEMORY[path](work, class_sizes))
+    counted = PATHS[path].operations(work, class_sizes)
+    extra_memory = PATHS[path].extra_memory(work, class_sizes)
+    return Cost(counted.flops, counted.bytes, extra_memory, counted.launches)
 
 
 _planned: dict[tuple[object, ...], tuple[Spec, str]] = {}
@@ -144,7 +154,7 @@ def _form(given: Tensor | None) -> object:
 
 def choose(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str:
     """The path of `impl="auto"`, by shapes, dtypes and kind of device; it never waits for one."""
-    return _fastest(_takers(embeddings, ref_emb, spec), _work(embeddings, ref_emb, spec))
+    return fastest(_takers(embeddings, ref_emb, spec), _work(embeddings, ref_emb, spec))
 
 
 def explain_plan(
@@ -191,91 +201,61 @@ def _takers(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> tuple[str
     )
 
 
-def _fastest(takers: tuple[str, ...], work: Work) -> str:
+def fastest(takers: Sequence[str], work: Work) -> str:
+    """Which of these paths is taken: by predicted time, where any of them has been measured."""
     sizes = [max(1, work.columns // _ASSUMED_CLASSES)] * _ASSUMED_CLASSES
     seconds = _predicted(takers, work, sizes)
     if seconds:
         return min(seconds, key=lambda path: seconds[path])
-    by_rule = ("gram", "triton", "native", "reference")
-    if work.columns <= _MOMENTS_FROM * work.d:
-        by_rule = ("triton", "native", "reference", "gram")
-    return next(path for path in by_rule if path in takers)
+    return _by_rule(takers, work)[0]
 
 
-def _reason(path: str, takers: tuple[str, ...], work: Work, predicted: dict[str, float]) -> str:
+def _by_rule(takers: Sequence[str], work: Work) -> tuple[str, str]:
+    """The path where nothing is measured, and why, in words.
+
+    Up to 64 rows the native kernel, else Triton's, needs one launch. Above that Triton multiplies
+    pairs on tensor cores in a few launches and keeps O(N), where second moments need some hundred
+    launches: these pay where N is large, and large against D. Where neither kernel runs the
+    reference's N x M matrices cross memory thirty times, so that moments pay much sooner.
+    """
+    takers = _contenders(takers, work)
+    pairs = next((path for path in _MOMENTS_FROM if path in takers), None)
+    if pairs is None:
+        return "gram", "too many pairs for N x M matrices"
+    if "gram" not in takers:
+        return pairs, "no second moments of this input"
+    in_half = work.casts and pairs == "triton"
+    of_d = _MOMENTS_FROM_D_IN_HALF if in_half else _MOMENTS_FROM_D
+    first = max(_MOMENTS_FROM[pairs], of_d * work.d)
+    if work.columns < first:
+        return pairs, f"pairs below N = {first:,}"
+    return "gram", f"second moments from N = {first:,} on"
+
+
+def _contenders(takers: Sequence[str], work: Work) -> Sequence[str]:
+    """Without the reference where its matrices are too large and another path is there."""
+    if work.n * work.columns < _MOST_PAIRS or len(takers) == 1:
+        return takers
+    return [path for path in takers if path != "reference"]
+
+
+def _reason(path: str, takers: Sequence[str], work: Work, predicted: dict[str, float]) -> str:
     if len(takers) == 1:
         return "the only path that takes this input here"
-    if predicted:
-        reason = "least predicted time"
-        if predicted[path] > min(predicted.values()):
-            reason += f" for {_ASSUMED_CLASSES} classes, which a choice by shapes alone assumes"
-        return reason
-    side = "up to" if work.columns <= _MOMENTS_FROM * work.d else "beyond"
-    return f"by rule, {work.device} is not calibrated: N {side} {_MOMENTS_FROM} D"
+    if not predicted:
+        return f"by rule, {work.device} is not calibrated: {_by_rule(takers, work)[1]}"
+    reason = "least predicted time"
+    if predicted[path] > min(predicted.values()):
+        reason += f" for {_ASSUMED_CLASSES} classes, which a choice by shapes alone assumes"
+    return reason
 
 
-def _predicted(takers: tuple[str, ...], work: Work, class_sizes: Sequence[int]) -> dict[str, float]:
-    """Seconds of each of these paths that has been measured on this kind of device."""
-    seconds = {}
-    for path, constants in CONSTANTS.get(work.device, {}).items():
-        if path in takers:
-            flops, bytes_ = _OPERATIONS[path](work, class_sizes)
-            seconds[path] = constants.call + constants.flop * flops + constants.byte * bytes_
+def _predicted(takers: Sequence[str], work: Work, class_sizes: Sequence[int]) -> dict[str, float]:
+    """Seconds of each contender that has been measured on this kind of device."""
+    measured, seconds = CONSTANTS.get(work.device, {}), {}
+    for path in _contenders(takers, work):
+        counted = PATHS[path].operations(work, class_sizes)
+        constants = measured.get(counted.schedule or path)
+        if constants is not None:
+            seconds[path] = constants.seconds(counted, work.dtype)
     return seconds
-
-
-def _products(work: Work) -> int:
-    """Products of all pairs over D: S, and for a gradient its weights times each side."""
-    if not work.wants_gradient:
-        return 1
-    return 2 if work.m is None else 3
-
-
-def _reference(work: Work, class_sizes: Sequence[int]) -> tuple[int, int]:
-    """Dense matrices in plain torch; the backward computes S anew."""
-    pairs = work.n * work.columns
-    products, sweeps = _products(work) + work.wants_gradient, 30 if work.wants_gradient else 12
-    side = work.vectors * work.d * work.accumulated
-    return (
-        products * 2 * pairs * work.d + sweeps * pairs,
-        sweeps * pairs * work.accumulated + (3 if work.wants_gradient else 1) * side,
-    )
-
-
-def _native(work: Work, class_sizes: Sequence[int]) -> tuple[int, int]:
-    """S once, and once its weights times each side; a sweep over S for each."""
-    pairs, products = work.n * work.columns, _products(work)
-    gradient = work.vectors * work.d * work.accumulated if work.wants_gradient else 0
-    return (
-        products * (2 * work.d + 7) * pairs,
-        products * work.embedding_bytes + gradient + products * pairs * work.accumulated,
-    )
-
-
-def _gram(work: Work, class_sizes: Sequence[int]) -> tuple[int, int]:
-    """See `paths.gram`; the columns' classes are those that have moments."""
-    n, d = max(work.n, work.columns), work.d
-    by_native = work.m is None and native.missing() is None
-    flops = gram.flops(n, d, class_sizes, work.reduction != "none", by_native)
-    return flops, gram.traffic(n, d, work.dtype.itemsize)
-
-
-def _triton(work: Work, class_sizes: Sequence[int]) -> tuple[int, int]:
-    """See `paths.fused`."""
-    counted = fused.cost(work.n, work.m, work.d, work.dtype, work.reduction, work.wants_gradient)
-    return counted.flops, counted.bytes
-
-
-_OPERATIONS: dict[str, Callable[[Work, Sequence[int]], tuple[int, int]]] = {
-    "reference": _reference,
-    "native": _native,
-    "gram": _gram,
-    "triton": _triton,
-}
-"""FLOPs and bytes, by which a path is chosen: memory is counted only where it is asked for."""
-_MEMORY: dict[str, Callable[[Work, Sequence[int]], int]] = {
-    "reference": plain.extra_memory,
-    "native": native.extra_memory,
-    "gram": gram.extra_memory,
-    "triton": fused.extra_memory,
-}

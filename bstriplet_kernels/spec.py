@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .cost import Operations, Work
 
 
 class Spec(NamedTuple):
@@ -66,6 +68,9 @@ class Path(NamedTuple):
     backward(grad_loss, embeddings, ref_emb, labels, ref_labels, rows, state, spec) ->
     (gradient of the embeddings, gradient of ref_emb or None), both in the accumulation dtype: the
     upstream number, such as a loss scale, must be multiplied in before half precision underflows.
+    operations(work, class_sizes) -> FLOPs, bytes and launches of the schedule that will run.
+    extra_memory(work, class_sizes) -> its peak bytes beyond the inputs, the gradient included.
+    class_sizes: members of each class among the columns.
     missing() -> what is not installed that the path needs and how to get it, or None.
     refuses(embeddings, ref_emb, spec) -> why the path cannot take this input, or None; it looks at
     shapes, dtypes and devices alone.
@@ -75,6 +80,8 @@ class Path(NamedTuple):
 
     forward: Callable[..., tuple[Tensor, Rows | None, State]]
     backward: Callable[..., tuple[Tensor, Tensor | None]]
+    operations: Callable[[Work, Sequence[int]], Operations]
+    extra_memory: Callable[[Work, Sequence[int]], int]
     missing: Callable[[], str | None] = _nothing_missing
     refuses: Callable[[Tensor, Tensor | None, Spec], str | None] = _refuses_nothing
     keeps: bool = True

@@ -22,10 +22,13 @@ import torch
 from torch import Tensor
 
 from .._torch import in_memory
-from ..cost import Operations, Work, round_up
+from ..calibration import CONSTANTS
+from ..cost import Constants, Operations, Work, round_up
 from ..spec import Gradients, Path, Rows, Spec, State, accumulation_dtype
 from . import panels
 
+SMALL, TILES, PANELS = "triton small", "triton tiles", "triton panels"
+"""The schedules, by the names under which their measured speeds stand."""
 SMALL_ROWS = 64
 MAX_PARTS = 8
 """Among how many programs the columns of one tile of rows are shared out at most."""
@@ -84,33 +87,34 @@ class Rates(NamedTuple):
     float64: float
 
 
-# Not measured: what an H100 may be expected to do. They decide between tiles and panels alone.
+# Not measured: what an H100 may be expected to do. Where nothing is, they decide between tiles and
+# panels, and nothing else.
 _TILES = Rates(3.5e14, 1.6e14, 8e13, 3e13)
 _PRODUCTS = Rates(6e14, 3e14, 4.5e13, 5e13)
 _BYTES_A_SECOND = 4e12  # panels lie in the second-level cache in part
 _LAUNCH_SECONDS = 3e-6
 
 
-def cost(
-    n: int, m: int | None, d: int, dtype: torch.dtype, reduction: str, wants_gradient: bool
-) -> Operations:
-    """What n rows against m columns (None: against themselves) cost, forward and backward.
+def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
+    """Counted as launched, whole blocks and recomputed tiles included.
 
-    Counted as launched, whole blocks and recomputed tiles included, with the blocks that suit any
-    GPU and columns shared out as on an H100. A cast of the gradient to `dtype` is not counted.
+    The blocks are those that suit any GPU, and columns are shared out as on an H100.
     """
-    size = n * d * dtype.itemsize
-    written = n * d * max(4, dtype.itemsize)
+    n, m, d, dtype, reduction, wants_gradient, device = work
     if m is None and reduction != "none" and n <= SMALL_ROWS:
         blocks = small_blocks(n, dtype, False)
         slices = _tiles_of(d, blocks.v) if wants_gradient else 1
         pairs = 2 * blocks.n * blocks.n
         depth = _tiles_of(d, blocks.d) * blocks.d
         gradient = slices * pairs * blocks.v if wants_gradient else 0
-        bytes_ = size + (3 * written if wants_gradient else 0)  # gradient written, read, scaled
-        return Operations(slices * pairs * depth + gradient, bytes_, 2 if wants_gradient else 1)
-    of = _panels_cost if by_panels(n, m, d, dtype) else _tiles_cost
-    return of(n, m, d, dtype, wants_gradient)
+        bytes_ = work.embedding_bytes + 3 * work.gradient_bytes  # written, read, scaled
+        flops, launches = slices * pairs * depth + gradient, 2 if wants_gradient else 1
+        found = Operations(flops, bytes_, launches, SMALL)
+    else:
+        of = _panels_operations if by_panels(n, m, d, dtype) else _tiles_operations
+        found = of(n, m, d, dtype, wants_gradient)
+    casts = (1 if m is None else 2) if wants_gradient and work.casts else 0
+    return found._replace(launches=0 if device == "cpu" else found.launches + casts)
 
 
 def by_panels(n: int, m: int | None, d: int, dtype: torch.dtype) -> bool:
@@ -125,25 +129,33 @@ def _products_are_exact() -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _compare(n: int, m: int | None, d: int, dtype: torch.dtype, exact: bool) -> bool:
-    seconds = [
-        found.launches * _LAUNCH_SECONDS
-        + found.flops / _rate(rates, dtype, exact)
-        + found.bytes / _BYTES_A_SECOND
-        for rates, found in (
-            (_TILES, _tiles_cost(n, m, d, dtype, True)),
-            (_PRODUCTS, _panels_cost(n, m, d, dtype, True)),
-        )
-    ]
-    return seconds[1] < seconds[0]
+    tiles, panels_ = _speeds(dtype, exact)
+    return panels_.seconds(_panels_operations(n, m, d, dtype, True), dtype) < tiles.seconds(
+        _tiles_operations(n, m, d, dtype, True), dtype
+    )
 
 
-def _rate(rates: Rates, dtype: torch.dtype, exact: bool) -> float:
+def _speeds(dtype: torch.dtype, exact: bool) -> tuple[Constants, Constants]:
+    """Of tiles and of panels: measured, where both were in this precision, else assumed."""
+    measured = CONSTANTS.get("cuda", {})
+    if TILES in measured and PANELS in measured:
+        found = measured[TILES], measured[PANELS]
+        if dtype == torch.float32 and exact:
+            return found
+        if dtype.itemsize < 4 and None not in (found[0].half, found[1].half):
+            return found
+    return _assumed(_TILES, dtype, exact), _assumed(_PRODUCTS, dtype, exact)
+
+
+def _assumed(rates: Rates, dtype: torch.dtype, exact: bool) -> Constants:
     if dtype == torch.float32:
-        return rates.float32 if exact else rates.tf32
-    return rates.float64 if dtype == torch.float64 else rates.half
+        rate = rates.float32 if exact else rates.tf32
+    else:
+        rate = rates.float64 if dtype == torch.float64 else rates.half
+    return Constants(0.0, 1 / rate, 1 / _BYTES_A_SECOND, _LAUNCH_SECONDS)
 
 
-def _tiles_cost(
+def _tiles_operations(
     n: int, m: int | None, d: int, dtype: torch.dtype, wants_gradient: bool
 ) -> Operations:
     """Tiles of S, for the sums and for each side's gradient; unaligned rows are copied."""
@@ -154,15 +166,12 @@ def _tiles_cost(
     copied = d % 16 != 0
     size = vectors * round_up(d, 16) * dtype.itemsize
     copies = 2 * size if copied else 0
-    forward = Operations(
-        flops=_tile_flops(n, columns, d, row_blocks(dtype, False)),
-        bytes=2 * size + copies,
-        launches=2 + sides + (sides if copied else 0),
-    )
+    flops = _tile_flops(n, columns, d, row_blocks(dtype, False))
+    moved = 2 * size + copies
+    launches = 2 + sides + (sides if copied else 0)
     if not wants_gradient:
-        return forward
+        return Operations(flops, moved, launches, TILES)
     blocks = gradient_blocks(dtype, False)
-    flops, moved, launches = forward
     launches += sides - 1  # the columns' pull, which is 0
     for own, others in ((n, columns), (columns, n))[:sides]:
         flops += _tile_flops(own, others, d, blocks)
@@ -171,10 +180,10 @@ def _tiles_cost(
         passes = 1 if parts == 1 else 2 * parts + 1  # each part written and read, the sum written
         moved += size + copies + own * d * accumulated * (passes + (2 if copied else 0))
         launches += 1 + (parts > 1) + (1 + sides if copied else 0)
-    return Operations(flops, moved, launches)
+    return Operations(flops, moved, launches, TILES)
 
 
-def _panels_cost(
+def _panels_operations(
     n: int, m: int | None, d: int, dtype: torch.dtype, wants_gradient: bool
 ) -> Operations:
     """Products of panels, and the sweeps that read and write them."""
@@ -189,6 +198,7 @@ def _panels_cost(
         flops=2 * held * d,
         bytes=3 * size + 2 * held * accumulated,
         launches=4 + (9 if half else 7) * sides + 4 * count + (2 * (count - 1) if m is None else 0),
+        schedule=PANELS,
     )
     if not wants_gradient:
         return total
@@ -208,6 +218,7 @@ def _panels_cost(
         total.flops + backward,
         total.bytes + (6 + 2 * sides) * size + swept,
         total.launches + launches,
+        PANELS,
     )
 
 
@@ -335,9 +346,6 @@ def refuses(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str | Non
 def interpreted() -> bool:
     """Whether Triton runs kernels on the CPU, in its interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "y", "yes", "t", "true", "on")
-
-
-PATH = Path(forward, backward, missing, refuses)
 
 
 @functools.cache
@@ -663,3 +671,6 @@ def _panels_memory(work: Work) -> int:
         return 2 * scaled + panel
     waiting = 0 if work.m is None else work.n * work.d * number
     return scaled + panel + waiting + 3 * max(n, m) * d * number
+
+
+PATH = Path(forward, backward, operations, extra_memory, missing, refuses)

@@ -12,7 +12,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from ..cost import Work
+from ..cost import Operations, Work
 from ..spec import Path, Rows, Spec, State, reduce_losses, row_gradient
 from . import gram_device, gram_host, gram_native, native
 from .second_moments import form_fraction, moment_fraction
@@ -67,7 +67,14 @@ def refuses(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str | Non
     return None
 
 
-PATH = Path(forward, backward, refuses=refuses)
+def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
+    """Of the schedule that will run; the columns' classes are those that have moments."""
+    if work.device != "cpu":
+        return gram_device.operations(work)
+    n, d = max(work.n, work.columns), work.d
+    by_native = work.m is None and native.missing() is None
+    counted = flops(n, d, class_sizes, work.reduction != "none", by_native)
+    return Operations(counted, traffic(n, d, work.dtype.itemsize), 0)
 
 
 def flops(
@@ -108,3 +115,6 @@ def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
         return gram_device.extra_memory(work, class_sizes)
     by_native = work.m is None and native.missing() is None
     return (gram_native if by_native else gram_host).extra_memory(work, class_sizes)
+
+
+PATH = Path(forward, backward, operations, extra_memory, refuses=refuses)

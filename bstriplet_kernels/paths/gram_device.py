@@ -386,10 +386,12 @@ def operations(work: Work) -> Operations:
     cache. launches: one for each operator, though a sort, a scan or a reduction over segments is
     several kernels. The hinge and the reduction of the loss, a dozen launches, are not counted.
     """
-    forward, backward = _forward_operations(work), _backward_operations(work)
-    if not work.wants_gradient:
-        return forward
-    return Operations(*(sum(both) for both in zip(forward, backward, strict=True)))
+    flops, bytes_, launches, _ = _forward_operations(work)
+    if work.wants_gradient:
+        backward = _backward_operations(work)
+        flops, bytes_ = flops + backward.flops, bytes_ + backward.bytes
+        launches += backward.launches
+    return Operations(flops, bytes_, launches)
 
 
 def _forward_operations(work: Work) -> Operations:

@@ -25,7 +25,7 @@ from .._torch import (
     register_autograd_kernel,
     require_grad,
 )
-from ..cost import Work, round_up
+from ..cost import Operations, Work, round_up
 from ..spec import Gradients, Path, Rows, Spec, State, accumulation_dtype, reduce_losses
 
 _REINSTALL = (
@@ -222,7 +222,30 @@ def backward(
     return grad, None if ref_emb is None else grad_ref
 
 
-PATH = Path(forward, backward, missing, refuses, keeps=False, heeds_autocast=False)
+def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
+    """S once, and once its weights times each side; a sweep over S for each.
+
+    On CUDA half of S, all in shared memory: a launch for loss and gradient, and one in the backward
+    that multiplies the gradient by what comes from upstream (another casts it). Embeddings are
+    counted as read once, as by a cluster of blocks.
+    """
+    d, pairs = work.d, work.n * work.columns
+    if work.device != "cpu":
+        scalar = work.reduction != "none"
+        # Without a scalar loss the hinge is torch's, and the backward launches the kernel anew.
+        calls = 1 if scalar or not work.wants_gradient else 2
+        cast = work.gradient_bytes + work.cast_bytes if work.casts else 0
+        return Operations(
+            (calls + 2 * work.wants_gradient) * pairs * d,
+            calls * work.embedding_bytes + (3 if scalar else 1) * work.gradient_bytes + cast,
+            (1 if scalar else 5) + work.wants_gradient * (1 + work.casts),
+        )
+    products = 1 if not work.wants_gradient else 2 if work.m is None else 3
+    return Operations(
+        products * (2 * d + 7) * pairs,
+        products * (work.embedding_bytes + pairs * work.accumulated) + work.gradient_bytes,
+        0,
+    )
 
 
 _PAD = 16  # numbers: the widest vector, to which rows are padded (csrc/kernels.h)
@@ -269,3 +292,8 @@ def _stride(columns: int) -> int:
     """Numbers from one row of S to the next: whole vectors, and an odd number of cache lines."""
     padded = round_up(columns, _PAD)
     return padded if padded % (2 * _PAD) else padded + _PAD
+
+
+PATH = Path(
+    forward, backward, operations, extra_memory, missing, refuses, keeps=False, heeds_autocast=False
+)

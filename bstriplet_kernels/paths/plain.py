@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .. import reference
-from ..cost import Work
+from ..cost import Operations, Work
 from ..spec import Path, Rows, Spec, State
 
 
@@ -37,7 +37,24 @@ def backward(
     return reference.gradient(grad_loss, embeddings, ref_emb, labels, ref_labels, spec)
 
 
-PATH = Path(forward, backward, keeps=False)
+def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
+    """Dense matrices in plain torch; the backward computes S anew.
+
+    Each sweep over N x M numbers is an operator of its own, and so is each launch on a GPU.
+    """
+    pairs, side = work.n * work.columns, work.vectors * work.d * work.accumulated
+    own = work.m is None
+    casts = work.casts * (1 if own else 2)
+    products, sweeps = 1, 12
+    launches = (31 if own else 40) + casts
+    if work.wants_gradient:
+        products, sweeps = (3 if own else 4), 30
+        launches += (48 if own else 62) + 2 * casts
+    return Operations(
+        products * 2 * pairs * work.d + sweeps * pairs,
+        sweeps * pairs * work.accumulated + (3 if work.wants_gradient else 1) * side,
+        0 if work.device == "cpu" else launches,
+    )
 
 
 def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
@@ -57,3 +74,6 @@ def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
     forming = 8 * pairs
     ending = 4 * pairs + max(3 * rows, rows + 3 * columns)
     return units + max(forming, ending) + 6 * vectors
+
+
+PATH = Path(forward, backward, operations, extra_memory, keeps=False)

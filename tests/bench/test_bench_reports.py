@@ -151,13 +151,19 @@ def test_calibration_finds_the_constants_that_made_the_rows(made_up_rows):
 def test_calibration_writes_a_module_that_python_reads(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(calibrate, "TARGET", tmp_path / "calibration.py")
     monkeypatch.setattr(calibrate, "ROOT", tmp_path)
+    monkeypatch.setattr(calibrate, "CONSTANTS", {})
     assert calibrate.main([str(folder)]) == 0
-    scope = {"__name__": "calibration"}
+    scope = {"__package__": "bstriplet_kernels"}
     exec((tmp_path / "calibration.py").read_text(), scope)
     assert scope["CONSTANTS"]["cpu"]["native"].call == pytest.approx(CALL_S, rel=1e-2)
     assert "cpu native: 20.0 µs a call, 100.0 GFLOP/s" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         calibrate.main([str(folder), str(folder)])
+    assert "is a second device of kind cpu" in capsys.readouterr().err
+    monkeypatch.setattr(calibrate, "CONSTANTS", {"cpu": {}, "cuda": {}})
+    with pytest.raises(SystemExit):
+        calibrate.main([str(folder)])
+    assert "the constants of cuda would be lost" in capsys.readouterr().err
 
 
 def test_committed_results_can_be_read():

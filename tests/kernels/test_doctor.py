@@ -7,7 +7,6 @@ import torch
 
 from bstriplet_kernels import available_impls, doctor
 from bstriplet_kernels.paths import PATHS
-from bstriplet_kernels.spec import Path
 
 
 def test_the_command_reports_every_path():
@@ -28,10 +27,8 @@ def test_a_wrong_path_and_a_missing_one_are_named(monkeypatch, capsys):
         grad, grad_ref = right.backward(*args)
         return grad * 1.001, grad_ref
 
-    monkeypatch.setitem(PATHS, "wrong", Path(right.forward, wrong_gradient))
-    monkeypatch.setitem(
-        PATHS, "absent", Path(right.forward, right.backward, lambda: "there is no widget")
-    )
+    monkeypatch.setitem(PATHS, "wrong", right._replace(backward=wrong_gradient))
+    monkeypatch.setitem(PATHS, "absent", right._replace(missing=lambda: "there is no widget"))
     assert doctor.main() == 1
     out = capsys.readouterr().out
     assert "wrong      DISAGREES, relative error 1.0e-03" in out

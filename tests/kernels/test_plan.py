@@ -1,15 +1,19 @@
 """The plan: Eq. 8, counts that can be checked by hand, and choices that do what they say."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import batch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bstriplet_kernels import available_impls, bstriplet_loss, checks, explain, plan
-from bstriplet_kernels.calibration import Constants
-from bstriplet_kernels.paths import PATHS
-from bstriplet_kernels.spec import Path, Spec
+from bstriplet_kernels.cost import Constants, Operations
+from bstriplet_kernels.paths import PATHS, fused, native
+from bstriplet_kernels.spec import Spec
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +39,8 @@ def test_every_path_counts_at_least_its_products(impl, n, d, c, dtype):
     assert forward.flops >= min(least, 2 * n * n * d) * (0.5 if impl == "gram" else 1)
     assert both.flops >= forward.flops
     assert both.bytes >= n * d * dtype.itemsize
-    assert all(value > 0 for value in both)
+    assert all(value > 0 for value in both[:3])
+    assert both.launches == 0
 
 
 def test_moments_are_linear_and_pairs_quadratic_in_n():
@@ -110,20 +115,196 @@ def test_what_was_planned_for_one_input_is_not_run_for_another():
     assert isinstance(bstriplet_loss(x, y, return_stats=True), tuple)
 
 
-def test_an_unmeasured_device_goes_by_rule(monkeypatch):
+def rule(n, d, *takers, m=None, dtype=torch.float32):
+    work = plan.Work(n, m, d, dtype, device="cuda")
+    return plan.fastest(takers, work)
+
+
+def test_an_unmeasured_gpu_goes_by_rule(monkeypatch):
+    """Native where it takes the input (64 rows), Triton's pairs to 16,384 rows, then moments."""
     monkeypatch.setattr(plan, "CONSTANTS", {})
-    assert plan.choose(torch.randn(31, 10), None, Spec()) == "gram"
-    assert plan.choose(torch.randn(30, 10), None, Spec()) != "gram"
-    explained = explain(torch.randn(31, 10), torch.arange(31) % 3)
-    assert explained.reason == "by rule, cpu is not calibrated: N beyond 3 D"
+    built, unbuilt = ("reference", "triton", "native", "gram"), ("reference", "triton", "gram")
+    for d in (8, 128, 1280, 100_000):
+        assert rule(36, d, *built) == "native"
+        assert rule(36, d, *unbuilt) == "triton"
+    for n, d, path in (
+        (65, 8, "triton"), (1024, 32, "triton"), (16383, 128, "triton"), (16384, 128, "gram"),
+        (16384, 4096, "gram"), (16384, 4097, "triton"), (65536, 20000, "triton"),
+        (1 << 20, 128, "gram"),
+    ):  # fmt: skip
+        assert rule(n, d, *unbuilt) == path, (n, d)
+    for n, d, path in ((16384, 128, "gram"), (16384, 1280, "triton"), (20480, 1280, "gram")):
+        assert rule(n, d, *unbuilt, dtype=torch.bfloat16) == path, (n, d)
+    without_triton = ("reference", "gram")
+    for n, d, path in (
+        (36, 1280, "reference"), (4095, 128, "reference"), (4096, 128, "gram"),
+        (4096, 1280, "reference"), (16384, 100_000, "gram"), (1 << 20, 128, "gram"),
+    ):  # fmt: skip
+        assert rule(n, d, *without_triton) == path, (n, d)
+    # signed_square and ref_emb, which have no second moments there
+    assert rule(1 << 17, 128, "reference", "triton") == "triton"
+    assert rule(1 << 17, 128, "reference") == "reference"
+    assert rule(100, 128, "reference", "triton", m=1 << 20) == "triton"
+
+
+def test_the_rule_is_followed_on_a_gpu(monkeypatch):
+    """From tensors that lie on one, as torch pretends, by what the paths say that they take."""
+    monkeypatch.setattr(plan, "CONSTANTS", {})
+    monkeypatch.setattr(native, "_MISSING", None)
+    monkeypatch.setattr(native, "_MISSING_CUDA", None)
+    triton = PATHS["triton"]._replace(missing=lambda: None, refuses=lambda *given: None)
+    monkeypatch.setitem(PATHS, "triton", triton)
+
+    def choose(n, d, m=None, **spec):
+        with FakeTensorMode():
+            ref_emb = m and torch.empty(m, d, device="cuda")
+            return plan.choose(torch.empty(n, d, device="cuda"), ref_emb, Spec(**spec))
+
+    assert [choose(n, 128) for n in (36, 64, 65, 16383, 16384)] == [
+        "native", "native", "triton", "triton", "gram"
+    ]  # fmt: skip
+    assert choose(36, 128, m=100) == choose(1 << 17, 128, m=100) == "triton"
+    assert choose(36, 128, signed=True) == "native"
+    assert choose(1 << 17, 128, signed=True) == "triton"
+    monkeypatch.setattr(native, "_MISSING_CUDA", "not built")
+    assert choose(36, 128) == "triton"
+    monkeypatch.setitem(PATHS, "triton", triton._replace(refuses=lambda *given: "too old"))
+    assert [choose(n, 128) for n in (36, 4095, 4096)] == ["reference", "reference", "gram"]
+    assert choose(1 << 17, 128, signed=True) == "reference"
+
+
+def test_the_reason_names_the_rule(monkeypatch):
+    monkeypatch.setattr(plan, "CONSTANTS", {})
+    x, labels = torch.randn(4096, 4), torch.arange(4096) % 3
+    for name in ("native", "triton"):
+        monkeypatch.setitem(PATHS, name, PATHS[name]._replace(missing=lambda: "taken away"))
+    by_rule = "by rule, cpu is not calibrated: "
+    assert explain(x, labels).reason == by_rule + "second moments from N = 4,096 on"
+    assert explain(x[1:], labels[1:]).reason == by_rule + "pairs below N = 4,096"
+    monkeypatch.undo()
+    monkeypatch.setattr(plan, "CONSTANTS", {})
+    if available_impls() != ("reference", "gram"):
+        signed = explain(x, labels, similarity="signed_square")
+        assert signed.reason == by_rule + "no second moments of this input"
+
+
+def test_large_matrices_are_left_to_no_one_but_the_reference(monkeypatch):
+    """However fast its constants make it: N x M numbers, eight times."""
+    constants = {"reference": Constants(0, 1e-20, 0), "gram": Constants(1, 0, 0)}
+    monkeypatch.setattr(plan, "CONSTANTS", {"cuda": constants})
+    assert rule(16383, 128, "reference", "gram") == "reference"
+    assert rule(16384, 128, "reference", "gram") == "gram"
+    assert rule(16384, 128, "reference") == "reference"
+
+
+def test_launches_take_their_time(monkeypatch):
+    """On a GPU a path of many launches is left to large batches; the CPU launches nothing."""
+    slow = Constants(call=1e-5, flop=1e-11, byte=0, launch=1e-5)
+    fast = Constants(call=1e-5, flop=1e-12, byte=0, launch=1e-5)
+    monkeypatch.setattr(plan, "CONSTANTS", {"cuda": {"reference": slow, "gram": fast}})
+    assert rule(256, 128, "reference", "gram") == "reference"
+    assert rule(8192, 128, "reference", "gram") == "gram"
+    operations = PATHS["reference"].operations(plan.Work(64, None, 32, torch.float32), [64])
+    assert slow.seconds(operations, torch.float32) == 1e-5 + 1e-11 * operations.flops
+
+
+def test_half_precision_has_its_own_rate():
+    constants = Constants(0.0, 1e-11, 0.0, half=1e-13)
+    assert constants.seconds(Operations(1000, 0, 0), torch.float32) == pytest.approx(1e-8)
+    assert constants.seconds(Operations(1000, 0, 0), torch.bfloat16) == pytest.approx(1e-10)
+    without = constants._replace(half=None)
+    assert without.seconds(Operations(1000, 0, 0), torch.float16) == pytest.approx(1e-8)
+
+
+def test_schedules_of_one_path_are_predicted_apart(monkeypatch):
+    """Tiles and panels of impl="triton"; measured speeds choose between them."""
+    tiles, panels = Constants(1e-5, 1e-13, 0), Constants(2e-4, 1e-14, 0)
+    measured = {"cuda": {fused.TILES: tiles, fused.PANELS: panels, "gram": Constants(1, 0, 0)}}
+    monkeypatch.setattr(plan, "CONSTANTS", measured)
+    monkeypatch.setattr(fused, "CONSTANTS", measured)
+    fused._compare.cache_clear()
+    for n, d, constants, schedule in (
+        (128, 128, tiles, fused.TILES), (8192, 128, panels, fused.PANELS),
+    ):  # fmt: skip
+        work = plan.Work(n, None, d, torch.float32, device="cuda")
+        counted = PATHS["triton"].operations(work, [n])
+        assert counted.schedule == schedule
+        seconds = plan._predicted(("triton",), work, [n])
+        assert seconds == {"triton": constants.seconds(counted, torch.float32)}
+    assert fused._speeds(torch.float32, True) == (tiles, panels)
+    for dtype, exact in ((torch.float32, False), (torch.float64, True), (torch.bfloat16, True)):
+        assert fused._speeds(dtype, exact)[0].launch == fused._LAUNCH_SECONDS  # as assumed
+    fused._compare.cache_clear()
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that compute something; on a GPU each is a launch."""
+
+    NOT_ONE = ("empty", "empty_like", "new_empty", "detach", "_unsafe_view", "device",
+               "scalar_tensor")  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        returns = func._schema.returns
+        views = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+        self.count += not views and func._overloadpacket.__name__ not in self.NOT_ONE
+        return func(*args, **(kwargs or {}))
+
+
+def launches(impl, n, m, d, dtype, gradient):
+    """As the path counts them, and of the operators that it would run on a GPU."""
+    path, spec = PATHS[impl], Spec(wants_gradient=gradient)
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="cuda")
+
+    with FakeTensorMode():
+        sides = empty(n, d), None if m is None else empty(m, d)
+        labels = empty(n, dtype=torch.int64), m and empty(m, dtype=torch.int64)
+        with Launches() as run, torch.no_grad():
+            loss, rows, state = path.forward(*sides, *labels, spec)
+            if gradient:
+                grads = path.backward(loss, *sides, *labels, rows, state, spec)
+                _ = [grad.to(dtype) for grad in grads if grad is not None]
+    work = plan.Work(n, m, d, dtype, wants_gradient=gradient, device="cuda")
+    return path.operations(work, [n if m is None else m]).launches, run.count
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("m", [None, 50])
+def test_the_references_launches_are_its_operators(m, dtype, gradient):
+    counted, run = launches("reference", 100, m, 64, dtype, gradient)
+    assert counted == pytest.approx(run, abs=2)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("n", [1024, 40000])
+def test_the_moments_launches_are_their_operators(n, gradient):
+    counted, run = launches("gram", n, None, 128, torch.float32, gradient)
+    assert counted == pytest.approx(run, rel=0.1)
+
+
+def test_what_the_native_kernel_does_on_a_gpu():
+    """S's half and the gradient, once; then the gradient times what comes from upstream."""
+    n, d = 36, 1280
+    counted = PATHS["native"].operations(plan.Work(n, None, d, torch.float32, device="cuda"), [n])
+    assert counted[:3] == (3 * n * n * d, 4 * n * d * (1 + 3), 2)
+    half = plan.Work(n, None, d, torch.bfloat16, device="cuda")
+    assert PATHS["native"].operations(half, [n])[1:3] == (n * d * (2 + 3 * 4 + 4 + 2), 3)
+    forward = plan.Work(n, None, d, torch.float32, wants_gradient=False, device="cuda")
+    assert PATHS["native"].operations(forward, [n])[:3] == (n * n * d, 4 * n * d, 1)
+    rows = plan.Work(n, None, d, torch.float32, "none", device="cuda")
+    assert PATHS["native"].operations(rows, [n])[::2][:2] == (4 * n * n * d, 6)
 
 
 def test_the_only_path_that_is_left(monkeypatch):
     for name, path in PATHS.items():
         if name != "reference":
-            monkeypatch.setitem(
-                PATHS, name, Path(path.forward, path.backward, lambda: "taken away")
-            )
+            monkeypatch.setitem(PATHS, name, path._replace(missing=lambda: "taken away"))
     x, labels = batch(40, 5, 3, 0)
     assert available_impls() == ("reference",)
     assert explain(x, labels).reason == "the only path that takes this input here"
@@ -146,6 +327,13 @@ def test_explain_prints_everything():
     x, labels = batch(6, 4, 2, 0)
     ref, ref_labels = batch(9, 4, 3, 1)
     assert "M = 9" in str(explain(x, labels, ref_emb=ref, ref_labels=ref_labels.to(torch.int8)))
+
+
+def test_explain_prints_launches_on_a_gpu():
+    explained = explain(torch.randn(6, 4), torch.arange(6) % 3)
+    assert "launches" not in str(explained)
+    work, cost = explained.work._replace(device="cuda"), explained.cost._replace(launches=1234)
+    assert "launches      1,234\n" in str(replace(explained, work=work, cost=cost))
 
 
 def test_explain_counts_in_the_dtype_that_accumulates():

@@ -19,6 +19,7 @@ from oracle import TOLERANCE, Options, assert_as_exact_as_plain, batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bstriplet_kernels import available_impls, bstriplet_loss
+from bstriplet_kernels.cost import Work
 from bstriplet_kernels.paths import fused, panels
 from bstriplet_kernels.spec import Spec
 
@@ -436,27 +437,31 @@ def test_panels_hold_half_of_s_and_little_memory():
     assert panels.pairs(1 << 14, 1 << 14, True) < 0.52 * (1 << 28)
 
 
+def counted(n, m, d, dtype=torch.float32, wants_gradient=True):
+    """Of a scalar loss on a GPU."""
+    return fused.operations(Work(n, m, d, dtype, "mean", wants_gradient, "cuda"), [n])
+
+
 def test_panels_are_taken_where_d_is_large():
     for dtype in (torch.float32, torch.bfloat16):
         assert not fused.by_panels(4096, None, 128, dtype)
         assert not fused.by_panels(100, None, 1280, dtype)
         assert fused.by_panels(4096, None, 2048, dtype)
-        wide = fused.cost(4096, None, 2048, dtype, "mean", True)
+        wide = counted(4096, None, 2048, dtype)
         least = 2 * 2 * 4096 * 4096 * 2048
         assert least < wide.flops <= 1.3 * least
-        assert fused.cost(4096, 4096, 2048, dtype, "mean", False).flops == least / 2
+        assert counted(4096, 4096, 2048, dtype, wants_gradient=False).flops == least / 2
 
 
 def test_cost_counts_what_is_launched():
-    small = fused.cost(36, None, 64, torch.float32, "mean", True)
-    assert small == (2 * 2 * 64 * 64 * (64 + 32), 4 * 36 * 64 * 4, 2)
-    half = fused.cost(36, None, 64, torch.bfloat16, "mean", True)
-    assert half.bytes == (2 + 3 * 4) * 36 * 64
-    assert fused.cost(36, None, 64, torch.float32, "mean", False).launches == 1
-    tiles = fused.cost(128, None, 128, torch.float32, "mean", True)
+    small = counted(36, None, 64)
+    assert small[:3] == (2 * 2 * 64 * 64 * (64 + 32), 4 * 36 * 64 * 4, 2)
+    assert counted(36, None, 64, torch.bfloat16).bytes == (2 + 3 * 4) * 36 * 64
+    assert counted(36, None, 64, wants_gradient=False).launches == 1
+    tiles = counted(128, None, 128)
     assert tiles.flops == 2 * 128 * 128 * 128 * 3
     assert tiles.launches == 5
-    both = fused.cost(128, 256, 128, torch.float32, "mean", True)
+    both = counted(128, 256, 128)
     assert both.flops == 2 * 128 * 256 * 128 * 5
     assert both.launches == 9
 
@@ -499,9 +504,10 @@ def test_predicted_launches_are_those_made(monkeypatch, n, m, d, by_panels, dtyp
         with Launches() as forward:
             loss, rows, state = fused.forward(*both, spec)
         launches = forward.launches + kernel.launches
-        assert fused.cost(n, m, d, dtype, "mean", False).launches == launches
+        assert counted(n, m, d, dtype, wants_gradient=False).launches == launches
         upstream = torch.empty_like(loss)
         with Launches() as backward:
             fused.backward(upstream, *both, rows, state, spec)
-    launches = forward.launches + backward.launches + kernel.launches
-    assert fused.cost(n, m, d, dtype, "mean", True).launches == launches
+    casts = (1 if m is None else 2) if dtype.itemsize < 4 else 0  # of gradients, by the caller
+    launches = forward.launches + backward.launches + kernel.launches + casts
+    assert counted(n, m, d, dtype).launches == launches
