@@ -301,18 +301,14 @@ def test_device_schedule_runs_where_torch_is_deterministic():
     assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+SIZES = [(36, 8), (37, 9), (300, 64), (1024, 128), (4096, 512), (10_007, 33), (65536, 128)]
+
+
 @pytest.mark.parametrize(
-    ("n", "d"),
+    ("n", "d", "dtype"),
     [
-        (36, 8),
-        (37, 9),
-        (300, 64),
-        (1024, 128),
-        (4096, 512),
-        (10_007, 33),
-        (65536, 128),
-        (1 << 20, 128),
+        *((n, d, t) for n, d in SIZES for t in (torch.float32, torch.bfloat16, torch.float64)),
+        (1 << 20, 128, torch.float32),
     ],
 )
 def test_operations_of_the_device_schedule_are_those_it_calls(monkeypatch, n, d, dtype):
