@@ -4,8 +4,9 @@ python bench/triton_resources.py            print the table and write results/co
 python bench/triton_resources.py --check    print it, write nothing, fail on a spill or a misfit
 
 One row for each configuration that `bstriplet_kernels.paths.fused` launches: registers a thread,
-bytes a thread that spill to memory, shared memory a block and the matrix instructions. Spills are
-ptxas' stack bytes on NVIDIA and spilled vector registers, in bytes, on AMD.
+bytes a thread that spill to memory, shared memory a block, barriers in one step of the innermost
+loop that multiplies (NVIDIA only) and the matrix instructions. Spills are ptxas' stack bytes on
+NVIDIA and spilled vector registers, in bytes, on AMD.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import csv
+import itertools
 import os
 import re
 import subprocess
@@ -31,6 +33,7 @@ from triton.compiler import ASTSource
 from bstriplet_kernels.paths import fused, panels, tiles
 
 RESULTS = Path(__file__).parent / "results" / "compile" / "triton_resources.csv"
+PRODUCT = r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\.\S*?(m\d+n\d+k\d+|kind::\w+)\S*"
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TRITON_NAMES = {
     torch.float64: "fp64",
@@ -116,13 +119,14 @@ def _precisions(dtype: torch.dtype, small: bool, target: Target) -> list[str]:
 
 def _of_small(dtype: torch.dtype, target: Target) -> list[Configuration]:
     found = []
-    for n, layout in ((32, "aligned"), (64, "aligned"), (64, "strided")):
-        blocks = fused.small_blocks(n, dtype)
+    for n, layout in itertools.product((32, 64), ("aligned", "strided")):
+        blocks = fused.small_blocks(n, dtype, target.hopper)
+        shape = {"BLOCK_N": blocks.n, "BLOCK_D": blocks.d, "BLOCK_V": blocks.v}
         found += [
             Configuration(
                 "loss_and_gradient",
                 dtype,
-                {"PRECISION": precision, "BLOCK_N": blocks.n, "BLOCK_D": blocks.d},
+                {"PRECISION": precision, **shape},
                 blocks.warps,
                 blocks.stages,
                 layout,
@@ -179,6 +183,7 @@ def compile_one(name: str, configuration: Configuration) -> dict[str, Any]:
         "registers": registers,
         "spilled_bytes": spilled,
         "shared_bytes": kernel.metadata.shared,
+        "step_barriers": _step_barriers(kernel.asm["ptx"]) if target.gpu.backend == "cuda" else "",
         "instructions": " ".join(instructions),
     }
 
@@ -225,9 +230,21 @@ def _nvidia_usage(kernel: Any) -> tuple[int, int, list[str]]:
         command = [str(NVIDIA_TOOLS / "cuobjdump"), "-res-usage", cubin.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    pattern = r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\.\S*?(m\d+n\d+k\d+|kind::\w+)\S*"
-    found = {(m[1], m[2], _types(m[0])) for m in re.finditer(pattern, kernel.asm["ptx"])}
+    found = {(m[1], m[2], _types(m[0])) for m in re.finditer(PRODUCT, kernel.asm["ptx"])}
     return int(registers), int(stack), sorted(" ".join(f).strip().replace(" ", ".") for f in found)
+
+
+def _step_barriers(ptx: str) -> int | str:
+    """Barriers of a block's threads in the smallest loop with a product; "" without such a loop."""
+    labels = {m[1]: m.end() for m in re.finditer(r"^(\$L__BB\d+_\d+):", ptx, re.MULTILINE)}
+    jumps = re.finditer(r"\bbra(?:\.uni)?\s+(\$L__BB\d+_\d+);", ptx)
+    loops = [
+        ptx[labels[jump[1]] : jump.start()] for jump in jumps if labels[jump[1]] < jump.start()
+    ]
+    products = [loop for loop in loops if re.search(PRODUCT, loop)]
+    if not products:
+        return ""
+    return len(re.findall(r"\b(?:bar|barrier)\.(?:cta\.)?sync\b", min(products, key=len)))
 
 
 def _types(instruction: str) -> str:

@@ -32,6 +32,7 @@ SMALL, TILES, PANELS = "triton small", "triton tiles", "triton panels"
 SMALL_ROWS = 64
 MAX_PARTS = 8
 """Among how many programs the columns of one tile of rows are shared out at most."""
+_USUAL_PROCESSORS = 132  # for predictions: an H100
 _INTERPRETER_PROCESSORS = 6  # so that small inputs share columns out there too
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _FIRST_CAPABILITY = 8  # the first with bfloat16 and tf32 products
@@ -48,10 +49,17 @@ class Blocks(NamedTuple):
     stages: int
 
 
-def small_blocks(n: int, dtype: torch.dtype) -> Blocks:
-    """Of `tiles.loss_and_gradient`, for at most `SMALL_ROWS` rows."""
+def small_blocks(n: int, dtype: torch.dtype, hopper: bool) -> Blocks:
+    """Of `tiles.loss_and_gradient`, for at most `SMALL_ROWS` rows.
+
+    As deep as registers allow. Hopper multiplies 64 rows from shared memory; other GPUs hold both
+    operands of a step in registers, where exact float32 ones take twice the room.
+    """
     rows, warps = (32, 4) if n <= 32 else (64, 8)
-    return Blocks(rows, rows, 32, 32, warps, 2 if dtype == torch.float64 else 3)
+    if dtype == torch.float64:
+        return Blocks(rows, rows, 32, 32, warps, 2)
+    depth = 2048 // rows if dtype == torch.float32 and not hopper else 128
+    return Blocks(rows, rows, depth, 32, warps, 3)
 
 
 def row_blocks(dtype: torch.dtype, hopper: bool) -> Blocks:
@@ -90,17 +98,16 @@ _LAUNCH_SECONDS = 3e-6
 def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
     """Counted as launched, whole blocks and recomputed tiles included.
 
-    The blocks are those that suit any GPU, and columns are not shared out.
+    The blocks are those that suit any GPU, and columns are shared out as on an H100.
     """
     n, m, d, dtype, reduction, wants_gradient, device = work
     if m is None and reduction != "none" and n <= SMALL_ROWS:
-        size = n * d * dtype.itemsize
-        blocks = small_blocks(n, dtype)
+        blocks = small_blocks(n, dtype, False)
         slices = _tiles_of(d, blocks.v) if wants_gradient else 1
         pairs = 2 * blocks.n * blocks.n
         depth = _tiles_of(d, blocks.d) * blocks.d
         gradient = slices * pairs * blocks.v if wants_gradient else 0
-        bytes_ = size * (4 if wants_gradient else 1)  # read; gradient written, read, scaled
+        bytes_ = work.embedding_bytes + 3 * work.gradient_bytes  # written, read, scaled
         flops, launches = slices * pairs * depth + gradient, 2 if wants_gradient else 1
         found = Operations(flops, bytes_, launches, SMALL)
     else:
@@ -151,20 +158,29 @@ def _assumed(rates: Rates, dtype: torch.dtype, exact: bool) -> Constants:
 def _tiles_operations(
     n: int, m: int | None, d: int, dtype: torch.dtype, wants_gradient: bool
 ) -> Operations:
+    """Tiles of S, for the sums and for each side's gradient; unaligned rows are copied."""
     sides = 1 if m is None else 2
     columns = n if m is None else m
-    size = (n if m is None else n + m) * d * dtype.itemsize
-    forward = _tile_flops(n, columns, d, row_blocks(dtype, False))
-    total = Operations(forward, 2 * size, 2 + sides, TILES)
+    vectors = n if m is None else n + m
+    accumulated = max(4, dtype.itemsize)
+    copied = d % 16 != 0
+    size = vectors * round_up(d, 16) * dtype.itemsize
+    copies = 2 * size if copied else 0
+    flops = _tile_flops(n, columns, d, row_blocks(dtype, False))
+    moved = 2 * size + copies
+    launches = 2 + sides + (sides if copied else 0)
     if not wants_gradient:
-        return total
+        return Operations(flops, moved, launches, TILES)
     blocks = gradient_blocks(dtype, False)
-    backward = _tile_flops(n, columns, d, blocks)
-    if sides == 2:
-        backward += _tile_flops(columns, n, d, blocks)
-    return Operations(
-        forward + backward, total.bytes + (1 + sides) * size, total.launches + sides, TILES
-    )
+    launches += sides - 1  # the columns' pull, which is 0
+    for own, others in ((n, columns), (columns, n))[:sides]:
+        flops += _tile_flops(own, others, d, blocks)
+        programs = _tiles_of(own, blocks.n) * _tiles_of(d, blocks.v)
+        parts = _parts(programs, _tiles_of(others, blocks.m), _USUAL_PROCESSORS)
+        passes = 1 if parts == 1 else 2 * parts + 1  # each part written and read, the sum written
+        moved += size + copies + own * d * accumulated * (passes + (2 if copied else 0))
+        launches += 1 + (parts > 1) + (1 + sides if copied else 0)
+    return Operations(flops, moved, launches, TILES)
 
 
 def _panels_operations(
@@ -176,11 +192,12 @@ def _panels_operations(
     size = (n if m is None else n + m) * d * dtype.itemsize
     accumulated = max(4, dtype.itemsize)
     held = panels.pairs(n, columns, m is None)
+    half = dtype.itemsize < 4
     count = _tiles_of(n, panels.panel_rows(n, columns))
     total = Operations(
         flops=2 * held * d,
         bytes=3 * size + 2 * held * accumulated,
-        launches=10 * sides + 6 * count,
+        launches=4 + (9 if half else 7) * sides + 4 * count + (2 * (count - 1) if m is None else 0),
         schedule=PANELS,
     )
     if not wants_gradient:
@@ -188,10 +205,19 @@ def _panels_operations(
     weights = accumulated + 2 * dtype.itemsize
     backward = sides * 2 * d * (held + n * columns)
     swept = sides * held * (accumulated + weights)
+    if m is None:
+        launches = 20 + 4 * count + (3 + 2 * count if half else 0)
+    else:
+        count += _tiles_of(columns, panels.panel_rows(columns, n))
+        launches = 53 + 3 * count + (10 + count if half else 0)
+    if dtype == torch.float16:
+        launches += 15 * sides  # weights are brought into its range
+    if d % 16:
+        launches += sides  # padding is cut off
     return Operations(
         total.flops + backward,
         total.bytes + (6 + 2 * sides) * size + swept,
-        total.launches + sides * (15 + 4 * count),
+        total.launches + launches,
         PANELS,
     )
 
@@ -361,9 +387,9 @@ def _aligned_sides(rows: Tensor, columns: Tensor, own: bool) -> tuple[Tensor, Te
     return rows, rows if own else _aligned(columns)
 
 
-def _parts(programs: int, column_tiles: int, device: torch.device) -> int:
+def _parts(programs: int, column_tiles: int, processors: int) -> int:
     """Among how many programs columns are shared out, so that few rows still fill the GPU."""
-    return max(1, min(MAX_PARTS, column_tiles, 2 * _processors(device) // programs))
+    return max(1, min(MAX_PARTS, column_tiles, 2 * processors // programs))
 
 
 def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -393,7 +419,7 @@ def _loss_and_gradient(embeddings: Tensor, labels: Tensor, spec: Spec) -> tuple[
     n, d = embeddings.shape
     rows = _empty_rows(embeddings, ())
     gradient = rows[0].new_empty(n if spec.wants_gradient else 0, d)
-    blocks = small_blocks(n, embeddings.dtype)
+    blocks = small_blocks(n, embeddings.dtype, _is_hopper(embeddings.device))
     grid = (_tiles_of(d, blocks.v) if spec.wants_gradient else 1,)
     with _on_device_of(embeddings):
         _tiles().loss_and_gradient[grid](
@@ -414,6 +440,7 @@ def _loss_and_gradient(embeddings: Tensor, labels: Tensor, spec: Spec) -> tuple[
             PRECISION=precision(embeddings.dtype, small=True),
             BLOCK_N=blocks.n,
             BLOCK_D=blocks.d,
+            BLOCK_V=blocks.v,
             num_warps=blocks.warps,
             num_stages=blocks.stages,
         )
@@ -494,7 +521,7 @@ def _tiled_row_sums(
     m = columns.shape[0]
     blocks = row_blocks(rows.dtype, _is_hopper(rows.device))
     row_tiles = _tiles_of(n, blocks.n)
-    parts = _parts(row_tiles, _tiles_of(m, blocks.m), rows.device)
+    parts = _parts(row_tiles, _tiles_of(m, blocks.m), _processors(rows.device))
     sums = row_inverse.new_empty(2, parts, n)
     counts = rows.new_empty((parts, n), dtype=torch.int32)
     _tiles().row_sums[row_tiles, parts](
@@ -553,7 +580,7 @@ def _gradient(
     d = rows.shape[1]
     blocks = gradient_blocks(rows.dtype, _is_hopper(rows.device))
     row_tiles, slices = _tiles_of(n, blocks.n), _tiles_of(d, blocks.v)
-    parts = _parts(row_tiles * slices, _tiles_of(m, blocks.m), rows.device)
+    parts = _parts(row_tiles * slices, _tiles_of(m, blocks.m), _processors(rows.device))
     partial = row_inverse.new_empty((parts, n, d))
     with _on_device_of(rows):
         _tiles().tile_gradient[row_tiles, slices, parts](
@@ -612,7 +639,7 @@ def _tiles_memory(work: Work) -> int:
     copies = work.vectors * d * itemsize if d != work.d else 0
     blocks = row_blocks(work.dtype, _is_hopper(device))
     row_tiles = _tiles_of(work.n, blocks.n)
-    parts = _parts(row_tiles, _tiles_of(work.columns, blocks.m), device)
+    parts = _parts(row_tiles, _tiles_of(work.columns, blocks.m), _processors(device))
     forward = copies + parts * work.n * (2 * number + 4)
     if not work.wants_gradient:
         return forward
@@ -620,7 +647,7 @@ def _tiles_memory(work: Work) -> int:
 
     def gradient(n: int, m: int) -> int:
         programs = _tiles_of(n, blocks.n) * _tiles_of(d, blocks.v)
-        parts = _parts(programs, _tiles_of(m, blocks.m), device)
+        parts = _parts(programs, _tiles_of(m, blocks.m), _processors(device))
         written = n * d * number * (1 if parts == 1 else parts + 1)
         return written + (n * work.d * number if copies else 0)
 

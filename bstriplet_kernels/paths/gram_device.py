@@ -9,7 +9,7 @@ of its members: consecutive blocks of rows meet the t rows behind them, and a pa
 A row costs 1.5 D x D products (tiles are padded) for its class's moments and as much for what it
 makes of them, 1.5 for the moments of all others and 1.25 for the band of small classes, whether or
 not there are any: 5.75 forward and 9.5 backward, the price of asking nothing of the device. Sums
-have a fixed order: no atomics, the same bits from run to run.
+have a fixed order: the same bits from run to run.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..cost import Operations, Work, round_up
 from ..spec import accumulation_dtype
@@ -52,13 +53,13 @@ class Blocks(NamedTuple):
     """Consecutive blocks of rows and the rows behind them that share small classes with them.
 
     start: the first position. own: unit rows [k, b, D]. near: for each block the units of its own
-    rows and of the `reach` rows behind, [k, W, D]. same: [k, b, W], two rows of one small class.
+    rows and of the `reach` rows behind, [k, W, D]. apart: [k, b, W], not two rows of a small class.
     """
 
     start: int
     own: Tensor
     near: Tensor
-    same: Tensor
+    apart: Tensor
 
 
 class Moments(NamedTuple):
@@ -78,6 +79,27 @@ def segment_count(n: int, d: int) -> int:
     return n // smallest_moment(d) + 2
 
 
+def numbers_at_once(n: int, d: int) -> int:
+    """What is computed at once may hold so many: a quarter of the embeddings, where they are many.
+
+    Launches then do not grow with the batch.
+    """
+    return max(CHUNK_NUMBERS, n * d // 4)
+
+
+def tiles_at_once(n: int, d: int) -> int:
+    """Row tiles of a chunk: with their rows and weighted rows, two [D, D] matrices each."""
+    width = max(16, d // 2)
+    return max(1, numbers_at_once(n, d) // (2 * d * d + 4 * width * d))
+
+
+def blocks_at_once(n: int, d: int) -> int:
+    """Blocks of a chunk, each with its rows, what is made of them and its band of S."""
+    block = max(16, d // 4)
+    window = block + round_up(smallest_moment(d), block)
+    return max(1, numbers_at_once(n, d) // (block * (4 * window + 6 * d)))
+
+
 def forward(
     embeddings: Tensor,
     ref_emb: Tensor | None,
@@ -87,7 +109,7 @@ def forward(
 ) -> list[Tensor]:
     """[positive [N], negative [N], *state]: the two means of Eq. 3, and what `gradients` wants."""
     batch = Batch(embeddings, make_layout(embeddings, labels, eps))
-    moments = batch.moments(torch.ones_like(batch.layout.inverse))
+    moments = batch.moments()
     return [*batch.means(moments), moments, *batch.layout]
 
 
@@ -123,7 +145,11 @@ def dominating(members: Tensor, n: int) -> Tensor:
 
 
 class Batch:
-    """The embeddings [N, D] in class order, cut into tiles and into blocks."""
+    """The embeddings [N, D] in class order, cut into tiles and into blocks.
+
+    What is looked up by position goes on beyond N, as far as blocks reach, so that no chunk has to
+    ask where the rows end: a finite row (0 times NaN is NaN), scaled by 0, in no small class.
+    """
 
     def __init__(self, embeddings: Tensor, layout: Layout) -> None:
         self.embeddings, self.layout = embeddings, layout
@@ -141,22 +167,30 @@ class Batch:
         self.starts = torch.searchsorted(layout.segment, every)
         self.dominates = dominating(self.ends - self.starts, n) & (every != 0)
         self.tiles = self.make_tiles()
+        beyond = (0, -n % self.block + self.blocks_behind * self.block)
+        finite = layout.inverse.isfinite().to(torch.uint8).argmax(0, keepdim=True)
+        self.source = torch.cat([layout.order, layout.order[finite].expand(beyond[1])])
+        self.inverse = pad(layout.inverse, beyond)
+        alone = -1 - torch.arange(n + beyond[1], device=embeddings.device)
+        self.key = torch.where(pad(self.small, beyond), pad(layout.first, beyond), alone)
 
     def make_tiles(self) -> Tiles:
-        """ceil(N / B) + one more a segment: as many as any labels can need."""
+        """ceil(N / B) + one more a segment: as many as any labels can need.
+
+        What is over is of the last segment that has rows, so that segments follow without a gap.
+        """
         n, device = len(self.small), self.small.device
         needed = (self.ends - self.starts + self.width - 1) // self.width
         until = needed.cumsum(0)
         index = torch.arange(-(-n // self.width) + len(needed), device=device)
-        segment = torch.searchsorted(until, index, right=True).clamp(max=len(needed) - 1)
+        segment = torch.searchsorted(until, index, right=True).minimum(self.layout.segment[-1])
         start = self.starts[segment] + (index - (until - needed)[segment]) * self.width
         rows = start[:, None] + torch.arange(self.width, device=device)
         return Tiles(segment, rows.masked_fill(rows >= self.ends[segment][:, None], n))
 
     def chunks(self) -> Iterator[Tiles]:
         """The tiles, some at once."""
-        d = self.embeddings.shape[1]
-        size = max(1, CHUNK_NUMBERS // (2 * d * d + 4 * self.width * d))
+        size = tiles_at_once(*self.embeddings.shape)
         for parts in zip(*(t.split(size) for t in self.tiles), strict=True):
             yield Tiles(*parts)
 
@@ -165,56 +199,53 @@ class Batch:
         n, d = self.embeddings.shape
         behind = self.blocks_behind * self.block
         window = self.block + behind
-        size = max(1, CHUNK_NUMBERS // (self.block * (4 * window + 6 * d)))
-        not_itself = ~torch.eye(self.block, window, dtype=torch.bool, device=self.small.device)
+        size = blocks_at_once(n, d)
         for start in range(0, n, size * self.block):
             count = min(size, -(-(n - start) // self.block))
-            rows = torch.arange(
-                start, start + count * self.block + behind, device=self.small.device
-            )
-            at = rows.clamp(max=n - 1)
-            small = self.small[at] & (rows < n)
-            key = torch.where(small, self.layout.first[at], -1 - rows)  # of no other row if large
-            unit = self.units(rows)
+            rows = slice(start, start + count * self.block + behind)
+            unit, key = self.units(rows), self.key[rows]
             own = slice(count * self.block)
-            same = key[own].view(count, -1, 1) == key.unfold(0, window, self.block)[:, None]
+            apart = key[own].view(count, -1, 1) != key.unfold(0, window, self.block)[:, None]
+            apart.diagonal(dim1=1, dim2=2).fill_(True)  # no row is its own pair
             yield Blocks(
                 start,
                 unit[own].view(count, self.block, d),
                 unit.unfold(0, window, self.block).mT,
-                same & not_itself,
+                apart,
             )
 
-    def units(self, rows: Tensor) -> Tensor:
+    def units(self, rows: Tensor | slice) -> Tensor:
         """Unit rows [*rows.shape, D] at positions; zeros at positions from N on."""
-        at = rows.clamp(max=len(self.small) - 1)
-        unit = self.embeddings[self.layout.order[at]].to(self.layout.inverse.dtype)
-        inverse = self.layout.inverse[at].masked_fill_(rows >= len(self.small), 0.0)
-        return unit.mul_(inverse.unsqueeze(-1))
+        unit = self.embeddings[self.source[rows]].to(self.inverse.dtype)
+        return unit.mul_(self.inverse[rows].unsqueeze(-1))
 
-    def moments(self, weights: Tensor) -> Tensor:
-        """sum_j w_j u_j u_j^T over each segment, [segments, D, D]; weights [N] in class order."""
+    def moments(self, weights: Tensor | None = None) -> Tensor:
+        """sum_j w_j u_j u_j^T over each segment, [segments, D, D], for weights [N] in class order.
+
+        None: all weights are 1. A chunk's tiles are summed by segment, in their order, before they
+        meet the total. Each row of it then gets one addend, or zeros beside it: the atomics of
+        `index_add_` cannot change the bits.
+        """
         d = self.embeddings.shape[1]
-        total = weights.new_zeros(len(self.dominates), d, d)
+        if weights is not None:
+            weights = pad(weights, (0, 1))
+        total = self.inverse.new_zeros(len(self.dominates), d, d)
+        count = torch.arange(len(self.tiles.segment) + 1, device=total.device)
         for tiles in self.chunks():
             unit = self.units(tiles.rows)
-            products = (unit * self.at(weights, tiles).unsqueeze(-1)).mT @ unit
-            total += segment_sums(products, tiles.segment, len(total))
+            weighted = unit if weights is None else unit * weights[tiles.rows].unsqueeze(-1)
+            segment = tiles.segment[:1] + count[: len(tiles.segment) + 1]
+            ends = torch.searchsorted(tiles.segment, segment)
+            sums = torch.segment_reduce(
+                weighted.mT @ unit, "sum", offsets=ends, axis=0, unsafe=True
+            )
+            total.index_add_(0, segment[:-1].clamp(max=len(total) - 1), sums)
         return total
-
-    def at(self, values: Tensor, tiles: Tiles) -> Tensor:
-        """Values [N] of the rows of tiles, [K, B]; what stands where no row is is not used."""
-        return values[tiles.rows.clamp(max=len(values) - 1)]
 
     def together(self, matrices: Tensor, scale: Tensor) -> Moments:
         """Sums over segments of scale [segments] * matrix [segments, D, D]."""
-        flat = matrices.flatten(1)
-        return Moments(
-            *(
-                (scale.masked_fill(mask, 0.0) @ flat).view_as(matrices[0])
-                for mask in (self.dominates, ~self.dominates)
-            )
-        )
+        scales = torch.stack([scale.masked_fill(m, 0.0) for m in (self.dominates, ~self.dominates)])
+        return Moments(*(scales @ matrices.flatten(1)).unflatten(1, matrices.shape[1:]))
 
     def times(self, blocks: Blocks, moments: Moments) -> Tensor:
         """Rows [k b, D] times all moments; for rows of a dominating class, those of the others."""
@@ -225,7 +256,7 @@ class Batch:
             aside = self.row_dominates[blocks.start :][:few]
             few = len(aside)
             add = (unit[:few] @ moments.dominating).masked_fill_(aside.unsqueeze(1), 0.0)
-            product[:few] += add
+            product[:few].add_(add)
         return product
 
     def means(self, moments: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,8 +274,8 @@ class Batch:
             unit = blocks.own.flatten(0, 1)
             here = slice(blocks.start, blocks.start + len(unit))
             every[here] = torch.linalg.vecdot(self.times(blocks, whole), unit)
-            squares = torch.where(blocks.same, (blocks.own @ blocks.near.mT).square_(), 0.0)
-            near[here] += squares.sum(2).flatten()
+            squares = (blocks.own @ blocks.near.mT).square_().masked_fill_(blocks.apart, 0.0)
+            near[here].add_(squares.sum(2).flatten())
             self.add_behind(near[blocks.start :], squares[:, :, self.block :].sum(1))
         every, near = every[:n], near[:n]
         itself = (self.layout.inverse != 0).to(own.dtype)  # |u|^4
@@ -256,7 +287,9 @@ class Batch:
     def add_behind(self, total: Tensor, parts: Tensor) -> None:
         """total[(k + s) b + r] += parts[k, (s - 1) b + r] for each block k and each s behind it."""
         for s, part in enumerate(parts.split(self.block, dim=1), start=1):
-            total[s * self.block :][: len(parts) * self.block] += part.flatten(0, 1)
+            total[s * self.block :][: len(parts) * self.block].unflatten(0, part.shape[:2]).add_(
+                part
+            )
 
     def given(self, values: Tensor) -> Tensor:
         """Values [N] in the given order."""
@@ -276,99 +309,184 @@ class Batch:
         whole = self.together(back, self.q[first].masked_fill(shared, 1.0))
         back.mul_(of_segment[:, None, None]).add_(2 * sigma * whole.rest)
         back.addcmul_(2 * sigma * whole.dominating, (~self.dominates)[:, None, None].to(back.dtype))
-        order = torch.nn.functional.pad(self.layout.order, (0, 1), value=n)
+        scale = pad(a * of_segment[self.layout.segment], (0, 1))
+        order = pad(self.layout.order, (0, 1), value=n)
         for tiles in self.chunks():
-            unit, to = self.units(tiles.rows), order[tiles.rows].flatten()
-            scale = self.at(a, tiles) * of_segment[tiles.segment][:, None]
-            v = (unit * scale.unsqueeze(-1)) @ moments[tiles.segment]
-            v = torch.baddbmm(v, unit, back[tiles.segment])
-            inverse = self.at(self.layout.inverse, tiles)
-            v = through_normalisation(v.flatten(0, 1), unit.flatten(0, 1), inverse.flatten())
-            gradient.index_copy_(0, to, v.add_(gradient[to]))
+            unit, to = self.units(tiles.rows), order[tiles.rows]
+            scaled = unit * scale[tiles.rows].unsqueeze(-1)
+            v = gradient[to]
+            torch.baddbmm(v, scaled, moments[tiles.segment], out=v)
+            torch.baddbmm(v, unit, back[tiles.segment], out=v)
+            v, unit = v.flatten(0, 1), unit.flatten(0, 1)
+            v = through_normalisation(v, unit, self.inverse[tiles.rows].flatten())
+            gradient.index_copy_(0, to.flatten(), v)
         return gradient[:n]
 
     def write_others_share(
         self, gradient: Tensor, a: Tensor, moments: Tensor, sigma: float
     ) -> None:
-        """What each row's own loss makes of all moments, and pairs within small classes."""
+        """dL/d(unit rows): each row's own share of all moments, and pairs within small classes."""
         n, d = self.embeddings.shape
         behind = self.blocks_behind * self.block
         whole = self.together(moments, torch.ones_like(moments[:, 0, 0]))
-        padded = torch.nn.functional.pad(a, (0, behind + self.block))
+        padded = pad(a, (0, behind + self.block))
+        of_pairs = (-2 * (self.p + sigma * self.q)).unsqueeze(1)
+        of_all = (2 * sigma * a * self.q).unsqueeze(1)
         carried = moments.new_zeros(behind, d)
+        gradient[n:].zero_()
         for blocks in self.blocks():
             count, rows = len(blocks.own), blocks.own.shape[0] * blocks.own.shape[1]
             near_a = padded[blocks.start :][: rows + behind]
             pairs = near_a[:rows].view(count, -1, 1) + near_a.unfold(
                 0, behind + self.block, self.block
             ).unsqueeze(1)
-            pairs = torch.where(blocks.same, pairs * (blocks.own @ blocks.near.mT), 0.0)
-            v = torch.nn.functional.pad(carried, (0, 0, 0, rows))
-            v[:rows] += (pairs @ blocks.near).flatten(0, 1)
+            pairs.mul_(blocks.own @ blocks.near.mT).masked_fill_(blocks.apart, 0.0)
+            v = pad(carried, (0, 0, 0, rows))
+            v[:rows].add_((pairs @ blocks.near).flatten(0, 1))
             self.add_behind(v, pairs[:, :, self.block :].mT @ blocks.own)
             carried = v[rows:].clone()
             here = slice(blocks.start, min(blocks.start + rows, n))
-            v, unit = (
-                v[: here.stop - here.start],
-                blocks.own.flatten(0, 1)[: here.stop - here.start],
-            )
-            v *= (-2 * (self.p + sigma * self.q))[here].unsqueeze(1)
-            weight = (2 * sigma * a * self.q)[here].unsqueeze(1)
-            v.addcmul_(self.times(blocks, whole)[: len(v)], weight)
-            v = through_normalisation(v, unit, self.layout.inverse[here])
+            v = v[: here.stop - here.start].mul_(of_pairs[here])
+            v.addcmul_(self.times(blocks, whole)[: len(v)], of_all[here])
             gradient.index_copy_(0, self.layout.order[here], v)
 
 
-def segment_sums(values: Tensor, segment: Tensor, count: int) -> Tensor:
-    """Sums of values [K, ...] over runs of equal `segment` [K], ascending, -> [count, ...]."""
-    every = torch.arange(count + 1, device=segment.device)
-    offsets = torch.searchsorted(segment, every)
-    return torch.segment_reduce(values, "sum", offsets=offsets, axis=0, unsafe=True)
+class Extent(NamedTuple):
+    """How large the pieces of the schedule are, and how many."""
+
+    width: int
+    block: int
+    window: int
+    segments: int
+    tiles: int
+    tile_chunks: int
+    block_chunks: int
+
+
+def extent(n: int, d: int) -> Extent:
+    """For n rows of d numbers, whatever their labels are."""
+    width, block = max(16, d // 2), max(16, d // 4)
+    segments = segment_count(n, d)
+    tiles = -(-n // width) + segments
+    return Extent(
+        width,
+        block,
+        block + round_up(smallest_moment(d), block),
+        segments,
+        tiles,
+        -(-tiles // tiles_at_once(n, d)),
+        -(-n // (blocks_at_once(n, d) * block)),
+    )
 
 
 def operations(work: Work) -> Operations:
-    """FLOPs, bytes and launches, the same whatever the classes are.
+    """What `forward` and, where a gradient is wanted, `gradients` do; the same for any classes.
 
-    A chunk of tiles adds to all moments of all segments. Launches: counted operator by operator, a
-    number for each chunk of tiles, for each chunk of blocks and for all that is not in chunks.
+    flops: of products alone. bytes: what every operator reads and writes, as if nothing stayed in a
+    cache. launches: one for each operator, though a sort, a scan or a reduction over segments is
+    several kernels. The hinge and the reduction of the loss, a dozen launches, are not counted.
     """
-    n, d, number = work.n, work.d, work.accumulated
-    width, block = max(16, d // 2), max(16, d // 4)
-    window = block + round_up(smallest_moment(d), block)
-    segments = segment_count(n, d)
-    tiles = -(-n // width) + segments
-    tile_chunks = -(-tiles // max(1, CHUNK_NUMBERS // (2 * d * d + 4 * width * d)))
-    block_chunks = -(-n // max(block, CHUNK_NUMBERS // (4 * window + 6 * d)))
-    launches = 107 + 47 * tile_chunks + 20 * block_chunks
+    flops, bytes_, launches, _ = _forward_operations(work)
     if work.wants_gradient:
-        launches += 97 + 61 * tile_chunks + 32 * block_chunks
-    both = 1 + work.wants_gradient
-    products = 5.75 + 9.5 * work.wants_gradient  # D x D of a row, as told at the top
+        backward = _backward_operations(work)
+        flops, bytes_ = flops + backward.flops, bytes_ + backward.bytes
+        launches += backward.launches
+    return Operations(flops, bytes_, launches)
+
+
+def _forward_operations(work: Work) -> Operations:
+    n, d, number = work.n, work.d, work.accumulated
+    e = extent(n, d)
+    rows, blocked = e.tiles * e.width, round_up(n, e.block)
+    tiles, matrices, band = e.tiles * d * d, e.segments * d * d, blocked * e.window
+    read = 2 * _unit_bytes(work, rows) + _unit_bytes(work, blocked + _overlap(e))
+    numbers = 9 * tiles + 2 * matrices + 8 * rows * d + 12 * n * d + 7 * band
+    per_row = n * (_LAYOUT_BYTES + _SETUP_BYTES) + n * d * work.dtype.itemsize
+    of_tiles, of_blocks = 19 + 2 * work.casts, 14 + work.casts + _blocks_behind(e)
     return Operations(
-        flops=int(2 * products * n * d * d),
-        bytes=both * (5 * tile_chunks * segments * d * d + 20 * n * d) * number,
-        launches=launches,
+        flops=2 * d * (d * (2 * rows + blocked + (n + 1) // 2 + 2 * e.segments) + band),
+        bytes=read + number * numbers + 2 * band + per_row,
+        launches=_setup_launches(work, 106)
+        + of_tiles * e.tile_chunks
+        + of_blocks * e.block_chunks
+        + 3 * _chunks_aside(work, e),
     )
+
+
+def _backward_operations(work: Work) -> Operations:
+    n, d, number = work.n, work.d, work.accumulated
+    e = extent(n, d)
+    rows, blocked = e.tiles * e.width, round_up(n, e.block)
+    tiles, matrices, band = e.tiles * d * d, e.segments * d * d, blocked * e.window
+    behind = _blocks_behind(e)
+    read = 2 * _unit_bytes(work, rows) + _unit_bytes(work, blocked + _overlap(e))
+    numbers = 12 * tiles + 9 * matrices + 25 * rows * d + (22 + 4 * behind) * n * d + 10 * band
+    of_tiles, of_blocks = 30 + 2 * work.casts, 17 + work.casts + behind
+    products = 3 * rows + blocked + (n + 1) // 2 + 4 * e.segments
+    return Operations(
+        flops=2 * d * (d * products + 2 * band + blocked * (e.window - e.block)),
+        bytes=read + number * numbers + 2 * band + n * _SETUP_BYTES,
+        launches=_setup_launches(work, 104)
+        + of_tiles * e.tile_chunks
+        + of_blocks * e.block_chunks
+        + 3 * _chunks_aside(work, e),
+    )
+
+
+_LAYOUT_BYTES = 380  # a row: labels sorted, members counted, rows moved by size of class
+_SETUP_BYTES = 400  # a row: weights of classes, tiles, and what is looked up by position
+
+
+def _setup_launches(work: Work, launches: int) -> int:
+    """Outside of chunks; weights of classes are float64, and rounded to what rows are added in."""
+    return launches + (2 if work.accumulated < 8 else 0)
+
+
+def _unit_bytes(work: Work, rows: int) -> int:
+    """Rows gathered, cast where they are of half precision, and scaled."""
+    item, number = work.dtype.itemsize, work.accumulated
+    return rows * work.d * (2 * item + (item + number if work.casts else 0) + 2 * number)
+
+
+def _blocks_behind(e: Extent) -> int:
+    return (e.window - e.block) // e.block
+
+
+def _overlap(e: Extent) -> int:
+    """Rows that two chunks of blocks read."""
+    return e.block_chunks * (e.window - e.block)
+
+
+def _chunks_aside(work: Work, e: Extent) -> int:
+    """Chunks of blocks with rows outside a class of most rows."""
+    return -(-((work.n + 1) // 2) // (blocks_at_once(work.n, work.d) * e.block))
 
 
 def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
     """Peak bytes beyond the inputs, the gradient included; the same whatever the classes are.
 
-    A chunk is tiles, with unit rows, their products (and weighted copies) and a gathered matrix, or
-    blocks, with three times their rows and four times their band of S.
+    A chunk is tiles, with unit rows (and weighted copies), their products and these products' sums,
+    or blocks, with their band of S and its mask, and either the band once more or what it adds to
+    their rows and to each block behind. The next chunk begins before the last one is given up.
     """
     n, d, number = work.n, work.d, work.accumulated
-    width, block = max(16, d // 2), max(16, d // 4)
-    window = block + round_up(smallest_moment(d), block)
-    segments = segment_count(n, d)
-    tiles = -(-n // width) + segments
-    tiles_at_once = min(tiles, max(1, CHUNK_NUMBERS // (2 * d * d + 4 * width * d)))
-    rows_at_once = min(round_up(n, block), max(block, CHUNK_NUMBERS // (4 * window + 6 * d)))
-    kept = n * (4 * 8 + 5 * number) + tiles * width * 8
+    e = extent(n, d)
+    kept = n * (6 * 8 + 6 * number) + e.tiles * e.width * 8
     widened = n * d * number if work.casts else 0  # half rows, for their norms
     both = work.wants_gradient  # of moments, rows and S there is one more for the backward
-    matrices = ((1 + both) * segments + 2) * d * d
-    in_tiles = tiles_at_once * (d * d + (2 + both) * width * d)
-    in_blocks = rows_at_once * ((3 + both) * window + 3 * d)
-    working = (matrices + max(in_tiles, in_blocks)) * number
+    matrices = ((1 + both) * e.segments + 2) * d * d
+    of_tile = d * d + e.width * d + max(d * d + both * e.width * d, (1 + both) * e.width * d)
+    in_tiles = _peak(e.tiles, tiles_at_once(n, d), of_tile, d * d + e.width * d)
+    window, behind = e.window, _blocks_behind(e)
+    in_band = window + window / number + (max(window + d, (behind + 3) * d) if both else 3 * d)
+    rows, rows_at_once = round_up(n, e.block), blocks_at_once(n, d) * e.block
+    in_blocks = _peak(rows, rows_at_once, in_band, window + d)
+    working = int((matrices + max(in_tiles, in_blocks)) * number)
     return kept + max(widened, work.gradient_bytes + max(working, work.cast_bytes))
+
+
+def _peak(count: int, at_once: int, each: float, left: float) -> float:
+    """The most that a loop over chunks holds, where `left` of `each` outlives its chunk."""
+    first = min(count, at_once)
+    second = min(count - first, at_once)
+    return max(first * each, first * left + second * each)

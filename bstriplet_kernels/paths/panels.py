@@ -97,9 +97,9 @@ def row_sums(rows: Side, columns: Side, own: bool, signed: bool) -> Tensor:
             BLOCK_M=BLOCK_M,
             num_warps=WARPS,
         )
-        sums[:, here] += by_row.sum(1)
+        sums[:, here].add_(by_row.sum(1))
         if panel.stop < n and own:
-            sums[:, panel.stop :] += by_column[:, :, height:].sum(1)
+            sums[:, panel.stop :].add_(by_column[:, :, height:].sum(1))
     return sums
 
 

@@ -72,6 +72,12 @@ def _weight_operand(w, element: tl.constexpr, PRECISION: tl.constexpr):
     return w
 
 
+@triton.jit
+def _tf32(x):
+    """float32 rounded to the nearest tf32, half-way cases away from 0."""
+    return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["n", "signed", "mean", "wants_gradient"])
 def loss_and_gradient(
     embeddings,
@@ -94,22 +100,36 @@ def loss_and_gradient(
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     """The whole loss of a batch of at most BLOCK_N rows, and one slice of dL/df.
 
     One program: reads all embeddings once (n d elements), forms S in registers (2 n^2 d FLOPs),
-    and writes the columns [p BLOCK_D, (p + 1) BLOCK_D) of the gradient for unit upstream gradient
-    (2 n^2 BLOCK_D FLOPs). Program 0 also writes the loss and the two means of Eq. 3. S costs less
+    and writes the columns [p BLOCK_V, (p + 1) BLOCK_V) of the gradient for unit upstream gradient
+    (2 n^2 BLOCK_V FLOPs). Program 0 also writes the loss and the two means of Eq. 3. S costs less
     than one synchronisation between programs would. Bound by launch and by the latency of the loop
-    over D: at n = 36 the embeddings lie in L2.
+    over D: at n = 36 the embeddings lie in L2. Hence few deep steps over D and narrow slices: ten
+    steps and forty programs at D = 1,280.
+
+    Exact float32 products are of f = high + low, two tf32 numbers: S = high high^T + X + X^T with
+    X = low high^T, two products where Triton's "tf32x3" takes three. low low^T is below 2^-22.
     """
     acc: tl.constexpr = loss.dtype.element_ty
+    split: tl.constexpr = PRECISION == "tf32x3" and embeddings.dtype.element_ty == tl.float32
     i = tl.arange(0, BLOCK_N)
     raw = tl.zeros((BLOCK_N, BLOCK_N), dtype=acc)
+    cross = tl.zeros((BLOCK_N, BLOCK_N), dtype=acc)
     for start in range(0, d, BLOCK_D):
         k = start + tl.arange(0, BLOCK_D)
         f = _operand(_load_block(embeddings, i, k, n, d, stride_n, stride_d))
-        raw = tl.dot(f, tl.trans(f), raw, input_precision=PRECISION, out_dtype=acc)
+        if split:
+            high = _tf32(f)
+            raw = tl.dot(high, tl.trans(high), raw, input_precision="tf32", out_dtype=acc)
+            cross = tl.dot(f - high, tl.trans(high), cross, input_precision="tf32", out_dtype=acc)
+        else:
+            raw = tl.dot(f, tl.trans(f), raw, input_precision=PRECISION, out_dtype=acc)
+    if split:
+        raw += cross + tl.trans(cross)
 
     label = _load_vector(labels, i, n, stride_label)
     same = label[:, None] == label[None, :]
@@ -143,7 +163,7 @@ def loss_and_gradient(
         w = tl.where(pair, w * _phi_slope(s, signed), 0.0)
         along = tl.sum(w * s, axis=1) * inverse
         w = tl.where(off_diagonal, w * inverse[None, :], -along[:, None])
-        k = part * BLOCK_D + tl.arange(0, BLOCK_D)
+        k = part * BLOCK_V + tl.arange(0, BLOCK_V)
         f = _load_block(embeddings, i, k, n, d, stride_n, stride_d).to(acc)
         v = tl.dot(w, f, input_precision=PRECISION, out_dtype=acc) * inverse[:, None]
         out = gradient + i[:, None].to(tl.int64) * d + k[None, :]

@@ -1,11 +1,15 @@
 """The second-moment path's own promises: its two schedules, class by class, and its memory."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from launches import Launches, on_fake_gpu
 from oracle import Options, assert_as_exact_as_plain, batch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bstriplet_kernels import bstriplet_loss
@@ -232,6 +236,107 @@ def test_device_schedule_costs_what_it_says(monkeypatch):
     forward, backward = (flops / (2 * n * d * d) for flops in counted)
     assert forward == pytest.approx(5.75, rel=0.02)
     assert backward == pytest.approx(9.5, rel=0.02)
+
+
+class Additions(TorchDispatchMode):
+    """Fails where more than one number other than 0 is added to one place by one operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.index_add_.default:
+            self.calls += 1
+            total, dim, index, source = args
+            added = torch.zeros(len(total), *source.shape[1:]).index_add_(
+                dim, index, (source != 0).float()
+            )
+            assert added.max() <= 1
+        return func(*args, **(kwargs or {}))
+
+
+@given(
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=9),
+    d=st.integers(1, 6),
+    chunk=st.sampled_from([1, 1 << 10, 1 << 12]),
+)
+@example(sizes=[400], d=3, chunk=1 << 10)
+@example(sizes=[1, 2, 3, 60, 59, 7], d=4, chunk=1)
+def test_moments_on_a_device_add_once_to_a_segment_in_each_chunk(sizes, d, chunk):
+    """So atomics on a GPU, in whatever order, give the same bits."""
+    x, labels = sized(sizes, d, 0)
+    with mock.patch.object(gram_device, "CHUNK_NUMBERS", chunk):
+        batch = gram_device.Batch(x, gram_device.make_layout(x, labels, 1e-12))
+        weights = torch.linspace(-1, 1, len(x), dtype=x.dtype)
+        with Additions() as additions:
+            moments = batch.moments(weights)
+        assert additions.calls == len(list(batch.chunks()))
+    unit = torch.nn.functional.normalize(x)[batch.layout.order]
+    expected = torch.zeros_like(moments)
+    for segment, u, w in zip(batch.layout.segment, unit, weights, strict=True):
+        expected[segment] += w * u[:, None] * u[None, :]
+    torch.testing.assert_close(moments, expected)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_moments_on_a_device_keep_a_bad_row_in_its_segment(bad):
+    x, labels = sized([40, 40, 3, 2], 4, 0)
+    x[0, 1] = bad
+    batch = gram_device.Batch(x, gram_device.make_layout(x, labels, 1e-12))
+    moments = batch.moments()
+    spoilt = batch.layout.segment[batch.layout.order == 0].item()
+    assert moments[spoilt].isnan().all()
+    assert moments[torch.arange(len(moments)) != spoilt].isfinite().all()
+
+
+def test_device_schedule_runs_where_torch_is_deterministic():
+    x, labels = sized([70, 40, 3, 2], 4, 0)
+    torch.use_deterministic_algorithms(True)
+    try:
+        outputs = gram_device.forward(x, None, labels, None, 1e-12)
+        (gradient,) = gram_device.gradients(torch.ones(len(x)).double(), x, None, outputs[2:], 1.0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert gradient.isfinite().all()
+
+
+SIZES = [(36, 8), (37, 9), (300, 64), (1024, 128), (4096, 512), (10_007, 33), (65536, 128)]
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "dtype"),
+    [
+        *((n, d, t) for n, d in SIZES for t in (torch.float32, torch.bfloat16, torch.float64)),
+        (1 << 20, 128, torch.float32),
+    ],
+)
+def test_operations_of_the_device_schedule_are_those_it_calls(monkeypatch, n, d, dtype):
+    monkeypatch.undo()
+    with FakeTensorMode():
+        x, labels = on_fake_gpu(n, d, dtype)
+        with Launches() as forward:
+            _, _, *state = gram_device.forward(x, None, labels, None, 1e-12)
+        a = state[0].new_empty(n)
+        with Launches() as backward:
+            gram_device.gradients(a, x, None, state, 1.0)
+    work = Work(n, None, d, dtype, wants_gradient=False, device="cuda")
+    counts = [forward], [forward, backward]
+    for wanted, phases in zip((False, True), counts, strict=True):
+        got = gram_device.operations(work._replace(wants_gradient=wanted))
+        assert got.launches == sum(phase.launches for phase in phases)
+        assert got.flops == pytest.approx(sum(phase.flops for phase in phases), rel=0.01)
+        rel = 0.15 if n < 100 else 0.03
+        assert got.bytes == pytest.approx(sum(phase.bytes for phase in phases), rel=rel)
+
+
+def test_operations_of_the_device_schedule_grow_with_the_batch(monkeypatch):
+    monkeypatch.undo()
+    small, large = (
+        gram_device.operations(Work(n, None, 128, torch.float32)) for n in (1 << 18, 1 << 22)
+    )
+    assert large.bytes <= 16.2 * small.bytes
+    assert large.launches <= 6000
 
 
 def test_device_schedule_refuses_reference_embeddings():

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from launches import Launches, on_fake_gpu
 from oracle import TOLERANCE, Options, assert_as_exact_as_plain, batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -121,7 +122,10 @@ def test_launches_on_the_device_of_the_tensor(monkeypatch):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("spread", [0.03, 1.0])
 def test_tensor_core_float32_is_as_exact_as_plain(monkeypatch, n, reduction, spread):
-    """The interpreter multiplies float32 exactly; here it does as tensor cores do for "tf32x3"."""
+    """The interpreter multiplies float32 exactly; here it does as tensor cores do.
+
+    They cut a float32 operand down to tf32, which "tf32x3" takes as the sum of two.
+    """
     numpy = pytest.importorskip("numpy")
     from triton.runtime import interpreter
 
@@ -130,8 +134,13 @@ def test_tensor_core_float32_is_as_exact_as_plain(monkeypatch, n, reduction, spr
     def tf32(a):
         return ((a.view(numpy.int32) + 0x1000) & -8192).view(numpy.float32)
 
+    def cut(a):
+        return (numpy.ascontiguousarray(a).view(numpy.int32) & -8192).view(numpy.float32)
+
     def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        products.append(str(input_precision))
+        products.append(str(input_precision).rpartition(".")[2])
+        if products[-1] == "TF32":
+            return interpreter.TensorHandle(d.data + cut(a.data) @ cut(b.data), d.dtype.scalar)
         big = [tf32(x.data) for x in (a, b)]
         small = [tf32(x.data - y) for x, y in zip((a, b), big, strict=True)]
         total = d.data + small[0] @ big[1] + big[0] @ small[1] + big[0] @ big[1]
@@ -141,8 +150,8 @@ def test_tensor_core_float32_is_as_exact_as_plain(monkeypatch, n, reduction, spr
     for seed in range(3):
         x, labels = batch(n, 45, 3, seed, torch.float32, spread)
         assert_as_exact_as_plain("triton", x, labels, Options(reduction=reduction))
-    assert products
-    assert all(p.endswith("TF32x3") for p in products)
+    in_one_launch = n <= fused.SMALL_ROWS and reduction == "mean"
+    assert set(products) == ({"TF32", "TF32x3"} if in_one_launch else {"TF32x3"})
 
 
 @runs_here
@@ -175,11 +184,14 @@ def test_one_launch_and_tiles_say_the_same(similarity):
     torch.testing.assert_close(gradient, tiled / len(x))
 
 
+TILED = ("inverse_norms", "row_sums", "finish_rows", "tile_gradient")
+
+
 @runs_here
 def test_no_launch_more_than_one_where_the_batch_is_small(monkeypatch):
     calls = []
     launched = fused._tiles()
-    for name in ("loss_and_gradient", "inverse_norms", "row_sums", "finish_rows", "tile_gradient"):
+    for name in ("loss_and_gradient", *TILED):
         kernel = getattr(launched, name)
         monkeypatch.setattr(launched, name, Counted(kernel, name, calls))
     x, labels = on_device(*batch(36, 40, 3, 0))
@@ -444,10 +456,58 @@ def test_panels_are_taken_where_d_is_large():
 def test_cost_counts_what_is_launched():
     small = counted(36, None, 64)
     assert small[:3] == (2 * 2 * 64 * 64 * (64 + 32), 4 * 36 * 64 * 4, 2)
+    assert counted(36, None, 64, torch.bfloat16).bytes == (2 + 3 * 4) * 36 * 64
     assert counted(36, None, 64, wants_gradient=False).launches == 1
     tiles = counted(128, None, 128)
     assert tiles.flops == 2 * 128 * 128 * 128 * 3
-    assert tiles.launches == 4
+    assert tiles.launches == 5
     both = counted(128, 256, 128)
     assert both.flops == 2 * 128 * 256 * 128 * 5
-    assert both.launches == 6
+    assert both.launches == 9
+
+
+class NotRun:
+    """A kernel that is counted, not run."""
+
+    def __init__(self):
+        self.launches = 0
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *args, **kwargs):
+        self.launches += 1
+
+
+@runs_here
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("by_panels", [False, True], ids=["tiles", "panels"])
+@pytest.mark.parametrize(
+    ("n", "m", "d"),
+    [(36, None, 1280), (1024, None, 128), (1024, None, 33), (8192, None, 512), (300, 500, 64)],
+)
+def test_predicted_launches_are_those_made(monkeypatch, n, m, d, by_panels, dtype):
+    """On fake tensors of a GPU with an H100's processors."""
+    kernel = NotRun()
+    for name in (*TILED, "loss_and_gradient", "panel_sums", "panel_weights"):
+        monkeypatch.setattr(fused._tiles(), name, kernel)
+    monkeypatch.setattr(fused, "by_panels", lambda *_: by_panels)
+    monkeypatch.setattr(fused, "_on_device_of", lambda _: nullcontext())
+    monkeypatch.setattr(fused, "_processors", lambda _: 132)
+    monkeypatch.setattr(fused, "_is_hopper", lambda _: False)
+    with FakeTensorMode():
+        x, labels = on_fake_gpu(n, d, dtype)
+        others = (None, None) if m is None else on_fake_gpu(m, d, dtype)
+        both = x, others[0], labels, others[1]
+        spec = Spec(wants_gradient=True)
+        with Launches() as forward:
+            loss, rows, state = fused.forward(*both, spec)
+        launches = forward.launches + kernel.launches
+        assert counted(n, m, d, dtype, wants_gradient=False).launches == launches
+        upstream = torch.empty_like(loss)
+        with Launches() as backward:
+            fused.backward(upstream, *both, rows, state, spec)
+    casts = (1 if m is None else 2) if dtype.itemsize < 4 else 0  # of gradients, by the caller
+    launches = forward.launches + backward.launches + kernel.launches + casts
+    assert counted(n, m, d, dtype).launches == launches

@@ -1,6 +1,9 @@
 """Triton kernels compiled ahead of time for GPUs that are not here."""
 
+import collections
+import csv
 import inspect
+import io
 import os
 import subprocess
 import sys
@@ -18,7 +21,9 @@ def compiled_environment():
     return environment | {"PYTHONPATH": str(ROOT)}
 
 
-def test_no_configuration_spills_or_outgrows_shared_memory():
+@pytest.fixture(scope="module")
+def resources():
+    """What bench/triton_resources.py prints; it fails on a spill or too much shared memory."""
     done = subprocess.run(
         [sys.executable, ROOT / "bench" / "triton_resources.py", "--check"],
         env=compiled_environment(),
@@ -27,8 +32,25 @@ def test_no_configuration_spills_or_outgrows_shared_memory():
         timeout=900,
     )
     assert done.returncode == 0, done.stderr
-    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
-        assert done.stdout.count(f",{target},") >= 25
+    return list(csv.DictReader(io.StringIO(done.stdout)))
+
+
+def test_every_target_is_compiled_for(resources):
+    targets = collections.Counter(row["target"] for row in resources)
+    assert set(targets) == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert min(targets.values()) >= 25
+
+
+def test_a_small_batch_waits_twice_in_each_of_ten_deep_steps(resources):
+    steps = {
+        (row["dtype"], row["block_n"]): (-(-1280 // int(row["block_d"])), row["step_barriers"])
+        for row in resources
+        if row["kernel"] == "loss_and_gradient"
+        and (row["target"], row["layout"]) == ("sm_90", "aligned")
+    }
+    half_and_float = [steps[dtype, n] for dtype in ("fp32", "fp16", "bf16") for n in ("32", "64")]
+    assert half_and_float == [(10, "2")] * 6
+    assert steps["fp64", "32"] == steps["fp64", "64"] == (40, "2")
 
 
 def specialisations():
