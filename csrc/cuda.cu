@@ -1,14 +1,14 @@
 // batch_similarity on CUDA for small batches (N <= 64, the paper's N_b = 36): loss, row means and
 // gradient in one launch.
 //
-// A team of blocks forms S, N x N, in shared memory. Where eight blocks can be a cluster (Hopper and
-// later) they are the team: each multiplies out its share of the D columns, and the partial S are
-// added over distributed shared memory, in the blocks' order. Elsewhere a block is a team of its own
-// and multiplies out all columns. Several teams form the same S, so that the columns of the gradient
-// are spread over more multiprocessors: at this size that is cheaper than a second launch.
+// A team of blocks forms S, N x N, in shared memory. Where eight blocks can be a cluster (Hopper
+// and later) they are the team: each multiplies out its share of the D columns, and the partial S
+// are added over distributed shared memory, in the blocks' order. Elsewhere a block is a team of
+// its own and multiplies out all columns. Several teams form the same S, so that the columns of the
+// gradient are spread over more multiprocessors: at this size that is cheaper than a second launch.
 //
-// Reads N D elements for each team and writes N D; N^2 D / 2 multiply-adds for S, for each team, and
-// N^2 D for the gradient; bound by latency. No atomics: the same bits from run to run.
+// Reads N D elements for each team and writes N D; N^2 D / 2 multiply-adds for S, for each team,
+// and N^2 D for the gradient; bound by latency. No atomics: the same bits from run to run.
 #include <cuda_runtime.h>
 
 #include <atomic>
@@ -74,8 +74,8 @@ struct Shared {
 template <class T>
 constexpr int kElements = kMaxRows * kChunk<T> / kThreads;  // of a chunk, for each thread
 
-// Calls visit(k, row, column) for each of a thread's elements. A warp has 8 columns of 4 rows: whole
-// 32-byte sectors of memory, and a bank of shared memory for each lane.
+// Calls visit(k, row, column) for each of a thread's elements. A warp has 8 columns of 4 rows:
+// whole 32-byte sectors of memory, and a bank of shared memory for each lane.
 template <class T, class Visit>
 __device__ inline void for_each_element(Visit visit) {
   constexpr int across = kChunk<T> / 8;
@@ -104,7 +104,8 @@ __device__ inline void store(const T (&elements)[kElements<T>], Shared<T>& share
 }
 
 // Adds the 4 x 4 tiles of `groups` adjacent lanes; leaves in tile[0 .. 16 / groups) the sums of the
-// elements from group * 16 / groups on. Each step exchanges halves, so that a lane sends few values.
+// elements from group * 16 / groups on. Each step exchanges halves, so that a lane sends few
+// values.
 template <int groups, int size = 16, class T>
 __device__ inline void add_over_groups(int group, T (&tile)[16]) {
   if constexpr (groups > 1) {
@@ -119,8 +120,8 @@ __device__ inline void add_over_groups(int group, T (&tile)[16]) {
   }
 }
 
-// Raw products of columns [begin, end) into shared.s, both triangles. `groups` adjacent lanes share a
-// 4 x 4 tile of the lower triangle: each takes every groups-th column.
+// Raw products of columns [begin, end) into shared.s, both triangles. `groups` adjacent lanes share
+// a 4 x 4 tile of the lower triangle: each takes every groups-th column.
 template <int groups, class In, class T>
 __device__ void dots(const Arguments<In>& args, int64_t begin, int64_t end, Shared<T>& shared) {
   constexpr int chunk = kChunk<T>;
@@ -178,17 +179,12 @@ __device__ void dots(const Arguments<In>& args, int64_t begin, int64_t end, Shar
   }
 }
 
-// Adds the cluster's partial S, in the order of its blocks, into every block's shared.s. A block adds
-// an eighth of the elements and writes them to all, so that little crosses between the blocks; a
-// thread has one element at most, and all its eight remote loads are under way together.
+// Adds the cluster's partial S, in the order of its blocks, into every block's shared.s. A block
+// adds an eighth of the elements and writes them to all, so that little crosses between the blocks;
+// a thread has one element at most, and all its eight remote loads are under way together.
 template <class T>
 __device__ void add_over_cluster(int n, Shared<T>& shared) {
   static_assert(kMaxRows * kMaxRows <= kCluster * kThreads);
-  // What cooperative_groups calls; its header takes longer to compile than all that is here.
-  const auto sync = [] {
-    __cluster_barrier_arrive();
-    __cluster_barrier_wait();
-  };
   const int per_block = (n * n + kCluster - 1) / kCluster;
   const int thread = threadIdx.x;
   const int at = static_cast<int>(__clusterRelativeBlockRank()) * per_block + thread;
@@ -199,7 +195,9 @@ __device__ void add_over_cluster(int n, Shared<T>& shared) {
     Shared<T>* const of_rank = static_cast<Shared<T>*>(__cluster_map_shared_rank(&shared, rank));
     element[rank] = &of_rank->s[0][0] + row * kStride + column;
   }
-  sync();
+  // What cooperative_groups calls; its header takes longer to compile than all that is here.
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
   if (thread < per_block && at < n * n) {
     T partial[kCluster];
 #pragma unroll
@@ -210,7 +208,8 @@ __device__ void add_over_cluster(int n, Shared<T>& shared) {
 #pragma unroll
     for (int rank = 0; rank < kCluster; ++rank) *element[rank] = total;
   }
-  sync();
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
 }
 
 template <class T>
@@ -260,8 +259,8 @@ __device__ void row_means(const Arguments<In>& args, bool writes, Shared<T>& sha
   }
 }
 
-// shared.s becomes the matrix W of dL/df_i = sum_j W_ij f_j / |f_i|: w_ij phi'(s_ij) / |f_j|, on the
-// diagonal -sum_j w_ij phi'(s_ij) s_ij / |f_i|. Zeros fill the rows up to whole 16-byte loads.
+// shared.s becomes the matrix W of dL/df_i = sum_j W_ij f_j / |f_i|: w_ij phi'(s_ij) / |f_j|, on
+// the diagonal -sum_j w_ij phi'(s_ij) s_ij / |f_i|. Zeros fill the rows up to whole 16-byte loads.
 template <class In, class T>
 __device__ void weigh(const Arguments<In>& args, Shared<T>& shared) {
   const int lane = threadIdx.x % 32, n = args.rows;
@@ -337,7 +336,7 @@ __device__ void gradient(const Arguments<In>& args, int64_t begin, int64_t end,
 template <class In, class T, bool clustered>
 __device__ void batch_similarity(const Arguments<In>& args) {
   __shared__ Shared<T> shared;
-  static_assert(sizeof(shared) <= 48 * 1024, "every chip has this much for a block, none more unasked");
+  static_assert(sizeof(shared) <= 48 * 1024, "the static shared memory of a block on every chip");
   constexpr int team_size = clustered ? kCluster : 1;
   const int n = args.rows, rank = blockIdx.x % team_size, team = blockIdx.x / team_size;
   const int64_t begin = rank * args.share, end = min(args.depth, begin + args.share);
