@@ -140,7 +140,7 @@ __device__ void dots(const Arguments<In>& args, int64_t begin, int64_t end, Shar
     if (from + chunk < end) load(args, from + chunk, end, next);
     if (active) {
 #pragma unroll 4
-      for (int column = group; column < chunk; column += groups) {
+      for (int column = group; column < min(int64_t{chunk}, end - from); column += groups) {
         T a[4], b[4];
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
@@ -341,10 +341,11 @@ __device__ void batch_similarity(const Arguments<In>& args) {
   const int n = args.rows, rank = blockIdx.x % team_size, team = blockIdx.x / team_size;
   const int64_t begin = rank * args.share, end = min(args.depth, begin + args.share);
   const int64_t first = begin + team * args.part, last = min(end, first + args.part);
-  for (int i = threadIdx.x; i < n; i += kThreads) {
-    shared.label[i] = args.labels[i * args.label_stride];
-  }
+  static_assert(kMaxRows <= kThreads);
+  const int row = threadIdx.x;
+  const int64_t label = row < n ? args.labels[row * args.label_stride] : 0;  // arrives during dots
   dots(args, begin, end, shared);
+  if (row < n) shared.label[row] = label;
   if (args.gradient) {  // while the columns are in the first-level cache, which the barrier empties
     T own[kElements<T>];
     load(args, first, last, own);
@@ -355,11 +356,11 @@ __device__ void batch_similarity(const Arguments<In>& args) {
   } else {
     __syncthreads();
   }
-  for (int i = threadIdx.x; i < n; i += kThreads) {
-    const T squared = shared.s[i][i];
-    shared.inverse[i] = squared <= static_cast<T>(args.squared_eps) ? T(0)
-                        : isinf(squared) ? static_cast<T>(NAN)  // 1 / inf = 0 would hide it
-                                         : T(1) / sqrt(squared);
+  if (row < n) {
+    const T squared = shared.s[row][row];
+    shared.inverse[row] = squared <= static_cast<T>(args.squared_eps) ? T(0)
+                          : isinf(squared) ? static_cast<T>(NAN)  // 1 / inf = 0 would hide it
+                                           : T(1) / sqrt(squared);
   }
   __syncthreads();
   row_means(args, blockIdx.x == 0, shared);
