@@ -13,6 +13,7 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,9 @@ PLAIN, CLUSTERS, ROOM_FOR_NONE, ROOM_FOR_ONE = range(4)  # devices of cuda_on_ho
 ADDRESS_SANITIZER = "libasan" in os.environ.get("LD_PRELOAD", "")
 WATCHED_COLUMNS = 257  # looking for races takes ten times as long
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("g++") is None, reason="needs g++ on Linux"
+)
 
 
 class SmallBatch(ctypes.Structure):
@@ -55,7 +58,7 @@ class SmallBatch(ctypes.Structure):
 def library(tmp_path_factory):
     """The kernel, instrumented, and what it runs on, which is not."""
     folder = tmp_path_factory.mktemp("cuda_on_host")
-    compiler = ("g++", "-std=c++20", "-O2", "-g", "-fPIC", "-pthread", "-Wall", "-Werror")
+    compiler = ("g++", "-std=c++20", "-O2", "-g", "-fPIC", "-pthread", "-Wall")
     includes = (f"-I{HERE}", f"-I{KERNEL.parent}")
     checks = "-fsanitize=undefined", "-fno-sanitize-recover=all"
     sanitizer = "-fsanitize=address" if ADDRESS_SANITIZER else "-fsanitize=thread"

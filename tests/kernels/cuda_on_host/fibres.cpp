@@ -110,6 +110,7 @@ void run_block(Block& own) {
     if (fibre.started) fail("a barrier that not every thread comes to");
     munmap(fibre.stack, kStack);
   }
+  own.cluster.barrier.arrive_and_drop();  // a block that has ended is not waited for
 }
 
 }  // namespace
