@@ -25,6 +25,7 @@ constexpr int kCluster = 8;            // the largest that is portable
 constexpr int kPart = 32;              // columns of the gradient that a block had best write
 constexpr int kMostClusters = 8;       // teams, however many columns: each reads all embeddings
 constexpr int kMostBlocks = 64;        // teams where there are no clusters
+constexpr int kLanes = kThreads / kMaxRows;  // of a warp, that have a row
 constexpr int kStride = kMaxRows + 4;  // of shared rows: whole 16-byte loads, fewer conflicts
 
 template <class In>
@@ -52,9 +53,11 @@ __device__ inline float widen(Half x) {
 }
 __device__ inline float widen(BFloat16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
 
-template <class T>
-__device__ inline T warp_sum(T x) {
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+// Over `lanes` adjacent lanes of a warp, all of which call it; each has the sum.
+template <int lanes, class T>
+__device__ inline T sum_over(T x) {
+#pragma unroll
+  for (int step = lanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
   return x;
 }
 
@@ -139,7 +142,7 @@ __device__ void dots(const Arguments<In>& args, int64_t begin, int64_t end, Shar
     __syncthreads();
     if (from + chunk < end) load(args, from + chunk, end, next);
     if (active) {
-#pragma unroll 4
+#pragma unroll(sizeof(T) == 4 ? 4 : 2)
       for (int column = group; column < min(int64_t{chunk}, end - from); column += groups) {
         T a[4], b[4];
 #pragma unroll
@@ -217,45 +220,43 @@ __device__ inline T phi_slope(T s, bool is_signed) {
   return is_signed ? (s < 0 ? -s : s) : s;  // half of phi'; s times it is phi
 }
 
-// Eq. 3 for every row: the means, h_i, and a_i over its counts. A warp takes a row at a time.
+// Eq. 3 for every row: the means, h_i, and a_i over its counts. `kLanes` lanes have a row.
 template <class In, class T>
 __device__ void row_means(const Arguments<In>& args, bool writes, Shared<T>& shared) {
-  const int lane = threadIdx.x % 32, n = args.rows;
-  for (int i = threadIdx.x / 32; i < n; i += kWarps) {
-    T same = 0, other = 0;
-    int positives = 0;
-    for (int j = lane; j < n; j += 32) {
-      const T s = shared.s[i][j] * shared.inverse[i] * shared.inverse[j];
-      const T phi = s * phi_slope(s, args.is_signed);
-      if (j == i) continue;
-      if (shared.label[j] == shared.label[i]) {
-        same += phi;
-        ++positives;
-      } else {
-        other += phi;
-      }
+  const int i = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, n = args.rows;
+  T same = 0, other = 0;
+  int positives = 0;
+  for (int j = lane; i < n && j < n; j += kLanes) {
+    const T s = shared.s[i][j] * shared.inverse[i] * shared.inverse[j];
+    const T phi = s * phi_slope(s, args.is_signed);
+    if (j == i) continue;
+    if (shared.label[j] == shared.label[i]) {
+      same += phi;
+      ++positives;
+    } else {
+      other += phi;
     }
-    same = warp_sum(same);
-    other = warp_sum(other);
-    positives = warp_sum(positives);
-    if (lane != 0) continue;
-    const int negatives = n - 1 - positives;
-    const T positive = same / static_cast<T>(max(1, positives));
-    const T negative = other / static_cast<T>(max(1, negatives));
-    const T sigma = static_cast<T>(args.sigma);
-    const T h = static_cast<T>(args.margin) - positive + sigma * negative;
-    const bool inactive = h <= 0;  // false for NaN, which counts as active
-    const T* upstream = static_cast<const T*>(args.upstream);
-    const T a = inactive              ? T(0)
-                : upstream == nullptr ? static_cast<T>(args.scale)
-                                      : upstream[i * args.upstream_stride];
-    shared.loss[i] = inactive ? T(0) : h;
-    shared.per_positive[i] = positives > 0 ? a / static_cast<T>(positives) : T(0);
-    shared.per_negative[i] = negatives > 0 ? sigma * a / static_cast<T>(negatives) : T(0);
-    if (writes) {
-      static_cast<T*>(args.means)[i] = positive;
-      static_cast<T*>(args.means)[n + i] = negative;
-    }
+  }
+  same = sum_over<kLanes>(same);
+  other = sum_over<kLanes>(other);
+  positives = sum_over<kLanes>(positives);
+  if (i >= n || lane != 0) return;
+  const int negatives = n - 1 - positives;
+  const T positive = same / static_cast<T>(max(1, positives));
+  const T negative = other / static_cast<T>(max(1, negatives));
+  const T sigma = static_cast<T>(args.sigma);
+  const T h = static_cast<T>(args.margin) - positive + sigma * negative;
+  const bool inactive = h <= 0;  // false for NaN, which counts as active
+  const T* upstream = static_cast<const T*>(args.upstream);
+  const T a = inactive              ? T(0)
+              : upstream == nullptr ? static_cast<T>(args.scale)
+                                    : upstream[i * args.upstream_stride];
+  shared.loss[i] = inactive ? T(0) : h;
+  shared.per_positive[i] = positives > 0 ? a / static_cast<T>(positives) : T(0);
+  shared.per_negative[i] = negatives > 0 ? sigma * a / static_cast<T>(negatives) : T(0);
+  if (writes) {
+    static_cast<T*>(args.means)[i] = positive;
+    static_cast<T*>(args.means)[n + i] = negative;
   }
 }
 
@@ -263,23 +264,22 @@ __device__ void row_means(const Arguments<In>& args, bool writes, Shared<T>& sha
 // the diagonal -sum_j w_ij phi'(s_ij) s_ij / |f_i|. Zeros fill the rows up to whole 16-byte loads.
 template <class In, class T>
 __device__ void weigh(const Arguments<In>& args, Shared<T>& shared) {
-  const int lane = threadIdx.x % 32, n = args.rows;
-  for (int i = threadIdx.x / 32; i < n; i += kWarps) {
-    T along = 0;
-    for (int j = lane; j < n; j += 32) {
-      if (j == i) continue;
-      const T s = shared.s[i][j] * shared.inverse[i] * shared.inverse[j];
-      const T weight = shared.label[j] == shared.label[i]
-                           ? -(shared.per_positive[i] + shared.per_positive[j])
-                           : shared.per_negative[i] + shared.per_negative[j];
-      const T slope = 2 * weight * phi_slope(s, args.is_signed);
-      along += slope * s;
-      shared.s[i][j] = slope * shared.inverse[j];
-    }
-    along = warp_sum(along);
-    if (lane == i % 32) shared.s[i][i] = -along * shared.inverse[i];
-    if (lane < (-n & 3)) shared.s[i][n + lane] = 0;
+  const int i = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, n = args.rows;
+  T along = 0;
+  for (int j = lane; i < n && j < n; j += kLanes) {
+    if (j == i) continue;
+    const T s = shared.s[i][j] * shared.inverse[i] * shared.inverse[j];
+    const T weight = shared.label[j] == shared.label[i]
+                         ? -(shared.per_positive[i] + shared.per_positive[j])
+                         : shared.per_negative[i] + shared.per_negative[j];
+    const T slope = 2 * weight * phi_slope(s, args.is_signed);
+    along += slope * s;
+    shared.s[i][j] = slope * shared.inverse[j];
   }
+  along = sum_over<kLanes>(along);
+  if (i >= n) return;
+  if (lane == 0) shared.s[i][i] = -along * shared.inverse[i];
+  if (lane < (-n & 3)) shared.s[i][n + lane] = 0;
 }
 
 // dL/df in columns [begin, end), of which shared.chunk has the first. A thread has 4 rows of 2
@@ -365,12 +365,13 @@ __device__ void batch_similarity(const Arguments<In>& args) {
   __syncthreads();
   row_means(args, blockIdx.x == 0, shared);
   __syncthreads();
-  if (blockIdx.x == 0 && threadIdx.x < 32) {
+  if (blockIdx.x == 0 && threadIdx.x / 32 == kWarps - 1) {  // which has the fewest weights
+    const int lane = threadIdx.x % 32;
     double total = 0;
-    for (int i = threadIdx.x; i < n; i += 32) total += static_cast<double>(shared.loss[i]);
+    for (int i = lane; i < n; i += 32) total += static_cast<double>(shared.loss[i]);
     const double scale = args.scale;
-    total = warp_sum(total);
-    if (threadIdx.x == 0) *static_cast<T*>(args.loss) = static_cast<T>(scale * total);
+    total = sum_over<32>(total);
+    if (lane == 0) *static_cast<T*>(args.loss) = static_cast<T>(scale * total);
   }
   if (args.gradient) {
     weigh(args, shared);
