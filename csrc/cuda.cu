@@ -106,9 +106,8 @@ __device__ inline void store(const T (&elements)[kElements<T>], Shared<T>& share
   for_each_element<T>([&](int k, int row, int column) { shared.chunk[column][row] = elements[k]; });
 }
 
-// Adds the 4 x 4 tiles of `groups` adjacent lanes; leaves in tile[0 .. 16 / groups) the sums of the
-// elements from group * 16 / groups on. Each step exchanges halves, so that a lane sends few
-// values.
+// Adds the 4 x 4 tiles of `groups` adjacent lanes. A lane's tile[0 .. 16 / groups) are then the sums
+// of the elements from group * 16 / groups on: each step exchanges halves, so few values are sent.
 template <int groups, int size = 16, class T>
 __device__ inline void add_over_groups(int group, T (&tile)[16]) {
   if constexpr (groups > 1) {
