@@ -34,16 +34,17 @@ check: $(READY)  ## lint, format check and type check only
 # ThreadSanitizer has no target: the threads are those of the OpenMP library that torch brings, which is
 # not instrumented, so each start and end of a parallel loop is reported as a race. In its place: every
 # iteration writes numbers of its own, and the tests ask for the same bits from 1, 2 and 3 threads.
-asan: $(READY)  ## the native operator under AddressSanitizer and UndefinedBehaviorSanitizer
+asan: $(READY)  ## the native operator, and the CUDA kernel on the host, under AddressSanitizer and UndefinedBehaviorSanitizer
 	BSTRIPLET_NATIVE=cpu LDFLAGS="-fsanitize=address,undefined" \
 	  CXXFLAGS="-fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all" \
 	  $(BIN)/python setup.py -q build --build-lib build/sanitized
+	export LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 OMP_NUM_THREADS=1 PYTHONPATH=build/sanitized; \
 	for set in avx512 avx2 baseline; do \
-	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
-	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 OMP_NUM_THREADS=1 BSTRIPLET_INSTRUCTION_SET=$$set \
-	  PYTHONPATH=build/sanitized $(BIN)/pytest tests/kernels/test_native.py tests/kernels/test_gram.py::TestNative \
-	  -k "not instruction_set" || exit 1; \
-	done
+	  BSTRIPLET_INSTRUCTION_SET=$$set $(BIN)/pytest tests/kernels/test_native.py \
+	  tests/kernels/test_gram.py::TestNative -k "not instruction_set" || exit 1; \
+	done; \
+	$(BIN)/pytest tests/kernels/test_cuda_on_host.py
 
 coverage: $(READY)  ## line coverage of bstriplet_kernels
 	$(BIN)/python -m pytest tests/kernels --cov --cov-report=term-missing

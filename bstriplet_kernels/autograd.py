@@ -79,6 +79,9 @@ class BatchSimilarity(torch.autograd.Function):
 
 def _scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
     """A saved gradient times the upstream number; in its own memory where this is its last use."""
+    if gradient.is_cuda and gradient.dtype != dtype:
+        # One launch, which casts what it writes. A CPU would cast a copy of the product.
+        return torch.mul(gradient, grad_loss, out=torch.empty_like(gradient, dtype=dtype))
     if keeps_graph():
         gradient = gradient * grad_loss
     # Elsewhere to look at the number is to wait for it; here tolist() is faster than item().

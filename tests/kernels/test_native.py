@@ -195,6 +195,16 @@ def test_small_gradients_of_half_survive_until_the_loss_scale():
     assert (got.double() - truth).norm() <= 2e-3 * truth.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_product_that_casts_what_it_writes_rounds_as_a_cast_after_it(dtype):
+    """The backward on CUDA casts within its multiplication; elsewhere after it."""
+    gradient = torch.randn(64, 64) * 10.0 ** torch.randint(-12, 6, (64, 64))
+    gradient[0, :4] = torch.tensor([torch.nan, torch.inf, -0.0, 1e-41])
+    scale = torch.tensor(0.3)
+    product = torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+    assert torch.equal(product.view(torch.int16), (gradient * scale).to(dtype).view(torch.int16))
+
+
 @pytest.mark.parametrize("retain_graph", [True, False])
 def test_batched_upstream_gradients(retain_graph):
     x, y = torch.randn(7, 5, requires_grad=True), torch.arange(7) % 3
@@ -348,6 +358,28 @@ def test_cuda_graph_replays_the_same_bits():
         tensor.fill_(torch.nan)
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(eager, captured, strict=True))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("retain_graph", [True, False])
+def test_cuda_launches_once_forward_and_once_backward(dtype, retain_graph, monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    x = torch.randn(36, 1280, device="cuda", dtype=dtype, requires_grad=True)
+    y = torch.randint(3, (36,), device="cuda")
+    upstream = torch.tensor(0.3, device="cuda", dtype=accumulation_dtype(x))
+
+    def step():
+        loss = bstriplet_loss(x, y, impl="native")
+        return torch.autograd.grad(loss, x, upstream, retain_graph=retain_graph)
+
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    device = torch.autograd.DeviceType.CUDA
+    launched = [event.name for event in profile.events() if event.device_type == device]
+    assert len(launched) == 2, launched
 
 
 @needs_gpu

@@ -1,0 +1,106 @@
+"""csrc/cuda.cu as the build compiles it, for GPUs that are not here: resources and machine code."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import runpy
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import setuptools
+
+ROOT = Path(__file__).parents[2]
+CHIPS = ("sm_80", "sm_90", "sm_100")
+KERNELS = 8  # four dtypes, in a cluster and plain
+STATIC_SHARED = 48 * 1024  # of a block, on every chip
+
+
+def disassembler() -> str | None:
+    """cuobjdump of the CUDA toolkit, else the one that Triton brings."""
+    triton = importlib.util.find_spec("triton")
+    folders = [
+        Path(p) / "backends/nvidia/bin"
+        for p in (triton and triton.submodule_search_locations) or ()
+    ]
+    return shutil.which("cuobjdump") or next(
+        (str(f / "cuobjdump") for f in folders if (f / "cuobjdump").is_file()), None
+    )
+
+
+@pytest.fixture(scope="module")
+def disassembly(tmp_path_factory):
+    """Runs cuobjdump with options on what nvcc makes of the kernel, with the flags of setup.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", lambda **_: None)
+        patch.setenv("BSTRIPLET_NATIVE", "0")
+        patch.chdir(ROOT)
+        build = runpy.run_path("setup.py")
+    nvcc, tool = build["nvcc"](), disassembler()
+    if nvcc is None or tool is None:
+        pytest.skip("needs nvcc and cuobjdump")
+    binary = tmp_path_factory.mktemp("cuda") / "cuda.fatbin"
+    source = ROOT / "csrc" / "cuda.cu"
+    subprocess.run([nvcc, *build["NVCC_FLAGS"], "-fatbin", source, "-o", binary], check=True)
+
+    def run(*options: str) -> str:
+        return subprocess.run(
+            [tool, *options, binary], capture_output=True, text=True, check=True
+        ).stdout
+
+    return run
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_no_kernel_spills_or_outgrows_shared_memory(disassembly, chip):
+    usage = disassembly("-arch", chip, "-res-usage")
+    found = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert len(found) == KERNELS
+    for registers, stack, shared, local in (map(int, kernel) for kernel in found):
+        assert stack == local == 0
+        assert registers <= 128  # of 512 threads, all that a multiprocessor has
+        assert shared <= STATIC_SHARED
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_each_chip_has_both_forms(disassembly, chip):
+    """A chip that runs the code of another may have clusters or not; what cannot run must trap."""
+    code = functions(disassembly("-arch", chip, "-sass"))
+    assert len(code) == KERNELS
+    for name, instructions in code.items():
+        works = any(" FFMA" in line or " DFMA" in line for line in instructions)
+        assert works == (chip != "sm_80" or not is_clustered(name))
+        assert works or any(" BPT.TRAP" in line for line in instructions)
+
+
+def test_the_remote_loads_of_a_sum_are_under_way_together(disassembly):
+    """Eight blocks' parts of an element are asked for before the first of them is added."""
+    code = functions(disassembly("-arch", "sm_90", "-sass"))
+    clustered = [lines for name, lines in code.items() if is_clustered(name)]
+    assert len(clustered) == KERNELS // 2
+    for lines in clustered:
+        between = lines[index(lines, "UCGABAR_WAIT") : index(lines, "UCGABAR_ARV", last=True)]
+        steps = re.findall(r" (LD\.E|[FD]ADD)\b", "\n".join(between))
+        assert steps == ["LD.E"] * 8 + steps[8:]
+        assert steps[8:] in (["FADD"] * 7, ["DADD"] * 7)
+
+
+def is_clustered(name: str) -> bool:
+    return "Lb1E" in name
+
+
+def functions(sass: str) -> dict[str, list[str]]:
+    """The instructions of each kernel by its mangled name."""
+    _, *parts = re.split(r"Function : (\S+)\n", sass)
+    return {
+        name: re.findall(r"^\s+/\*[0-9a-f]{4,}\*/(.*);", body, re.MULTILINE)
+        for name, body in zip(parts[::2], parts[1::2], strict=True)
+    }
+
+
+def index(lines: list[str], instruction: str, last: bool = False) -> int:
+    """Where an instruction comes first, or last."""
+    found = [k for k, line in enumerate(lines) if instruction in line]
+    return found[-1 if last else 0]
