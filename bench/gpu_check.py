@@ -4,7 +4,7 @@ Every path that runs there, against the reference in float64 on fresh inputs; th
 no synchronisation; CUDA graph capture; kernels launched; another device than the current one;
 `torch.compile`. One line for each check. What fails is collected, and the rest goes on; an error
 that leaves CUDA unusable ends the process, since all that came after would fail with it. Exit
-status 0 where all hold, 1 where one fails, 2 where CUDA was lost.
+status 0 where all hold, 1 where one fails, 2 where CUDA was lost, 130 where it was interrupted.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ WIDE = (1024, 2048)  # where S goes through torch.mm in panels
 KERNELS = {"forward": 2, "backward": 1}  # at most, at N_b = 36 and D = 1280, in one launch
 _SMALL = ("native", "triton")  # the paths that serve that batch in one launch
 _SHOWN = 5  # failures of one check that are printed in full
-HELD, FAILED, LOST = 0, 1, 2
+HELD, FAILED, LOST, INTERRUPTED = 0, 1, 2, 130
 
 
 class Subject(NamedTuple):
@@ -74,6 +74,11 @@ class Tally:
         self.cases += 1
         try:
             yield
+        except KeyboardInterrupt:
+            failures = "".join(f"\n    {failure[:600]}" for failure in self.failures[:_SHOWN])
+            raise KeyboardInterrupt(
+                f"stopped in case {self.cases}, {len(self.failures)} before it failed{failures}"
+            ) from None
         except Exception as error:
             if _cuda_is_lost():
                 raise
@@ -338,6 +343,9 @@ def main(arguments: list[str] | None = None) -> int:
             failed += 1
             is_told = isinstance(error, AssertionError)
             verdict = f"FAILED: {error if is_told else traceback.format_exc()}"
+        except KeyboardInterrupt as stop:
+            print(f"{impl:<8} {name:<8} {stop} ({time.monotonic() - start:.1f} s)", flush=True)
+            return INTERRUPTED
         print(f"{impl:<8} {name:<8} {verdict} ({time.monotonic() - start:.1f} s)", flush=True)
         if _cuda_is_lost():
             print("CUDA is lost; what comes after is not tried", flush=True)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 _GRACE_S = 3.0  # between being asked to end and being killed
-_ARCHIVE_S = 2.0  # kept for what comes after the last step
+_ARCHIVE_S = 4.0  # kept for what comes after the last step
 _LEAST_S = 5.0  # a step for which less is left is not begun
 _MOST_FAILURES = 100  # an exit status has eight bits
 DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -192,7 +192,7 @@ class Process:
 
     def __init__(self, command: Command, log: Log) -> None:
         self.label, self._log = command.label, log
-        self._begin = self._last = time.monotonic()
+        self._begin, self._ended = time.monotonic(), 0.0
         self._process = subprocess.Popen(
             command.arguments,
             stdout=subprocess.PIPE,
@@ -206,25 +206,27 @@ class Process:
         self._reader.start()
 
     def wait(self, until: float) -> tuple[str, float]:
-        """How it failed, "" where it did well, and its seconds; ended where it takes longer."""
-        failure = ""
+        """How it failed, "" where it did well, and its seconds; `until` it is given, no longer."""
         try:
             code = self._process.wait(max(0.0, until - time.monotonic()))
             failure = f"exit status {code}" if code else ""
+            self._reader.join(1.0)
         except subprocess.TimeoutExpired:
             failure = "out of time"
-        self.end()
-        self._reader.join(_GRACE_S)
-        return failure, self._last - self._begin
+        return failure, (self._ended or time.monotonic()) - self._begin
 
-    def end(self) -> None:
-        """Ask the process and its own to end, then kill what is left of them."""
+    def ask_to_end(self) -> None:
+        """As Ctrl-C does: rows are kept, processes of its own end with it."""
         if self._process.poll() is None:
             self._signal(signal.SIGINT)
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(_GRACE_S)
+
+    def end(self, until: float) -> None:
+        """Kill what then is left of it and of its own; its last lines are in the log."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(max(0.0, until - time.monotonic()))
         self._signal(signal.SIGKILL)
         self._process.wait()
+        self._reader.join(1.0)
 
     def _signal(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError):
@@ -234,7 +236,7 @@ class Process:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self._log.say(f"[{self.label}] {line.rstrip()}")
-        self._last = time.monotonic()
+        self._ended = time.monotonic()
 
 
 def run_step(step: Step, left_s: float, log: Log) -> list[Outcome]:
@@ -257,11 +259,15 @@ def run_step(step: Step, left_s: float, log: Log) -> list[Outcome]:
                 found.append(Outcome(step.name, command.label, str(error), 0.0))
         for process in running:
             failure, seconds = process.wait(begin + limit)
-            log.say(f"[{process.label}] {failure or 'done'}, {seconds:.1f} s")
             found.append(Outcome(step.name, process.label, failure, seconds))
     finally:
         for process in running:
-            process.end()
+            process.ask_to_end()
+        end = time.monotonic() + _GRACE_S
+        for process in running:
+            process.end(end)
+    for outcome in found:
+        log.say(f"[{outcome.label}] {outcome.failure or 'done'}, {outcome.seconds:.1f} s")
     log.say(f"== {step.name}: {time.monotonic() - begin:.0f} s")
     return found
 

@@ -85,6 +85,21 @@ def test_what_fails_is_collected_and_the_rest_goes_on(monkeypatch, capsys):
     assert "FAILED: 2 of 4 cases" in out  # the same bits: NaN is not equal to itself
 
 
+def test_what_is_cut_short_tells_how_far_it_came(monkeypatch, capsys):
+    outcomes = iter((ValueError("a kernel"), ValueError("another"), KeyboardInterrupt()))
+
+    def evaluate(*_, **__):
+        raise next(outcomes)
+
+    monkeypatch.setattr(gpu_check, "evaluate", evaluate)
+    options = ["--device", "cpu", "--impl", "gram", "--check", "exact", "bits"]
+    assert gpu_check.main(options) == gpu_check.INTERRUPTED
+    out = capsys.readouterr().out
+    assert "stopped in case 3, 2 before it failed" in out
+    assert "ValueError: another" in out
+    assert "bits" not in out
+
+
 def test_a_path_that_takes_nothing_has_not_passed(monkeypatch):
     nowhere = SimpleNamespace(missing=lambda: None, refuses=lambda *_: "not here")
     monkeypatch.setitem(gpu_check.PATHS, "gram", nowhere)
