@@ -8,7 +8,7 @@ set -u
 cd "$(dirname "$0")/.."
 call=${1:?first or second} folder=${2:-runs/gpu}
 PYTHON=${PYTHON:-python3} DEVICE=${DEVICE:-cuda}
-export PYTHONPATH=".:python${PYTHONPATH:+:$PYTHONPATH}" CUBLAS_WORKSPACE_CONFIG=:4096:8
+export PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}" CUBLAS_WORKSPACE_CONFIG=:4096:8
 [ "$DEVICE" = cpu ] && export TRITON_INTERPRET=1
 
 # Every row names the commit, and what differs from it: in a copy without .git, the files themselves.
@@ -27,12 +27,13 @@ command -v nvidia-smi > /dev/null && nvidia-smi --query-gpu=name,driver_version 
 
 if compgen -G 'build/wheels/*.whl' > /dev/null; then
     "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --upgrade \
-        --target build/brought build/wheels/*.whl && export PYTHONPATH="$PYTHONPATH:build/brought"
+        --target build/brought build/wheels/*.whl && export PYTHONPATH="$PYTHONPATH:$PWD/build/brought"
 fi
 # Libraries are no part of the sources. Built apart from pyproject.toml, which an old setuptools
 # cannot read.
-if [ "$DEVICE" = cuda ] && ! compgen -G 'bstriplet_kernels/_native_cuda.*' > /dev/null; then
-    echo "no native library was brought: building it"
+libraries=(bstriplet_kernels/_native.*so bstriplet_kernels/_native_cuda.*so)
+if [ "$DEVICE" = cuda ] && ! ls "${libraries[@]}" > /dev/null 2>&1; then
+    echo "not both native libraries were brought: building them"
     mkdir -p build/apart/bstriplet_kernels && cp -r csrc setup.py build/apart/ &&
         (cd build/apart && timeout 120 "$PYTHON" setup.py -q build_ext --inplace) &&
         cp build/apart/bstriplet_kernels/_native* bstriplet_kernels/

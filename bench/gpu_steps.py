@@ -27,9 +27,16 @@ _ARCHIVE_S = 2.0  # kept for what comes after the last step
 _LEAST_S = 5.0  # a step for which less is left is not begun
 _MOST_FAILURES = 100  # an exit status has eight bits
 DTYPES = ("float32", "float64", "float16", "bfloat16")
-_SANITIZER = (
-    "compute-sanitizer --error-exitcode 1 --kernel-regex kns=batch_similarity_kernel --tool"
-)
+_SANITIZER = "compute-sanitizer --error-exitcode 1 --report-api-errors no"  # torch probes the API
+KERNELS = {
+    "native": ("batch_similarity_kernel",),
+    "triton": (
+        "loss_and_gradient", "inverse_norms", "row_sums", "finish_rows", "tile_gradient",
+        "panel_sums", "panel_weights",
+    ),
+}  # fmt: skip
+"""What a sanitizer looks at: a path's own kernels, by a part of their names."""
+_UNCACHED = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1")  # each tensor then ends at its last byte
 TESTS = (
     "tests/kernels/test_triton.py",
     "tests/kernels/test_native.py::test_cuda_agrees_with_the_reference",
@@ -71,7 +78,7 @@ def first(python: str, device: str, results: Path) -> tuple[Step, ...]:
     rest = ("bits", "waits", "capture", "launches", "device") if device == "cuda" else ("bits",)
     run = _runs(python, device, results)
     return (
-        Step("the card", 12, 30, (_module(python, "bstriplet_kernels"), _ceilings(python, device))),
+        Step("the card", 12, 60, (_module(python, "bstriplet_kernels"), _ceilings(python, device))),
         Step("native is right", 15, 40, (*_exact(check, "native"), check("native", *rest))),
         Step("native is fast", 15, 30, (run(25, "small"),)),
         Step(
@@ -155,10 +162,11 @@ def _sanitized(python: str, device: str, impl: str) -> tuple[Command, ...]:
     if device != "cuda":
         return ()
     check = _checks(python, device)(impl, "exact", dtype="float32")
-    tools = ("racecheck", "memcheck")
+    of_path = tuple(o for name in KERNELS[impl] for o in ("--kernel-name", f"kns={name}"))
+    sanitizer = (*_SANITIZER.split(), *of_path, "--tool")
     return tuple(
-        Command(tool, (*_SANITIZER.split(), tool, *check.arguments, "--quick"), "compute-sanitizer")
-        for tool in tools
+        Command(tool, (*prefix, *sanitizer, tool, *check.arguments, "--quick"), "compute-sanitizer")
+        for tool, prefix in (("racecheck", ()), ("memcheck", _UNCACHED))
     )
 
 
@@ -205,26 +213,28 @@ class Process:
         self._reader = threading.Thread(target=self._relay, daemon=True)
         self._reader.start()
 
-    def wait(self, until: float) -> tuple[str, float]:
-        """How it failed, "" where it did well, and its seconds; ended where it takes longer."""
-        failure = ""
-        try:
-            code = self._process.wait(max(0.0, until - time.monotonic()))
-            failure = f"exit status {code}" if code else ""
-        except subprocess.TimeoutExpired:
-            failure = "out of time"
-        self.end()
-        self._reader.join(_GRACE_S)
-        return failure, self._last - self._begin
+    def ends(self, until: float) -> bool:
+        """Whether it has ended by then."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(max(0.0, until - time.monotonic()))
+        return self._process.returncode is not None
 
-    def end(self) -> None:
-        """Ask the process and its own to end, then kill what is left of them."""
+    def ask(self) -> None:
+        """Ask the process and its own to end."""
         if self._process.poll() is None:
             self._signal(signal.SIGINT)
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(_GRACE_S)
+
+    def result(self) -> tuple[str, float]:
+        """How it failed, "" where it did well, and its seconds; what is left of it is killed."""
+        code = self._process.returncode
+        self.kill()
+        self._reader.join(_GRACE_S)
+        return f"exit status {code}" if code else "", self._last - self._begin
+
+    def kill(self) -> None:
+        """Kill what is left. Not waited for long: a driver may hold a process that hung a GPU."""
         self._signal(signal.SIGKILL)
-        self._process.wait()
+        self.ends(time.monotonic() + _GRACE_S)
 
     def _signal(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError):
@@ -244,8 +254,15 @@ def run_step(step: Step, left_s: float, log: Log) -> list[Outcome]:
         log.say(f"== {step.name}: not begun, {max(0.0, left_s):.0f} s are left")
         return [Outcome(step.name, c.label, "not begun", 0.0) for c in step.commands]
     log.say(f"== {step.name}: {step.expected_s:.0f} s expected, {limit:.0f} s at most")
-    begin, found = time.monotonic(), []
+    begin, found = time.monotonic(), list[Outcome]()
     running: list[Process] = []
+
+    def tell(process: Process, late: bool) -> None:
+        failure, seconds = process.result()
+        failure = "out of time" if late else failure
+        log.say(f"[{process.label}] {failure or 'done'}, {seconds:.1f} s")
+        found.append(Outcome(step.name, process.label, failure, seconds))
+
     try:
         for command in step.commands:
             if command.needs and shutil.which(command.needs) is None:
@@ -255,13 +272,20 @@ def run_step(step: Step, left_s: float, log: Log) -> list[Outcome]:
                 running.append(Process(command, log))
             except OSError as error:
                 found.append(Outcome(step.name, command.label, str(error), 0.0))
+        late = []
         for process in running:
-            failure, seconds = process.wait(begin + limit)
-            log.say(f"[{process.label}] {failure or 'done'}, {seconds:.1f} s")
-            found.append(Outcome(step.name, process.label, failure, seconds))
+            if process.ends(begin + limit):
+                tell(process, late=False)
+            else:
+                late.append(process)
+        for process in late:  # all at once, so that they share one grace
+            process.ask()
+        for process in late:
+            process.ends(begin + limit + _GRACE_S)
+            tell(process, late=True)
     finally:
         for process in running:
-            process.end()
+            process.kill()
     log.say(f"== {step.name}: {time.monotonic() - begin:.0f} s")
     return found
 
