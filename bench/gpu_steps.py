@@ -9,6 +9,7 @@ Imports neither torch nor this package: it must run where they do not.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import shutil
 import signal
@@ -17,19 +18,31 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
+_ROOT = Path(__file__).resolve().parent.parent
+_PACKAGE = _ROOT / "bstriplet_kernels"
 _GRACE_S = 3.0  # between being asked to end and being killed
 _ARCHIVE_S = 4.0  # kept for what comes after the last step
 _LEAST_S = 5.0  # a step for which less is left is not begun
 _MOST_FAILURES = 100  # an exit status has eight bits
 DTYPES = ("float32", "float64", "float16", "bfloat16")
-_SANITIZER = (
-    "compute-sanitizer --error-exitcode 1 --kernel-regex kns=batch_similarity_kernel --tool"
-)
+_SANITIZER = "compute-sanitizer --error-exitcode 1 --report-api-errors no"  # torch probes the API
+KERNELS = {
+    "native": ("batch_similarity_kernel",),
+    "triton": (
+        "loss_and_gradient", "inverse_norms", "row_sums", "finish_rows", "tile_gradient",
+        "panel_sums", "panel_weights",
+    ),
+}  # fmt: skip
+"""What a sanitizer looks at: a path's own kernels, by a part of their names."""
+_UNCACHED = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1")  # each tensor then ends at its last byte
+_FEW_THREADS = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+"""For commands side by side; a suite of timings runs alone, with what its rows say."""
+INCOMPLETE = 124  # what bench.run returns where its limit left cases out
 TESTS = (
     "tests/kernels/test_triton.py",
     "tests/kernels/test_native.py::test_cuda_agrees_with_the_reference",
@@ -37,6 +50,14 @@ TESTS = (
     "tests/kernels/test_native.py::test_cuda_refuses_what_is_beyond_one_launch",
 )
 LEFT_OUT = ("tests/kernels/test_triton.py::test_in_the_interpreter",)
+
+
+# Apart from pyproject.toml, which an old setuptools cannot read.
+_BUILD = """
+cd "$1" && mkdir -p build/apart/bstriplet_kernels && cp -r csrc setup.py build/apart &&
+cd build/apart && "$0" setup.py -q build_ext --inplace &&
+cp bstriplet_kernels/_native* "$1/bstriplet_kernels"
+"""
 
 
 class Command(NamedTuple):
@@ -71,9 +92,18 @@ def first(python: str, device: str, results: Path) -> tuple[Step, ...]:
     rest = ("bits", "waits", "capture", "launches", "device") if device == "cuda" else ("bits",)
     run = _runs(python, device, results)
     return (
-        Step("the card", 12, 30, (_module(python, "bstriplet_kernels"), _ceilings(python, device))),
-        Step("native is right", 15, 40, (*_exact(check, "native"), check("native", *rest))),
-        Step("native is fast", 15, 30, (run(25, "small"),)),
+        *_brought(python, device),
+        Step("the card", 12, 60, (_module(python, "bench.machine", device, label="ceilings"),)),
+        Step(
+            "native is right",
+            15,
+            45,
+            (
+                *_exact(check, "native"), check("native", *rest),
+                _module(python, "bstriplet_kernels", label="doctor"),
+            ),
+        ),
+        Step("native is fast", 15, 35, (run(25, "small"),)),
         Step(
             "Triton and moments are right",
             45,
@@ -84,7 +114,7 @@ def first(python: str, device: str, results: Path) -> tuple[Step, ...]:
                 *_sanitized(python, device, "native"),
             ),
         ),
-        Step("eight cases", 75, 90, (run(85, "first"),)),
+        Step("eight cases", 75, 95, (run(85, "first"),)),
     )  # fmt: skip
 
 
@@ -94,9 +124,10 @@ def second(python: str, device: str, results: Path) -> tuple[Step, ...]:
     run = _runs(python, device, results)
     impls = ("native", "triton", "gram")
     return (
+        *_brought(python, device),
         Step(
             "what was mended is right",
-            40,
+            45,
             60,
             (
                 *(check(impl, "exact", dtype=dtype) for impl in impls for dtype in DTYPES[::3]),
@@ -105,10 +136,10 @@ def second(python: str, device: str, results: Path) -> tuple[Step, ...]:
                 _tests(python),
             ),
         ),
-        Step("targets", 55, 65, (run(60, "targets"),)),
-        Step("crossover", 90, 100, (run(95, "crossover"),)),
-        Step("sweep", 70, 80, (run(75, "sweep"),)),
-        Step("compiled forms", 25, 60, (run(55, "--missing", "targets", "paper"),)),
+        Step("targets", 55, 70, (run(60, "targets"),)),
+        Step("crossover", 90, 105, (run(95, "crossover"),)),
+        Step("sweep", 65, 80, (run(70, "sweep"),)),
+        Step("compiled forms", 25, 60, (run(50, "--missing", "targets", "paper"),)),
     )
 
 
@@ -123,8 +154,19 @@ def _module(python: str, name: str, *arguments: str, label: str = "") -> Command
     return Command(label or name.split(".")[-1], (python, "-m", name, *arguments))
 
 
-def _ceilings(python: str, device: str) -> Command:
-    return _module(python, "bench.machine", device, label="ceilings")
+def _brought(python: str, device: str) -> tuple[Step, ...]:
+    """Installs the wheels that were brought, and builds the libraries that were not."""
+    commands = []
+    if wheels := sorted(map(str, (_ROOT / "build/wheels").glob("*.whl"))):
+        options = ("-q", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target")
+        target = str(_ROOT / "build/brought")
+        install = _module(python, "pip", "install", *options, target, *wheels, label="wheels")
+        commands.append(install)
+    libraries = [list(_PACKAGE.glob(f"{name}.*so")) for name in ("_native", "_native_cuda")]
+    if device == "cuda" and not all(libraries):
+        build = ("bash", "-c", _BUILD, python, str(_ROOT))
+        commands.append(Command("native libraries", build))
+    return (Step("what was brought", 60, 120, tuple(commands)),) if commands else ()
 
 
 def _checks(python: str, device: str) -> Callable[..., Command]:
@@ -155,25 +197,26 @@ def _sanitized(python: str, device: str, impl: str) -> tuple[Command, ...]:
     if device != "cuda":
         return ()
     check = _checks(python, device)(impl, "exact", dtype="float32")
-    tools = ("racecheck", "memcheck")
+    of_path = tuple(o for name in KERNELS[impl] for o in ("--kernel-name", f"kns={name}"))
+    sanitizer = (*_SANITIZER.split(), *of_path, "--tool")
     return tuple(
-        Command(tool, (*_SANITIZER.split(), tool, *check.arguments, "--quick"), "compute-sanitizer")
-        for tool in tools
+        Command(tool, (*prefix, *sanitizer, tool, *check.arguments, "--quick"), "compute-sanitizer")
+        for tool, prefix in (("racecheck", ()), ("memcheck", _UNCACHED))
     )
 
 
 def _tests(python: str) -> Command:
     """Those of the GPU's kernels, but for one whose interpreter needs an older numpy there."""
-    options = ("-q", "-n", "8", *TESTS, *(o for name in LEFT_OUT for o in ("--deselect", name)))
+    options = ("-q", "-n", "4", *TESTS, *(o for name in LEFT_OUT for o in ("--deselect", name)))
     return _module(python, "pytest", *options, label="tests")
 
 
 class Log:
     """What is printed, here and in a file, line by line."""
 
-    def __init__(self, file: IO[str], spent_s: float) -> None:
+    def __init__(self, file: IO[str]) -> None:
         self._file, self._lock = file, threading.Lock()
-        self._start = time.monotonic() - spent_s
+        self._start = time.monotonic()
 
     def seconds(self) -> float:
         """Since the call began."""
@@ -190,7 +233,7 @@ class Log:
 class Process:
     """A command at work: its lines go to the log as they come."""
 
-    def __init__(self, command: Command, log: Log) -> None:
+    def __init__(self, command: Command, log: Log, is_alone: bool) -> None:
         self.label, self._log = command.label, log
         self._begin, self._ended = time.monotonic(), 0.0
         self._process = subprocess.Popen(
@@ -200,33 +243,33 @@ class Process:
             text=True,
             errors="replace",
             start_new_session=True,  # so that its own processes end with it
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | ({} if is_alone else _FEW_THREADS),
         )
         self._reader = threading.Thread(target=self._relay, daemon=True)
         self._reader.start()
 
-    def wait(self, until: float) -> tuple[str, float]:
-        """How it failed, "" where it did well, and its seconds; `until` it is given, no longer."""
-        try:
-            code = self._process.wait(max(0.0, until - time.monotonic()))
-            failure = f"exit status {code}" if code else ""
-            self._reader.join(1.0)
-        except subprocess.TimeoutExpired:
-            failure = "out of time"
-        return failure, (self._ended or time.monotonic()) - self._begin
+    def ends(self, until: float) -> bool:
+        """Whether it has ended by then."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(max(0.0, until - time.monotonic()))
+        return self._process.returncode is not None
 
-    def ask_to_end(self) -> None:
-        """As Ctrl-C does: rows are kept, processes of its own end with it."""
+    def ask(self) -> None:
+        """Ask the process and its own to end, as Ctrl-C does: what is complete is kept."""
         if self._process.poll() is None:
             self._signal(signal.SIGINT)
 
-    def end(self, until: float) -> None:
-        """Kill what then is left of it and of its own; its last lines are in the log."""
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(max(0.0, until - time.monotonic()))
+    def result(self) -> tuple[int | None, float]:
+        """Its exit status, None where it had none yet, and its seconds; the rest is killed."""
+        code = self._process.returncode
+        self.kill()
+        self._reader.join(_GRACE_S)
+        return code, (self._ended or time.monotonic()) - self._begin
+
+    def kill(self) -> None:
+        """Kill what is left. Not waited for long: a driver may hold a process that hung a GPU."""
         self._signal(signal.SIGKILL)
-        self._process.wait()
-        self._reader.join(1.0)
+        self.ends(time.monotonic() + _GRACE_S)
 
     def _signal(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError):
@@ -246,50 +289,78 @@ def run_step(step: Step, left_s: float, log: Log) -> list[Outcome]:
         log.say(f"== {step.name}: not begun, {max(0.0, left_s):.0f} s are left")
         return [Outcome(step.name, c.label, "not begun", 0.0) for c in step.commands]
     log.say(f"== {step.name}: {step.expected_s:.0f} s expected, {limit:.0f} s at most")
-    begin, found = time.monotonic(), []
+    begin, found = time.monotonic(), list[Outcome]()
     running: list[Process] = []
+
+    def tell(process: Process, is_late: bool) -> None:
+        code, seconds = process.result()
+        failure = "out of time" if is_late else f"exit status {code}" if code else ""
+        if code == INCOMPLETE:
+            log.say(f"[{process.label}] not complete, {seconds:.1f} s")
+            failure = ""
+        else:
+            log.say(f"[{process.label}] {failure or 'done'}, {seconds:.1f} s")
+        found.append(Outcome(step.name, process.label, failure, seconds))
+
     try:
         for command in step.commands:
             if command.needs and shutil.which(command.needs) is None:
                 log.say(f"[{command.label}] left out: no {command.needs} here")
                 continue
             try:
-                running.append(Process(command, log))
+                running.append(Process(command, log, is_alone=len(step.commands) == 1))
             except OSError as error:
                 found.append(Outcome(step.name, command.label, str(error), 0.0))
+        late = []
         for process in running:
-            failure, seconds = process.wait(begin + limit)
-            found.append(Outcome(step.name, process.label, failure, seconds))
+            if process.ends(begin + limit):
+                tell(process, is_late=False)
+            else:
+                late.append(process)
+        for process in late:  # all at once, so that they share one grace
+            process.ask()
+        for process in late:
+            process.ends(begin + limit + _GRACE_S)
+            tell(process, is_late=True)
     finally:
         for process in running:
-            process.ask_to_end()
-        end = time.monotonic() + _GRACE_S
-        for process in running:
-            process.end(end)
-    for outcome in found:
-        log.say(f"[{outcome.label}] {outcome.failure or 'done'}, {outcome.seconds:.1f} s")
+            process.kill()
     log.say(f"== {step.name}: {time.monotonic() - begin:.0f} s")
     return found
 
 
+def surroundings() -> Iterator[str]:
+    """When this is, which commit, which card, which libraries: what rows and log are of."""
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    yield f"{now} commit {os.environ.get('BENCH_COMMIT', 'unknown')}"
+    if shutil.which("nvidia-smi"):
+        query = "--query-gpu=name,driver_version,memory.total"
+        asked = subprocess.run(
+            ("nvidia-smi", query, "--format=csv,noheader"), capture_output=True, text=True
+        )
+        yield (asked.stdout or asked.stderr).strip()
+    for library in sorted(_PACKAGE.glob("_native*.so")):
+        yield f"{library.name} {hashlib.sha1(library.read_bytes()).hexdigest()[:10]}"
+
+
 def archive(folder: Path, target: Path) -> None:
-    """All files of a folder but the archive itself, whole or not at all."""
+    """All files of a folder but archives, whole or not at all."""
     draft = target.with_suffix(".part")
     with tarfile.open(draft, "w:gz") as tar:
         for path in sorted(folder.rglob("*")):
-            if path.is_file() and path not in (draft, target):
+            if path.is_file() and path != draft and not path.name.endswith(".tar.gz"):
                 tar.add(path, path.relative_to(folder))
     draft.replace(target)
 
 
-def run_steps(
-    name: str, steps: Sequence[Step], limit_s: float, folder: Path, spent_s: float = 0.0
-) -> list[Outcome]:
+def run_steps(name: str, steps: Sequence[Step], limit_s: float, folder: Path) -> list[Outcome]:
     """Every step in its turn; leaves NAME.log and NAME.tar.gz in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
     with (folder / f"{name}.log").open("w") as file:
-        log = Log(file, spent_s)
+        log = Log(file)
+        for line in surroundings():
+            log.say(line)
         for step in steps:
             outcomes += run_step(step, limit_s - _ARCHIVE_S - log.seconds(), log)
             archive(folder, folder / f"{name}.tar.gz")
@@ -310,13 +381,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="for the log, the results and one archive of all")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses")
     parser.add_argument("--limit", type=float, help="seconds in all, in place of the call's own")
-    parser.add_argument("--spent", type=float, default=0.0, help="seconds of it that are gone")
     options = parser.parse_args(arguments)
     limit_s, steps_of = CALLS[options.call]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     steps = steps_of(sys.executable, options.device, options.folder / "results")
-    limit_s = options.limit or limit_s
-    outcomes = run_steps(options.call, steps, limit_s, options.folder, options.spent)
+    outcomes = run_steps(options.call, steps, options.limit or limit_s, options.folder)
     return min(_MOST_FAILURES, sum(bool(outcome.failure) for outcome in outcomes))
 
 

@@ -37,7 +37,9 @@ from .providers import (
 from .table import EAGER, GRAPH, OK, Row
 
 OUT_OF_MEMORY = "out of memory"
-_NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "bad_alloc")  # torch, csrc/, C++
+_NO_MEMORY = (  # torch, csrc/, C++, CUDA outside torch's allocator
+    "can't allocate memory", "cannot allocate memory", "bad_alloc", "out of memory"
+)  # fmt: skip
 COMPILE_LIMIT_S = 300.0
 _FREE_CALL_S = 0.5
 _MOST_UNRETURNED = 1 << 30
@@ -127,10 +129,12 @@ def measure(job: Job, tell: Callable[[Starting], None]) -> list[Row]:
                 reason = _examine(candidate, problem, gate, flops, job.budget.limit_s, tell)
             except Exception as error:
                 reason = _failure(error)
-                if reason == OUT_OF_MEMORY and unreturned_memory() > _MOST_UNRETURNED:
+                if reason == OUT_OF_MEMORY and _is_spent(job.case.device):
                     raise SpentProcess from error
                 if not _is_usable(job.case.device):
                     raise LostProcess(name, reason) from error
+        if reason == OUT_OF_MEMORY and job.case.device == "cuda":
+            torch.cuda.empty_cache()  # what is no tensor cannot take it from torch's allocator
         candidate.row = replace(candidate.row, status=reason or OK)
     _time(candidates, problem, job, tell)
     return [row for candidate in candidates for row in _rows(candidate)]
@@ -241,6 +245,14 @@ def _time(
             raise LostProcess(error.name, _failure(cause), lost_mode) from cause
         for name in turns:
             passed[name].outcomes[mode] = _quantiles(samples[name] or [passed[name].call_s])
+
+
+def _is_spent(device: str) -> bool:
+    """Whether memory that ran out stays out of reach of what comes next in this process.
+
+    On a GPU it does not, and what CUDA maps on the host says nothing of it.
+    """
+    return device == "cpu" and unreturned_memory() > _MOST_UNRETURNED
 
 
 def _is_usable(device: str) -> bool:

@@ -91,7 +91,7 @@ def _begun(path: Path, device: str) -> list[Row]:
     except ValueError:  # of other columns
         rows = []
     same = all((row.device, row.commit, row.versions) == here for row in rows)
-    if not rows or not same or commit == "unknown" or commit.endswith("+"):
+    if not rows or not same or commit.endswith("+"):
         print(f"{path}: not of this device, commit and versions for certain: begun again")
         return []
     print(f"{path}: {len(rows)} rows kept")

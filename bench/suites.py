@@ -43,6 +43,7 @@ _LINEAR = (EMPTY, MOMENT_PRODUCTS, ROW_MOVES, "gram", "auto")  # the others woul
 _BUDGET = Budget()
 _GPU_SPEEDUP = 4  # a GPU's clock scatters less, and each provider is measured in two modes
 _GPU_MOST_S = 0.5
+_GPU_LIMIT_S = 30.0  # of a first call with its compilation: a kernel that hangs costs no more
 _GPU_TURN_S = 25e-3  # beside which two synchronisations, about 20 us, do not count
 _BOTH = (FORWARD, FORWARD_BACKWARD)
 
@@ -137,7 +138,8 @@ def _on(device: str, part: Part) -> Part:
 
 def _quicker(budget: Budget) -> Budget:
     seconds = min(_GPU_MOST_S, budget.seconds / _GPU_SPEEDUP)
-    return replace(budget, seconds=seconds, turn_s=_GPU_TURN_S)
+    limit_s = min(_GPU_LIMIT_S, budget.limit_s)
+    return replace(budget, seconds=seconds, limit_s=limit_s, turn_s=_GPU_TURN_S)
 
 
 def _smoke() -> tuple[Part, ...]:

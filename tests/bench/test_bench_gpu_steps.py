@@ -1,6 +1,7 @@
 """`bench/gpu.sh` and its steps: caps, failures, log and archive, without a GPU."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ def python(label, code, needs=""):
     return Command(label, (sys.executable, "-c", code), needs)
 
 
-def test_what_fails_is_counted_and_the_next_step_runs(tmp_path, capsys):
+def test_what_fails_is_counted_and_the_next_step_runs(tmp_path, capsys, monkeypatch):
     steps = (
         Step("one", 1, 20, (
             python("bad", "print('half a result'); raise SystemExit(3)"),
@@ -30,12 +31,8 @@ def test_what_fails_is_counted_and_the_next_step_runs(tmp_path, capsys):
         )),
         Step("two", 1, 20, (python("after", "print('still here')"),)),
     )  # fmt: skip
-    here = Path.cwd()
-    os.chdir(tmp_path)
-    try:
-        outcomes = run_steps("first", steps, 60.0, tmp_path)
-    finally:
-        os.chdir(here)
+    monkeypatch.chdir(tmp_path)
+    outcomes = run_steps("first", steps, 60.0, tmp_path)
     failures = {o.label: o.failure for o in outcomes if o.failure}
     assert failures["bad"] == "exit status 3"
     assert "no/such/program" in failures["nowhere"]
@@ -83,9 +80,43 @@ def test_a_step_ends_at_its_cap_with_all_its_processes(tmp_path, monkeypatch, ca
         os.kill(child, 0)
 
 
+def test_all_that_are_late_share_one_grace(tmp_path, monkeypatch):
+    """A step of twelve processes would else end twelve times as late."""
+    done = []
+
+    class Watched(gpu_steps.Process):
+        def ask(self):
+            done.append("ask")
+            super().ask()
+
+        def result(self):
+            done.append("result")
+            return super().result()
+
+    monkeypatch.setattr(gpu_steps, "Process", Watched)
+    monkeypatch.setattr(gpu_steps, "_LEAST_S", 0.0)
+    late = (python(label, "import time; time.sleep(60)") for label in "abc")
+    outcomes = run_steps("first", (Step("slow", 0.1, 0.2, tuple(late)),), 60.0, tmp_path)
+    assert [o.failure for o in outcomes] == ["out of time"] * 3
+    assert done == ["ask"] * 3 + ["result"] * 3
+
+
+def test_sanitizers_look_at_the_kernels_of_the_path():
+    """A name that no kernel has would let every kernel pass unseen."""
+    sources = {"native": "csrc/cuda.cu", "triton": "bstriplet_kernels/paths/tiles.py"}
+    for impl, source in sources.items():
+        before = r"__global__ [^;{]*?" if impl == "native" else r"@triton\.jit[^\n]*\ndef "
+        found = re.findall(before + r"\b([a-z]\w+)\(", (ROOT / source).read_text())
+        assert set(gpu_steps.KERNELS[impl]) == {n for n in found if not n.startswith("__")}
+        for command in gpu_steps._sanitized("python", "cuda", impl):
+            given = [a for a in command.arguments if a.startswith("kns=")]
+            assert given == [f"kns={name}" for name in gpu_steps.KERNELS[impl]]
+
+
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize("call", CALLS)
-def test_every_command_is_one_that_its_module_takes(call, device, tmp_path):
+def test_every_command_is_one_that_its_module_takes(call, device, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_steps, "_brought", lambda *_: ())
     limit_s, steps_of = CALLS[call]
     steps = steps_of("python", device, tmp_path)
     assert sum(step.expected_s for step in steps) <= limit_s - 20
@@ -100,6 +131,43 @@ def test_every_command_is_one_that_its_module_takes(call, device, tmp_path):
             if module in parsed:
                 parsed[module](arguments)
     assert {"bench.gpu_check", "bench.run"} <= seen
+
+
+STUB = """#!/bin/sh
+test ! -e pyproject.toml && test -e csrc/rows.h || exit 1
+touch bstriplet_kernels/_native.abi3.so bstriplet_kernels/_native_cuda.abi3.so
+"""
+
+
+def test_what_was_not_brought_is_built_apart_from_pyproject(copy, monkeypatch, tmp_path):
+    """And the wheels that were brought are installed; on a processor nothing is missed."""
+    monkeypatch.setattr(gpu_steps, "_ROOT", copy)
+    monkeypatch.setattr(gpu_steps, "_PACKAGE", copy / "bstriplet_kernels")
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, copy / name)
+    stub = tmp_path / "python"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    assert gpu_steps._brought(str(stub), "cpu") == ()
+    (step,) = gpu_steps._brought(str(stub), "cuda")
+    (outcome,) = gpu_steps.run_step(step, 60.0, gpu_steps.Log((tmp_path / "log").open("w")))
+    assert outcome.failure == ""
+    assert gpu_steps._brought(str(stub), "cuda") == ()
+    (copy / "build/wheels").mkdir(parents=True)
+    (copy / "build/wheels/liger_kernel-0.8.0-py3-none-any.whl").touch()
+    ((install,),) = (step.commands for step in gpu_steps._brought("python", "cpu"))
+    assert install.arguments[:4] == ("python", "-m", "pip", "install")
+    assert install.arguments[-2].endswith("build/brought")
+    assert install.arguments[-1].endswith("liger_kernel-0.8.0-py3-none-any.whl")
+
+
+def test_cases_that_a_limit_left_out_are_no_failure(tmp_path, capsys):
+    code = f"raise SystemExit({run._OUT_OF_TIME})"
+    (outcome,) = run_steps(
+        "second", (Step("one", 1, 20, (python("suite", code),)),), 60.0, tmp_path
+    )
+    assert outcome.failure == ""
+    assert "[suite] not complete" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("test", [*gpu_steps.TESTS, *gpu_steps.LEFT_OUT])
@@ -134,8 +202,8 @@ def gpu_sh(folder, **variables):
 
 def test_a_copy_without_git_names_what_it_runs(copy):
     said = gpu_sh(copy, PYTHONPATH="/brought")
-    assert said.startswith("['first', 'out', '--device', 'cpu', '--spent', ")
-    assert " .:python:/brought files-" in said
+    path = f"{copy}:{copy}/python:/brought:{copy}/build/brought"
+    assert said.startswith(f"['first', 'out', '--device', 'cpu'] {path} files-")
     assert gpu_sh(copy).split()[-1] == said.split()[-1]
     (copy / "csrc/rows.h").write_text("// changed")
     assert gpu_sh(copy).split()[-1] != said.split()[-1]

@@ -205,6 +205,7 @@ def test_what_is_wrong_or_broken_gets_no_time(monkeypatch):
     with pytest.raises(measure.SpentProcess):
         measure.measure(Job("test", CASE, names, {}, QUICK), told.append)
     assert told[-1].provider == "hungry"
+    assert not measure._is_spent("cuda")
 
 
 @pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning")
