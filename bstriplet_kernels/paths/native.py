@@ -226,19 +226,22 @@ def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
     """S once, and once its weights times each side; a sweep over S for each.
 
     On CUDA half of S, all in shared memory: a launch for loss and gradient, and one in the backward
-    that multiplies the gradient by what comes from upstream (another casts it). Embeddings are
-    counted as read once, as by a cluster of blocks.
+    that multiplies the gradient by what comes from upstream and casts it. Embeddings are counted as
+    read once, as by a cluster of blocks.
     """
     d, pairs = work.d, work.n * work.columns
     if work.device != "cpu":
         scalar = work.reduction != "none"
-        # Without a scalar loss the hinge is torch's, and the backward launches the kernel anew.
+        # Without a scalar loss the hinge is torch's, and the backward launches the kernel anew;
+        # another launch casts.
         calls = 1 if scalar or not work.wants_gradient else 2
-        cast = work.gradient_bytes + work.cast_bytes if work.casts else 0
+        again = work.gradient_bytes + (work.cast_bytes or work.gradient_bytes)
         return Operations(
             (calls + 2 * work.wants_gradient) * pairs * d,
-            calls * work.embedding_bytes + (3 if scalar else 1) * work.gradient_bytes + cast,
-            (1 if scalar else 5) + work.wants_gradient * (1 + work.casts),
+            calls * work.embedding_bytes
+            + work.gradient_bytes
+            + (again if scalar or work.casts else 0),
+            (1 if scalar else 5) + work.wants_gradient * (1 if scalar else 1 + work.casts),
         )
     products = 1 if not work.wants_gradient else 2 if work.m is None else 3
     return Operations(

@@ -294,11 +294,13 @@ def test_what_the_native_kernel_does_on_a_gpu():
     counted = PATHS["native"].operations(plan.Work(n, None, d, torch.float32, device="cuda"), [n])
     assert counted[:3] == (3 * n * n * d, 4 * n * d * (1 + 3), 2)
     half = plan.Work(n, None, d, torch.bfloat16, device="cuda")
-    assert PATHS["native"].operations(half, [n])[1:3] == (n * d * (2 + 3 * 4 + 4 + 2), 3)
+    assert PATHS["native"].operations(half, [n])[1:3] == (n * d * (2 + 4 + 4 + 2), 2)
     forward = plan.Work(n, None, d, torch.float32, wants_gradient=False, device="cuda")
     assert PATHS["native"].operations(forward, [n])[:3] == (n * n * d, 4 * n * d, 1)
     rows = plan.Work(n, None, d, torch.float32, "none", device="cuda")
-    assert PATHS["native"].operations(rows, [n])[::2][:2] == (4 * n * n * d, 6)
+    assert PATHS["native"].operations(rows, [n])[:3] == (4 * n * n * d, 4 * n * d * (2 + 1), 6)
+    half_rows = rows._replace(dtype=torch.bfloat16)
+    assert PATHS["native"].operations(half_rows, [n])[1:3] == (n * d * (2 * 2 + 4 + 4 + 2), 7)
 
 
 def test_the_only_path_that_is_left(monkeypatch):
