@@ -36,6 +36,7 @@ _REINSTALL = (
 
 CUDA_ROWS = 64
 """The largest batch that the CUDA kernel, all in one launch, holds in shared memory."""
+_CUDA_CAPABILITY = 8  # the first that setup.py compiles for
 
 _OPERATORS = {
     "batch_similarity": (
@@ -147,7 +148,14 @@ def refuses(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str | Non
         return _MISSING_CUDA
     if ref_emb is not None or embeddings.shape[0] > CUDA_ROWS:
         return f"on CUDA the native operator takes at most {CUDA_ROWS} rows and no ref_emb"
+    # Where there is no GPU, a tensor on one is a fake of what another machine will run.
+    if torch.cuda.is_available() and _capability(embeddings.device) < _CUDA_CAPABILITY:
+        return f"its CUDA kernel needs compute capability {_CUDA_CAPABILITY}.0 or later"
     return None
+
+
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).major
 
 
 def instruction_set() -> str:

@@ -166,6 +166,10 @@ def test_the_rule_is_followed_on_a_gpu(monkeypatch):
     assert choose(36, 128, m=100) == choose(1 << 17, 128, m=100) == "triton"
     assert choose(36, 128, signed=True) == "native"
     assert choose(1 << 17, 128, signed=True) == "triton"
+    with monkeypatch.context() as older:
+        older.setattr(torch.cuda, "is_available", lambda: True)
+        older.setattr(native, "_capability", lambda device: 7)
+        assert choose(36, 128) == "triton"
     monkeypatch.setattr(native, "_MISSING_CUDA", "not built")
     assert choose(36, 128) == "triton"
     monkeypatch.setitem(PATHS, "triton", triton._replace(refuses=lambda *given: "too old"))
