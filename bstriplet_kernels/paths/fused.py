@@ -107,14 +107,16 @@ def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
         pairs = 2 * blocks.n * blocks.n
         depth = _tiles_of(d, blocks.d) * blocks.d
         gradient = slices * pairs * blocks.v if wants_gradient else 0
-        bytes_ = work.embedding_bytes + 3 * work.gradient_bytes  # written, read, scaled
+        scaled = work.cast_bytes or work.gradient_bytes  # one launch multiplies and casts
+        bytes_ = work.embedding_bytes + 2 * work.gradient_bytes + scaled
         flops, launches = slices * pairs * depth + gradient, 2 if wants_gradient else 1
         found = Operations(flops, bytes_, launches, SMALL)
     else:
         of = _panels_operations if by_panels(n, m, d, dtype) else _tiles_operations
         found = of(n, m, d, dtype, wants_gradient)
-    casts = (1 if m is None else 2) if wants_gradient and work.casts else 0
-    return found._replace(launches=0 if device == "cpu" else found.launches + casts)
+        casts = (1 if m is None else 2) if wants_gradient and work.casts else 0
+        found = found._replace(launches=found.launches + casts)
+    return found._replace(launches=0) if device == "cpu" else found
 
 
 def by_panels(n: int, m: int | None, d: int, dtype: torch.dtype) -> bool:

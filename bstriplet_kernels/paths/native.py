@@ -36,6 +36,7 @@ _REINSTALL = (
 
 CUDA_ROWS = 64
 """The largest batch that the CUDA kernel, all in one launch, holds in shared memory."""
+_CUDA_CAPABILITY = 8  # the first that setup.py compiles for
 
 _OPERATORS = {
     "batch_similarity": (
@@ -147,7 +148,14 @@ def refuses(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str | Non
         return _MISSING_CUDA
     if ref_emb is not None or embeddings.shape[0] > CUDA_ROWS:
         return f"on CUDA the native operator takes at most {CUDA_ROWS} rows and no ref_emb"
+    # Where there is no GPU, a tensor on one is a fake of what another machine will run.
+    if torch.cuda.is_available() and _capability(embeddings.device) < _CUDA_CAPABILITY:
+        return f"its CUDA kernel needs compute capability {_CUDA_CAPABILITY}.0 or later"
     return None
+
+
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).major
 
 
 def instruction_set() -> str:
@@ -226,19 +234,22 @@ def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
     """S once, and once its weights times each side; a sweep over S for each.
 
     On CUDA half of S, all in shared memory: a launch for loss and gradient, and one in the backward
-    that multiplies the gradient by what comes from upstream (another casts it). Embeddings are
-    counted as read once, as by a cluster of blocks.
+    that multiplies the gradient by what comes from upstream and casts it. Embeddings are counted as
+    read once, as by a cluster of blocks.
     """
     d, pairs = work.d, work.n * work.columns
     if work.device != "cpu":
         scalar = work.reduction != "none"
-        # Without a scalar loss the hinge is torch's, and the backward launches the kernel anew.
+        # Without a scalar loss the hinge is torch's, and the backward launches the kernel anew;
+        # another launch casts.
         calls = 1 if scalar or not work.wants_gradient else 2
-        cast = work.gradient_bytes + work.cast_bytes if work.casts else 0
+        again = work.gradient_bytes + (work.cast_bytes or work.gradient_bytes)
         return Operations(
             (calls + 2 * work.wants_gradient) * pairs * d,
-            calls * work.embedding_bytes + (3 if scalar else 1) * work.gradient_bytes + cast,
-            (1 if scalar else 5) + work.wants_gradient * (1 + work.casts),
+            calls * work.embedding_bytes
+            + work.gradient_bytes
+            + (again if scalar or work.casts else 0),
+            (1 if scalar else 5) + work.wants_gradient * (1 if scalar else 1 + work.casts),
         )
     products = 1 if not work.wants_gradient else 2 if work.m is None else 3
     return Operations(

@@ -214,6 +214,34 @@ def test_what_is_not_finite_is_not_hidden(library, device, bad):
     assert grad[2].isnan().all()
 
 
+@pytest.mark.parametrize(("dtype", "large"), [(torch.float32, 1e20), (torch.float64, 1e160)])
+@pytest.mark.parametrize("device", [PLAIN, CLUSTERS])
+def test_a_square_that_overflows_is_not_hidden(library, device, dtype, large):
+    """1 / inf would be 0: a zero row, and a finite loss."""
+    x, labels = make_batch(9, 33, dtype)
+    x[2] = large
+    loss, _, grad, _ = launch(library, device, x, labels, Spec(wants_gradient=True))
+    assert loss.isnan()
+    assert grad[2].isnan().all()
+
+
+@pytest.mark.parametrize("device", [PLAIN, CLUSTERS])
+def test_rows_at_an_edge(library, device):
+    """No gradient where h is exactly 0, nor of a row whose norm is exactly eps."""
+    x, labels = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1]]), torch.tensor([5, 5])
+    spec = Spec(margin=0.25, wants_gradient=True)
+    loss, means, grad, _ = launch(library, device, x, labels, spec)
+    assert means[0].tolist() == [0.25, 0.25]
+    assert loss == 0
+    assert grad.eq(0).all()
+    for eps in (0.5, 0.0):
+        x[0, 0] = eps
+        loss, means, grad, _ = launch(library, device, x, labels, spec._replace(eps=eps))
+        assert means.eq(0).all()
+        assert loss == 0.25
+        assert grad.eq(0).all()
+
+
 BARRIERS = [
     line
     for line, text in enumerate(KERNEL.read_text("utf-8").splitlines(), 1)

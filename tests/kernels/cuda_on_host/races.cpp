@@ -2,8 +2,9 @@
 // and they are linked in place of ThreadSanitizer's own, for which the threads of a cluster are too
 // many.
 //
-// On a GPU barriers alone order threads, each one all of a warp, a block or a cluster. So two
-// accesses are ordered just if a barrier that both threads come to has completed between them.
+// On a GPU barriers alone order threads, all of a block or of a cluster; a shuffle does not order what
+// its lanes do to memory. So two accesses are ordered just if a barrier that both threads come to has
+// completed between them.
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -19,7 +20,7 @@ namespace {
 
 struct Access {
   unsigned cluster, block, thread;
-  unsigned cluster_phase, block_phase, warp_phase;
+  unsigned cluster_phase, block_phase;
 };
 
 struct Cell {  // 4 bytes
@@ -34,8 +35,7 @@ bool ordered(const Access& a, const Access& b) {
   if (a.cluster != b.cluster) return false;
   if (a.cluster_phase != b.cluster_phase) return true;
   if (a.block != b.block) return false;
-  return a.block_phase != b.block_phase || a.thread == b.thread ||
-         (a.thread / kLanes == b.thread / kLanes && a.warp_phase != b.warp_phase);
+  return a.block_phase != b.block_phase || a.thread == b.thread;
 }
 
 void check(const char* what, const Access& before, const Access& now, void* code) {
@@ -54,7 +54,7 @@ void access(const void* address, size_t size, bool writes, void* code) {
   const auto at = reinterpret_cast<uintptr_t>(address);
   if (at - reinterpret_cast<uintptr_t>(own.stack) < kStack) return;
   const Access now{block->cluster.first_block, block->index.x, own.index.x, block->cluster_phase,
-                   block->threads.phase, block->warps[own.index.x / kLanes].phase};
+                   block->threads.phase};
   for (uintptr_t k = at / 4; k <= (at + size - 1) / 4; ++k) {
     Cell& cell = cells[k];
     const char* const what = writes ? "write after write" : "read after write";
