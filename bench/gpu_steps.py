@@ -28,6 +28,7 @@ _PACKAGE = _ROOT / "bstriplet_kernels"
 _GRACE_S = 3.0  # between being asked to end and being killed
 _ARCHIVE_S = 4.0  # kept for what comes after the last step
 _LEAST_S = 5.0  # a step for which less is left is not begun
+_SHOWN_LINES = 60  # of one command: who sees only the end of all should see the others too
 _MOST_FAILURES = 100  # an exit status has eight bits
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 _SANITIZER = "compute-sanitizer --error-exitcode 1 --report-api-errors no"  # torch probes the API
@@ -222,10 +223,10 @@ class Log:
         """Since the call began."""
         return time.monotonic() - self._start
 
-    def say(self, text: str) -> None:
-        """One line, at once."""
+    def say(self, text: str, is_shown: bool = True) -> None:
+        """One line, at once; in the file alone where it is not shown."""
         with self._lock:
-            for stream in (sys.stdout, self._file):
+            for stream in (sys.stdout, self._file) if is_shown else (self._file,):
                 stream.write(f"{text}\n")
                 stream.flush()
 
@@ -277,8 +278,10 @@ class Process:
 
     def _relay(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._log.say(f"[{self.label}] {line.rstrip()}")
+        for n, line in enumerate(self._process.stdout):
+            self._log.say(f"[{self.label}] {line.rstrip()}", is_shown=n < _SHOWN_LINES)
+            if n == _SHOWN_LINES:
+                self._log.say(f"[{self.label}] goes on in the log")
         self._ended = time.monotonic()
 
 

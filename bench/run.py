@@ -23,7 +23,7 @@ from .forecast import TimeLimit
 from .measure import Job, failed_row
 from .providers import Provider, providers
 from .suites import DEFAULT, Suite, suites
-from .table import GRAPH, OK, RESULTS, Row
+from .table import GRAPH, RESULTS, Row
 from .worker import Lost, Worker
 
 _INTERRUPTED = 130
@@ -206,11 +206,18 @@ def _kind(case: Case, provider: str) -> tuple[str, ...]:
 
 
 def _summary(rows: list[Row]) -> str:
-    return ", ".join(
-        f"{row.provider} {row.ms:.3g} ms" if row.is_measured else f"{row.provider} [{row.status}]"
-        for row in rows
-        if row.mode == table.EAGER or row.status != OK
-    )
+    replays = {row.provider: row for row in rows if row.mode == GRAPH}
+    return ", ".join(_times(row, replays.get(row.provider)) for row in rows if row.mode != GRAPH)
+
+
+def _times(row: Row, replay: Row | None) -> str:
+    """A provider's time and, on a GPU, that of its graph's replay; or why there is none."""
+    if not row.is_measured:
+        return f"{row.provider} [{row.status}]"
+    if replay is None:
+        return f"{row.provider} {row.ms:.3g} ms"
+    replayed = f"{replay.ms:.3g} ms" if replay.is_measured else replay.status
+    return f"{row.provider} {row.ms:.3g} ms (replay {replayed})"
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

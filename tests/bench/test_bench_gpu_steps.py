@@ -161,6 +161,16 @@ def test_what_was_not_brought_is_built_apart_from_pyproject(copy, monkeypatch, t
     assert install.arguments[-1].endswith("liger_kernel-0.8.0-py3-none-any.whl")
 
 
+def test_a_command_that_says_much_leaves_room_for_the_others(tmp_path, capsys):
+    command = python("loud", "for n in range(200): print('line', n)")
+    run_steps("first", (Step("one", 1, 20, (command,)),), 60.0, tmp_path)
+    out = capsys.readouterr().out
+    assert "line 59" in out
+    assert "line 60" not in out
+    assert "[loud] goes on in the log" in out
+    assert "[loud] line 199" in (tmp_path / "first.log").read_text()
+
+
 def test_cases_that_a_limit_left_out_are_no_failure(tmp_path, capsys):
     code = f"raise SystemExit({run._OUT_OF_TIME})"
     (outcome,) = run_steps(
