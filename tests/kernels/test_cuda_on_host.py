@@ -33,9 +33,18 @@ PLAIN, CLUSTERS, ROOM_FOR_NONE, ROOM_FOR_ONE = range(4)  # devices of cuda_on_ho
 ADDRESS_SANITIZER = "libasan" in os.environ.get("LD_PRELOAD", "")
 WATCHED_COLUMNS = 257  # looking for races takes ten times as long
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which("g++") is None, reason="needs g++ on Linux"
-)
+PROBE = "#include <bit>\nshort bits(_Float16 x) { return std::bit_cast<short>(x); }"
+
+
+def has_compiler():
+    """Whether there is a g++ of C++20 that knows half precision."""
+    if sys.platform != "linux" or shutil.which("g++") is None:
+        return False
+    command = ("g++", "-std=c++20", "-fsyntax-only", "-x", "c++", "-")
+    return subprocess.run(command, input=PROBE, text=True, capture_output=True).returncode == 0
+
+
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="needs g++ 12 or later on Linux")
 
 
 class SmallBatch(ctypes.Structure):
