@@ -105,8 +105,12 @@ def fit_paths(rows: Sequence[Row]) -> dict[str, Fit]:
     for path in dict.fromkeys(row.path for row in rows):
         own = [row for row in rows if row.path == path and row.dtype not in _HALF]
         half = [row for row in rows if row.path == path and row.dtype in _HALF]
+        if 0 < len(half) < _FEWEST_ROWS:
+            print(f"{path}: {len(half)} rows in half precision, too few: predicted as float32")
         if len(own) >= _FEWEST_ROWS:
             found[path] = fit(own + half if len(half) >= _FEWEST_ROWS else own)
+        else:
+            print(f"{path}: {len(own)} rows in float32, too few: never taken by auto there")
     return found
 
 

@@ -16,8 +16,8 @@ _CASE_S, _PROVIDER_S = 0.5, 0.3
 """An input and its truth; a provider's examination, its kernels' compilation, its captures."""
 
 
-def expected_seconds(jobs: Iterable[Job]) -> float:
-    """What a run of these jobs takes where their calls are short."""
+def run_seconds(jobs: Iterable[Job]) -> float:
+    """What a run of these jobs should take, where their calls are short."""
     return _START_S + sum(_measuring_s(job) + _compiling_s(job) for job in jobs)
 
 
@@ -31,7 +31,7 @@ class TimeLimit:
     def predict(self, job: Job) -> float:
         """Seconds of the job, if measuring is as much slower than expected as it was before."""
         if not self._expected:
-            return expected_seconds([job])
+            return run_seconds([job])
         return _measuring_s(job) * self._taken / self._expected + _compiling_s(job)
 
     def left(self) -> float:

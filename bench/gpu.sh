@@ -9,6 +9,7 @@ cd "$(dirname "$0")/.."
 call=${1:?first or second} folder=${2:-runs/gpu}
 PYTHON=${PYTHON:-python3} DEVICE=${DEVICE:-cuda}
 export PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}:$PWD/build/brought"
+export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"  # nvcc, compute-sanitizer
 export CUBLAS_WORKSPACE_CONFIG=:4096:8
 [ "$DEVICE" = cpu ] && export TRITON_INTERPRET=1
 
@@ -18,7 +19,7 @@ if [ -z "${BENCH_COMMIT:-}" ]; then
         xargs cat | sha1sum)
     if ! BENCH_COMMIT=$(git rev-parse --quiet --short=10 --verify HEAD 2> /dev/null); then
         BENCH_COMMIT=files-${files:0:10}
-    elif ! git diff --quiet HEAD -- bench/*.* bstriplet_kernels csrc; then
+    elif ! git diff --quiet HEAD -- bench bstriplet_kernels csrc ':(exclude)bench/results'; then
         BENCH_COMMIT+=+files-${files:0:10}
     fi
 fi

@@ -75,10 +75,8 @@ class Tally:
         try:
             yield
         except KeyboardInterrupt:
-            failures = "".join(f"\n    {failure[:600]}" for failure in self.failures[:_SHOWN])
-            raise KeyboardInterrupt(
-                f"stopped in case {self.cases}, {len(self.failures)} before it failed{failures}"
-            ) from None
+            before = f"{len(self.failures)} before it failed{self._shown()}"
+            raise KeyboardInterrupt(f"stopped in case {self.cases}, {before}") from None
         except Exception as error:
             if _cuda_is_lost():
                 raise
@@ -90,9 +88,11 @@ class Tally:
         if not self.cases:
             raise AssertionError(f"no case was run: {self.refused}")
         if self.failures:
-            shown = "\n".join(f"    {failure[:600]}" for failure in self.failures[:_SHOWN])
-            raise AssertionError(f"{len(self.failures)} of {self.cases} cases\n{shown}")
+            raise AssertionError(f"{len(self.failures)} of {self.cases} cases{self._shown()}")
         return f"{self.cases} cases, {holds}"
+
+    def _shown(self) -> str:
+        return "".join(f"\n    {failure[:600]}" for failure in self.failures[:_SHOWN])
 
 
 def fresh(n: int, d: int, classes: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
@@ -124,7 +124,7 @@ def is_exact(subject: Subject) -> str:
     tally, worst = Tally(), 0.0
     judge = "cpu" if quick else device  # not in a sanitizer, which would look at its kernels too
     shapes = QUICK_SHAPES if quick else SHAPES
-    if device == "cuda":  # too slow in the interpreter
+    if device == "cuda":  # left out on a CPU: too slow in the interpreter
         shapes = (*shapes, QUICK_WIDE if quick else WIDE)
     for (n, d), dtype, similarity, eq3, reduction, with_ref in itertools.product(
         shapes,
@@ -344,7 +344,10 @@ def main(arguments: list[str] | None = None) -> int:
             is_told = isinstance(error, AssertionError)
             verdict = f"FAILED: {error if is_told else traceback.format_exc()}"
         except KeyboardInterrupt as stop:
-            print(f"{impl:<8} {name:<8} {stop} ({time.monotonic() - start:.1f} s)", flush=True)
+            print(
+                f"{impl:<8} {name:<8} {str(stop) or 'stopped'} ({time.monotonic() - start:.1f} s)",
+                flush=True,
+            )
             return INTERRUPTED
         print(f"{impl:<8} {name:<8} {verdict} ({time.monotonic() - start:.1f} s)", flush=True)
         if _cuda_is_lost():

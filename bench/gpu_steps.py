@@ -26,9 +26,10 @@ from typing import IO, NamedTuple
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGE = _ROOT / "bstriplet_kernels"
 _GRACE_S = 3.0  # between being asked to end and being killed
-_ARCHIVE_S = 4.0  # kept for what comes after the last step
+_LAST_LINES_S = 0.5  # for what a process that ended has yet to say
+_ARCHIVE_S = 1.0 + _GRACE_S  # kept for what comes after the last step's cap
 _LEAST_S = 5.0  # a step for which less is left is not begun
-_SHOWN_LINES = 60  # of one command: who sees only the end of all should see the others too
+_SHOWN_LINES = 60  # of one command on the screen, of which only a short tail may be seen
 _MOST_FAILURES = 100  # an exit status has eight bits
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 _SANITIZER = "compute-sanitizer --error-exitcode 1 --report-api-errors no"  # torch probes the API
@@ -42,7 +43,7 @@ KERNELS = {
 """What a sanitizer looks at: a path's own kernels, by a part of their names."""
 _UNCACHED = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1")  # each tensor then ends at its last byte
 _FEW_THREADS = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
-"""For commands side by side; a suite of timings runs alone, with what its rows say."""
+"""For commands side by side; a suite of timings runs alone, with all threads."""
 INCOMPLETE = 124  # what bench.run returns where its limit left cases out
 TESTS = (
     "tests/kernels/test_triton.py",
@@ -56,7 +57,7 @@ LEFT_OUT = ("tests/kernels/test_triton.py::test_in_the_interpreter",)
 # Apart from pyproject.toml, which an old setuptools cannot read.
 _BUILD = """
 cd "$1" && mkdir -p build/apart/bstriplet_kernels && cp -r csrc setup.py build/apart &&
-cd build/apart && "$0" setup.py -q build_ext --inplace &&
+cd build/apart && BSTRIPLET_NATIVE=cuda "$0" setup.py -q build_ext --inplace &&
 cp bstriplet_kernels/_native* "$1/bstriplet_kernels"
 """
 
@@ -70,7 +71,7 @@ class Command(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Commands that run side by side; seconds: what they should take, and after which they end."""
+    """Commands that run side by side, the seconds that they should take, and the most they may."""
 
     name: str
     expected_s: float
@@ -79,12 +80,13 @@ class Step(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How a command ended: "" where it did well."""
+    """How a command ended. failure: "" where it did well. remark: what else is to be known."""
 
     step: str
     label: str
     failure: str
     seconds: float
+    remark: str = ""
 
 
 def first(python: str, device: str, results: Path) -> tuple[Step, ...]:
@@ -140,7 +142,7 @@ def second(python: str, device: str, results: Path) -> tuple[Step, ...]:
         Step("targets", 55, 70, (run(60, "targets"),)),
         Step("crossover", 90, 105, (run(95, "crossover"),)),
         Step("sweep", 65, 80, (run(70, "sweep"),)),
-        Step("compiled forms", 25, 60, (run(50, "--missing", "targets", "paper"),)),
+        Step("what is missing", 25, 60, (run(50, "--missing", "sweep", "targets", "paper"),)),
     )
 
 
@@ -156,18 +158,18 @@ def _module(python: str, name: str, *arguments: str, label: str = "") -> Command
 
 
 def _brought(python: str, device: str) -> tuple[Step, ...]:
-    """Installs the wheels that were brought, and builds the libraries that were not."""
-    commands = []
+    """Installs the wheels that were brought, then builds the libraries that were not."""
+    steps = []
     if wheels := sorted(map(str, (_ROOT / "build/wheels").glob("*.whl"))):
         options = ("-q", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target")
         target = str(_ROOT / "build/brought")
         install = _module(python, "pip", "install", *options, target, *wheels, label="wheels")
-        commands.append(install)
+        steps.append(Step("wheels", 10, 60, (install,)))
     libraries = [list(_PACKAGE.glob(f"{name}.*so")) for name in ("_native", "_native_cuda")]
     if device == "cuda" and not all(libraries):
         build = ("bash", "-c", _BUILD, python, str(_ROOT))
-        commands.append(Command("native libraries", build))
-    return (Step("what was brought", 60, 120, tuple(commands)),) if commands else ()
+        steps.append(Step("libraries", 60, 120, (Command("build", build),)))
+    return tuple(steps)
 
 
 def _checks(python: str, device: str) -> Callable[..., Command]:
@@ -264,13 +266,13 @@ class Process:
         """Its exit status, None where it had none yet, and its seconds; the rest is killed."""
         code = self._process.returncode
         self.kill()
-        self._reader.join(_GRACE_S)
+        self._reader.join(_LAST_LINES_S)
         return code, (self._ended or time.monotonic()) - self._begin
 
     def kill(self) -> None:
-        """Kill what is left. Not waited for long: a driver may hold a process that hung a GPU."""
+        """Kill what is left. Not waited for: a driver may hold a process that hung a GPU."""
         self._signal(signal.SIGKILL)
-        self.ends(time.monotonic() + _GRACE_S)
+        self._process.poll()
 
     def _signal(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError):
@@ -297,18 +299,17 @@ def run_step(step: Step, left_s: float, log: Log) -> list[Outcome]:
 
     def tell(process: Process, is_late: bool) -> None:
         code, seconds = process.result()
-        failure = "out of time" if is_late else f"exit status {code}" if code else ""
-        if code == INCOMPLETE:
-            log.say(f"[{process.label}] not complete, {seconds:.1f} s")
-            failure = ""
-        else:
-            log.say(f"[{process.label}] {failure or 'done'}, {seconds:.1f} s")
-        found.append(Outcome(step.name, process.label, failure, seconds))
+        remark = "not complete" if code == INCOMPLETE else ""
+        failure = "out of time" if is_late else f"exit status {code}" if code and not remark else ""
+        log.say(f"[{process.label}] {failure or remark or 'done'}, {seconds:.1f} s")
+        found.append(Outcome(step.name, process.label, failure, seconds, remark))
 
     try:
         for command in step.commands:
             if command.needs and shutil.which(command.needs) is None:
-                log.say(f"[{command.label}] left out: no {command.needs} here")
+                remark = f"left out: no {command.needs} here"
+                log.say(f"[{command.label}] {remark}")
+                found.append(Outcome(step.name, command.label, "", 0.0, remark))
                 continue
             try:
                 running.append(Process(command, log, is_alone=len(step.commands) == 1))
@@ -324,6 +325,9 @@ def run_step(step: Step, left_s: float, log: Log) -> list[Outcome]:
             process.ask()
         for process in late:
             process.ends(begin + limit + _GRACE_S)
+        for process in late:
+            process.kill()
+        for process in late:
             tell(process, is_late=True)
     finally:
         for process in running:
@@ -333,17 +337,25 @@ def run_step(step: Step, left_s: float, log: Log) -> list[Outcome]:
 
 
 def surroundings() -> Iterator[str]:
-    """When this is, which commit, which card, which libraries: what rows and log are of."""
+    """When this is, which commit, which card: what rows and log are of."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    yield f"{now} commit {os.environ.get('BENCH_COMMIT', 'unknown')}"
+    yield f"{now} commit {os.environ.get('BENCH_COMMIT', 'as git has it')}"
     if shutil.which("nvidia-smi"):
         query = "--query-gpu=name,driver_version,memory.total"
-        asked = subprocess.run(
-            ("nvidia-smi", query, "--format=csv,noheader"), capture_output=True, text=True
-        )
-        yield (asked.stdout or asked.stderr).strip()
-    for library in sorted(_PACKAGE.glob("_native*.so")):
-        yield f"{library.name} {hashlib.sha1(library.read_bytes()).hexdigest()[:10]}"
+        command = ("nvidia-smi", query, "--format=csv,noheader")
+        try:
+            asked = subprocess.run(command, capture_output=True, text=True, timeout=10)
+            yield (asked.stdout or asked.stderr).strip()
+        except subprocess.TimeoutExpired:
+            yield "nvidia-smi does not answer"
+
+
+def libraries() -> list[str]:
+    """The native libraries, by their sums: no commit tells what they were built from."""
+    return [
+        f"{library.name} {hashlib.sha1(library.read_bytes()).hexdigest()[:10]}"
+        for library in sorted(_PACKAGE.glob("_native*.so"))
+    ]
 
 
 def archive(folder: Path, target: Path) -> None:
@@ -364,13 +376,19 @@ def run_steps(name: str, steps: Sequence[Step], limit_s: float, folder: Path) ->
         log = Log(file)
         for line in surroundings():
             log.say(line)
+        told: list[str] = []
         for step in steps:
+            for line in libraries():  # a step may have built them
+                if line not in told:
+                    log.say(line)
+                    told.append(line)
             outcomes += run_step(step, limit_s - _ARCHIVE_S - log.seconds(), log)
             archive(folder, folder / f"{name}.tar.gz")
-        failures = [o for o in outcomes if o.failure]
-        log.say(f"== {name}: {log.seconds():.0f} of {limit_s:.0f} s, {len(failures)} failed")
-        for outcome in failures:
-            log.say(f"   {outcome.step}: {outcome.label}: {outcome.failure}")
+        failed = sum(bool(outcome.failure) for outcome in outcomes)
+        log.say(f"== {name}: {log.seconds():.0f} of {limit_s:.0f} s, {failed} failed")
+        for outcome in outcomes:
+            if text := outcome.failure or outcome.remark:
+                log.say(f"   {outcome.step}: {outcome.label}: {text}")
     archive(folder, folder / f"{name}.tar.gz")
     return outcomes
 
@@ -387,6 +405,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     limit_s, steps_of = CALLS[options.call]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
     steps = steps_of(sys.executable, options.device, options.folder / "results")
     outcomes = run_steps(options.call, steps, options.limit or limit_s, options.folder)
     return min(_MOST_FAILURES, sum(bool(outcome.failure) for outcome in outcomes))

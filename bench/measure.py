@@ -37,8 +37,8 @@ from .providers import (
 from .table import EAGER, GRAPH, OK, Row
 
 OUT_OF_MEMORY = "out of memory"
-_NO_MEMORY = (  # torch, csrc/, C++, CUDA outside torch's allocator
-    "can't allocate memory", "cannot allocate memory", "bad_alloc", "out of memory"
+_NO_MEMORY = (  # torch on the CPU, csrc/, C++, CUDA
+    "can't allocate memory", "cannot allocate memory", "bad_alloc", OUT_OF_MEMORY
 )  # fmt: skip
 COMPILE_LIMIT_S = 300.0
 _FREE_CALL_S = 0.5
@@ -134,7 +134,7 @@ def measure(job: Job, tell: Callable[[Starting], None]) -> list[Row]:
                 if not _is_usable(job.case.device):
                     raise LostProcess(name, reason) from error
         if reason == OUT_OF_MEMORY and job.case.device == "cuda":
-            torch.cuda.empty_cache()  # what is no tensor cannot take it from torch's allocator
+            torch.cuda.empty_cache()  # torch would keep it from cuBLAS, graphs and other libraries
         candidate.row = replace(candidate.row, status=reason or OK)
     _time(candidates, problem, job, tell)
     return [row for candidate in candidates for row in _rows(candidate)]

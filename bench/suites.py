@@ -43,7 +43,7 @@ _LINEAR = (EMPTY, MOMENT_PRODUCTS, ROW_MOVES, "gram", "auto")  # the others woul
 _BUDGET = Budget()
 _GPU_SPEEDUP = 4  # a GPU's clock scatters less, and each provider is measured in two modes
 _GPU_MOST_S = 0.5
-_GPU_LIMIT_S = 30.0  # of a first call with its compilation: a kernel that hangs costs no more
+_GPU_LIMIT_S = 30.0  # of an examined call, Triton's compilation included
 _GPU_TURN_S = 25e-3  # beside which two synchronisations, about 20 us, do not count
 _BOTH = (FORWARD, FORWARD_BACKWARD)
 

@@ -340,7 +340,9 @@ def refuses(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str | Non
         return None
     if device.type != "cuda":
         return f"its kernels run on GPUs, and the embeddings are on {device}"
-    if torch.version.hip is None and _capability(device) < _FIRST_CAPABILITY:
+    if torch.version.hip is not None:
+        return None
+    if torch.cuda.get_device_capability(device)[0] < _FIRST_CAPABILITY:
         return f"its kernels need compute capability {_FIRST_CAPABILITY}.0 or later"
     return None
 
@@ -364,15 +366,11 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _capability(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).major
-
-
 @functools.cache
 def _is_hopper(device: torch.device) -> bool:
     if device.type == "cpu" or torch.version.hip is not None:
         return False
-    return _capability(device) == 9
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _aligned(embeddings: Tensor) -> Tensor:

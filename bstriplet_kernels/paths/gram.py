@@ -72,8 +72,7 @@ def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
     if work.device != "cpu":
         return gram_device.operations(work)
     n, d = max(work.n, work.columns), work.d
-    by_native = work.m is None and native.missing() is None
-    counted = flops(n, d, class_sizes, work.reduction != "none", by_native)
+    counted = flops(n, d, class_sizes, work.reduction != "none", _by_native(work))
     return Operations(counted, traffic(n, d, work.dtype.itemsize), 0)
 
 
@@ -113,8 +112,12 @@ def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
     """Peak bytes beyond the inputs, the gradient included, of the schedule that will run."""
     if work.device != "cpu":
         return gram_device.extra_memory(work, class_sizes)
-    by_native = work.m is None and native.missing() is None
-    return (gram_native if by_native else gram_host).extra_memory(work, class_sizes)
+    return (gram_native if _by_native(work) else gram_host).extra_memory(work, class_sizes)
+
+
+def _by_native(work: Work) -> bool:
+    """Whether the native operators serve this work on the CPU."""
+    return work.m is None and native.missing() is None
 
 
 PATH = Path(forward, backward, operations, extra_memory, refuses=refuses)

@@ -80,9 +80,9 @@ def segment_count(n: int, d: int) -> int:
 
 
 def numbers_at_once(n: int, d: int) -> int:
-    """What is computed at once may hold so many: a quarter of the embeddings, where they are many.
+    """What is computed at once may hold so many: a quarter of the embeddings, from 2^26 numbers on.
 
-    Launches then do not grow with the batch.
+    Launches grow with the batch up to there.
     """
     return max(CHUNK_NUMBERS, n * d // 4)
 

@@ -149,13 +149,12 @@ def refuses(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str | Non
     if ref_emb is not None or embeddings.shape[0] > CUDA_ROWS:
         return f"on CUDA the native operator takes at most {CUDA_ROWS} rows and no ref_emb"
     # Where there is no GPU, a tensor on one is a fake of what another machine will run.
-    if torch.cuda.is_available() and _capability(embeddings.device) < _CUDA_CAPABILITY:
+    if (
+        torch.cuda.is_available()
+        and torch.cuda.get_device_capability(embeddings.device)[0] < _CUDA_CAPABILITY
+    ):
         return f"its CUDA kernel needs compute capability {_CUDA_CAPABILITY}.0 or later"
     return None
-
-
-def _capability(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).major
 
 
 def instruction_set() -> str:

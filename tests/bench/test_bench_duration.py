@@ -1,5 +1,6 @@
 """Suites end in time, on an assumed H100; what was measured is kept, whatever ends a run."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -53,7 +54,7 @@ def test_a_suite_ends_within_two_minutes_on_a_gpu(name, gpu, a_worker):
     rows, left_out = run.run_suite(suite, a_worker, limit=TimeLimit(110))
     assert not left_out
     assert gpu.now < 110
-    assert gpu.now == pytest.approx(forecast.expected_seconds(run.jobs(suite)), rel=0.5)
+    assert gpu.now == pytest.approx(forecast.run_seconds(run.jobs(suite)), rel=0.5)
     ours = [row for row in rows if row.provider == "auto"]
     assert len(ours) == 2 * len(suite.cases)
     assert all(row.is_measured and row.repeats >= 3 for row in ours)
@@ -215,6 +216,15 @@ def test_an_illegal_access_ends_one_provider_and_not_the_others(gpu, a_worker):
     assert len(status) == 6
     assert all(row.is_measured for row in rows if row.provider == "auto")
     assert gpu.processes == 5  # one more after each of the four jobs
+
+
+def test_a_case_prints_both_times_or_why_there_is_none(gpu, a_worker, capsys):
+    gpu.breaking, gpu.breaking_capture = {"naive"}, {"eager"}
+    run.run_suite(SUITE, a_worker)
+    out = capsys.readouterr().out
+    assert re.search(r"auto [\d.e-]+ ms \(replay [\d.e-]+ ms\)", out)
+    assert re.search(r"eager [\d.e-]+ ms \(replay AcceleratorError: CUDA error: op", out)
+    assert "naive [AcceleratorError: CUDA error: an illegal" in out
 
 
 def test_a_capture_that_breaks_leaves_the_eager_time_and_the_others(gpu, a_worker):

@@ -8,6 +8,7 @@ import torch
 
 from bench import gpu_check
 from bench.gpu_check import Subject
+from bstriplet_kernels.paths import fused
 
 FLOAT32 = (torch.float32,)
 
@@ -98,6 +99,25 @@ def test_what_is_cut_short_tells_how_far_it_came(monkeypatch, capsys):
     assert "stopped in case 3, 2 before it failed" in out
     assert "ValueError: another" in out
     assert "bits" not in out
+
+
+def test_a_check_that_is_stopped_between_its_cases_says_so(monkeypatch, capsys):
+    def stops(subject):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(gpu_check.CHECKS, "bits", stops)
+    assert gpu_check.main(["--device", "cpu", "--impl", "gram", "--check", "bits"]) == 130
+    assert "bits     stopped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", [gpu_check.WIDE, gpu_check.QUICK_WIDE])
+def test_the_wide_shapes_go_through_panels(shape):
+    n, d = shape
+    assert fused.by_panels(n, None, d, torch.float32)
+    assert not any(
+        fused.by_panels(n, None, d, torch.float32)
+        for n, d in (*gpu_check.SHAPES, *gpu_check.QUICK_SHAPES)
+    )
 
 
 def test_a_path_that_takes_nothing_has_not_passed(monkeypatch):

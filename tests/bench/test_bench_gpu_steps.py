@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import gpu_check, gpu_steps, machine, run
 from bench.gpu_steps import CALLS, Command, Step, run_steps
@@ -40,7 +42,7 @@ def test_what_fails_is_counted_and_the_next_step_runs(tmp_path, capsys, monkeypa
     out = capsys.readouterr().out
     for line in (
         "[bad] half a result", "[absent] left out: no no-such-program here", "[after] still here",
-        "   one: bad: exit status 3",
+        "   one: bad: exit status 3", "   one: absent: left out: no no-such-program here",
     ):  # fmt: skip
         assert line in out.splitlines()
     assert (tmp_path / "first.log").read_text() == out
@@ -107,7 +109,7 @@ def test_sanitizers_look_at_the_kernels_of_the_path():
     for impl, source in sources.items():
         before = r"__global__ [^;{]*?" if impl == "native" else r"@triton\.jit[^\n]*\ndef "
         found = re.findall(before + r"\b([a-z]\w+)\(", (ROOT / source).read_text())
-        assert set(gpu_steps.KERNELS[impl]) == {n for n in found if not n.startswith("__")}
+        assert set(gpu_steps.KERNELS[impl]) == set(found)
         for command in gpu_steps._sanitized("python", "cuda", impl):
             given = [a for a in command.arguments if a.startswith("kns=")]
             assert given == [f"kns={name}" for name in gpu_steps.KERNELS[impl]]
@@ -134,7 +136,7 @@ def test_every_command_is_one_that_its_module_takes(call, device, tmp_path, monk
 
 
 STUB = """#!/bin/sh
-test ! -e pyproject.toml && test -e csrc/rows.h || exit 1
+test ! -e pyproject.toml && test -e csrc/rows.h && test "$BSTRIPLET_NATIVE" = cuda || exit 1
 touch bstriplet_kernels/_native.abi3.so bstriplet_kernels/_native_cuda.abi3.so
 """
 
@@ -161,6 +163,52 @@ def test_what_was_not_brought_is_built_apart_from_pyproject(copy, monkeypatch, t
     assert install.arguments[-1].endswith("liger_kernel-0.8.0-py3-none-any.whl")
 
 
+MAIN = """
+import sys, time
+from bench import gpu_steps
+from bench.gpu_steps import Command, Step
+sleeper = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+steps = (Step("one", 1, 30, (Command("sleeper", (sys.executable, "-c", sleeper)),)),)
+gpu_steps.CALLS = {"first": (60.0, lambda python, device, results: steps)}
+sys.exit(gpu_steps.main(["first", sys.argv[1], *sys.argv[2:]]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_call_that_is_ended_ends_what_it_began(tmp_path):
+    call = subprocess.Popen(
+        [sys.executable, "-c", MAIN, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    child = next(int(line.split()[-1]) for line in call.stdout if line.startswith("[sleeper]"))
+    call.terminate()
+    assert call.wait(10) == 128 + signal.SIGTERM
+    call.stdout.close()
+    end = time.monotonic() + 10
+    while is_running(child) and time.monotonic() < end:  # it is orphaned, and dies by itself
+        time.sleep(0.05)
+    assert not is_running(child)
+
+
+def is_running(process):
+    """Whether there is such a process, and it is no zombie."""
+    try:
+        return (Path("/proc") / str(process) / "stat").read_text().rsplit(")", 1)[1].split()[
+            0
+        ] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_call_takes_its_seconds_from_its_limit_and_counts_failures(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", MAIN, tmp_path, "--limit", "6"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "== one: not begun" in done.stdout
+    assert "of 6 s, 1 failed" in done.stdout
+
+
 def test_a_command_that_says_much_leaves_room_for_the_others(tmp_path, capsys):
     command = python("loud", "for n in range(200): print('line', n)")
     run_steps("first", (Step("one", 1, 20, (command,)),), 60.0, tmp_path)
@@ -177,7 +225,9 @@ def test_cases_that_a_limit_left_out_are_no_failure(tmp_path, capsys):
         "second", (Step("one", 1, 20, (python("suite", code),)),), 60.0, tmp_path
     )
     assert outcome.failure == ""
-    assert "[suite] not complete" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "[suite] not complete" in out
+    assert "   one: suite: not complete" in out
 
 
 @pytest.mark.parametrize("test", [*gpu_steps.TESTS, *gpu_steps.LEFT_OUT])
@@ -218,6 +268,54 @@ def test_a_copy_without_git_names_what_it_runs(copy):
     (copy / "csrc/rows.h").write_text("// changed")
     assert gpu_sh(copy).split()[-1] != said.split()[-1]
     assert gpu_sh(copy, BENCH_COMMIT="e34336ac49").split()[-1] == "e34336ac49"
+
+
+def test_a_checkout_names_its_commit_and_what_differs_from_it(copy):
+    def git(*arguments):
+        names = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        return subprocess.run(
+            ["git", *names, *arguments], cwd=copy, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-q", "-m", "all")
+    head = git("rev-parse", "--short=10", "HEAD")
+    assert gpu_sh(copy).split()[-1] == head
+    (copy / "csrc/rows.h").write_text("// changed")
+    assert gpu_sh(copy).split()[-1].startswith(f"{head}+files-")
+
+
+def test_the_log_names_commit_card_and_libraries(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho NVIDIA H100, 580.1, 81559 MiB\n")
+    tool.chmod(0o755)
+    (tmp_path / "_native_cuda.abi3.so").write_bytes(b"library")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("BENCH_COMMIT", "e34336ac49")
+    monkeypatch.setattr(gpu_steps, "_PACKAGE", tmp_path)
+    when, card = gpu_steps.surroundings()
+    assert when.endswith("commit e34336ac49")
+    assert card == "NVIDIA H100, 580.1, 81559 MiB"
+    assert gpu_steps.libraries() == ["_native_cuda.abi3.so 00299a408d"]
+
+
+def test_the_ceilings_of_a_device_are_printed(monkeypatch, capsys):
+    """Each precision with the setting that it is measured in; tf32 is float32 with "high"."""
+    asked = []
+
+    def limits(device, dtype, threads):
+        asked.append((dtype, torch.get_float32_matmul_precision()))
+        return machine.Limits(1e12 * len(asked), 1e9)
+
+    limits.cache_clear = lambda: None
+    monkeypatch.setattr(machine, "limits", limits)
+    machine.main("cpu")
+    _, copied, *products = capsys.readouterr().out.splitlines()
+    assert float(copied.split()[1]) > 0
+    assert [line.split()[2] for line in products] == ["bfloat16:", "tf32:", "float32:", "float64:"]
+    assert asked[:2] == [(torch.bfloat16, "highest"), (torch.float32, "high")]
+    assert asked[2:] == [(torch.float32, "highest"), (torch.float64, "highest")]
 
 
 def test_rows_name_the_commit_or_there_are_none(monkeypatch, tmp_path):

@@ -113,13 +113,18 @@ def test_the_plan_follows_the_constants_of_a_gpu(fitted):
     assert chosen == {"native", fused.TILES, fused.PANELS, "gram"}
 
 
-def test_too_few_rows_of_half_precision_leave_one_rate():
+def test_too_few_rows_of_half_precision_leave_one_rate(capsys):
     rows = calibrate.usable(gpu_rows(0))
     without = calibrate.fit_paths([row for row in rows if row.dtype == "float32"])
     half = [row for row in rows if row.dtype == "bfloat16"][:5]
+    capsys.readouterr()
     few = calibrate.fit_paths([row for row in rows if row.dtype == "float32"] + half)
     assert few == without
     assert all(found.constants.half is None for found in few.values())
+    assert "too few: predicted as float32" in capsys.readouterr().out
+    rows = [row for row in rows if row.path != "gram" or row.dtype == "bfloat16"]
+    assert "gram" not in calibrate.fit_paths(rows)
+    assert "gram: 0 rows in float32, too few: never taken by auto" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

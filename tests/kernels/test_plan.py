@@ -168,7 +168,7 @@ def test_the_rule_is_followed_on_a_gpu(monkeypatch):
     assert choose(1 << 17, 128, signed=True) == "triton"
     with monkeypatch.context() as older:
         older.setattr(torch.cuda, "is_available", lambda: True)
-        older.setattr(native, "_capability", lambda device: 7)
+        older.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
         assert choose(36, 128) == "triton"
     monkeypatch.setattr(native, "_MISSING_CUDA", "not built")
     assert choose(36, 128) == "triton"

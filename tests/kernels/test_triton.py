@@ -97,7 +97,7 @@ def test_refuses_gpus_before_tensor_cores_for_float32(monkeypatch):
     on_gpu = SimpleNamespace(device=torch.device("cuda", 0))
     monkeypatch.setattr(torch.version, "hip", None)
     for major, is_refused in ((7, True), (8, False), (9, False)):
-        monkeypatch.setattr(fused, "_capability", lambda device, major=major: major)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, of=major: (of, 0))
         assert bool(fused.refuses(on_gpu, None, Spec())) is is_refused
         assert fused._is_hopper.__wrapped__(on_gpu.device) is (major == 9)
     monkeypatch.setattr(torch.version, "hip", "6.0")
