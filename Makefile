@@ -7,7 +7,7 @@ OUT    ?= runs/demo
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check asan coverage bench clean
+.PHONY: help setup demo test check trainers asan coverage bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -30,6 +30,10 @@ check: $(READY)  ## lint, format check and type check only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+trainers: $(READY)  ## the sampler in the trainers of other libraries, which this installs
+	$(BIN)/pip install -q -c constraints.txt 'bstriplet-kernels[trainers]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/trainers
 
 # ThreadSanitizer has no target: the threads are those of the OpenMP library that torch brings, which is
 # not instrumented, so each start and end of a parallel loop is reported as a race. In its place: every

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections import Counter
 from fractions import Fraction
 from itertools import chain, combinations
@@ -12,7 +13,7 @@ import torch
 from bstriplet.sampler import GroupBatchSampler
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
 properties = settings(derandomize=True, deadline=None, max_examples=120)
 
@@ -49,6 +50,15 @@ def samplers(draw, max_replicas=1):
 
 def of_sizes(sizes, *args, **options):
     return GroupBatchSampler(np.repeat(np.arange(len(sizes)), sizes), *args, **options)
+
+
+def epochs_of(sampler, count):
+    """The batches of the first epochs."""
+    epochs = []
+    for epoch in range(count):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+    return epochs
 
 
 def counts_of(batches, groups):
@@ -262,7 +272,7 @@ def test_same_seed_and_epoch_same_order(made, epoch):
     other.set_epoch(7)
     list(other)
     other.set_epoch(epoch)
-    assert list(one) == list(other) == list(one)
+    assert list(one) == list(other)
 
 
 def test_epochs_and_seeds_differ():
@@ -303,13 +313,127 @@ def test_replicas_take_turns_in_one_global_order(made):
             assert_rounded(count, share * mean_size / sampler.batch_size)
 
 
-def test_replicas_default_to_the_process_group(monkeypatch):
+def test_every_pass_is_another_epoch():
+    sampler, wanted = of_sizes([40, 60], 10), epochs_of(of_sizes([40, 60], 10), 9)
+    assert [list(sampler) for _ in range(3)] == wanted[:3]
+    assert sampler.epoch == 3
+    assert [next(iter(sampler)) for _ in range(2)] == [wanted[3][0], wanted[4][0]]  # cut short
+    assert sampler.epoch == 4  # of the pass that is under way
+    sampler.set_epoch(7)
+    assert sampler.epoch == 7
+    assert [list(sampler) for _ in range(2)] == wanted[7:]
+    sampler.set_epoch(8)  # once more the one that has just ended
+    assert list(sampler) == wanted[8]
+
+
+def test_a_pass_begins_with_its_first_batch():
+    sampler = of_sizes([40, 60], 10)
+    first, second = iter(sampler), iter(sampler)
+    assert list(second) == epochs_of(of_sizes([40, 60], 10), 2)[0]
+    assert list(first) == epochs_of(of_sizes([40, 60], 10), 2)[1]
+
+
+def test_an_older_pass_that_is_read_on_does_not_move_the_place():
+    sampler = of_sizes([40, 60], 10)
+    whole = epochs_of(sampler, 2)
+    sampler.set_epoch(0)
+    old = iter(sampler)
+    next(old)
+    new = iter(sampler)
+    next(new)
+    assert list(old) == whole[0][1:]
+    assert (sampler.epoch, sampler.state_dict()["batches_done"]) == (1, 1)
+    assert list(new) == whole[1][1:]
+
+
+def test_replicas_are_those_of_the_process_group_when_a_pass_begins(monkeypatch):
+    sampler = of_sizes([30, 60], 6)  # made before there is a group
+    assert (len(sampler), len(sampler.as_index_sampler())) == (15, 90)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 2)
-    sampler = of_sizes([30, 60], 6)
     assert (sampler.num_replicas, sampler.rank) == (3, 2)
+    assert (len(sampler), len(sampler.as_index_sampler())) == (5, 30)
     assert list(sampler) == list(of_sizes([30, 60], 6, num_replicas=3, rank=2))
+
+
+def test_replicas_that_cannot_be_known_are_asked_for():
+    sampler = of_sizes([30, 60], 6, num_replicas=2)
+    assert len(sampler) == 8
+    with pytest.raises(ValueError, match="num_replicas=2 without a rank"):
+        list(sampler)
+    with pytest.raises(ValueError, match="rank=1 must be below num_replicas=1"):
+        list(of_sizes([30, 60], 6, rank=1))
+
+
+def test_a_missing_process_group_is_warned_of(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.warns(UserWarning, match="WORLD_SIZE=2, but torch.distributed is not initialised"):
+        list(of_sizes([30, 60], 6))
+    with warnings.catch_warnings(action="error"):
+        list(of_sizes([30, 60], 6, num_replicas=1))
+
+
+@properties
+@given(made=samplers(max_replicas=5), epoch=st.integers(0, 5))
+def test_unsharded_are_the_batches_of_all_replicas_in_turn(made, epoch):
+    make, _ = made
+    ranks = [make(rank) for rank in range(make().num_replicas)]
+    sampler = make()
+    unsharded = sampler.unsharded()
+    for each in (unsharded, *ranks):
+        each.set_epoch(epoch)
+    assert len(unsharded) == len(ranks) * len(ranks[0])
+    drawn = iter(unsharded)
+    for step, batches in enumerate(zip(*ranks, strict=True)):
+        assert [next(drawn) for _ in batches] == list(batches)
+        assert sampler.state_dict() == ranks[0].state_dict(batches_done=step + 1) or (
+            step + 1 == len(ranks[0])
+        )
+    assert next(drawn, None) is None
+    assert sampler.epoch == epoch + 1
+
+
+# --- what other libraries ask of a batch sampler --------------------------------------------------
+
+
+def test_it_is_a_batch_sampler():
+    sampler = of_sizes([40, 60], 10)
+    for each in (sampler, sampler.unsharded()):
+        assert isinstance(each, BatchSampler)
+        assert each.drop_last is False
+        each.sampler.set_epoch(3)
+        assert sampler.epoch == 3
+        sampler.set_epoch(0)
+    assert sampler.batch_size == 10
+    with pytest.raises(AttributeError):
+        sampler.batch_size = 20  # the shares would still be those of 10
+
+
+@properties
+@given(made=samplers(max_replicas=3))
+def test_as_index_sampler_has_the_samples_of_the_batches(made):
+    make, _ = made
+    for rank in range(make().num_replicas):
+        sampler = make(rank)
+        whole = epochs_of(make(rank), 2)
+        indices = sampler.as_index_sampler()
+        assert len(indices) == len(list(chain(*whole[0])))
+        assert [list(indices), list(indices)] == [list(chain(*epoch)) for epoch in whole]
+        sampler.load_state_dict(sampler.state_dict(batches_done=len(sampler) - 1))
+        assert len(indices) == len(whole[1][-1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        ((SequentialSampler(range(9)),), {"batch_size": 3, "drop_last": False}),
+        (([0] * 9, 3), {"sampler": SequentialSampler(range(9))}),
+    ],
+)
+def test_a_trainer_that_rebuilds_it_is_told_what_to_do(arguments, options):
+    with pytest.raises(TypeError, match="use_distributed_sampler=False"):
+        GroupBatchSampler(*arguments, **options)
 
 
 # --- resuming ------------------------------------------------------------------------------------
@@ -322,8 +446,9 @@ def test_resuming_gives_exactly_the_remaining_batches(made, epoch, data):
     sampler = make()
     sampler.set_epoch(epoch)
     whole = list(sampler)
-    done = data.draw(st.integers(0, len(whole)))
+    done = data.draw(st.integers(0, len(whole) - 1))
 
+    sampler.set_epoch(epoch)
     iterator = iter(sampler)
     assert [next(iterator) for _ in range(done)] == whole[:done]
     state = json.loads(json.dumps(sampler.state_dict()))
@@ -335,14 +460,47 @@ def test_resuming_gives_exactly_the_remaining_batches(made, epoch, data):
     assert len(resumed) == len(whole) - done
     assert list(resumed) == whole[done:]
     assert len(resumed) == len(whole)  # the place is used up: what follows are whole epochs
-    resumed.set_epoch(epoch + 1)
     sampler.set_epoch(epoch + 1)
     assert list(resumed) == list(sampler)
+
+
+@pytest.mark.parametrize("saved", ["last batch", "end", "as told"])
+@pytest.mark.parametrize("set_epoch", [None, 0, 1])
+def test_a_state_of_an_epochs_end_resumes_into_the_next(saved, set_epoch):
+    sampler = of_sizes([40, 60], 10)
+    epochs = epochs_of(of_sizes([40, 60], 10), 4)
+    if saved == "last batch":  # handed out, but the pass does not know yet that there is none left
+        iterator = iter(sampler)
+        assert [next(iterator) for _ in range(10)] == epochs[0]
+    else:
+        list(sampler)
+    state = sampler.state_dict(batches_done=10 if saved == "as told" else None)
+    resumed = of_sizes([40, 60], 10)
+    resumed.load_state_dict(state)
+    if set_epoch is not None:
+        resumed.set_epoch(set_epoch)
+    first = 1 if set_epoch is None else set_epoch
+    assert resumed.epoch == first
+    assert len(resumed) == 10
+    assert [list(resumed) for _ in range(2)] == epochs[first : first + 2]
+
+
+def test_a_state_of_one_process_is_refused_when_there_turn_out_to_be_several(monkeypatch):
+    sampler = of_sizes([30, 60], 6)
+    sampler.load_state_dict(sampler.state_dict(batches_done=4))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    with pytest.raises(ValueError, match=r"num_replicas=1 \(here 3\)"):
+        list(sampler)
+    sampler.set_epoch(1)  # to give the place up
+    assert len(list(sampler)) == 5
 
 
 def test_resuming_twice_in_one_epoch():
     sampler = of_sizes([40, 60], 10)
     whole = list(sampler)
+    sampler.set_epoch(0)
     sampler.load_state_dict(sampler.state_dict(batches_done=3))
     iterator = iter(sampler)
     assert [next(iterator), next(iterator)] == whole[3:5]
@@ -362,6 +520,7 @@ def test_resuming_behind_loader_workers_that_read_ahead():
     data = TensorDataset(torch.arange(100))
     sampler = of_sizes([40, 60], 10)
     whole = list(sampler)
+    sampler.set_epoch(0)
     batches = iter(DataLoader(data, batch_sampler=sampler, num_workers=2, prefetch_factor=2))
     assert [next(batches)[0].tolist() for _ in range(3)] == whole[:3]
     assert sampler.state_dict()["batches_done"] > 3  # what the workers have asked for
@@ -423,6 +582,7 @@ def test_a_damaged_state_is_refused_and_changes_nothing():
         (ValueError, "mode='even' must be one of", [0, 1], {"mode": "even"}),
         (ValueError, "min_per_group=-1 must be at least 0", [0, 1], {"min_per_group": -1}),
         (ValueError, "seed=-1 must be at least 0", [0, 1], {"seed": -1}),
+        (ValueError, "drop_last=True: there is no incomplete batch", [0, 1], {"drop_last": True}),
         (
             ValueError,
             "rank=2 must be below num_replicas=2",

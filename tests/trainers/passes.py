@@ -1,0 +1,243 @@
+"""What each trainer draws under the README's lines: the batches of three epochs on every process.
+
+Run by torchrun, with the name of a function, it writes what that returns into RANK.json.
+"""
+
+import json
+import os
+import re
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from bstriplet.sampler import GroupBatchSampler
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+EPOCHS = 3
+GROUPS = [0] * 40 + [1] * 60 + [2] * 7
+Batches = list[list[int]]
+
+
+class Numbers(Dataset[dict[str, torch.Tensor]]):
+    """Samples that are their own positions, with a label."""
+
+    sampler: GroupBatchSampler
+
+    def __len__(self) -> int:
+        return len(GROUPS)
+
+    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
+        return {"position": torch.tensor(position), "labels": torch.tensor(GROUPS[position])}
+
+
+class Net(nn.Module):
+    """A network that keeps the positions it was given in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1, 3)
+        self.drawn: Batches = []
+
+    def forward(
+        self, position: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Return the loss and logits, as transformers' models do."""
+        self.drawn.append(position.tolist())
+        logits = self.linear(position[:, None].float() / len(GROUPS))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def make_sampler(**options: Any) -> GroupBatchSampler:
+    """Return the sampler of all tests: every sample once an epoch, the last batches smaller."""
+    return GroupBatchSampler(GROUPS, 10, min_per_group=0, **options)
+
+
+def readme_lines(about: str) -> str:
+    """Return the lines of README.md's block on trainers below the comment that names ``about``."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n([^`]*use_distributed_sampler[^`]*)```", readme)
+    for part in re.split(r"^(?=# )", block, flags=re.MULTILINE):
+        if part.startswith("# ") and about in part.splitlines()[0]:
+            return part
+    raise LookupError(f"README.md has no lines on {about}")
+
+
+def in_epochs(drawn: Batches, per_epoch: int) -> list[Batches]:
+    """Return batches epoch by epoch."""
+    return [drawn[start : start + per_epoch] for start in range(0, len(drawn), per_epoch)]
+
+
+def loop() -> list[Batches]:
+    """A loop of one's own over a loader that is made before the process group."""
+    names: dict[str, Any] = {"sampler": make_sampler(), "data": Numbers(), "DataLoader": DataLoader}
+    exec(readme_lines("loop of your own"), names)
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    return [[batch["position"].tolist() for batch in names["loader"]] for _ in range(EPOCHS)]
+
+
+def ignite() -> list[Batches]:
+    """ignite's DeterministicEngine."""
+    from ignite.engine import DeterministicEngine
+
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    names: dict[str, Any] = {"sampler": make_sampler(), "data": Numbers(), "DataLoader": DataLoader}
+    exec(readme_lines("ignite"), names)
+    drawn: Batches = []
+    engine = DeterministicEngine(lambda _, batch: drawn.append(batch["position"].tolist()))
+    engine.run(names["loader"], max_epochs=EPOCHS)
+    return in_epochs(drawn, len(names["sampler"]))
+
+
+def lightning(in_hook: bool = False, **options: Any) -> list[Batches]:
+    """Lightning's Trainer, with DDP where there are two processes.
+
+    in_hook: the module makes the loader itself, which lets Lightning record how.
+    """
+    import lightning as L
+
+    def make_loader() -> DataLoader[Any]:
+        return DataLoader(Numbers(), batch_sampler=make_sampler())
+
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+            self.epochs: list[Batches] = []
+
+        def training_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            return self.net(**batch)["loss"]
+
+        def on_train_epoch_end(self) -> None:
+            self.epochs.append(self.net.drawn)
+            self.net.drawn = []
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    class WithLoader(Module):
+        def train_dataloader(self) -> DataLoader[Any]:
+            return make_loader()
+
+    def made(**readme: Any) -> Any:
+        standard = {
+            "accelerator": "cpu",
+            "devices": int(os.environ.get("WORLD_SIZE", 1)),
+            "strategy": "ddp" if "RANK" in os.environ else "auto",
+            "max_epochs": EPOCHS,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        }
+        return L.Trainer(**(standard | readme | options))
+
+    names: dict[str, Any] = {"Trainer": made}
+    exec(readme_lines("Lightning"), names)
+    module = WithLoader() if in_hook else Module()
+    names["trainer"].fit(module, None if in_hook else make_loader())
+    return module.epochs
+
+
+def accelerate() -> list[Batches]:
+    """accelerate's prepare."""
+    from accelerate import Accelerator
+
+    names: dict[str, Any] = {
+        "sampler": make_sampler(),
+        "accelerator": Accelerator(cpu=True),
+        "data": Numbers(),
+        "DataLoader": DataLoader,
+    }
+    exec(readme_lines("accelerate"), names)
+    return [[batch["position"].tolist() for batch in names["loader"]] for _ in range(EPOCHS)]
+
+
+def transformers() -> list[Batches]:
+    """Hugging Face's Trainer."""
+    drawn = _hugging_face(save_strategy="no")
+    return in_epochs(drawn, len(drawn) // EPOCHS)
+
+
+def transformers_resumed() -> list[Batches]:
+    """What Hugging Face's Trainer draws after the fourth step of the second epoch, and resumed."""
+    from transformers import TrainerCallback
+
+    class SetEpoch(TrainerCallback):
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+            others["train_dataloader"].dataset.sampler.set_epoch(int(state.epoch))
+
+    step = len(make_sampler()) + 4
+    drawn = _hugging_face(save_steps=step)
+    resumed = _hugging_face(f"checkpoint-{step}", [SetEpoch()], save_strategy="no")
+    return [drawn[step:], resumed]
+
+
+def _hugging_face(
+    checkpoint: str | None = None, callbacks: list[Any] | None = None, **options: Any
+) -> Batches:
+    from transformers import Trainer, TrainingArguments
+
+    data, net = Numbers(), Net()
+    data.sampler = make_sampler()
+    names: dict[str, Any] = {
+        "sampler": data.sampler,
+        "DataLoader": DataLoader,
+        "Trainer": Trainer,
+    }
+    exec(readme_lines("Hugging Face"), names)
+    arguments = TrainingArguments(
+        ".",
+        num_train_epochs=EPOCHS,
+        per_device_train_batch_size=10,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        **options,
+    )
+    trainer = names["GroupTrainer"](
+        model=net, args=arguments, train_dataset=data, callbacks=callbacks
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return net.drawn
+
+
+def metric_learning() -> list[Batches]:
+    """pytorch-metric-learning's MetricLossOnly; in one process, as that library has it."""
+    from pytorch_metric_learning.losses import ContrastiveLoss
+    from pytorch_metric_learning.trainers import MetricLossOnly
+
+    drawn: Batches = []
+
+    class Trunk(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(1, 3)
+
+        def forward(self, position: torch.Tensor) -> torch.Tensor:
+            drawn.append(position.tolist())
+            return self.linear(position[:, None].float())
+
+    trunk = Trunk()
+    made = partial(
+        MetricLossOnly,
+        models={"trunk": trunk},
+        optimizers={"trunk_optimizer": torch.optim.SGD(trunk.parameters(), lr=0.01)},
+        batch_size=10,
+        loss_funcs={"metric_loss": ContrastiveLoss()},
+        dataset=Numbers(),
+        data_and_label_getter=lambda batch: (batch["position"], batch["labels"]),
+        dataloader_num_workers=0,
+    )
+    names: dict[str, Any] = {"sampler": make_sampler(), "MetricLossOnly": made}
+    exec(readme_lines("pytorch-metric-learning"), names)
+    names["trainer"].train(num_epochs=EPOCHS)
+    return in_epochs(drawn, len(drawn) // EPOCHS)
+
+
+if __name__ == "__main__":
+    Path(f"{os.environ['RANK']}.json").write_text(json.dumps(globals()[sys.argv[1]]()))
