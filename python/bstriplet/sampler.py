@@ -185,6 +185,7 @@ class GroupBatchSampler(BatchSampler):
         return self._n_steps - (0 if self._begun else self._start)
 
     def __iter__(self) -> Iterator[list[int]]:
+        _refuse_who_would_regroup(sys._getframe(1).f_locals.get("self"))
         return self._pass_over(all_replicas=False)
 
     def set_epoch(self, epoch: int) -> None:
@@ -374,6 +375,23 @@ def _warn_of_a_missing_process_group() -> None:
             "all batches, not its share. Initialise it before the first pass, or pass "
             "num_replicas=1 to say that this is meant",
             stacklevel=3,
+        )
+
+
+def _refuse_who_would_regroup(reader: object) -> None:
+    """Raise if batches are asked for by what would share them out again, or batch them once more.
+
+    Neither fails by itself: one trains on a part of the samples, the other on batches of batches.
+    """
+    if type(reader).__name__ == "BatchSamplerShard" and reader.num_processes > 1:  # type: ignore[attr-defined]
+        raise ValueError(
+            "accelerate deals batches out to the processes itself, and needs those of all: prepare a "
+            "DataLoader with batch_sampler=sampler.unsharded()"
+        )
+    if type(reader) is BatchSampler:
+        raise ValueError(
+            "a GroupBatchSampler was passed as sampler=, which takes indices, not batches: pass it "
+            "as batch_sampler=, or pass sampler.as_index_sampler()"
         )
 
 

@@ -424,6 +424,12 @@ def test_as_index_sampler_has_the_samples_of_the_batches(made):
         assert len(indices) == len(whole[1][-1])
 
 
+def test_batches_are_not_batched_once_more():
+    loader = DataLoader(range(100), sampler=of_sizes([40, 60], 10), batch_size=10)
+    with pytest.raises(ValueError, match="pass it as batch_sampler="):
+        next(iter(loader))
+
+
 @pytest.mark.parametrize(
     ("arguments", "options"),
     [

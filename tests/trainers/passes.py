@@ -157,6 +157,17 @@ def accelerate() -> list[Batches]:
     return [[batch["position"].tolist() for batch in names["loader"]] for _ in range(EPOCHS)]
 
 
+def accelerate_without_unsharded() -> str:
+    """What accelerate's prepare is told that is given the sampler itself."""
+    from accelerate import Accelerator
+
+    loader = Accelerator(cpu=True).prepare(DataLoader(Numbers(), batch_sampler=make_sampler()))
+    try:
+        return str(next(iter(loader)))
+    except ValueError as error:
+        return str(error)
+
+
 def transformers() -> list[Batches]:
     """Hugging Face's Trainer."""
     drawn = _hugging_face(save_strategy="no")

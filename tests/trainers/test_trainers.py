@@ -38,7 +38,7 @@ def expected(num_replicas: int = 1, rank: int = 0) -> list[Batches]:
     return epochs
 
 
-def in_two_processes(name: str, folder: Path) -> list[list[Batches]]:
+def in_two_processes(name: str, folder: Path) -> list[Any]:
     """Return what a function of ``passes`` returns on each of two processes."""
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", passes.__file__]
     subprocess.run(
@@ -65,6 +65,12 @@ def test_two_processes_share_every_epoch(trainer: str, tmp_path: Path) -> None:
     assert drawn == [expected(2, 0), expected(2, 1)]
     for one, other in zip(*drawn, strict=True):
         assert sorted(chain(*one, *other)) == list(range(len(GROUPS)))
+
+
+@needs["accelerate"]
+def test_accelerate_is_told_that_the_batches_are_shared_out(tmp_path: Path) -> None:
+    for told in in_two_processes("accelerate_without_unsharded", tmp_path):
+        assert "batch_sampler=sampler.unsharded()" in told
 
 
 @needs["transformers"]
