@@ -385,8 +385,8 @@ def _refuse_who_would_regroup(reader: object) -> None:
     """
     if type(reader).__name__ == "BatchSamplerShard" and reader.num_processes > 1:  # type: ignore[attr-defined]
         raise ValueError(
-            "accelerate deals batches out to the processes itself, and needs those of all: prepare a "
-            "DataLoader with batch_sampler=sampler.unsharded()"
+            "accelerate deals batches out to the processes itself, and needs those of all: prepare "
+            "a DataLoader with batch_sampler=sampler.unsharded()"
         )
     if type(reader) is BatchSampler:
         raise ValueError(
