@@ -370,7 +370,8 @@ def test_a_missing_process_group_is_warned_of(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.warns(UserWarning, match="WORLD_SIZE=2, but torch.distributed is not initialised"):
         list(of_sizes([30, 60], 6))
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         list(of_sizes([30, 60], 6, num_replicas=1))
 
 
