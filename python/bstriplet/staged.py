@@ -204,6 +204,7 @@ class StagedNet(nn.Module):
             self.final_conv = nn.Identity()
             self.num_features = last["num_chs"]
             self.head = ClassifierHead(self.num_features, 0, "", self.drop_rate)
+            self.head.train(self.training)
             self.num_classes = 0
             self.head_hidden_size = self._pooled_size()
         return taken

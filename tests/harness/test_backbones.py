@@ -1,6 +1,7 @@
 """The backbones: the functions of torchvision's and pytorchcv's, and timm models throughout."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 import torchvision
 from bstriplet.backbones import Classifier
 from bstriplet.errors import UserError
-from bstriplet.shufflenet import interleave
+from bstriplet.peleenet import DenseLayer
+from bstriplet.shufflenet import Unit, interleave
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -241,6 +244,108 @@ def test_options_reach_the_head(name: str) -> None:
     assert 0.3 < dropped.double().mean() < 0.7
 
 
+def drop_paths(model: nn.Module) -> dict[str, float]:
+    """Return the rates of a model by the names of the modules that drop."""
+    modules = model.named_modules()
+    return {name: module.drop_prob for name, module in modules if isinstance(module, DropPath)}
+
+
+def test_drop_path_rises_over_the_units_but_spares_those_that_halve() -> None:
+    rates = calculate_drop_path_rates(0.3, 16)
+    units = [(stage, unit) for stage, count in enumerate((4, 8, 4)) for unit in range(count)]
+    expected = {
+        f"stages.{stage}.{unit}.right.3": rate
+        for (stage, unit), rate in zip(units, rates, strict=True)
+        if unit
+    }
+    assert drop_paths(create("shufflenet_v2_x0_5", drop_path_rate=0.3)) == pytest.approx(expected)
+
+    rates = calculate_drop_path_rates(0.3, 21)
+    layers = [
+        f"stages.{stage}.{layer + bool(stage)}"
+        for stage, count in enumerate((3, 4, 8, 6))
+        for layer in range(count)
+    ]
+    expected = {
+        f"{layer}.{way}": rate
+        for layer, rate in zip(layers[1:], rates[1:], strict=True)
+        for way in ("near.2", "far.3")
+    }
+    assert drop_paths(create("peleenet", drop_path_rate=0.3)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "branches"),
+    [
+        (lambda rate: Unit(16, rate), [slice(1, None, 2)]),
+        (lambda rate: DenseLayer(16, 1, rate), [slice(16, 32), slice(32, 48)]),
+    ],
+)
+def test_in_training_a_unit_adds_nothing_to_a_share_of_the_images(
+    make: Callable[[float], nn.Module], branches: list[slice]
+) -> None:
+    torch.manual_seed(0)
+    unit = disturb(make(0.6)).double().eval()
+    x = images(500, 16, 3, 3)
+    complete = unit(x)
+    for module in unit.modules():
+        module.train(isinstance(module, DropPath))
+    dropping = unit(x)
+    passing = torch.ones(complete.shape[1], dtype=torch.bool)
+    for channels in branches:
+        passing[channels] = False
+        kept = dropping[:, channels].flatten(1).any(dim=1)
+        assert 0.3 < kept.double().mean() < 0.5
+        assert_same(dropping[kept][:, channels], complete[kept][:, channels] / 0.4)
+    assert torch.equal(dropping[:, passing], complete[:, passing])
+
+
+@both
+def test_drop_path_changes_neither_weights_nor_predictions(name: str) -> None:
+    plain, dropping = create(name), create(name, drop_path_rate=0.3)
+    assert str(create(name, drop_path_rate=0.0)) == str(plain) != str(dropping)
+    dropping.load_state_dict(plain.state_dict(), strict=True)
+    x = images(4, 1, 64, 64)
+    assert torch.equal(dropping(x), plain(x))
+    dropping.train()
+    assert not torch.equal(dropping(x), dropping(x))
+
+
+@both
+@pytest.mark.parametrize("features_only", [False, True])
+def test_batch_norm_options_reach_every_norm(name: str, features_only: bool) -> None:
+    model = create(name, bn_momentum=0.05, bn_eps=1e-4, features_only=features_only)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert {(norm.momentum, norm.eps) for norm in norms} == {(0.05, 1e-4)}
+    norms = [module for module in create(name).modules() if isinstance(module, nn.BatchNorm2d)]
+    assert {(norm.momentum, norm.eps) for norm in norms} == {(0.1, 1e-5)}
+
+
+@both
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("drop_path_rate", -0.1),
+        ("drop_path_rate", 1.0),
+        ("drop_path_rate", math.nan),
+        ("bn_momentum", -0.1),
+        ("bn_momentum", 1.5),
+        ("bn_eps", 0.0),
+        ("bn_eps", math.inf),
+    ],
+)
+def test_an_option_out_of_range_is_named(name: str, option: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"{option}={value}: give a"):
+        timm.create_model(name, **{option: value})
+
+
+@both
+@pytest.mark.parametrize("option", ["drop_block_rate", "head_init_scale", "head_init_bias"])
+def test_an_option_that_the_networks_lack_is_named(name: str, option: str) -> None:
+    with pytest.raises(TypeError, match=option):
+        timm.create_model(name, **{option: 0.1})
+
+
 @both
 @pytest.mark.parametrize("coarse", [False, True])
 def test_parameters_are_grouped_from_stem_to_head(name: str, coarse: bool) -> None:
@@ -254,12 +359,15 @@ def test_parameters_are_grouped_from_stem_to_head(name: str, coarse: bool) -> No
 
 
 @both
-def test_checkpointing_changes_no_gradient(name: str) -> None:
-    model = create(name)
-    x = images(2, 1, 48, 48)
+@pytest.mark.parametrize("drop_path_rate", [0.0, 0.2])
+def test_checkpointing_changes_no_gradient(name: str, drop_path_rate: float) -> None:
+    model = create(name, drop_path_rate=drop_path_rate).train()
+    x = images(4, 1, 48, 48)
+    torch.manual_seed(0)
     plain = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
     model.set_grad_checkpointing()
     packed: list[Tensor] = []
+    torch.manual_seed(0)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
         loss = model(x).square().sum()
     kept = len(packed)
@@ -285,11 +393,12 @@ def test_features_come_at_four_resolutions(name: str) -> None:
 
 
 @both
+@pytest.mark.filterwarnings("ignore:NOTE. The nodes obtained by tracing:UserWarning")
 @pytest.mark.parametrize("extractor", ["getter", "hook", "fx"])
 def test_every_way_of_extraction_gives_the_same_maps(name: str, extractor: str) -> None:
     source = create(name)
     options = {"features_only": True, "feature_cls": extractor, "out_indices": (0, 2)}
-    model = create(name, **options)
+    model = create(name, drop_path_rate=0.4, **options)
     x = images(1, 1, 64, 64)
     expected = source.forward_intermediates(x, indices=[0, 2], intermediates_only=True)
     for mine, its in zip(model(x), expected, strict=True):
@@ -326,6 +435,17 @@ def test_pruned_models_keep_what_their_maps_need(name: str) -> None:
 
 
 @both
+def test_pruning_leaves_the_mode_as_it_is(name: str) -> None:
+    x = images(1, 1, 64, 64)
+    model = create(name, drop_rate=0.5, drop_path_rate=0.5)
+    model.prune_intermediate_layers(3)
+    assert torch.equal(model(x), model(x))
+    model.train()
+    model.prune_intermediate_layers(1)
+    assert all(module.training for module in model.modules())
+
+
+@both
 @pytest.mark.parametrize("indices", [5, 0, [4], [-5], []])
 def test_a_map_that_is_not_there_is_named(name: str, indices: int | list[int]) -> None:
     with pytest.raises(ValueError, match=r"indices=.* there are 4 feature maps"):
@@ -352,10 +472,12 @@ def test_channels_last_is_kept_to_the_end(name: str) -> None:
 )
 def test_compiles_in_one_graph(name: str, backend: str) -> None:
     """With ``aot_eager``, the backward too."""
-    model = create(name).train()
+    model = create(name, drop_path_rate=0.4).train()
     x = images(2, 1, 64, 64)
+    torch.manual_seed(0)
     expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
     compiled = torch.compile(model, backend=backend, fullgraph=True)
+    torch.manual_seed(0)
     found = torch.autograd.grad(compiled(x).square().sum(), list(model.parameters()))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
@@ -378,9 +500,14 @@ def test_classifiers_export_for_any_batch(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 @pytest.mark.filterwarnings("ignore:The TorchScript type system:UserWarning")
 def test_scripts(name: str) -> None:
-    model = create(name)
+    model = create(name, drop_path_rate=0.4)
     x = images(2, 1, 65, 64)
-    assert_same(torch.jit.script(model)(x), model(x))
+    for mode in (model.eval(), model.train()):
+        scripted = torch.jit.script(mode)
+        torch.manual_seed(0)
+        expected = mode(x)
+        torch.manual_seed(0)
+        assert_same(scripted(x), expected)
 
 
 @both
