@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from bstriplet.backbones import Classifier
+from bstriplet.backbones import Classifier, check_backbone
 from bstriplet.errors import UserError
 from bstriplet.peleenet import DenseLayer
 from bstriplet.shufflenet import Unit, interleave
@@ -202,6 +202,38 @@ def test_any_image_size_works(name: str, height: int, width: int) -> None:
 def test_a_network_with_two_classifiers_is_refused() -> None:
     with pytest.raises(UserError, match="deit_tiny_distilled_patch16_224 has no linear classifier"):
         Classifier("deit_tiny_distilled_patch16_224", num_classes=3, channels=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "image_size", "message"),
+    [
+        ("efficientvit_m0", 224, "the logits of efficientvit_m0 are not its linear classifier's"),
+        ("halonet_h1", 32, r"halonet_h1 fails on images of 32 x 32 pixels \(AssertionError\)"),
+        ("resnet18.a1_in1k", 64, r"asks for pretrained weights \('a1_in1k'\), .* give resnet18$"),
+        ("shufflenet_v2.none", 64, "asks for pretrained weights .* give shufflenet_v2$"),
+    ],
+    ids=["norm in the head", "size", "weights", "no such weights"],
+)
+def test_a_backbone_that_cannot_be_what_a_run_says_is_refused(
+    name: str, image_size: int, message: str
+) -> None:
+    with pytest.raises(UserError, match=rf"^--backbone: .*{message}"):
+        check_backbone(name, image_size)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", *TABLE_1])
+def test_checking_a_backbone_draws_no_random_numbers(name: str) -> None:
+    state = torch.get_rng_state()
+    check_backbone(name, 160)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_networks_with_filters_in_3d_are_built_in_either_layout(channels_last: bool) -> None:
+    model = Classifier("lambda_resnet26t", 2, 1, channels_last=channels_last)
+    filters = model.backbone.stem.conv2.conv.weight
+    assert filters.is_contiguous(memory_format=torch.channels_last) == channels_last
+    assert {parameter.ndim for parameter in model.parameters()} == {1, 2, 4, 5}
 
 
 @both
