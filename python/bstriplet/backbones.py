@@ -113,6 +113,8 @@ class Classifier(nn.Module):
     ) -> None:
         super().__init__()
         check_backbone(backbone)
+        if embedding not in ("classifier", "pooled"):
+            raise unknown_name("--embedding", embedding, ("classifier", "pooled"))
         self.backbone = timm.create_model(backbone, num_classes=num_classes, in_chans=channels)
         if not isinstance(self.backbone.get_classifier(), nn.Linear):
             raise UserError(
@@ -141,6 +143,12 @@ class Classifier(nn.Module):
 
     def standardised(self, images: Tensor) -> Tensor:
         """images uint8 [N, C, H, W] -> what the backbone takes in, float32 [N, C, H, W]."""
+        channels = len(self.mean)
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != channels:
+            raise ValueError(
+                f"images must be uint8 [N, {channels}, H, W], grey levels from 0 to 255; these are "
+                f"{images.dtype} {list(images.shape)}"
+            )
         return (images.to(torch.float32, memory_format=self.layout) - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Output:

@@ -132,8 +132,7 @@ class StagedNet(nn.Module):
         x = self.stem(x)
         for stage in self.stages:
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                for unit in stage.children():
-                    x = checkpoint(unit, x, use_reentrant=False)
+                x = _checkpointed(stage, x)
             else:
                 x = stage(x)
         return self.final_conv(x)
@@ -173,7 +172,8 @@ class StagedNet(nn.Module):
         last = self.feature_info[max(taken)]["module"]
         maps = []
         for name, part in self._parts():
-            x = part(x)
+            spares_memory = self.grad_checkpointing and part is not self.stem
+            x = _checkpointed(part, x) if spares_memory else part(x)
             if name in wanted:
                 maps.append(x)
             if stop_early and name == last:
@@ -271,6 +271,12 @@ def drop_path_rates(last: float, units: Sequence[int]) -> list[list[float]]:
 def drop_path(rate: float) -> list[nn.Module]:
     """Return what ends a branch whose features are dropped at ``rate``; nothing at 0."""
     return [DropPath(rate)] if rate else []
+
+
+def _checkpointed(stage: nn.Module, x: Tensor) -> Tensor:
+    for unit in stage.children():
+        x = checkpoint(unit, x, use_reentrant=False)
+    return x
 
 
 def _positions(indices: int | Sequence[int] | None, count: int) -> list[int]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -228,6 +229,25 @@ def test_checking_a_backbone_draws_no_random_numbers(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.zeros(2, 3, 32, 32),
+        torch.zeros(2, 1, 32, 32, dtype=torch.uint8),
+        torch.zeros(3, 32, 32, dtype=torch.uint8),
+    ],
+    ids=["from 0 to 1", "grey", "one"],
+)
+def test_images_of_another_kind_than_trained_on_are_refused(images: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"images must be uint8 \[N, 3, H, W\], .*; these are"):
+        Classifier("mobilenetv3_small_050", 2, 3)(images)
+
+
+def test_an_unknown_embedding_is_refused() -> None:
+    with pytest.raises(UserError, match="unknown name 'pool'; did you mean 'pooled'"):
+        Classifier("mobilenetv3_small_050", 2, 3, embedding="pool")
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_networks_with_filters_in_3d_are_built_in_either_layout(channels_last: bool) -> None:
     model = Classifier("lambda_resnet26t", 2, 1, channels_last=channels_last)
@@ -390,6 +410,14 @@ def test_parameters_are_grouped_from_stem_to_head(name: str, coarse: bool) -> No
     assert len(set(layers)) == 1 + stages + 1  # the last convolution goes with the last of them
 
 
+def kept_for_backward(run: Callable[[], Any]) -> tuple[int, Any]:
+    """Count the tensors that a computation keeps for its backward; return its result too."""
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        result = run()
+    return len(kept), result
+
+
 @both
 @pytest.mark.parametrize("drop_path_rate", [0.0, 0.2])
 def test_checkpointing_changes_no_gradient(name: str, drop_path_rate: float) -> None:
@@ -398,19 +426,25 @@ def test_checkpointing_changes_no_gradient(name: str, drop_path_rate: float) -> 
     torch.manual_seed(0)
     plain = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
     model.set_grad_checkpointing()
-    packed: list[Tensor] = []
     torch.manual_seed(0)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
-        loss = model(x).square().sum()
-    kept = len(packed)
+    kept, loss = kept_for_backward(lambda: model(x).square().sum())
     again = torch.autograd.grad(loss, list(model.parameters()))
     for one, other in zip(again, plain, strict=True):
         assert_same(one, other)
     model.set_grad_checkpointing(False)
-    packed.clear()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
-        model(x)
-    assert kept < len(packed) / 2
+    assert kept < kept_for_backward(lambda: model(x))[0] / 2
+
+
+@both
+def test_maps_in_between_are_checkpointed_too(name: str) -> None:
+    model = create(name)
+    x = images(2, 1, 48, 48)
+    plain, (_, expected) = kept_for_backward(lambda: model.forward_intermediates(x))
+    model.set_grad_checkpointing()
+    kept, (_, maps) = kept_for_backward(lambda: model.forward_intermediates(x))
+    assert kept < plain / 2
+    for mine, its in zip(maps, expected, strict=True):
+        assert_same(mine, its)
 
 
 @pytest.mark.parametrize("name", FEATURES)
