@@ -1,5 +1,6 @@
 """A classification model of timm, giving the embedding and the logits made from it."""
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import timm
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bstriplet import peleenet, shufflenet  # noqa: F401  (registers them with timm)
-from bstriplet.errors import UserError, unknown_name
+from bstriplet.errors import UserError, one_line, unknown_name
 
 
 class Output(NamedTuple):
@@ -20,7 +21,8 @@ class Output(NamedTuple):
 def check_backbone(name: str, image_size: int | None = None) -> None:
     """Raise an error with the nearest name if timm has no model called ``name``.
 
-    Also if the model takes images of one size only, and that is not ``image_size``.
+    With ``image_size``, also where no run can be what it says: the name asks for pretrained
+    weights; the model fails on such images; its logits are not linear in an embedding.
     """
     if not timm.is_model(name):
         raise unknown_name(
@@ -29,13 +31,50 @@ def check_backbone(name: str, image_size: int | None = None) -> None:
             timm.list_models(),
             advice="Names are those of timm.list_models()",
         )
+    if not image_size:
+        return
+    architecture, dot, weights = name.partition(".")
+    if dot:
+        raise UserError(
+            f"--backbone: {name} asks for pretrained weights ({weights!r}), but a run starts from "
+            f"random ones; give {architecture}"
+        )
     cfg = timm.get_pretrained_cfg(name)
-    if image_size and cfg and cfg.fixed_input_size and cfg.input_size[-1] != image_size:
+    if cfg and cfg.fixed_input_size and cfg.input_size[-1] != image_size:
         side = cfg.input_size[-1]
         raise UserError(
             f"--backbone: {name} takes images of {side} x {side} pixels only, not of {image_size}; "
             f"give --image-size {side}, or choose another"
         )
+    _check_logits(name, image_size)
+
+
+@cache
+def _check_logits(backbone: str, image_size: int) -> None:
+    """Raise unless a :class:`Classifier` gives the model's own logits, in training and after."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model = Classifier(backbone, num_classes=2, channels=3)
+        model.backbone.get_classifier().reset_parameters()  # some models start with zeros
+        model.standardise_with(torch.full((3,), 128.0), torch.full((3,), 64.0))
+        images = torch.randint(0, 256, (2, 3, image_size, image_size), dtype=torch.uint8)
+        state = torch.get_rng_state()  # both passes drop the same features
+        for training in (True, False):
+            model.train(training)
+            try:
+                torch.set_rng_state(state)
+                logits = model(images).logits
+                torch.set_rng_state(state)
+                own = model.backbone(model.standardised(images))
+            except Exception as error:
+                raise UserError(
+                    f"--backbone: {backbone} fails on images of {image_size} x {image_size} "
+                    f"pixels ({one_line(error)}); give another --image-size, or choose another"
+                ) from error
+            if not torch.allclose(logits, own, rtol=1e-3, atol=1e-3, equal_nan=True):
+                raise UserError(
+                    f"--backbone: the logits of {backbone} are not its linear classifier's of one "
+                    "embedding; choose another"
+                )
 
 
 def check_embedding(backbone: str, embedding: str, image_size: int) -> None:
@@ -74,6 +113,8 @@ class Classifier(nn.Module):
     ) -> None:
         super().__init__()
         check_backbone(backbone)
+        if embedding not in ("classifier", "pooled"):
+            raise unknown_name("--embedding", embedding, ("classifier", "pooled"))
         self.backbone = timm.create_model(backbone, num_classes=num_classes, in_chans=channels)
         if not isinstance(self.backbone.get_classifier(), nn.Linear):
             raise UserError(
@@ -84,7 +125,9 @@ class Classifier(nn.Module):
         self.register_buffer("std", torch.ones(channels, 1, 1))
         # Convolutions of light CNNs run up to twice as fast on a CPU with channels last in memory.
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.to(memory_format=self.layout)
+        for parameter in self.parameters():
+            if parameter.ndim == 4:  # nn.Module.to fails at the filters of 3D convolutions
+                parameter.data = parameter.data.to(memory_format=self.layout)
 
     def standardise_with(self, mean: Tensor, std: Tensor) -> None:
         """Set the mean and standard deviation of each channel, float [C], in grey levels."""
@@ -98,11 +141,19 @@ class Classifier(nn.Module):
             return self.backbone.num_features
         return self.backbone.get_classifier().in_features
 
+    def standardised(self, images: Tensor) -> Tensor:
+        """images uint8 [N, C, H, W] -> what the backbone takes in, float32 [N, C, H, W]."""
+        channels = len(self.mean)
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != channels:
+            raise ValueError(
+                f"images must be uint8 [N, {channels}, H, W], grey levels from 0 to 255; these are "
+                f"{images.dtype} {list(images.shape)}"
+            )
+        return (images.to(torch.float32, memory_format=self.layout) - self.mean) / self.std
+
     def forward(self, images: Tensor) -> Output:
         """images uint8 [N, C, H, W] -> :class:`Output`, float32."""
-        pixels = images.to(torch.float32, memory_format=self.layout)
-        standardised = (pixels - self.mean) / self.std
-        features = self.backbone.forward_features(standardised)
+        features = self.backbone.forward_features(self.standardised(images))
         before_logits = self.backbone.forward_head(features, pre_logits=True)
         logits = self.backbone.get_classifier()(before_logits)
         pooled = self.embedding == "pooled"

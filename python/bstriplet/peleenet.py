@@ -12,7 +12,7 @@ from timm.layers import ConvNormAct
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from bstriplet.staged import Feature, Trunk, build, default_cfg
+from bstriplet.staged import Feature, Trunk, build, default_cfg, drop_path, drop_path_rates
 
 STEM_CHANNELS = 32
 GROWTH = 32
@@ -42,17 +42,19 @@ class Stem(nn.Module):
 class DenseLayer(nn.Module):
     """Appends a branch that sees 3 x 3 pixels and one that sees 5 x 5, each half of the growth."""
 
-    def __init__(self, in_channels: int, bottleneck: int) -> None:
+    def __init__(self, in_channels: int, bottleneck: int, drop_path_rate: float) -> None:
         super().__init__()
         channels = GROWTH // 2
         self.near = nn.Sequential(
             ConvNormAct(in_channels, bottleneck * channels),
             ConvNormAct(bottleneck * channels, channels, kernel_size=3),
+            *drop_path(drop_path_rate),
         )
         self.far = nn.Sequential(
             ConvNormAct(in_channels, bottleneck * channels),
             ConvNormAct(bottleneck * channels, channels, kernel_size=3),
             ConvNormAct(channels, channels, kernel_size=3),
+            *drop_path(drop_path_rate),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,14 +72,15 @@ class Transition(nn.Sequential):
         )
 
 
-def trunk(in_channels: int) -> Trunk:
+def trunk(in_channels: int, drop_path_rate: float) -> Trunk:
     """Build all of PeleeNet but its head; a transition is its stage's first module."""
     stem = Stem(in_channels, STEM_CHANNELS)
     stages, features, channels = nn.Sequential(), [], STEM_CHANNELS
-    for i, (layers, bottleneck) in enumerate(zip(LAYERS, BOTTLENECKS, strict=True)):
+    rates = drop_path_rates(drop_path_rate, LAYERS)
+    for i, (its_rates, bottleneck) in enumerate(zip(rates, BOTTLENECKS, strict=True)):
         stage = nn.Sequential(*([Transition(channels)] if i else []))
-        for _ in range(layers):
-            stage.append(DenseLayer(channels, bottleneck))
+        for rate in its_rates:
+            stage.append(DenseLayer(channels, bottleneck, rate))
             channels += GROWTH
         stages.append(stage)
         features.append(Feature(f"stages.{i}", channels, 4 << i))

@@ -21,7 +21,7 @@ from timm.models import generate_default_cfgs, register_model, register_notrace_
 from torch import Tensor, nn
 from torchvision import models
 
-from bstriplet.staged import Feature, Trunk, build, default_cfg
+from bstriplet.staged import Feature, Trunk, build, default_cfg, drop_path, drop_path_rates
 
 STEM_CHANNELS = 24
 UNITS = (4, 8, 4)
@@ -57,9 +57,10 @@ def interleave(left: Tensor, right: Tensor) -> Tensor:
 class Unit(nn.Module):
     """Half of the channels pass unchanged, half through three convolutions; then they mix."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, drop_path_rate: float) -> None:
         super().__init__()
         self.right = _right_branch(channels // 2, channels // 2, stride=1)
+        self.right.extend(drop_path(drop_path_rate))
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W]."""
@@ -82,16 +83,17 @@ class DownUnit(nn.Module):
         return interleave(self.left(x), self.right(x))
 
 
-def trunk(width: Width, in_channels: int) -> Trunk:
+def trunk(width: Width, in_channels: int, drop_path_rate: float) -> Trunk:
     """Build all of ShuffleNet-V2 but its head."""
     stem = OrderedDict(
         conv=ConvNormAct(in_channels, STEM_CHANNELS, kernel_size=3, stride=2),
         pool=nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
     )
     inputs = (STEM_CHANNELS, *width.stages[:-1])
+    rates = drop_path_rates(drop_path_rate, UNITS)
     stages = (
-        nn.Sequential(DownUnit(before, channels), *(Unit(channels) for _ in range(1, units)))
-        for before, channels, units in zip(inputs, width.stages, UNITS, strict=True)
+        nn.Sequential(DownUnit(before, channels), *(Unit(channels, rate) for rate in its_rates[1:]))
+        for before, channels, its_rates in zip(inputs, width.stages, rates, strict=True)
     )
     stage_features = (
         Feature(f"stages.{i}", channels, 8 << i) for i, channels in enumerate(width.stages)

@@ -3,13 +3,14 @@
 ShuffleNet-V2 and PeleeNet differ in their stem and in what a stage is made of; the rest is here.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, ConvNormAct
+from timm.layers import ClassifierHead, ConvNormAct, DropPath
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -43,29 +44,43 @@ class StagedNet(nn.Module):
     """A timm model around a trunk; images float [N, in_chans, H, W] of any H and W.
 
     Args:
-        cfg: builds the trunk for a number of input channels.
+        cfg: builds the trunk for a number of input channels and a ``drop_path_rate``.
         num_classes: of the classifier; 0 for none, the model then returns the embedding.
         in_chans: channels of the images.
         global_pool: timm's name of the pooling; ``""`` for none.
         drop_rate: dropout of the embedding, in front of the classifier.
+        drop_path_rate: stochastic depth, in training: the share of images for which the last unit
+            adds no features; it rises linearly from 0 in the first unit. Units that halve the map
+            always add theirs.
+        bn_momentum: the share of a batch in the running statistics of every batch norm.
+        bn_eps: added to the variance in every batch norm.
         device: where the weights are made; torch's default device if None.
         dtype: of the weights; float32 if None.
     """
 
     def __init__(
         self,
-        cfg: Callable[[int], Trunk],
+        cfg: Callable[[int, float], Trunk],
         num_classes: int = 1000,
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        bn_momentum: float = 0.1,
+        bn_eps: float = 1e-5,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate={drop_path_rate}: give a rate from 0 to below 1")
+        if not 0 <= bn_momentum <= 1:
+            raise ValueError(f"bn_momentum={bn_momentum}: give a share from 0 to 1")
+        if not 0 < bn_eps < math.inf:
+            raise ValueError(f"bn_eps={bn_eps}: give a positive number")
         device = torch.device(device or torch.get_default_device())
         with device:
-            trunk = cfg(in_chans)
+            trunk = cfg(in_chans, drop_path_rate)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -82,6 +97,9 @@ class StagedNet(nn.Module):
             self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate)
         self.head_hidden_size = self._pooled_size()
         self.apply(_initialise)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum, module.eps = bn_momentum, bn_eps
         self.to(dtype=dtype)
 
     @torch.jit.ignore
@@ -114,8 +132,7 @@ class StagedNet(nn.Module):
         x = self.stem(x)
         for stage in self.stages:
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                for unit in stage.children():
-                    x = checkpoint(unit, x, use_reentrant=False)
+                x = _checkpointed(stage, x)
             else:
                 x = stage(x)
         return self.final_conv(x)
@@ -155,7 +172,8 @@ class StagedNet(nn.Module):
         last = self.feature_info[max(taken)]["module"]
         maps = []
         for name, part in self._parts():
-            x = part(x)
+            spares_memory = self.grad_checkpointing and part is not self.stem
+            x = _checkpointed(part, x) if spares_memory else part(x)
             if name in wanted:
                 maps.append(x)
             if stop_early and name == last:
@@ -186,6 +204,7 @@ class StagedNet(nn.Module):
             self.final_conv = nn.Identity()
             self.num_features = last["num_chs"]
             self.head = ClassifierHead(self.num_features, 0, "", self.drop_rate)
+            self.head.train(self.training)
             self.num_classes = 0
             self.head_hidden_size = self._pooled_size()
         return taken
@@ -202,7 +221,7 @@ class StagedNet(nn.Module):
 
 def build(
     variant: str,
-    cfg: Callable[[int], Trunk],
+    cfg: Callable[[int, float], Trunk],
     pretrained: bool,
     weights_filter: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None,
     **options: Any,
@@ -211,7 +230,7 @@ def build(
 
     Args:
         variant: the registered name.
-        cfg: builds the trunk for a number of input channels.
+        cfg: builds the trunk for a number of input channels and a ``drop_path_rate``.
         pretrained: load the weights that the variant's configuration points to.
         weights_filter: (state dict of those weights, model) -> state dict of the model.
         options: those of :class:`StagedNet` and of ``timm.create_model``.
@@ -241,6 +260,23 @@ def default_cfg(url: str = "", *, first_conv: str) -> dict[str, Any]:
         "first_conv": first_conv,
         "classifier": "head.fc",
     }
+
+
+def drop_path_rates(last: float, units: Sequence[int]) -> list[list[float]]:
+    """Return the rates of each stage's units, from 0 in the first unit linearly to ``last``."""
+    rates = torch.linspace(0, last, sum(units), dtype=torch.float64, device="cpu")
+    return [of_stage.tolist() for of_stage in rates.split(list(units))]
+
+
+def drop_path(rate: float) -> list[nn.Module]:
+    """Return what ends a branch whose features are dropped at ``rate``; nothing at 0."""
+    return [DropPath(rate)] if rate else []
+
+
+def _checkpointed(stage: nn.Module, x: Tensor) -> Tensor:
+    for unit in stage.children():
+        x = checkpoint(unit, x, use_reentrant=False)
+    return x
 
 
 def _positions(indices: int | Sequence[int] | None, count: int) -> list[int]:

@@ -1,17 +1,21 @@
 """The backbones: the functions of torchvision's and pytorchcv's, and timm models throughout."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 import torchvision
-from bstriplet.backbones import Classifier
+from bstriplet.backbones import Classifier, check_backbone
 from bstriplet.errors import UserError
-from bstriplet.shufflenet import interleave
+from bstriplet.peleenet import DenseLayer
+from bstriplet.shufflenet import Unit, interleave
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -201,6 +205,57 @@ def test_a_network_with_two_classifiers_is_refused() -> None:
         Classifier("deit_tiny_distilled_patch16_224", num_classes=3, channels=1)
 
 
+@pytest.mark.parametrize(
+    ("name", "image_size", "message"),
+    [
+        ("efficientvit_m0", 224, "the logits of efficientvit_m0 are not its linear classifier's"),
+        ("halonet_h1", 32, r"halonet_h1 fails on images of 32 x 32 pixels \(AssertionError\)"),
+        ("resnet18.a1_in1k", 64, r"asks for pretrained weights \('a1_in1k'\), .* give resnet18$"),
+        ("shufflenet_v2.none", 64, "asks for pretrained weights .* give shufflenet_v2$"),
+    ],
+    ids=["norm in the head", "size", "weights", "no such weights"],
+)
+def test_a_backbone_that_cannot_be_what_a_run_says_is_refused(
+    name: str, image_size: int, message: str
+) -> None:
+    with pytest.raises(UserError, match=rf"^--backbone: .*{message}"):
+        check_backbone(name, image_size)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", *TABLE_1])
+def test_checking_a_backbone_draws_no_random_numbers(name: str) -> None:
+    state = torch.get_rng_state()
+    check_backbone(name, 160)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.zeros(2, 3, 32, 32),
+        torch.zeros(2, 1, 32, 32, dtype=torch.uint8),
+        torch.zeros(3, 32, 32, dtype=torch.uint8),
+    ],
+    ids=["from 0 to 1", "grey", "one"],
+)
+def test_images_of_another_kind_than_trained_on_are_refused(images: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"images must be uint8 \[N, 3, H, W\], .*; these are"):
+        Classifier("mobilenetv3_small_050", 2, 3)(images)
+
+
+def test_an_unknown_embedding_is_refused() -> None:
+    with pytest.raises(UserError, match="unknown name 'pool'; did you mean 'pooled'"):
+        Classifier("mobilenetv3_small_050", 2, 3, embedding="pool")
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_networks_with_filters_in_3d_are_built_in_either_layout(channels_last: bool) -> None:
+    model = Classifier("lambda_resnet26t", 2, 1, channels_last=channels_last)
+    filters = model.backbone.stem.conv2.conv.weight
+    assert filters.is_contiguous(memory_format=torch.channels_last) == channels_last
+    assert {parameter.ndim for parameter in model.parameters()} == {1, 2, 4, 5}
+
+
 @both
 @pytest.mark.parametrize("channels", [1, 3])
 def test_logits_are_the_classifier_of_the_embedding(name: str, channels: int) -> None:
@@ -241,6 +296,108 @@ def test_options_reach_the_head(name: str) -> None:
     assert 0.3 < dropped.double().mean() < 0.7
 
 
+def drop_paths(model: nn.Module) -> dict[str, float]:
+    """Return the rates of a model by the names of the modules that drop."""
+    modules = model.named_modules()
+    return {name: module.drop_prob for name, module in modules if isinstance(module, DropPath)}
+
+
+def test_drop_path_rises_over_the_units_but_spares_those_that_halve() -> None:
+    rates = calculate_drop_path_rates(0.3, 16)
+    units = [(stage, unit) for stage, count in enumerate((4, 8, 4)) for unit in range(count)]
+    expected = {
+        f"stages.{stage}.{unit}.right.3": rate
+        for (stage, unit), rate in zip(units, rates, strict=True)
+        if unit
+    }
+    assert drop_paths(create("shufflenet_v2_x0_5", drop_path_rate=0.3)) == pytest.approx(expected)
+
+    rates = calculate_drop_path_rates(0.3, 21)
+    layers = [
+        f"stages.{stage}.{layer + bool(stage)}"
+        for stage, count in enumerate((3, 4, 8, 6))
+        for layer in range(count)
+    ]
+    expected = {
+        f"{layer}.{way}": rate
+        for layer, rate in zip(layers[1:], rates[1:], strict=True)
+        for way in ("near.2", "far.3")
+    }
+    assert drop_paths(create("peleenet", drop_path_rate=0.3)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "branches"),
+    [
+        (lambda rate: Unit(16, rate), [slice(1, None, 2)]),
+        (lambda rate: DenseLayer(16, 1, rate), [slice(16, 32), slice(32, 48)]),
+    ],
+)
+def test_in_training_a_unit_adds_nothing_to_a_share_of_the_images(
+    make: Callable[[float], nn.Module], branches: list[slice]
+) -> None:
+    torch.manual_seed(0)
+    unit = disturb(make(0.6)).double().eval()
+    x = images(500, 16, 3, 3)
+    complete = unit(x)
+    for module in unit.modules():
+        module.train(isinstance(module, DropPath))
+    dropping = unit(x)
+    passing = torch.ones(complete.shape[1], dtype=torch.bool)
+    for channels in branches:
+        passing[channels] = False
+        kept = dropping[:, channels].flatten(1).any(dim=1)
+        assert 0.3 < kept.double().mean() < 0.5
+        assert_same(dropping[kept][:, channels], complete[kept][:, channels] / 0.4)
+    assert torch.equal(dropping[:, passing], complete[:, passing])
+
+
+@both
+def test_drop_path_changes_neither_weights_nor_predictions(name: str) -> None:
+    plain, dropping = create(name), create(name, drop_path_rate=0.3)
+    assert str(create(name, drop_path_rate=0.0)) == str(plain) != str(dropping)
+    dropping.load_state_dict(plain.state_dict(), strict=True)
+    x = images(4, 1, 64, 64)
+    assert torch.equal(dropping(x), plain(x))
+    dropping.train()
+    assert not torch.equal(dropping(x), dropping(x))
+
+
+@both
+@pytest.mark.parametrize("features_only", [False, True])
+def test_batch_norm_options_reach_every_norm(name: str, features_only: bool) -> None:
+    model = create(name, bn_momentum=0.05, bn_eps=1e-4, features_only=features_only)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert {(norm.momentum, norm.eps) for norm in norms} == {(0.05, 1e-4)}
+    norms = [module for module in create(name).modules() if isinstance(module, nn.BatchNorm2d)]
+    assert {(norm.momentum, norm.eps) for norm in norms} == {(0.1, 1e-5)}
+
+
+@both
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("drop_path_rate", -0.1),
+        ("drop_path_rate", 1.0),
+        ("drop_path_rate", math.nan),
+        ("bn_momentum", -0.1),
+        ("bn_momentum", 1.5),
+        ("bn_eps", 0.0),
+        ("bn_eps", math.inf),
+    ],
+)
+def test_an_option_out_of_range_is_named(name: str, option: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"{option}={value}: give a"):
+        timm.create_model(name, **{option: value})
+
+
+@both
+@pytest.mark.parametrize("option", ["drop_block_rate", "head_init_scale", "head_init_bias"])
+def test_an_option_that_the_networks_lack_is_named(name: str, option: str) -> None:
+    with pytest.raises(TypeError, match=option):
+        timm.create_model(name, **{option: 0.1})
+
+
 @both
 @pytest.mark.parametrize("coarse", [False, True])
 def test_parameters_are_grouped_from_stem_to_head(name: str, coarse: bool) -> None:
@@ -253,24 +410,41 @@ def test_parameters_are_grouped_from_stem_to_head(name: str, coarse: bool) -> No
     assert len(set(layers)) == 1 + stages + 1  # the last convolution goes with the last of them
 
 
+def kept_for_backward(run: Callable[[], Any]) -> tuple[int, Any]:
+    """Count the tensors that a computation keeps for its backward; return its result too."""
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        result = run()
+    return len(kept), result
+
+
 @both
-def test_checkpointing_changes_no_gradient(name: str) -> None:
-    model = create(name)
-    x = images(2, 1, 48, 48)
+@pytest.mark.parametrize("drop_path_rate", [0.0, 0.2])
+def test_checkpointing_changes_no_gradient(name: str, drop_path_rate: float) -> None:
+    model = create(name, drop_path_rate=drop_path_rate).train()
+    x = images(4, 1, 48, 48)
+    torch.manual_seed(0)
     plain = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
     model.set_grad_checkpointing()
-    packed: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
-        loss = model(x).square().sum()
-    kept = len(packed)
+    torch.manual_seed(0)
+    kept, loss = kept_for_backward(lambda: model(x).square().sum())
     again = torch.autograd.grad(loss, list(model.parameters()))
     for one, other in zip(again, plain, strict=True):
         assert_same(one, other)
     model.set_grad_checkpointing(False)
-    packed.clear()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
-        model(x)
-    assert kept < len(packed) / 2
+    assert kept < kept_for_backward(lambda: model(x))[0] / 2
+
+
+@both
+def test_maps_in_between_are_checkpointed_too(name: str) -> None:
+    model = create(name)
+    x = images(2, 1, 48, 48)
+    plain, (_, expected) = kept_for_backward(lambda: model.forward_intermediates(x))
+    model.set_grad_checkpointing()
+    kept, (_, maps) = kept_for_backward(lambda: model.forward_intermediates(x))
+    assert kept < plain / 2
+    for mine, its in zip(maps, expected, strict=True):
+        assert_same(mine, its)
 
 
 @pytest.mark.parametrize("name", FEATURES)
@@ -285,11 +459,12 @@ def test_features_come_at_four_resolutions(name: str) -> None:
 
 
 @both
+@pytest.mark.filterwarnings("ignore:NOTE. The nodes obtained by tracing:UserWarning")
 @pytest.mark.parametrize("extractor", ["getter", "hook", "fx"])
 def test_every_way_of_extraction_gives_the_same_maps(name: str, extractor: str) -> None:
     source = create(name)
     options = {"features_only": True, "feature_cls": extractor, "out_indices": (0, 2)}
-    model = create(name, **options)
+    model = create(name, drop_path_rate=0.4, **options)
     x = images(1, 1, 64, 64)
     expected = source.forward_intermediates(x, indices=[0, 2], intermediates_only=True)
     for mine, its in zip(model(x), expected, strict=True):
@@ -326,6 +501,17 @@ def test_pruned_models_keep_what_their_maps_need(name: str) -> None:
 
 
 @both
+def test_pruning_leaves_the_mode_as_it_is(name: str) -> None:
+    x = images(1, 1, 64, 64)
+    model = create(name, drop_rate=0.5, drop_path_rate=0.5)
+    model.prune_intermediate_layers(3)
+    assert torch.equal(model(x), model(x))
+    model.train()
+    model.prune_intermediate_layers(1)
+    assert all(module.training for module in model.modules())
+
+
+@both
 @pytest.mark.parametrize("indices", [5, 0, [4], [-5], []])
 def test_a_map_that_is_not_there_is_named(name: str, indices: int | list[int]) -> None:
     with pytest.raises(ValueError, match=r"indices=.* there are 4 feature maps"):
@@ -352,10 +538,12 @@ def test_channels_last_is_kept_to_the_end(name: str) -> None:
 )
 def test_compiles_in_one_graph(name: str, backend: str) -> None:
     """With ``aot_eager``, the backward too."""
-    model = create(name).train()
+    model = create(name, drop_path_rate=0.4).train()
     x = images(2, 1, 64, 64)
+    torch.manual_seed(0)
     expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
     compiled = torch.compile(model, backend=backend, fullgraph=True)
+    torch.manual_seed(0)
     found = torch.autograd.grad(compiled(x).square().sum(), list(model.parameters()))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
@@ -378,9 +566,14 @@ def test_classifiers_export_for_any_batch(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 @pytest.mark.filterwarnings("ignore:The TorchScript type system:UserWarning")
 def test_scripts(name: str) -> None:
-    model = create(name)
+    model = create(name, drop_path_rate=0.4)
     x = images(2, 1, 65, 64)
-    assert_same(torch.jit.script(model)(x), model(x))
+    for mode in (model.eval(), model.train()):
+        scripted = torch.jit.script(mode)
+        torch.manual_seed(0)
+        expected = mode(x)
+        torch.manual_seed(0)
+        assert_same(scripted(x), expected)
 
 
 @both
