@@ -37,7 +37,7 @@ def test_one_colour_image_makes_the_set_rgb(tmp_path: Path, colour_at: int | Non
     pixels = decode(paths, 16).pixels
     assert pixels.shape == (13, channels, 16, 16)
     for path, row in zip(paths, pixels, strict=True):
-        np.testing.assert_array_equal(row, read_image(path, 16, channels))
+        np.testing.assert_array_equal(row, read_image(path, 16, channels).pixels)
 
 
 def test_images_are_decoded_once_whatever_they_are_called(
@@ -75,10 +75,10 @@ def test_decoding_that_is_cut_leaves_nothing_to_be_mistaken(
     paths = make_images(tmp_path / "set", 4)
     whole, third = images.decode_image, paths[2].read_bytes()
 
-    def cut(content: bytes, size: int, channels: int | None) -> images.Pixels:
+    def cut(content: bytes, size: int, channels: int | None, max_pixels: int) -> images.Picture:
         if content == third:
             raise KeyboardInterrupt
-        return whole(content, size, channels)
+        return whole(content, size, channels, max_pixels)
 
     monkeypatch.setattr(images, "decode_image", cut)
     with pytest.raises(KeyboardInterrupt):
@@ -128,7 +128,7 @@ def test_a_file_that_vanishes_before_it_is_decoded_is_broken_and_not_mistaken_la
     restored = decode(paths, 16)
     assert not restored.broken
     assert restored.key != without.key
-    np.testing.assert_array_equal(restored.pixels[1], read_image(paths[1], 16))
+    np.testing.assert_array_equal(restored.pixels[1], read_image(paths[1], 16).pixels)
 
 
 def test_a_file_that_keeps_changing_is_an_error_that_names_it(

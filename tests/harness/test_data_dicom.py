@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from bstriplet.data import load_dataset
 from bstriplet.errors import UserError
-from bstriplet.images import Unreadable, read_image
+from bstriplet.images import read_image
+from bstriplet.pixels import Unreadable
 
 pydicom = pytest.importorskip("pydicom")
 
@@ -42,7 +43,7 @@ def write_dicom(path: Path, pixels: np.ndarray, bits: int = 16, **tags: Any) -> 
 
 
 def read(path: Path) -> np.ndarray:
-    pixels = read_image(path, SIDE)
+    pixels = read_image(path, SIDE).pixels
     assert pixels.shape == (1, SIDE, SIDE)
     return pixels[0].astype(int)
 
@@ -96,7 +97,7 @@ def test_colour_is_rgb(tmp_path: Path) -> None:
     colour = np.zeros((SIDE, SIDE, 3), dtype=np.uint8)
     colour[:8, :, 2] = 200
     path = write_dicom(tmp_path / "a.dcm", colour, 8)
-    np.testing.assert_array_equal(read_image(path, SIDE), colour.transpose(2, 0, 1))
+    np.testing.assert_array_equal(read_image(path, SIDE).pixels, colour.transpose(2, 0, 1))
 
 
 def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
