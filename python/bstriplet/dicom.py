@@ -17,7 +17,7 @@ from bstriplet.pixels import Pixels, Unreadable, check_area, stretch, stretch_ow
 NO_KIND = "have no PhotometricInterpretation and were taken for {}"
 NO_PREAMBLE = "have no preamble or transfer syntax and were read as their first elements suggest"
 NO_PADDING = "have a PixelPaddingValue that cannot be read ({})"
-NO_WINDOW = "have a window or VOI table that cannot be used and were scaled by their own range ({})"
+NO_WINDOW = "have a VOI table or window that cannot be used ({}) and are shown without it"
 
 _COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")  # pydicom gives RGB for all
 
@@ -142,22 +142,34 @@ def _windowed(
     values: npt.NDArray[Any], header: Any, counted: npt.NDArray[np.bool_], note: Note
 ) -> Pixels:
     """Return rescaled greys as uint8 [H, W] by the table or window, else by their own range."""
-    from pydicom.pixels import apply_voi_lut
-
-    try:
-        if header.get("VOILUTSequence"):
-            table = apply_voi_lut(np.rint(values).astype(np.int64), header)
-            bits = int(header.VOILUTSequence[0].LUTDescriptor[2])
-            return stretch(table, 0, 2**bits - 1)
-        if all(header.get(name) not in (None, "") for name in ("WindowCenter", "WindowWidth")):
-            return _by_window(values, header)
-    except Exception as error:  # a table fails in many ways; it is a choice of what to show
-        note(NO_WINDOW.format(one_line(error)))
+    for shown_by in (_by_table, _by_window):
+        try:
+            shown = shown_by(values, header)
+        except Exception as error:  # damaged ones fail in many ways, and only choose what is shown
+            note(NO_WINDOW.format(one_line(error)))
+        else:
+            if shown is not None:
+                return shown
     return stretch_own_range(values, counted)
 
 
-def _by_window(values: npt.NDArray[Any], header: Any) -> Pixels:
-    """Return greys by the first window of the header (part 3, C.11.2.1.2 and C.11.2.1.3)."""
+def _by_table(values: npt.NDArray[Any], header: Any) -> Pixels | None:
+    """Return greys by the first VOI table of the header; None where there is none."""
+    from pydicom.pixels import apply_voi
+
+    if not header.get("VOILUTSequence"):
+        return None
+    bits = int(header.VOILUTSequence[0].LUTDescriptor[2])
+    return stretch(apply_voi(np.rint(values).astype(np.int64), header), 0, 2**bits - 1)
+
+
+def _by_window(values: npt.NDArray[Any], header: Any) -> Pixels | None:
+    """Return greys by the first window of the header; None where there is none.
+
+    Part 3, C.11.2.1.2 and C.11.2.1.3.
+    """
+    if any(header.get(name) in (None, "") for name in ("WindowCenter", "WindowWidth")):
+        return None
     centre, width = _number(header, "WindowCenter"), _number(header, "WindowWidth")
     function = str(header.get("VOILUTFunction") or "LINEAR")
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):

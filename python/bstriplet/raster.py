@@ -4,7 +4,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from io import BytesIO
 from typing import Any, TypeGuard
 
@@ -22,6 +22,7 @@ NOT_TURNED = "have EXIF data that cannot be read and are taken as they lie, not 
 NO_METADATA = "have metadata that cannot be read; the pixels can"
 ON_WHITE = "are transparent in part and were laid on white"
 OPAQUE = "are transparent everywhere and were read as if they were opaque"
+UPPER_BITS = "have colours of more than 8 bits, of which the upper 8 were taken"
 MORE_CHANNELS = "have channels beside red, green and blue, which were left out"
 
 _TURNS = {
@@ -39,6 +40,7 @@ _SIGNED = 2
 _PLANES = 2
 _REDUCED_COPY = 1
 _KIND = (Base.BitsPerSample, Base.SampleFormat, Base.PhotometricInterpretation, Base.Compression)
+_STEPS = {"L;2": 85, "L;4": 17}  # between the greys of a PNG of 2 or 4 bits
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_NEEDED = (b"tRNS", b"eXIf")  # what may be left out but decides what is seen
 
@@ -121,6 +123,8 @@ def _read(content: bytes, max_pixels: int, note: Note) -> tuple[Image.Image, int
         area = check_area(opened.width, opened.height, max_pixels)
         if _has_more_frames(opened):
             note(SEVERAL)
+        if _is_cut_to_8_bits(opened, content):
+            note(UPPER_BITS)
         raw = _prepare(opened, note)
         opened.load()
         turn = None if _is_tiff(opened) else _orientation(opened, note)  # load has turned a TIFF
@@ -131,7 +135,7 @@ def _read(content: bytes, max_pixels: int, note: Note) -> tuple[Image.Image, int
         elif opened.mode.startswith(("I", "F")):
             image, alpha = _deep_grey(opened)
         else:
-            image, alpha = _shallow(opened)
+            image, alpha = _shallow(opened, raw)
     if alpha is not None:
         image = _on_white(image, alpha, note)
     return (image if turn is None else image.transpose(turn)), area
@@ -142,6 +146,21 @@ def _has_more_frames(opened: ImageFile.ImageFile) -> bool:
         return bool(getattr(opened, "is_animated", False))
     except Exception:  # there is a second one, damaged in whatever way; the first may be whole
         return True
+
+
+def _is_cut_to_8_bits(opened: ImageFile.ImageFile, content: bytes) -> bool:
+    """Whether Pillow gives 8 bits of colours of more, which it does by the range that they may use.
+
+    Those of PNG and TIFF are read whole: :func:`_deep_colour`.
+    """
+    if not opened.mode.startswith(("RGB", "LA")):
+        return False
+    if opened.format == "PPM":  # the last argument of its decoder is the largest value
+        args = opened.tile[0][3]
+        return isinstance(args, tuple) and isinstance(args[-1], int) and args[-1] > 255
+    # The first segment of a JPEG 2000 codestream gives the bits of a sample, less one.
+    start = content.find(b"\xff\x4f\xff\x51") if opened.format == "JPEG2000" else -1
+    return start >= 0 and content[start + 42] & 0x7F > 7
 
 
 def _orientation(opened: ImageFile.ImageFile, note: Note) -> Image.Transpose | None:
@@ -172,10 +191,15 @@ def _with_raw_mode(opened: ImageFile.ImageFile, raw: str) -> Image.Image:
 # --- samples of 8 bits and of more ----------------------------------------------------------------
 
 
-def _shallow(opened: ImageFile.ImageFile) -> tuple[Image.Image, Image.Image | None]:
+def _shallow(opened: ImageFile.ImageFile, raw: str) -> tuple[Image.Image, Image.Image | None]:
     """Return 8-bit grey ("L") or RGB and, where there is transparency, its alpha ("L")."""
     mode = "L" if opened.mode in ("1", "L", "LA", "La") else "RGB"
     if opened.mode in ("P", "PA", "LA", "La", "RGBA", "RGBa") or "transparency" in opened.info:
+        step, clear = _STEPS.get(raw), opened.info.get("transparency")
+        if (
+            step and clear is not None and clear <= 255 // step
+        ):  # the value in the file; Pillow scales the pixels alone
+            opened.info["transparency"] = clear * step
         whole = (opened.convert("LA") if opened.mode == "La" else opened).convert("RGBA")
         return whole.convert("RGB").convert(mode), whole.getchannel("A")
     if _tag(opened, Base.SampleFormat) == _SIGNED:
@@ -286,21 +310,11 @@ def _prepare(opened: ImageFile.ImageFile, note: Note) -> str:
             raise Unreadable("TIFF of subsampled colours without compression; save it as RGB")
     elif raw in ("I;16BS", "I;32BS", "F;32BF"):
         _with_raw_mode(opened, raw.replace("B", "N"))  # libtiff gives the bytes of this machine
-    _drop_metadata(opened, note)
-    return raw
-
-
-def _drop_metadata(opened: TiffImagePlugin.TiffImageFile, note: Note) -> None:
-    """Keep Pillow from reading metadata of a TIFF, but for how it is turned, when it loads."""
-    try:
+    with suppress(Exception):  # no need of these metadata, which loading would read
         exif = opened.getexif()
-        for directory in IFD:
-            if directory in exif:
-                del exif[directory]
-    except Exception:  # each tag fails in its own way on damaged bytes
-        note(NOT_TURNED)
-        opened._exif = Image.Exif()
-        opened._exif._loaded = True
+        for directory in set(IFD) & set(exif):
+            del exif[directory]
+    return raw
 
 
 def _why_not_identified(content: bytes) -> str:
