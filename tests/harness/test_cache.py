@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,6 +68,42 @@ def test_changed_content_is_decoded_anew_even_at_the_same_time_and_size(tmp_path
 def test_size_and_channels_have_their_own_cache(tmp_path: Path) -> None:
     paths = make_images(tmp_path / "set", 3)
     assert len({decode(paths, 16).key, decode(paths, 17).key, decode(paths, 16, 3).key}) == 3
+
+
+def test_another_limit_of_pixels_decodes_again_only_where_it_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images of 100, 400 and 900 pixels, under limits between them, in any order."""
+    paths = [tmp_path / f"{side}.png" for side in (10, 20, 30)]
+    for path in paths:
+        Image.new("L", (int(path.stem), int(path.stem)), 7).save(path)
+    n_decoded = 0
+    whole = images.decode_image
+
+    def counting(*arguments: Any) -> images.Picture:
+        nonlocal n_decoded
+        n_decoded += 1
+        return whole(*arguments)
+
+    monkeypatch.setattr(images, "decode_image", counting)
+    keys = set()
+    for max_pixels, decoded, readable in (
+        (500, 3, [0, 1]),  # nothing is cached yet
+        (899, 0, [0, 1]),  # refuses the same image
+        (900, 3, [0, 1, 2]),
+        (900, 0, [0, 1, 2]),
+        (400, 0, [0, 1]),
+        (399, 3, [0]),
+        (500, 0, [0, 1]),
+        (0, 3, [0, 1, 2]),
+    ):
+        n_decoded = 0
+        result = decode(paths, 8, 1, max_pixels)
+        assert n_decoded == decoded, max_pixels
+        assert [i for i in range(3) if i not in result.broken] == readable
+        assert (result.pixels[readable] == 7).all()
+        keys.add(result.key)
+    assert len(keys) == 1  # it names the content, whichever limit came first
 
 
 def test_decoding_that_is_cut_leaves_nothing_to_be_mistaken(
