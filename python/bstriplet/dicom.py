@@ -54,6 +54,9 @@ def read_dicom(content: bytes, max_pixels: int, note: Note) -> tuple[Image.Image
         kind = "RGB" if header.get("SamplesPerPixel") == 3 else "MONOCHROME2"
         note(NO_KIND.format(kind))
     header.PhotometricInterpretation = kind
+    bits, highest = header.get("BitsStored"), header.get("HighBit")
+    if None not in (bits, highest) and highest != bits - 1:  # pydicom takes the lowest bits
+        raise Unreadable(f"DICOM of {bits} bits below bit {highest}; one of these is wrong")
     stored = header.pixel_array
     if kind == "PALETTE COLOR":
         colours = apply_color_lut(stored, header)

@@ -127,13 +127,14 @@ def _begins_as_image(path: str) -> bool:
     return _BEGINNINGS.match(head) is not None
 
 
-def _identity(folder: str | Path) -> tuple[int, int]:
+def _identity(folder: str | Path) -> tuple[int, int] | str:
     """Return what is the same for all paths of a folder."""
     try:
         status = os.stat(folder)
     except OSError as error:
         raise _cannot_open(folder, error) from error
-    return status.st_dev, status.st_ino
+    # Some file systems of Windows number nothing.
+    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(folder)
 
 
 def _stop(error: OSError) -> None:

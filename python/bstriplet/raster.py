@@ -1,5 +1,6 @@
 """Image files that Pillow opens, as 8-bit grey or RGB: PNG, JPEG, TIFF, WebP, GIF and others."""
 
+import re
 import sys
 import threading
 import warnings
@@ -41,6 +42,7 @@ _PLANES = 2
 _REDUCED_COPY = 1
 _KIND = (Base.BitsPerSample, Base.SampleFormat, Base.PhotometricInterpretation, Base.Compression)
 _STEPS = {"L;2": 85, "L;4": 17}  # between the greys of a PNG of 2 or 4 bits
+_DEEP_COLOUR = re.compile("(RGB|RGBA|RGBa|RGBX|LA);16[BLN]")  # Pillow's names of 16-bit samples
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_NEEDED = (b"tRNS", b"eXIf")  # what may be left out but decides what is seen
 
@@ -130,7 +132,7 @@ def _read(content: bytes, max_pixels: int, note: Note) -> tuple[Image.Image, int
         turn = None if _is_tiff(opened) else _orientation(opened, note)  # load has turned a TIFF
         if opened.mode == "LAB":
             raise Unreadable("has L*a*b* colours; save it as RGB")
-        if ";16" in raw and opened.mode in ("RGB", "RGBA", "RGBX"):
+        if _DEEP_COLOUR.fullmatch(raw):
             image, alpha = _deep_colour(opened, content, raw, note)
         elif opened.mode.startswith(("I", "F")):
             image, alpha = _deep_grey(opened)
@@ -195,11 +197,8 @@ def _shallow(opened: ImageFile.ImageFile, raw: str) -> tuple[Image.Image, Image.
     """Return 8-bit grey ("L") or RGB and, where there is transparency, its alpha ("L")."""
     mode = "L" if opened.mode in ("1", "L", "LA", "La") else "RGB"
     if opened.mode in ("P", "PA", "LA", "La", "RGBA", "RGBa") or "transparency" in opened.info:
-        step, clear = _STEPS.get(raw), opened.info.get("transparency")
-        if (
-            step and clear is not None and clear <= 255 // step
-        ):  # the value in the file; Pillow scales the pixels alone
-            opened.info["transparency"] = clear * step
+        if raw in _STEPS and "transparency" in opened.info:
+            opened.info["transparency"] *= _STEPS[raw]  # Pillow scales the pixels alone
         whole = (opened.convert("LA") if opened.mode == "La" else opened).convert("RGBA")
         return whole.convert("RGB").convert(mode), whole.getchannel("A")
     if _tag(opened, Base.SampleFormat) == _SIGNED:
@@ -296,6 +295,8 @@ def _prepare(opened: ImageFile.ImageFile, note: Note) -> str:
     if (_tag(opened, Base.NewSubfileType) or 0) & _REDUCED_COPY:
         raise Unreadable("TIFF whose first image is a reduced copy; export the image itself")
     photometric = _tag(opened, Base.PhotometricInterpretation)
+    if photometric is None and opened.mode not in ("1", "YCbCr", "RGB"):
+        raise Unreadable("TIFF that does not say whether 0 is black or white; save it anew")
     extra = opened.tag_v2.get(Base.ExtraSamples, ())
     if 0 in extra:
         if photometric in _ONE_CHANNEL:

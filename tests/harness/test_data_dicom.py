@@ -248,6 +248,11 @@ def test_the_kind_of_pixels_is_assumed_where_it_is_not_said_and_else_must_be_kno
             read_image(path, SIDE)
 
 
+def test_bits_that_do_not_lie_lowest_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(Unreadable, match="12 bits below bit 15"):
+        read_image(write_dicom(tmp_path / "a.dcm", RAMP * 16, 12, HighBit=15), SIDE)
+
+
 def test_a_slope_that_says_nothing_is_named(tmp_path: Path) -> None:
     with pytest.raises(Unreadable, match="RescaleSlope is 0"):
         read_image(write_dicom(tmp_path / "a.dcm", RAMP, RescaleSlope=0), SIDE)
