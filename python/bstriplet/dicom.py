@@ -45,6 +45,7 @@ def read_dicom(content: bytes, max_pixels: int, note: Note) -> tuple[Image.Image
         raise Unreadable(f"DICOM of {frames} frames; export one image a file")
     if "Rows" not in header or "Columns" not in header:
         raise Unreadable("DICOM without an image")
+    _take_from_groups(header)
     area = check_area(int(header.Columns), int(header.Rows), max_pixels)
     if "TransferSyntaxUID" not in header.file_meta:
         note(NO_PREAMBLE)
@@ -96,6 +97,15 @@ def _syntax_read(header: Any) -> Any:
     if implicit:
         return uid.ImplicitVRLittleEndian
     return uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
+
+
+def _take_from_groups(header: Any) -> None:
+    """Put what enhanced images say of their one frame where all others say it."""
+    for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+        for group in header.get(groups) or ():
+            for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
+                for item in group.get(name) or ():
+                    header.update(item)
 
 
 def _padding(stored: npt.NDArray[Any], header: Any, note: Note) -> npt.NDArray[np.bool_]:

@@ -29,15 +29,16 @@ _DICOM_ELEMENT = re.compile(
 _DICOM_DIRECTORY = b"1.2.840.10008.1.3.10"  # the class of a DICOMDIR, which lists other files
 _HEAD = 512  # bytes that are looked at
 
-# Thumbnails, deleted files and snapshots, in lower case: of Synology, QNAP, Windows, Linux, macOS.
+# Thumbnails, deleted files and snapshots, in lower case: of a NAS, Windows, Linux, macOS.
 _SYSTEM_FOLDERS = frozenset({
-    "@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "$recycle.bin",
-    "recycler", "system volume information", "lost+found", "__macosx",
+    "@eadir", "@tmp", "#recycle", "#snapshot", "~snapshot", "@recycle", "@recently-snapshot",
+    "$recycle.bin", "recycler", "recycled", "system volume information", "lost+found", "__macosx",
+    "network trash folder", "temporary items",
 })  # fmt: skip
 
 HIDDEN = "hidden files or folders were left out"
 SYSTEM = "folders of thumbnails, deleted or system files were left out"
-NO_IMAGES = "files that are no images were left out"
+NO_IMAGES = "files of kinds that are not read were left out"
 REPEATED = "links to folders that hold them or are read already were left out"
 
 

@@ -360,7 +360,8 @@ def _class_folders(folder: Path, part: str, left_out: LeftOut) -> Iterator[Entry
     for path in names:
         found = list_images(path)
         if not found.images:
-            raise UserError(f"class folder {path} has no images; fill it or remove it")
+            others = "".join(f"; {len(of)} {reason}" for reason, of in found.left_out.items())
+            raise UserError(f"class folder {path} has no images; fill it or remove it{others}")
         for reason, left in found.left_out.items():
             left_out[reason] += left
         for file in found.images:
@@ -409,7 +410,10 @@ def _osteosarcoma(folder: Path) -> Listing | None:
             "(from the data set's page in the Cancer Imaging Archive)"
         )
     found = list_images(root)
-    tiles = {_dashed(path.stem): path for path in found.images}
+    tiles: dict[str, Path] = {}
+    twice = [
+        str(path) for path in found.images if tiles.setdefault(_dashed(path.stem), path) is not path
+    ]
     entries = []
     for line, row in _read_rows(table, {"name": ("image.name",), "label": ("classification",)}):
         key = _dashed(row["label"])
@@ -427,7 +431,9 @@ def _osteosarcoma(folder: Path) -> Listing | None:
     left_out = {
         reason: [name for name in names if not is_csv(name)]  # the tables of the set
         for reason, names in found.left_out.items()
-    } | {f"images that are not in {table.name} were left out": [str(t) for t in tiles.values()]}
+    }
+    left_out[f"images that are not in {table.name} were left out"] = [*map(str, tiles.values())]
+    left_out["images named as another tile were left out"] = twice
     classes = OSTEOSARCOMA.printed.classes
     counts = tuple(
         Count(

@@ -475,7 +475,7 @@ def test_predict_and_evaluate_say_what_they_left_out_or_read_otherwise(
         assert outcome.status == 0
         notes = outcome.err.splitlines()
         assert all(note.startswith("note: 1 ") for note in notes)
-        for what in ("cannot be read", "no images", "transparent everywhere"):
+        for what in ("cannot be read", "kinds that are not read", "transparent everywhere"):
             assert any(what in note for note in notes), what
         refused = bstriplet(command[0], "--run", run, *command[1:], "--max-pixels", 1999)
         one_clear_line(refused, folder / "0.png" if command[0] == "predict" else "0.png", 2000)
@@ -492,7 +492,9 @@ def test_train_says_what_is_left_out_and_keeps_all_of_it_on_disk(
         (root / "train/class_1" / name).write_text("no image")
     out = tmp_path / "run"
     outcome = bstriplet("train", *TREE_FLAGS, "--data", root, "--out", out)
-    assert "note: 30 files that are no images were left out: train/class_1/a_" in outcome.err
+    assert (
+        "note: 30 files of kinds that are not read were left out: train/class_1/a_" in outcome.err
+    )
     assert all(len(line) < 700 for line in outcome.err.splitlines())
     assert "all in the report" in outcome.err
     for text in (

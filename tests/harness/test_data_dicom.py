@@ -100,6 +100,27 @@ def test_an_intercept_without_a_slope_counts(tmp_path: Path) -> None:
     assert np.abs(read(path) - RAMP).max() <= 1
 
 
+def test_an_enhanced_image_says_its_window_elsewhere(tmp_path: Path) -> None:
+    def one(**tags: Any) -> Any:
+        item = pydicom.Dataset()
+        for name, value in tags.items():
+            setattr(item, name, value)
+        return pydicom.Sequence([item])
+
+    path = write_dicom(
+        tmp_path / "a.dcm",
+        RAMP // 4,
+        NumberOfFrames=1,
+        SharedFunctionalGroupsSequence=one(
+            PixelValueTransformationSequence=one(RescaleIntercept=64, RescaleSlope=1),
+        ),
+        PerFrameFunctionalGroupsSequence=one(
+            FrameVOILUTSequence=one(WindowCenter=128, WindowWidth=256),
+        ),
+    )
+    assert np.abs(read(path) - (RAMP // 4 + 64)).max() <= 1
+
+
 def test_a_negative_slope_is_no_second_inversion(tmp_path: Path) -> None:
     path = write_dicom(
         tmp_path / "a.dcm",

@@ -89,7 +89,7 @@ def test_all_that_lies_there_and_is_not_taken_is_named(tmp_path: Path) -> None:
         "more (2 images)",
         "1 folders of thumbnails, deleted or system files were left out: train/@eaDir (1 images)",
         "1 hidden files or folders were left out: train/a/.ipynb_checkpoints (1 images)",
-        "1 files that are no images were left out: test/b/Thumbs.db",
+        "1 files of kinds that are not read were left out: test/b/Thumbs.db",
     }
     dataset = load_dataset(str(tmp_path), 16)
     assert set(dataset.classes) == {"a", "b"}
@@ -99,7 +99,7 @@ def test_all_that_lies_there_and_is_not_taken_is_named(tmp_path: Path) -> None:
     _, notes = load_test_images(str(tmp_path), ("a", "b"), 16, 1, skip_broken=False)
     assert [note for note in notes if "Thumbs.db" in note]
     _, notes = load_test_images(str(tmp_path / "set/test"), ("a", "b"), 16, 1, skip_broken=False)
-    assert notes == ("1 files that are no images were left out: b/Thumbs.db",)
+    assert notes == ("1 files of kinds that are not read were left out: b/Thumbs.db",)
 
 
 def test_a_linked_class_and_images_without_suffix_are_trained_on(tmp_path: Path) -> None:
@@ -307,6 +307,24 @@ def test_a_tile_that_is_missing_is_named_and_one_that_is_too_many_is_noted(tmp_p
     dataset = load_dataset(str(tmp_path), 16, skip_broken=True)
     assert len(dataset.images) == 4
     assert "1 images that are not in ML_Features_1144.csv were left out: extra.jpg" in dataset.notes
+
+
+def test_a_tile_that_lies_there_twice_is_taken_once_and_the_other_is_named(tmp_path: Path) -> None:
+    make_osteosarcoma(tmp_path)
+    write_images(tmp_path / "Training-Set-2/copies", "P9-B6-19328-19600.jpg")
+    dataset = load_dataset(str(tmp_path), 16)
+    assert len(dataset.images) == 5
+    # the first in the order of names
+    (note,) = (note for note in dataset.notes if "named as another tile" in note)
+    assert note.endswith("were left out: Training-Set-2/set8/P9-B6-19328-19600.jpg")
+
+
+def test_a_class_folder_of_unknown_files_says_what_they_are(tmp_path: Path) -> None:
+    write_images(tmp_path / "train/a", "1.png")
+    (tmp_path / "train/b").mkdir()
+    (tmp_path / "train/b/1.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.raises(UserError, match=r"b has no images; .*; 1 files of kinds that are not read"):
+        load_dataset(str(tmp_path), 16)
 
 
 def test_osteosarcoma_without_its_table_says_what_is_missing(tmp_path: Path) -> None:

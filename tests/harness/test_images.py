@@ -365,6 +365,18 @@ def test_a_damaged_exif_tag_costs_no_pixels_and_prints_nothing(
     assert capfd.readouterr().err == ""
 
 
+def test_a_warning_is_noted_for_the_image_that_it_is_about_also_in_parallel(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number:02}.jpg" for number in range(40)]
+    damaged = b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\3\0\1"
+    for number, path in enumerate(paths):
+        Image.fromarray(GREY).save(path, **({"exif": damaged} if number % 3 == 0 else {}))
+    read = list(read_all(paths, 16, 1, MAX_PIXELS))
+    assert all(isinstance(picture, Picture) for picture in read)
+    assert [bool(p.notes) for p in read if isinstance(p, Picture)] == [
+        number % 3 == 0 for number in range(40)
+    ]
+
+
 @pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tif"])
 def test_the_first_of_several_images_is_taken_and_noted(tmp_path: Path, suffix: str) -> None:
     frames = [Image.fromarray(pixels) for pixels in (GREY, 255 - GREY)]
