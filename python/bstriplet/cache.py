@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,11 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from bstriplet import images
+from bstriplet.config import MAX_PIXELS
 from bstriplet.errors import UserError, one_line
-from bstriplet.images import Pixels, Unreadable, in_parallel
+from bstriplet.files import is_dicom
+from bstriplet.images import in_parallel
+from bstriplet.pixels import Pixels, TooLarge, Unreadable
 
 CACHE_VARIABLE = "BSTRIPLET_CACHE"
-CACHE_VERSION = 1  # part of the key: raise it when the same file would decode to other pixels
+CACHE_VERSION = 2  # part of the key: raise it when the same file would decode to other pixels
 
 # A file's hash is remembered if the file had rested for so long when it was read: file systems
 # count time in steps, within which a file can change again and look the same.
@@ -36,11 +39,14 @@ class Item(NamedTuple):
     """One image as its source gives it: pixels uint8 [C, size, size], or why there are none.
 
     digest: hash of its content. patient: what the file itself says of the patient, else empty.
+    notes: what is odd about it. area: pixels in its file; 0 where they are not limited.
     """
 
     pixels: Pixels | Unreadable
     digest: str
     patient: str = ""
+    notes: tuple[str, ...] = ()
+    area: int = 0
 
 
 # (channels: 1, 3 or None for as many as each image needs) -> all images of a source, in order.
@@ -55,6 +61,7 @@ class Decoded:
     broken: reason by position in the list.
     digests: hash of each image's content; empty for a file that cannot be opened.
     patients: pseudonym by position, where the files themselves name patients (DICOM).
+    notes: what is odd, with the positions of the images of which it is true.
     key: hash of all contents and of how they were decoded.
     """
 
@@ -62,7 +69,30 @@ class Decoded:
     broken: dict[int, str]
     digests: list[str]
     patients: dict[int, str]
+    notes: dict[str, list[int]]
     key: str
+
+
+@dataclass
+class _Limits:
+    """The limits of pixels under which images decode to the same.
+
+    read: pixels of the largest file that was read. refused: of the smallest that was not, or 0.
+    """
+
+    read: int = 0
+    refused: int = 0
+
+    def add(self, item: Item) -> None:
+        """Count an image in."""
+        self.read = max(self.read, item.area)
+        if isinstance(item.pixels, TooLarge):
+            self.refused = min(self.refused or item.pixels.area, item.pixels.area)
+
+    def __contains__(self, max_pixels: int) -> bool:
+        if max_pixels == 0:
+            return not self.refused
+        return self.read <= max_pixels and not 0 < self.refused <= max_pixels
 
 
 class _Changed(Exception):
@@ -77,17 +107,21 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bstriplet"
 
 
-def decode(paths: Sequence[Path], size: int, channels: int | None = None) -> Decoded:
+def decode(
+    paths: Sequence[Path], size: int, channels: int | None = None, max_pixels: int = MAX_PIXELS
+) -> Decoded:
     """Return all images at ``size`` x ``size``, from the cache where they have been decoded before.
 
-    ``channels``: 1, 3, or None for 1 where every image is grey, else 3. The cache lies in
-    ``$BSTRIPLET_CACHE``, else below ``$XDG_CACHE_HOME`` or ``~/.cache``; it may be deleted. What is
-    cached is what was hashed: a file that changes or vanishes in between is looked at once more.
+    ``channels``: 1, 3, or None for 1 where every image is grey, else 3. A file of more than
+    ``max_pixels`` is broken; 0 allows any. The cache lies in ``$BSTRIPLET_CACHE``, else below
+    ``$XDG_CACHE_HOME`` or ``~/.cache``; it may be deleted. What is cached is what was hashed: a
+    file that changes or vanishes in between is looked at once more.
     """
     for last_try in (False, True):
         digests = file_digests(paths)
+        read = _reader(paths, digests, size, max_pixels)
         try:
-            return cached(digests, len(paths), size, channels, _reader(paths, digests, size))
+            return cached(digests, len(paths), size, channels, read, max_pixels)
         except _Changed as changed:
             if last_try:
                 raise UserError(
@@ -97,14 +131,33 @@ def decode(paths: Sequence[Path], size: int, channels: int | None = None) -> Dec
 
 
 def cached(
-    content: Sequence[str], count: int, size: int, channels: int | None, read: Read
+    content: Sequence[str],
+    count: int,
+    size: int,
+    channels: int | None,
+    read: Read,
+    max_pixels: int = 0,
 ) -> Decoded:
     """Return ``count`` images from the cache, filled by ``read`` where it does not have them.
 
-    ``content`` names what ``read`` yields: the same content is the same pixels.
+    ``content`` names what ``read`` yields: the same content is the same pixels. ``max_pixels`` is
+    what ``read`` refuses to exceed. What was decoded under another limit is taken where this one
+    would refuse the same images; else the limit is a part of the key.
     """
-    identity = json.dumps([CACHE_VERSION, size, channels, list(content)])
-    key = hashlib.sha256(identity.encode()).hexdigest()
+    identity: list[object] = [CACHE_VERSION, size, channels, list(content)]
+    decoded, same_under = _cached(identity, count, size, channels, read)
+    if max_pixels not in same_under:
+        key = decoded.key  # the same, whichever limit came first on this machine
+        decoded, _ = _cached([*identity, max_pixels], count, size, channels, read)
+        decoded = replace(decoded, key=key)
+    return decoded
+
+
+def _cached(
+    identity: Sequence[object], count: int, size: int, channels: int | None, read: Read
+) -> tuple[Decoded, "_Limits"]:
+    """Return the images of one entry of the cache, and the limits under which it is right."""
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     folder = cache_folder() / _IMAGES / key
     try:
         if not folder.exists():
@@ -122,7 +175,8 @@ def cached(
         {int(position): text for position, text in about[name].items()}
         for name in ("broken", "patients")
     )
-    return Decoded(pixels, broken, about["digests"], patients, key)
+    decoded = Decoded(pixels, broken, about["digests"], patients, about["notes"], key)
+    return decoded, _Limits(**about["limits"])
 
 
 def _fill(folder: Path, count: int, size: int, channels: int | None, read: Read) -> None:
@@ -153,7 +207,9 @@ def _write(
     """
     broken: dict[int, str] = {}
     patients: dict[int, str] = {}
+    notes: dict[str, list[int]] = {}
     digests: list[str] = []
+    limits = _Limits()
     nothing = np.zeros(shape[1:], dtype=np.uint8)
     with file.open("wb") as stream:
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -167,25 +223,34 @@ def _write(
                 return None
             if item.patient:
                 patients[position] = item.patient
+            for note in item.notes:
+                notes.setdefault(note, []).append(position)
             digests.append(item.digest)
+            limits.add(item)
             stream.write(np.ascontiguousarray(pixels).data)
         stream.flush()
         os.fsync(stream.fileno())
-    return {"broken": broken, "patients": patients, "digests": digests}
+    return {
+        "broken": broken,
+        "patients": patients,
+        "notes": notes,
+        "digests": digests,
+        "limits": asdict(limits),
+    }
 
 
-def _reader(paths: Sequence[Path], digests: Sequence[str], size: int) -> Read:
+def _reader(paths: Sequence[Path], digests: Sequence[str], size: int, max_pixels: int) -> Read:
     """Return what decodes the files, in parallel."""
     sources = list(zip(paths, digests, strict=True))
 
     def read(channels: int | None) -> Iterator[Item]:
-        one = partial(_read_file, size=size, channels=channels)
+        one = partial(_read_file, size=size, channels=channels, max_pixels=max_pixels)
         return in_parallel(one, sources, len(sources), "decoding images")
 
     return read
 
 
-def _read_file(source: tuple[Path, str], size: int, channels: int | None) -> Item:
+def _read_file(source: tuple[Path, str], size: int, channels: int | None, max_pixels: int) -> Item:
     """Return one file's image; raise if its content is not that of the digest."""
     path, digest = source
     try:
@@ -197,14 +262,15 @@ def _read_file(source: tuple[Path, str], size: int, channels: int | None) -> Ite
     if hashlib.sha256(content).hexdigest() != digest:
         raise _Changed(path)
     try:
-        pixels = images.decode_image(content, size, channels)
+        picture = images.decode_image(content, size, channels, max_pixels)
     except Unreadable as reason:
         return Item(reason, digest)
-    if not images.is_dicom(content):
-        return Item(pixels, digest)
-    from bstriplet.dicom import read_patient  # pydicom is an optional package
+    patient = ""
+    if is_dicom(content):
+        from bstriplet.dicom import read_patient  # pydicom is an optional package
 
-    return Item(pixels, digest, read_patient(content))
+        patient = read_patient(content)
+    return Item(picture.pixels, digest, patient, picture.notes, picture.area)
 
 
 def file_digests(paths: Sequence[Path]) -> list[str]:

@@ -226,6 +226,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip-broken", action="store_true", help="leave out images that cannot be read"
     )
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        metavar="INT",
+        help="pixels that an image file may have; 0: any (default: as the run)",
+    )
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -233,7 +239,8 @@ def _train(options: argparse.Namespace) -> None:
     config = TrainConfig(**given)
 
     from bstriplet import report
-    from bstriplet.data import load_dataset, split_dataset
+    from bstriplet.data import split_dataset
+    from bstriplet.notes import on_screen
     from bstriplet.runs import RunFolder, check_free, check_new
     from bstriplet.training import check_models, train
 
@@ -245,10 +252,9 @@ def _train(options: argparse.Namespace) -> None:
     else:
         check_new(options.out, resume=options.resume)
     check_models(config)
-    dataset = load_dataset(config.data, config.image_size, skip_broken=config.skip_broken)
-    task = split_dataset(dataset, config)
+    task = split_dataset(_load(config), config)
     for note in task.notes:
-        _say(f"note: {note}")
+        _say(f"note: {on_screen(note)}")
     metrics = train(config, task, run)
     print(
         f"lowest validation loss: epoch {metrics['best_epoch']} of {metrics['epochs']}; its model "
@@ -386,7 +392,14 @@ def _evaluate(options: argparse.Namespace) -> None:
     from bstriplet.evaluation import evaluate_run
     from bstriplet.runs import RunFolder
 
-    metrics = evaluate_run(RunFolder(options.run), options.data, skip_broken=options.skip_broken)
+    metrics, notes = evaluate_run(
+        RunFolder(options.run),
+        options.data,
+        skip_broken=options.skip_broken,
+        max_pixels=options.max_pixels,
+    )
+    for note in notes:
+        _say(f"note: {note}")
     _print_metrics(metrics)
 
 
@@ -394,11 +407,14 @@ def _predict(options: argparse.Namespace) -> None:
     from bstriplet.evaluation import predict_files
     from bstriplet.runs import RunFolder, write_atomic
 
-    table, broken = predict_files(
-        RunFolder(options.run), options.images, skip_broken=options.skip_broken
+    table, notes = predict_files(
+        RunFolder(options.run),
+        options.images,
+        skip_broken=options.skip_broken,
+        max_pixels=options.max_pixels,
     )
-    for line in broken:
-        _say(f"note: left out {line}")
+    for note in notes:
+        _say(f"note: {note}")
     if options.output:
         write_atomic(options.output, table.encode())
         _say(f"predictions: {options.output}")
@@ -409,11 +425,23 @@ def _predict(options: argparse.Namespace) -> None:
 def _data(options: argparse.Namespace) -> None:
     config = TrainConfig(**given_options(options))
 
-    from bstriplet.data import load_dataset, split_dataset
+    from bstriplet.data import split_dataset
     from bstriplet.survey import survey
 
-    dataset = load_dataset(config.data, config.image_size, skip_broken=config.skip_broken)
+    dataset = _load(config)
     print(survey(dataset, split_dataset(dataset, config)))
+
+
+def _load(config: TrainConfig) -> Any:
+    """Return the images of a configuration before they are split."""
+    from bstriplet.data import load_dataset
+
+    return load_dataset(
+        config.data,
+        config.image_size,
+        skip_broken=config.skip_broken,
+        max_pixels=config.max_pixels,
+    )
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:

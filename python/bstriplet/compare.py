@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from bstriplet.config import Scheme, TrainConfig, fields_of
 from bstriplet.data import Dataset, Task, load_dataset, split_dataset
 from bstriplet.errors import UserError
+from bstriplet.notes import on_screen
 from bstriplet.results import COMPARE, scheme_label
 from bstriplet.runs import RunFolder, locked_folder, read_json, write_json
 from bstriplet.training import check_models, train
@@ -109,7 +110,7 @@ def prepare(plan: Plan, say: Callable[[str], None]) -> list[PreparedRun]:
     tasks = Tasks()
     prepared = [PreparedRun(scheme, config, tasks.of(config)) for scheme, config in runs]
     for note in dict.fromkeys(note for run in prepared for note in run.task.notes):
-        say(f"note: {note}")
+        say(f"note: {on_screen(note)}")
     return prepared
 
 
@@ -132,9 +133,11 @@ class Tasks:
 
     def of(self, config: TrainConfig) -> Task:
         """Return training, validation and test images of a run."""
-        read = (config.data, config.image_size, config.skip_broken)
+        read = (config.data, config.image_size, config.skip_broken, config.max_pixels)
         if read not in self._datasets:
-            self._datasets[read] = load_dataset(*read[:2], skip_broken=read[2])
+            self._datasets[read] = load_dataset(
+                *read[:2], skip_broken=config.skip_broken, max_pixels=config.max_pixels
+            )
         split = tuple(getattr(config, name) for name in (*fields_of("data"), "seed"))
         if split not in self._tasks:
             self._tasks[split] = split_dataset(self._datasets[read], config)

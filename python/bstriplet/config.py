@@ -17,6 +17,7 @@ OTHER_LOSS = re.compile(r"ce\+[A-Z].*")  # a class of pytorch-metric-learning
 BATCHES = ("random", "mined")
 _RENAMED = {"bst_weight": "metric_weight"}  # since the version that saved them
 IMAGE_SIZE = 128
+MAX_PIXELS = 178_956_970  # where Pillow, by default, takes a file for an attack on memory
 DIGITS_IMAGE_SIZE = 32
 
 
@@ -109,6 +110,13 @@ class TrainConfig:
     )
     skip_broken: bool = _option(
         "data", False, "leave out images that cannot be read instead of stopping"
+    )
+    max_pixels: int = _option(
+        "data",
+        MAX_PIXELS,
+        "pixels that an image file may have (width x height): a larger one counts as broken; each "
+        "takes about 4 bytes of memory while it is read; 0: any",
+        minimum=0,
     )
     backbone: str = _option(
         "model", "mobilenetv3_small_100", "any timm model with a linear classifier, by name"

@@ -15,9 +15,8 @@ from sklearn.datasets import load_digits
 
 from bstriplet import splits
 from bstriplet.cache import Decoded, decode
-from bstriplet.config import DIGITS, MEDMNIST, TrainConfig
+from bstriplet.config import DIGITS, MAX_PIXELS, MEDMNIST, TrainConfig
 from bstriplet.errors import UserError
-from bstriplet.images import Pixels
 from bstriplet.layouts import (
     TEST,
     TRAIN,
@@ -29,9 +28,13 @@ from bstriplet.layouts import (
     recognise_test,
 )
 from bstriplet.medmnist import download, read_medmnist
+from bstriplet.notes import counted
+from bstriplet.pixels import Pixels
 from bstriplet.splits import Ints, Mask
 
 Strings = npt.NDArray[np.str_]
+
+BROKEN = "images that cannot be read were left out"
 
 # Each random choice has its own stream, so that one of them does not shift the others.
 _TEST_STREAM, _SUBSET_STREAM, _VALIDATION_STREAM, _FOLD_STREAM = range(4)
@@ -133,20 +136,24 @@ class Task:
         }
 
 
-def load_dataset(data: str, image_size: int, *, skip_broken: bool = False) -> Dataset:
+def load_dataset(
+    data: str, image_size: int, *, skip_broken: bool = False, max_pixels: int = MAX_PIXELS
+) -> Dataset:
     """Return the images of ``data``, resized to ``image_size`` x ``image_size``.
 
     ``data`` is ``"digits"`` (scikit-learn's 1,797 real digits), a folder or a CSV file (see
     :func:`bstriplet.layouts.recognise`), a MedMNIST file, or ``medmnist:NAME[:SIZE]`` to download
-    one. An image that cannot be read is an error that names it; with ``skip_broken`` it is left out
-    and named in ``Dataset.broken``.
+    one. An image that cannot be read, or whose file has more than ``max_pixels`` (0: any), is an
+    error that names it; with ``skip_broken`` it is left out and named in ``Dataset.broken``.
     """
     if data == DIGITS:
         return _load_digits(image_size)
     if _is_medmnist(data):
         return _load_medmnist(data, image_size)
     listing = recognise(data)
-    images, broken, decoded = _read(listing, listing.classes, image_size, None, skip_broken)
+    images, broken, decoded = _read(
+        listing, listing.classes, image_size, None, skip_broken, max_pixels
+    )
     entries = [listing.entries[row] for row in images.rows]
     parts = np.array([entry.part for entry in entries])
     for label, name in enumerate(listing.classes):
@@ -161,7 +168,7 @@ def load_dataset(data: str, image_size: int, *, skip_broken: bool = False) -> Da
     digests = tuple(decoded.digests[row] for row in images.rows)
     plain = "CSV file" if is_csv(data) else "class tree"
     notes = (
-        *_broken_note(broken),
+        *_reading_notes(listing, broken, decoded),
         *listing.notes,
         *_shared_patients_note(patients, parts),
         *_contradictions_note(digests, images, listing.classes),
@@ -183,9 +190,15 @@ def load_dataset(data: str, image_size: int, *, skip_broken: bool = False) -> Da
 
 
 def load_test_images(
-    data: str, classes: tuple[str, ...], image_size: int, channels: int, *, skip_broken: bool
+    data: str,
+    classes: tuple[str, ...],
+    image_size: int,
+    channels: int,
+    *,
+    skip_broken: bool,
+    max_pixels: int = MAX_PIXELS,
 ) -> tuple[ImageSet, tuple[str, ...]]:
-    """Return the images of ``data`` to test on (its test part, else all) and the broken files.
+    """Return the images of ``data`` to test on (its test part, else all) and notes on them.
 
     ``data`` is what :func:`load_dataset` takes, or a folder CLASS/*. ``classes`` are those that the
     model knows; an image of another class is an error.
@@ -198,8 +211,8 @@ def load_test_images(
         images = ImageSet(decoded.pixels, np.arange(len(labels)), labels, files)
         return images.take(np.array(parts) == TEST), ()
     listing = recognise_test(data)
-    images, broken, _ = _read(listing, classes, image_size, channels, skip_broken)
-    return images, broken
+    images, broken, decoded = _read(listing, classes, image_size, channels, skip_broken, max_pixels)
+    return images, _reading_notes(listing, broken, decoded)
 
 
 def split_dataset(dataset: Dataset, config: TrainConfig) -> Task:
@@ -379,6 +392,7 @@ def _read(
     image_size: int,
     channels: int | None,
     skip_broken: bool,
+    max_pixels: int,
 ) -> tuple[ImageSet, tuple[str, ...], Decoded]:
     """Return the readable images of a listing, the broken files, and what was decoded."""
     index = {name: number for number, name in enumerate(classes)}
@@ -389,7 +403,8 @@ def _read(
                 f"{entry.path}: class {entry.label} is not among the training "
                 f"classes ({', '.join(classes)}); rename or remove it"
             )
-    decoded = decode([entry.path for entry in listing.entries], image_size, channels)
+    paths = [entry.path for entry in listing.entries]
+    decoded = decode(paths, image_size, channels, max_pixels)
     broken = tuple(f"{names[i]} ({reason})" for i, reason in sorted(decoded.broken.items()))
     if broken and not skip_broken:
         raise UserError(
@@ -430,11 +445,13 @@ def count_broken(broken: Sequence[str], total: int) -> str:
     return f"{len(broken)} of {total} images cannot be read: {', '.join(broken[:5])}{more}"
 
 
-def _broken_note(broken: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the note on images left out, all of them by name."""
-    if not broken:
-        return ()
-    return (f"{len(broken)} images that cannot be read were left out: {', '.join(broken)}",)
+def _reading_notes(listing: Listing, broken: tuple[str, ...], decoded: Decoded) -> tuple[str, ...]:
+    """Return notes on what was left out or read otherwise than it lies, all of it by name."""
+    names = [listing.name(entry.path) for entry in listing.entries]
+    odd = {
+        f"images {note}": [names[i] for i in positions] for note, positions in decoded.notes.items()
+    }
+    return (*counted({BROKEN: broken}), *listing.left_out_notes, *counted(odd))
 
 
 def _shared_patients_note(patients: Sequence[str], parts: Strings) -> tuple[str, ...]:

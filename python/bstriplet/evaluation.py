@@ -2,8 +2,9 @@
 
 import csv
 import io
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn.functional import avg_pool2d
 from bstriplet.backbones import Classifier, Output
 from bstriplet.config import TrainConfig
 from bstriplet.data import (
+    BROKEN,
     ImageSet,
     Task,
     count_broken,
@@ -24,8 +26,11 @@ from bstriplet.data import (
     split_dataset,
 )
 from bstriplet.errors import UserError
-from bstriplet.images import Pixels, Unreadable, list_images, read_all
+from bstriplet.files import list_images
+from bstriplet.images import Picture, read_all
 from bstriplet.metrics import classification_metrics
+from bstriplet.notes import counted
+from bstriplet.pixels import Pixels, Unreadable
 from bstriplet.runs import (
     BEST,
     EMBEDDINGS,
@@ -149,39 +154,58 @@ def mistakes_npz(images: ImageSet, scores: npt.NDArray[np.float64]) -> bytes:
     return buffer.getvalue()
 
 
-def evaluate_run(run: RunFolder, data: str | None, *, skip_broken: bool) -> dict[str, Any]:
-    """Return the metrics of a run's model on its own test set, or on the test images of ``data``.
+def evaluate_run(
+    run: RunFolder, data: str | None, *, skip_broken: bool, max_pixels: int | None = None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the metrics of a run's model, and notes on the images, which were left out too.
 
-    ``data``: a folder test/CLASS/* or CLASS/* with classes that the model knows.
+    The images are the run's own test set, or the test images of ``data``: a folder test/CLASS/* or
+    CLASS/* with classes that the model knows. ``max_pixels``: of an image file; None: as the run.
     """
     trained = load_trained(run)
-    config = trained.config
+    config = _with_limit(trained.config, max_pixels)
     if data is None:
-        dataset = load_dataset(config.data, config.image_size, skip_broken=config.skip_broken)
-        images = split_dataset(dataset, config).test
+        dataset = load_dataset(
+            config.data,
+            config.image_size,
+            skip_broken=config.skip_broken,
+            max_pixels=config.max_pixels,
+        )
+        task = split_dataset(dataset, config)
+        images, notes = task.test, task.notes
     else:
-        images, _ = load_test_images(
-            data, trained.classes, config.image_size, trained.channels, skip_broken=skip_broken
+        images, notes = load_test_images(
+            data,
+            trained.classes,
+            config.image_size,
+            trained.channels,
+            skip_broken=skip_broken,
+            max_pixels=config.max_pixels,
         )
     output, _ = embed(trained.model, images, trained.device)
-    return classification_metrics(images.labels, probabilities(output.logits), trained.classes)
+    scores = probabilities(output.logits)
+    return classification_metrics(images.labels, scores, trained.classes), notes
 
 
 def predict_files(
-    run: RunFolder, paths: Sequence[Path], *, skip_broken: bool
-) -> tuple[str, list[str]]:
-    """Return a CSV of class probabilities for image files and folders, and the unreadable files.
+    run: RunFolder, paths: Sequence[Path], *, skip_broken: bool, max_pixels: int | None = None
+) -> tuple[str, tuple[str, ...]]:
+    """Return a CSV of class probabilities for image files and folders, and notes on them.
 
     Columns: ``file``, ``predicted``, and ``prob_CLASS`` for each class. An image that cannot be
-    read is an error, or with ``skip_broken`` it is left out and named in the second value.
+    read is an error, or with ``skip_broken`` it is left out and named in the notes, as is all that
+    lies in the folders and is no image. ``max_pixels``: of an image file; None: as the run.
     """
     trained = load_trained(run)
-    files = [file for path in paths for file in _expand(path)]
+    config = _with_limit(trained.config, max_pixels)
+    files, left_out = _expand(paths)
+    pictures = read_all(files, config.image_size, trained.channels, config.max_pixels)
     kept: list[str] = []
     broken: list[str] = []
+    odd: dict[str, list[str]] = defaultdict(list)
     scores: list[npt.NDArray[np.float64]] = []
-    read = zip(files, read_all(files, trained.config.image_size, trained.channels), strict=True)
-    for names, pixels in _in_batches(read, broken):
+    read = zip(files, pictures, strict=True)
+    for names, pixels in _in_batches(read, broken, odd):
         with torch.no_grad():
             logits = trained.model.eval()(torch.from_numpy(pixels).to(trained.device)).logits
         scores.append(probabilities(logits))
@@ -193,7 +217,8 @@ def predict_files(
         )
     if not kept:
         raise UserError("no image could be read; give image files or folders with images")
-    return predictions_csv(kept, np.concatenate(scores), trained.classes), broken
+    table = predictions_csv(kept, np.concatenate(scores), trained.classes)
+    return table, counted({BROKEN: broken, **left_out, **odd})
 
 
 def predictions_csv(
@@ -213,30 +238,47 @@ def predictions_csv(
     return text.getvalue()
 
 
-def _expand(path: Path) -> list[Path]:
-    """Return the image files that a path on the command line means."""
-    if path.is_dir():
-        files = list_images(path)
-        if not files:
-            raise UserError(f"folder {path} has no images; give one that has")
-        return files
-    if not path.exists():
-        raise UserError(f"{path} does not exist; give image files or folders with images")
-    return [path]
+def _with_limit(config: TrainConfig, max_pixels: int | None) -> TrainConfig:
+    """Return the configuration of a run with another limit of pixels, where one is given."""
+    return config if max_pixels is None else replace(config, max_pixels=max_pixels)
+
+
+def _expand(paths: Sequence[Path]) -> tuple[list[Path], dict[str, list[str]]]:
+    """Return the image files that paths on the command line mean, and what is left out."""
+    files: list[Path] = []
+    left_out: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        if path.is_dir():
+            found = list_images(path)
+            if not found.images:
+                raise UserError(f"folder {path} has no images; give one that has")
+            files += found.images
+            for reason, names in found.left_out.items():
+                left_out[reason] += names
+        elif path.exists():
+            files.append(path)
+        else:
+            raise UserError(f"{path} does not exist; give image files or folders with images")
+    return files, left_out
 
 
 def _in_batches(
-    read: Iterator[tuple[Path, Pixels | Unreadable]], broken: list[str]
+    read: Iterator[tuple[Path, Picture | Unreadable]], broken: list[str], odd: dict[str, list[str]]
 ) -> Iterator[tuple[list[str], Pixels]]:
-    """Yield names and pixels [B, C, H, W], ``BATCH`` at a time; add the others to ``broken``."""
+    """Yield names and pixels [B, C, H, W], ``BATCH`` at a time; add the others to ``broken``.
+
+    What the pictures' notes say goes to ``odd``, with the names of the files.
+    """
     names: list[str] = []
     pixels: list[Pixels] = []
-    for path, image in read:
-        if isinstance(image, Unreadable):
-            broken.append(f"{path} ({image})")
+    for path, picture in read:
+        if isinstance(picture, Unreadable):
+            broken.append(f"{path} ({picture})")
             continue
         names.append(str(path))
-        pixels.append(image)
+        pixels.append(picture.pixels)
+        for note in picture.notes:
+            odd[f"images {note}"].append(str(path))
         if len(names) == BATCH:
             yield names, np.stack(pixels)
             names, pixels = [], []

@@ -1,58 +1,43 @@
-"""One image file as 8-bit pixels: any mode of Pillow, 16-bit and floating-point greys, DICOM."""
+"""One image file as 8-bit pixels, whatever its kind; many of them in parallel."""
 
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from io import BytesIO
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import NamedTuple, TypeVar
 
-import numpy as np
-import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from bstriplet.errors import one_line
+from bstriplet.config import MAX_PIXELS
+from bstriplet.errors import UserError, one_line
+from bstriplet.files import is_dicom
+from bstriplet.pixels import Pixels, Unreadable, resize
+from bstriplet.raster import libraries_at_work, read_raster
 
-DICOM_SUFFIXES = frozenset({".dcm", ".dicom"})
-SUFFIXES = DICOM_SUFFIXES | {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 IN_FLIGHT = 512  # files that are read ahead, which bounds memory
 
-Pixels = npt.NDArray[np.uint8]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Unreadable(Exception):
-    """Why one image cannot be read, in a few words."""
+class Picture(NamedTuple):
+    """An image that was read.
 
-
-def list_images(folder: Path) -> list[Path]:
-    """Return the image files below ``folder``, by suffix, sorted.
-
-    Hidden files and folders are left out, and ``__MACOSX``, which archives made on a Mac hold.
+    pixels: uint8 [C, size, size]. notes: what is odd about it. area: pixels in the file.
     """
-    found = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if is_visible(name)]
-        found += [
-            os.path.join(parent, name)
-            for name in files
-            if is_visible(name) and os.path.splitext(name)[1].lower() in SUFFIXES
-        ]
-    return [Path(file) for file in sorted(found, key=lambda file: file.split(os.sep))]
+
+    pixels: Pixels
+    notes: tuple[str, ...]
+    area: int
 
 
-def is_visible(name: str) -> bool:
-    """Whether a file or folder of that name is data, not hidden nor added by a Mac to archives."""
-    return not name.startswith(".") and name != "__MACOSX"
-
-
-def read_image(path: Path, size: int, channels: int | None = None) -> Pixels:
+def read_image(
+    path: Path, size: int, channels: int | None = None, max_pixels: int = MAX_PIXELS
+) -> Picture:
     """Return one image file as :func:`decode_image` does; :class:`Unreadable` says why not."""
-    return decode_image(read_content(path), size, channels)
+    return decode_image(read_content(path), size, channels, max_pixels)
 
 
 def read_content(path: Path) -> bytes:
@@ -65,49 +50,40 @@ def read_content(path: Path) -> bytes:
         raise Unreadable(error.strerror or one_line(error)) from error
 
 
-def decode_image(content: bytes, size: int, channels: int | None = None) -> Pixels:
-    """Return an image as uint8 [C, size, size], squeezed to a square (bilinear, antialiased).
+def decode_image(
+    content: bytes, size: int, channels: int | None = None, max_pixels: int = MAX_PIXELS
+) -> Picture:
+    """Return an image squeezed to a square of ``size`` pixels a side (bilinear, antialiased).
 
-    ``channels`` is 1 (grey) or 3 (RGB); None gives 1 where all pixels are grey, else 3.
+    ``channels`` is 1 (grey) or 3 (RGB); None gives 1 where all pixels are grey, else 3. A file of
+    more than ``max_pixels`` is refused; 0 allows any.
 
-    Greys of more than 8 bits are scaled from their own smallest and largest value to 0 and 255:
-    files do not say how many of their bits are used. DICOM images are windowed as their header
-    says (:func:`bstriplet.dicom.read_dicom`). Of an animation or a stack, the first image is taken.
+    DICOM images are windowed as their header says (:func:`bstriplet.dicom.read_dicom`); all others
+    are read by :func:`bstriplet.raster.read_raster`. Of an animation or a stack, the first image is
+    taken. Only what decides the pixels makes an image unreadable; all else is passed over and said
+    in ``notes``.
     """
+    notes: list[str] = []
     try:
-        if is_dicom(content):
-            from bstriplet.dicom import read_dicom  # pydicom is an optional package
+        with libraries_at_work(notes.append):
+            if is_dicom(content):
+                from bstriplet.dicom import read_dicom  # pydicom is an optional package
 
-            image = read_dicom(content)
-        else:
-            with Image.open(BytesIO(content)) as opened:
-                image = _to_8_bit(ImageOps.exif_transpose(opened))
-    except Unreadable:
+                image, area = read_dicom(content, max_pixels, notes.append)
+            else:
+                image, area = read_raster(content, max_pixels, notes.append)
+    except (Unreadable, UserError):
         raise
-    except UnidentifiedImageError:
-        raise Unreadable("not an image") from None
-    except Exception as error:  # each codec fails in its own way on damaged bytes
+    except Exception as error:  # pydicom too fails in many ways on damaged bytes
         raise Unreadable(one_line(error)) from error
-    return resize(image, size, channels)
+    return Picture(resize(image, size, channels), tuple(dict.fromkeys(notes)), area)
 
 
-def is_dicom(content: bytes) -> bool:
-    """Whether ``content`` begins as a DICOM file does."""
-    return content[128:132] == b"DICM"
-
-
-def resize(image: Image.Image, size: int, channels: int | None) -> Pixels:
-    """Return an "L" or "RGB" image as uint8 [C, size, size]; ``channels`` as for decode_image."""
-    if channels is None:
-        channels = 1 if image.mode == "L" or _is_grey(image) else 3
-    image = image.convert("L" if channels == 1 else "RGB")
-    array = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
-    return array.reshape(size, size, channels).transpose(2, 0, 1)
-
-
-def read_all(paths: Sequence[Path], size: int, channels: int) -> Iterator[Pixels | Unreadable]:
+def read_all(
+    paths: Sequence[Path], size: int, channels: int, max_pixels: int
+) -> Iterator[Picture | Unreadable]:
     """Yield each image as :func:`read_image` returns it, or why not; in order, in parallel."""
-    read = partial(_read_or_reason, size=size, channels=channels)
+    read = partial(_read_or_reason, size=size, channels=channels, max_pixels=max_pixels)
     yield from in_parallel(read, paths, len(paths), "reading images")
 
 
@@ -134,37 +110,11 @@ def in_parallel(
         pool.shutdown(cancel_futures=True)
 
 
-def stretch(values: npt.NDArray[Any], low: float, high: float) -> Pixels:
-    """Return ``values`` as uint8 of the same shape: ``low`` becomes 0, ``high`` 255, linearly."""
-    scaled = (np.clip(values, low, high) - low) * (255 / (high - low))
-    return np.rint(scaled).astype(np.uint8)
-
-
-def stretch_own_range(values: npt.NDArray[Any]) -> Pixels:
-    """Return ``values`` as uint8, their smallest as 0 and their largest as 255; all equal: 0."""
-    values = np.asarray(values, dtype=np.float64)
-    if not np.isfinite(values).all():
-        raise Unreadable("holds pixels that are not finite")
-    low, high = values.min(), values.max()
-    return stretch(values, low, high if high > low else low + 1)
-
-
-def _read_or_reason(path: Path, size: int, channels: int | None) -> Pixels | Unreadable:
+def _read_or_reason(
+    path: Path, size: int, channels: int | None, max_pixels: int
+) -> Picture | Unreadable:
     """Return the image, or why it cannot be read."""
     try:
-        return read_image(path, size, channels)
+        return read_image(path, size, channels, max_pixels)
     except Unreadable as reason:
         return reason
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Return the image as 8-bit grey ("L") or RGB."""
-    if image.mode.startswith(("I", "F")):
-        return Image.fromarray(stretch_own_range(np.asarray(image)))
-    return image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB")
-
-
-def _is_grey(image: Image.Image) -> bool:
-    """Whether red, green and blue are equal everywhere."""
-    pixels = np.asarray(image)
-    return bool((pixels == pixels[..., :1]).all())

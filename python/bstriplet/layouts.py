@@ -3,15 +3,16 @@
 import csv
 import os
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from bstriplet import paper
 from bstriplet.errors import UserError, one_line, unknown_name
-from bstriplet.images import is_visible, list_images
+from bstriplet.files import counted_folder, is_image, list_images, why_left_out
+from bstriplet.notes import counted
 
 TRAIN, VALIDATION, TEST = PARTS = ("train", "validation", "test")
 
@@ -51,6 +52,12 @@ _CHEST2_PATIENT = re.compile(
     r"(person\d+)_|((?:NORMAL2-)?IM-\d+)-|(?:NORMAL|BACTERIA|VIRUS)-(\d+)-", re.IGNORECASE
 )
 _OSTEOSARCOMA_PATIENT = re.compile(r"(case-\d+|p\d+)-")
+
+# Reasons to leave out, beside those of `files`.
+BESIDE = "images beside the class folders were left out"
+NO_PART = "folders of images beside those of the parts were left out"
+
+LeftOut = dict[str, list[str]]
 
 # The 16 images of Kaggle's folder val are in no table of the paper.
 _CHEST2_VALIDATION = 16
@@ -134,6 +141,7 @@ class Listing:
     known: the set of the paper that it is, or None.
     counts: found beside the paper's; empty for other sets.
     notes: what a reader should know.
+    left_out: paths of what lies there and is not taken, by the reason.
     """
 
     root: Path
@@ -142,10 +150,18 @@ class Listing:
     known: PaperSet | None = None
     counts: tuple[Count, ...] = ()
     notes: tuple[str, ...] = ()
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def name(self, path: Path) -> str:
         """Return the path relative to the root, in POSIX spelling, where it lies below it."""
         return _relative(path, self.root)
+
+    @property
+    def left_out_notes(self) -> tuple[str, ...]:
+        """What is left out, counted and named."""
+        return counted(
+            {reason: [self.name(Path(p)) for p in paths] for reason, paths in self.left_out.items()}
+        )
 
 
 def _relative(path: Path, root: Path) -> str:
@@ -181,7 +197,7 @@ def recognise_test(data: str) -> Listing:
         folder = _existing_folder(data)
         listing = _osteosarcoma(folder) or _tests(folder)
     tested = tuple(entry for entry in listing.entries if entry.part == TEST)
-    return Listing(listing.root, listing.classes, tested or listing.entries)
+    return replace(listing, entries=tested or listing.entries)
 
 
 def is_csv(data: str) -> bool:
@@ -220,8 +236,10 @@ def _checked(listing: Listing) -> Listing:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """Return the folders in ``folder``, without hidden ones and what a Mac adds to archives."""
-    return sorted(path for path in folder.iterdir() if path.is_dir() and is_visible(path.name))
+    """Return the folders in ``folder``, without hidden ones and those of the system."""
+    return sorted(
+        path for path in folder.iterdir() if path.is_dir() and not why_left_out(path.name)
+    )
 
 
 def _parts(folder: Path) -> dict[str, Path]:
@@ -259,7 +277,13 @@ def _tree(folder: Path) -> Listing:
     parts = _parts(root)
     # The rash set keeps its classes one level lower: Train/Train_2_Cases/CLASS/*.
     cases = {part: _two_cases(path) for part, path in parts.items()}
-    entries = [entry for part, path in cases.items() for entry in _class_folders(path, part)]
+    left_out: LeftOut = defaultdict(list)
+    _note_the_rest(folder, root, [*parts.values()], left_out)
+    for part, path in cases.items():
+        _note_the_rest(parts[part], path, [], left_out)
+    entries = [
+        entry for part, path in cases.items() for entry in _class_folders(path, part, left_out)
+    ]
     classes = tuple(sorted({entry.label for entry in entries if entry.part == TRAIN}))
     patients = _read_manifest(root / "manifest.csv")
     known = _known_set(classes, entries)
@@ -273,7 +297,7 @@ def _tree(folder: Path) -> Listing:
         entry._replace(patient=patients.get(_relative(entry.path, root), "")) for entry in entries
     )
     counts = _count_parts(listed, known) if known else ()
-    return Listing(root, classes, listed, known, counts, (*notes, *_differences(counts)))
+    return Listing(root, classes, listed, known, counts, (*notes, *_differences(counts)), left_out)
 
 
 def _known_set(classes: Sequence[str], entries: Sequence[Entry]) -> PaperSet | None:
@@ -296,8 +320,11 @@ def _tests(folder: Path) -> Listing:
     if TEST not in parts and TRAIN in parts:
         return _tree(folder)
     tested = _two_cases(parts[TEST]) if TEST in parts else folder
-    entries = tuple(_class_folders(tested, TEST))
-    return Listing(root or folder, tuple(sorted({entry.label for entry in entries})), entries)
+    left_out: LeftOut = defaultdict(list)
+    _note_the_rest(parts.get(TEST, folder), tested, [], left_out)
+    entries = tuple(_class_folders(tested, TEST, left_out))
+    classes = tuple(sorted({entry.label for entry in entries}))
+    return Listing(root or folder, classes, entries, left_out=left_out)
 
 
 def _two_cases(folder: Path) -> Path:
@@ -305,16 +332,39 @@ def _two_cases(folder: Path) -> Path:
     return below[0] if len(below) == 1 else folder
 
 
-def _class_folders(folder: Path, part: str) -> Iterator[Entry]:
+def _note_the_rest(folder: Path, inner: Path, used: Sequence[Path], left_out: LeftOut) -> None:
+    """Add images beside the way from ``folder`` to ``inner``, and in ``inner`` beside ``used``.
+
+    Without ``used``, ``inner`` holds class folders, all of which are used.
+    """
+    way = [above for above in (inner, *inner.parents) if above.is_relative_to(folder)]
+    for here in way:
+        for path in sorted(here.iterdir()):
+            if path in used or path in way:
+                continue
+            if not path.is_dir():
+                if is_image(path):
+                    left_out[BESIDE].append(str(path))
+            elif why_left_out(path.name):
+                if (counted_path := counted_folder(str(path))) != str(path):
+                    left_out[why_left_out(path.name)].append(counted_path)
+            elif (here != inner or used) and (count := len(list_images(path).images)):
+                left_out[NO_PART].append(f"{path} ({count} images)")
+
+
+def _class_folders(folder: Path, part: str, left_out: LeftOut) -> Iterator[Entry]:
     """Yield the images of each class folder in ``folder``; one without images is an error."""
     names = _folders(folder)
     if not names:
         raise UserError(f"{folder} has no class folders; lay images out as {folder.name}/CLASS/*")
     for path in names:
-        files = list_images(path)
-        if not files:
-            raise UserError(f"class folder {path} has no images; fill it or remove it")
-        for file in files:
+        found = list_images(path)
+        if not found.images:
+            others = "".join(f"; {len(of)} {reason}" for reason, of in found.left_out.items())
+            raise UserError(f"class folder {path} has no images; fill it or remove it{others}")
+        for reason, left in found.left_out.items():
+            left_out[reason] += left
+        for file in found.images:
             yield Entry(file, path.name, part)
 
 
@@ -359,7 +409,11 @@ def _osteosarcoma(folder: Path) -> Listing | None:
             f"{root} has no {_OSTEOSARCOMA_TABLE}, which says the class of each tile; put it there "
             "(from the data set's page in the Cancer Imaging Archive)"
         )
-    tiles = {_dashed(path.stem): path for path in list_images(root)}
+    found = list_images(root)
+    tiles: dict[str, Path] = {}
+    twice = [
+        str(path) for path in found.images if tiles.setdefault(_dashed(path.stem), path) is not path
+    ]
     entries = []
     for line, row in _read_rows(table, {"name": ("image.name",), "label": ("classification",)}):
         key = _dashed(row["label"])
@@ -374,10 +428,12 @@ def _osteosarcoma(folder: Path) -> Listing | None:
                 patient=patient.group(1) if patient else "",
             )
         )
-    notes = []
-    if tiles:
-        first = next(iter(tiles.values()))
-        notes.append(f"{len(tiles)} images are not in {table.name} and are left out ({first.name})")
+    left_out = {
+        reason: [name for name in names if not is_csv(name)]  # the tables of the set
+        for reason, names in found.left_out.items()
+    }
+    left_out[f"images that are not in {table.name} were left out"] = [*map(str, tiles.values())]
+    left_out["images named as another tile were left out"] = twice
     classes = OSTEOSARCOMA.printed.classes
     counts = tuple(
         Count(
@@ -389,8 +445,9 @@ def _osteosarcoma(folder: Path) -> Listing | None:
         )
         for label in classes
     )
-    notes += _differences(counts)
-    return Listing(root, classes, tuple(entries), OSTEOSARCOMA, counts, tuple(notes))
+    return Listing(
+        root, classes, tuple(entries), OSTEOSARCOMA, counts, _differences(counts), left_out
+    )
 
 
 def _dashed(name: str) -> str:

@@ -16,8 +16,9 @@ from PIL import Image
 from bstriplet.cache import Decoded, Item, Read, cached, file_digests
 from bstriplet.config import MEDMNIST
 from bstriplet.errors import UserError, one_line
-from bstriplet.images import in_parallel, resize
+from bstriplet.images import in_parallel
 from bstriplet.layouts import PARTS
+from bstriplet.pixels import resize
 
 # The parts of a file, in the order of PARTS.
 _NAMES = ("train", "val", "test")

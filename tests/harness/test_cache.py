@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def test_one_colour_image_makes_the_set_rgb(tmp_path: Path, colour_at: int | Non
     pixels = decode(paths, 16).pixels
     assert pixels.shape == (13, channels, 16, 16)
     for path, row in zip(paths, pixels, strict=True):
-        np.testing.assert_array_equal(row, read_image(path, 16, channels))
+        np.testing.assert_array_equal(row, read_image(path, 16, channels).pixels)
 
 
 def test_images_are_decoded_once_whatever_they_are_called(
@@ -69,16 +70,52 @@ def test_size_and_channels_have_their_own_cache(tmp_path: Path) -> None:
     assert len({decode(paths, 16).key, decode(paths, 17).key, decode(paths, 16, 3).key}) == 3
 
 
+def test_another_limit_of_pixels_decodes_again_only_where_it_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images of 100, 400 and 900 pixels, under limits between them, in any order."""
+    paths = [tmp_path / f"{side}.png" for side in (10, 20, 30)]
+    for path in paths:
+        Image.new("L", (int(path.stem), int(path.stem)), 7).save(path)
+    n_decoded = 0
+    whole = images.decode_image
+
+    def counting(*arguments: Any) -> images.Picture:
+        nonlocal n_decoded
+        n_decoded += 1
+        return whole(*arguments)
+
+    monkeypatch.setattr(images, "decode_image", counting)
+    keys = set()
+    for max_pixels, decoded, readable in (
+        (500, 3, [0, 1]),  # nothing is cached yet
+        (899, 0, [0, 1]),  # refuses the same image
+        (900, 3, [0, 1, 2]),
+        (900, 0, [0, 1, 2]),
+        (400, 0, [0, 1]),
+        (399, 3, [0]),
+        (500, 0, [0, 1]),
+        (0, 3, [0, 1, 2]),
+    ):
+        n_decoded = 0
+        result = decode(paths, 8, 1, max_pixels)
+        assert n_decoded == decoded, max_pixels
+        assert [i for i in range(3) if i not in result.broken] == readable
+        assert (result.pixels[readable] == 7).all()
+        keys.add(result.key)
+    assert len(keys) == 1  # it names the content, whichever limit came first
+
+
 def test_decoding_that_is_cut_leaves_nothing_to_be_mistaken(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = make_images(tmp_path / "set", 4)
     whole, third = images.decode_image, paths[2].read_bytes()
 
-    def cut(content: bytes, size: int, channels: int | None) -> images.Pixels:
+    def cut(content: bytes, size: int, channels: int | None, max_pixels: int) -> images.Picture:
         if content == third:
             raise KeyboardInterrupt
-        return whole(content, size, channels)
+        return whole(content, size, channels, max_pixels)
 
     monkeypatch.setattr(images, "decode_image", cut)
     with pytest.raises(KeyboardInterrupt):
@@ -128,7 +165,7 @@ def test_a_file_that_vanishes_before_it_is_decoded_is_broken_and_not_mistaken_la
     restored = decode(paths, 16)
     assert not restored.broken
     assert restored.key != without.key
-    np.testing.assert_array_equal(restored.pixels[1], read_image(paths[1], 16))
+    np.testing.assert_array_equal(restored.pixels[1], read_image(paths[1], 16).pixels)
 
 
 def test_a_file_that_keeps_changing_is_an_error_that_names_it(

@@ -462,6 +462,48 @@ def test_predict_names_broken_and_missing_images(
     one_clear_line(unwritable, table / "below.csv", "cannot write")
 
 
+def test_predict_and_evaluate_say_what_they_left_out_or_read_otherwise(
+    tree_run: tuple[Path, Path], bstriplet: Run
+) -> None:
+    run, root = tree_run
+    folder = root / "test/class_0"
+    (folder / "notes.txt").write_text("seen by two readers")
+    (folder / "1.png").write_bytes(b"cut")
+    Image.new("LA", (50, 40), (9, 0)).save(folder / "0.png")
+    for command in (("predict", root / "test"), ("evaluate", "--data", root)):
+        outcome = bstriplet(command[0], "--run", run, *command[1:], "--skip-broken")
+        assert outcome.status == 0
+        notes = outcome.err.splitlines()
+        assert all(note.startswith("note: 1 ") for note in notes)
+        for what in ("cannot be read", "kinds that are not read", "transparent everywhere"):
+            assert any(what in note for note in notes), what
+        refused = bstriplet(command[0], "--run", run, *command[1:], "--max-pixels", 1999)
+        one_clear_line(refused, folder / "0.png" if command[0] == "predict" else "0.png", 2000)
+        wrong = bstriplet(command[0], "--run", run, *command[1:], "--max-pixels", -1)
+        one_clear_line(wrong, "--max-pixels", -1)
+
+
+def test_train_says_what_is_left_out_and_keeps_all_of_it_on_disk(
+    tmp_path: Path, make_tree: MakeTree, bstriplet: Run
+) -> None:
+    root = make_tree(train=10, test=6)
+    names = [f"a_rather_long_name_of_a_text_{number}.txt" for number in range(30)]
+    for name in names:
+        (root / "train/class_1" / name).write_text("no image")
+    out = tmp_path / "run"
+    outcome = bstriplet("train", *TREE_FLAGS, "--data", root, "--out", out)
+    assert (
+        "note: 30 files of kinds that are not read were left out: train/class_1/a_" in outcome.err
+    )
+    assert all(len(line) < 700 for line in outcome.err.splitlines())
+    assert "all in the report" in outcome.err
+    for text in (
+        (out / "environment.json").read_text(),
+        bstriplet("data", root, "--image-size", 32).out,
+    ):
+        assert all(name in text for name in names)
+
+
 def test_class_names_with_commas_and_quotes_survive(
     tmp_path: Path, make_tree: MakeTree, bstriplet: Run
 ) -> None:

@@ -18,6 +18,7 @@ from bstriplet.data import (
 from bstriplet.errors import UserError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from quick import MakeTree
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
@@ -369,6 +370,41 @@ def test_broken_images_are_all_named_and_left_out_by_choice(make_tree: MakeTree)
     )
 
 
+def test_what_is_odd_about_images_is_noted_by_name(make_tree: MakeTree) -> None:
+    root = make_tree(train=6)
+    for number in (1, 4):
+        path = root / f"train/class_0/{number}.png"
+        Image.open(path).convert("LA").save(path)
+        image = Image.open(path)
+        image.putpixel((0, 0), (9, 0))
+        image.save(path)
+    (root / "train/class_1/0.png").write_text("no image")
+    for _ in range(2):  # the second time from the cache
+        notes = load_dataset(str(root), 32, skip_broken=True).notes
+        assert notes == (
+            "1 images that cannot be read were left out: train/class_1/0.png (not an image)",
+            "2 images are transparent in part and were laid on white: train/class_0/1.png, "
+            "train/class_0/4.png",
+        )
+    _, notes = load_test_images(str(root / "train"), ("class_0", "class_1"), 32, 1,
+                                skip_broken=True)  # fmt: skip
+    assert [note.split(":")[0] for note in notes] == [
+        "1 images that cannot be read were left out",
+        "2 images are transparent in part and were laid on white",
+    ]
+
+
+def test_images_of_too_many_pixels_are_named_and_read_when_allowed(make_tree: MakeTree) -> None:
+    root = make_tree(train=6)  # of 20 x 24 pixels
+    Image.new("L", (60, 50)).save(root / "train/class_0/1.png")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"class_0/1\.png \(60 x 50 .*--max-pixels 3000\)"):
+            load_dataset(str(root), 32, max_pixels=2999)
+        assert len(load_dataset(str(root), 32, max_pixels=2999, skip_broken=True).images) == 11
+        assert len(load_dataset(str(root), 32, max_pixels=3000).images) == 12
+        assert len(load_dataset(str(root), 32).images) == 12
+
+
 def test_fingerprint_tells_images_and_splits_apart(make_tree: MakeTree) -> None:
     root = make_tree()
     config = TrainConfig()
@@ -387,9 +423,9 @@ def test_test_images_take_the_models_classes_and_channels(make_tree: MakeTree) -
     root = make_tree(classes=2, colour=True)
     classes = ("class_0", "class_1", "class_2")
     for data in (root, root / "test"):
-        images, broken = load_test_images(str(data), classes, 32, 1, skip_broken=False)
+        images, notes = load_test_images(str(data), classes, 32, 1, skip_broken=False)
         assert images.pixels.shape == (8, 1, 32, 32)
-        assert not broken
+        assert not notes
         assert sorted(images.labels) == [0] * 4 + [1] * 4
     with pytest.raises(UserError, match="class_1 is not among the training classes"):
         load_test_images(str(root), ("class_0", "other"), 32, 1, skip_broken=False)

@@ -1,6 +1,8 @@
 """DICOM: windows, tables, MONOCHROME1, colour, patients; what cannot be read says why."""
 
+import re
 import sys
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,9 @@ import numpy as np
 import pytest
 from bstriplet.data import load_dataset
 from bstriplet.errors import UserError
-from bstriplet.images import Unreadable, read_image
+from bstriplet.files import NO_IMAGES, list_images
+from bstriplet.images import read_image
+from bstriplet.pixels import Unreadable
 
 pydicom = pytest.importorskip("pydicom")
 
@@ -42,7 +46,7 @@ def write_dicom(path: Path, pixels: np.ndarray, bits: int = 16, **tags: Any) -> 
 
 
 def read(path: Path) -> np.ndarray:
-    pixels = read_image(path, SIDE)
+    pixels = read_image(path, SIDE).pixels
     assert pixels.shape == (1, SIDE, SIDE)
     return pixels[0].astype(int)
 
@@ -83,6 +87,228 @@ def test_an_image_within_its_window_is_not_stretched(tmp_path: Path) -> None:
     assert abs(pixels.max() - 127) <= 1
 
 
+def notes_of(path: Path) -> str:
+    return " / ".join(read_image(path, SIDE).notes)
+
+
+def test_an_intercept_without_a_slope_counts(tmp_path: Path) -> None:
+    """Hounsfield units of a CT whose writer left a slope of 1 out."""
+    window = {"WindowCenter": -872, "WindowWidth": 256}
+    path = write_dicom(tmp_path / "a.dcm", RAMP, RescaleIntercept=-1000, **window)
+    assert np.abs(read(path) - RAMP).max() <= 1
+    path = write_dicom(tmp_path / "b.dcm", RAMP, RescaleSlope=2, WindowCenter=256, WindowWidth=512)
+    assert np.abs(read(path) - RAMP).max() <= 1
+
+
+def test_an_enhanced_image_says_its_window_elsewhere(tmp_path: Path) -> None:
+    def one(**tags: Any) -> Any:
+        item = pydicom.Dataset()
+        for name, value in tags.items():
+            setattr(item, name, value)
+        return pydicom.Sequence([item])
+
+    path = write_dicom(
+        tmp_path / "a.dcm",
+        RAMP // 4,
+        NumberOfFrames=1,
+        SharedFunctionalGroupsSequence=one(
+            PixelValueTransformationSequence=one(RescaleIntercept=64, RescaleSlope=1),
+        ),
+        PerFrameFunctionalGroupsSequence=one(
+            FrameVOILUTSequence=one(WindowCenter=128, WindowWidth=256),
+        ),
+    )
+    assert np.abs(read(path) - (RAMP // 4 + 64)).max() <= 1
+
+
+def test_a_negative_slope_is_no_second_inversion(tmp_path: Path) -> None:
+    path = write_dicom(
+        tmp_path / "a.dcm",
+        RAMP,
+        RescaleSlope=-1,
+        RescaleIntercept=255,
+        WindowCenter=128,
+        WindowWidth=256,
+    )
+    assert np.abs(read(path) - (255 - RAMP)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "inverted"),
+    [("MONOCHROME2", "INVERSE", True), ("MONOCHROME1", "INVERSE", True),
+     ("MONOCHROME2", "IDENTITY", False), (" monochrome1", "IDENTITY", True)],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
+def test_bright_is_dense_however_it_is_said(
+    tmp_path: Path, kind: str, shape: str, inverted: bool
+) -> None:
+    tags = {"PhotometricInterpretation": kind, "PresentationLUTShape": shape}
+    path = write_dicom(tmp_path / "a.dcm", RAMP, **tags)
+    np.testing.assert_array_equal(read(path), 255 - RAMP if inverted else RAMP)
+
+
+BAD_TABLE = pydicom.Dataset()
+BAD_TABLE.LUTDescriptor = [256, 0, 12]
+
+
+@pytest.mark.parametrize(
+    ("tags", "reason"),
+    [
+        ({"WindowCenter": 100, "WindowWidth": 0}, "WindowWidth is 0"),
+        ({"WindowCenter": 100, "WindowWidth": 0.5}, r"WindowWidth is 0\.5"),
+        ({"WindowCenter": 100, "WindowWidth": -20}, "WindowWidth is -20"),
+        ({"WindowCenter": 9, "WindowWidth": 9, "VOILUTFunction": "CUBIC"}, "VOILUTFunction CUBIC"),
+        ({"VOILUTSequence": pydicom.Sequence([BAD_TABLE])}, "0028,3006|LUTData"),
+        ({"WindowCenter": 100, "WindowWidth": b"wide"}, "WindowWidth"),
+    ],
+)
+def test_a_window_that_cannot_be_used_costs_no_image(
+    tmp_path: Path, tags: dict[str, Any], reason: str
+) -> None:
+    text = tags.get("WindowWidth") == b"wide"
+    path = write_dicom(tmp_path / "a.dcm", RAMP, **(tags | {"WindowWidth": 1234} if text else tags))
+    if text:
+        path.write_bytes(path.read_bytes().replace(b"1234", b"wide"))
+    picture = read_image(path, SIDE)
+    np.testing.assert_array_equal(picture.pixels[0], RAMP)
+    (note,) = picture.notes
+    assert re.search(f"cannot be used .*({reason})", note)
+
+
+@pytest.mark.parametrize("empty", ["", None])
+def test_an_empty_window_is_none(tmp_path: Path, empty: str | None) -> None:
+    path = write_dicom(tmp_path / "a.dcm", RAMP, WindowCenter=empty, WindowWidth=empty)
+    np.testing.assert_array_equal(read(path), RAMP)
+    assert not notes_of(path)
+
+
+def test_windows_of_other_functions_are_followed(tmp_path: Path) -> None:
+    window = {"WindowCenter": 128, "WindowWidth": 64}
+    exact = write_dicom(tmp_path / "a.dcm", RAMP, VOILUTFunction="LINEAR_EXACT", **window)
+    assert np.abs(read(exact) - np.clip((RAMP - 96.0) / 64, 0, 1) * 255).max() <= 1
+    curved = write_dicom(tmp_path / "b.dcm", RAMP, VOILUTFunction="SIGMOID", **window)
+    assert np.abs(read(curved) - 255 / (1 + np.exp(-4 * (RAMP - 128.0) / 64))).max() <= 1
+    step = write_dicom(tmp_path / "c.dcm", RAMP, WindowCenter=128, WindowWidth=1)
+    np.testing.assert_array_equal(read(step), np.where(RAMP > 127, 255, 0))
+
+
+def test_padding_is_black_and_does_not_decide_the_range(tmp_path: Path) -> None:
+    signed = RAMP.astype(np.int16) + 100
+    signed[0, :4] = -2000
+    expected = RAMP.astype(float) - RAMP[0, 4]
+    expected = np.rint(np.clip(expected / expected.max(), 0, 1) * 255)
+    expected[0, :4] = 0
+    for value in (-2000, 63536):  # 63536 is -2000 in the same bits
+        path = write_dicom(tmp_path / "a.dcm", signed)
+        element = pydicom.DataElement("PixelPaddingValue", "US" if value > 0 else "SS", value)
+        header = pydicom.dcmread(path)
+        header.add(element)
+        header.save_as(path)
+        np.testing.assert_array_equal(read(path), expected)
+    inverse = RAMP.copy()
+    inverse[:2] = 60000
+    path = write_dicom(
+        tmp_path / "b.dcm",
+        inverse,
+        PhotometricInterpretation="MONOCHROME1",
+        PixelPaddingValue=50000,
+        PixelPaddingRangeLimit=65535,
+    )
+    pixels = read(path)
+    assert (pixels[:2] == 0).all()
+    assert (pixels[2, 0], pixels[-1, -1]) == (255, 0)
+
+
+def without_preamble(path: Path) -> bytes:
+    return path.read_bytes()[132:]
+
+
+def without_group_2(path: Path) -> bytes:
+    """Return the data set alone, as very old files and network captures hold it."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[140:144], "little")
+    return content[144 + length :]
+
+
+@pytest.mark.parametrize("implicit", [False, True])
+@pytest.mark.parametrize("cut", [without_preamble, without_group_2])
+def test_a_file_without_preamble_or_transfer_syntax_is_read(
+    tmp_path: Path, implicit: bool, cut: Callable[[Path], bytes]
+) -> None:
+    path = write_dicom(tmp_path / "a.dcm", RAMP * 16, 12, PhotometricInterpretation="MONOCHROME1")
+    if implicit:
+        header = pydicom.dcmread(path)
+        header.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
+        header.save_as(path, implicit_vr=True, little_endian=True)
+    path.write_bytes(cut(path))
+    np.testing.assert_array_equal(read(path), 255 - RAMP)
+    assert ("no preamble" in notes_of(path)) == (cut is without_group_2)
+
+
+def test_a_header_without_transfer_syntax_is_read(tmp_path: Path) -> None:
+    path = write_dicom(tmp_path / "a.dcm", RAMP)
+    header = pydicom.dcmread(path)
+    del header.file_meta.TransferSyntaxUID
+    header.save_as(path, implicit_vr=False, little_endian=True, enforce_file_format=False)
+    np.testing.assert_array_equal(read(path), RAMP)
+
+
+def test_the_kind_of_pixels_is_assumed_where_it_is_not_said_and_else_must_be_known(
+    tmp_path: Path,
+) -> None:
+    path = write_dicom(tmp_path / "a.dcm", RAMP)
+    header = pydicom.dcmread(path)
+    del header.PhotometricInterpretation
+    header.save_as(path)
+    np.testing.assert_array_equal(read(path), RAMP)
+    assert "taken for MONOCHROME2" in notes_of(path)
+    for kind in ("HSV", "GREY"):
+        header.PhotometricInterpretation = kind
+        header.save_as(path)
+        with pytest.raises(Unreadable, match=kind):
+            read_image(path, SIDE)
+
+
+def test_bits_that_do_not_lie_lowest_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(Unreadable, match="12 bits below bit 15"):
+        read_image(write_dicom(tmp_path / "a.dcm", RAMP * 16, 12, HighBit=15), SIDE)
+
+
+def test_a_slope_that_says_nothing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(Unreadable, match="RescaleSlope is 0"):
+        read_image(write_dicom(tmp_path / "a.dcm", RAMP, RescaleSlope=0), SIDE)
+
+
+def test_a_palette_that_says_16_bits_and_uses_8_is_not_black(tmp_path: Path) -> None:
+    ramp = np.arange(256, dtype=np.uint16).tobytes()
+    tables = {
+        f"{colour}PaletteColorLookupTable{what}": value
+        for colour in ("Red", "Green", "Blue")
+        for what, value in (("Descriptor", [256, 0, 16]), ("Data", ramp))
+    }
+    path = write_dicom(
+        tmp_path / "a.dcm",
+        RAMP.astype(np.uint8),
+        8,
+        PhotometricInterpretation="PALETTE COLOR",
+        **tables,
+    )
+    np.testing.assert_array_equal(read(path), RAMP)
+
+
+def test_dicom_is_known_by_its_content_and_a_directory_of_files_is_none(tmp_path: Path) -> None:
+    write_dicom(tmp_path / "IM000001", RAMP)
+    write_dicom(tmp_path / "1.2.840.113619.2", RAMP)
+    (tmp_path / "old").write_bytes(without_group_2(write_dicom(tmp_path / "old", RAMP)))
+    directory = write_dicom(tmp_path / "DICOMDIR", RAMP)
+    header = pydicom.dcmread(directory)
+    header.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.1.3.10"
+    header.save_as(directory)
+    found = list_images(tmp_path)
+    assert [path.name for path in found.images] == ["1.2.840.113619.2", "IM000001", "old"]
+    assert found.left_out == {NO_IMAGES: [str(directory)]}
+
+
 def test_a_voi_table_is_followed(tmp_path: Path) -> None:
     table = pydicom.Dataset()
     table.LUTDescriptor = [256, 0, 12]
@@ -96,7 +322,7 @@ def test_colour_is_rgb(tmp_path: Path) -> None:
     colour = np.zeros((SIDE, SIDE, 3), dtype=np.uint8)
     colour[:8, :, 2] = 200
     path = write_dicom(tmp_path / "a.dcm", colour, 8)
-    np.testing.assert_array_equal(read_image(path, SIDE), colour.transpose(2, 0, 1))
+    np.testing.assert_array_equal(read_image(path, SIDE).pixels, colour.transpose(2, 0, 1))
 
 
 def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:

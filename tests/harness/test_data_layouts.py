@@ -70,6 +70,52 @@ def test_a_delivered_validation_part_is_kept_while_a_test_part_is_made(tmp_path:
     assert all(file.startswith("train/") for file in task.test.files)
 
 
+def test_all_that_lies_there_and_is_not_taken_is_named(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        for label in "ab":
+            write_images(tmp_path / "set" / part / label, *(f"{i}.png" for i in range(4)))
+    write_images(tmp_path / "set/train/@eaDir/0.png", "thumb.png")
+    write_images(tmp_path / "set/train", "stray.png")
+    write_images(tmp_path / "set/train/a/.ipynb_checkpoints", "0.png")
+    write_images(tmp_path / "set/more/c", "1.png", "2.png")
+    write_images(tmp_path / "set/masks", "1.png")
+    write_images(tmp_path / "set", "cover.png")
+    write_images(tmp_path, "outside.png")
+    (tmp_path / "set/LICENSE").write_text("free")  # beside the classes, only images matter
+    (tmp_path / "set/test/b/Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
+    expected = {
+        "3 images beside the class folders were left out: cover.png, {outside}, train/stray.png",
+        "2 folders of images beside those of the parts were left out: masks (1 images), "
+        "more (2 images)",
+        "1 folders of thumbnails, deleted or system files were left out: train/@eaDir (1 images)",
+        "1 hidden files or folders were left out: train/a/.ipynb_checkpoints (1 images)",
+        "1 files of kinds that are not read were left out: test/b/Thumbs.db",
+    }
+    dataset = load_dataset(str(tmp_path), 16)
+    assert set(dataset.classes) == {"a", "b"}
+    assert len(dataset.images) == 16
+    outside = (tmp_path / "outside.png").as_posix()
+    assert set(dataset.notes) == {note.format(outside=outside) for note in expected}
+    _, notes = load_test_images(str(tmp_path), ("a", "b"), 16, 1, skip_broken=False)
+    assert [note for note in notes if "Thumbs.db" in note]
+    _, notes = load_test_images(str(tmp_path / "set/test"), ("a", "b"), 16, 1, skip_broken=False)
+    assert notes == ("1 files of kinds that are not read were left out: b/Thumbs.db",)
+
+
+def test_a_linked_class_and_images_without_suffix_are_trained_on(tmp_path: Path) -> None:
+    write_images(tmp_path / "store/deep", *(f"{i}.png" for i in range(3)))
+    write_images(tmp_path / "set/train/a", *(f"{i}.png" for i in range(3)))
+    write_images(tmp_path / "set/train/b", "0.jpeg")
+    (tmp_path / "set/train/b/0.jpeg").rename(tmp_path / "set/train/b/IM0")
+    try:
+        (tmp_path / "set/train/b/linked").symlink_to(tmp_path / "store", target_is_directory=True)
+    except OSError:
+        pytest.skip("links cannot be made here")
+    dataset = load_dataset(str(tmp_path / "set"), 16)
+    assert counts(dataset) == {("train", "a"): 3, ("train", "b"): 4}
+    assert dataset.notes == ()
+
+
 def test_two_spellings_of_one_part_are_an_error(tmp_path: Path) -> None:
     for part in ("train", "training"):
         write_images(tmp_path / part / "a", "1.png")
@@ -139,7 +185,15 @@ def test_chest_2_as_kaggle_delivers_it(tmp_path: Path) -> None:
     assert same == {"person1_bacteria_1.jpeg", "person1_bacteria_2.jpeg", "person1_virus_7.jpeg"}
     assert who["NORMAL2-IM-0666-0001-0001.jpeg"] == who["NORMAL2-IM-0666-0001-0002.jpeg"]
     assert who["IM-0115-0001.jpeg"] != who["IM-0117-0001.jpeg"]
-    left_out, differing, shared = dataset.notes
+    again, hidden, left_out, differing, shared = dataset.notes
+    assert hidden == (
+        "2 hidden files or folders were left out: train/NORMAL/.DS_Store, "
+        "train/NORMAL/._IM-0115-0001.jpeg"
+    )
+    assert (
+        again
+        == "1 folders of images beside those of the parts were left out: chest_xray (16 images)"
+    )
     assert "the 2 images of the folder val are left out" in left_out
     assert "train Normal 5 (1341)" in differing
     assert "1 patients are in the test part and in another: person10;" in shared
@@ -252,7 +306,25 @@ def test_a_tile_that_is_missing_is_named_and_one_that_is_too_many_is_noted(tmp_p
         load_dataset(str(tmp_path), 16)
     dataset = load_dataset(str(tmp_path), 16, skip_broken=True)
     assert len(dataset.images) == 4
-    assert any("1 images are not in ML_Features_1144.csv" in note for note in dataset.notes)
+    assert "1 images that are not in ML_Features_1144.csv were left out: extra.jpg" in dataset.notes
+
+
+def test_a_tile_that_lies_there_twice_is_taken_once_and_the_other_is_named(tmp_path: Path) -> None:
+    make_osteosarcoma(tmp_path)
+    write_images(tmp_path / "Training-Set-2/copies", "P9-B6-19328-19600.jpg")
+    dataset = load_dataset(str(tmp_path), 16)
+    assert len(dataset.images) == 5
+    # the first in the order of names
+    (note,) = (note for note in dataset.notes if "named as another tile" in note)
+    assert note.endswith("were left out: Training-Set-2/set8/P9-B6-19328-19600.jpg")
+
+
+def test_a_class_folder_of_unknown_files_says_what_they_are(tmp_path: Path) -> None:
+    write_images(tmp_path / "train/a", "1.png")
+    (tmp_path / "train/b").mkdir()
+    (tmp_path / "train/b/1.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.raises(UserError, match=r"b has no images; .*; 1 files of kinds that are not read"):
+        load_dataset(str(tmp_path), 16)
 
 
 def test_osteosarcoma_without_its_table_says_what_is_missing(tmp_path: Path) -> None:

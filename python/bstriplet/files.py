@@ -1,0 +1,148 @@
+"""The image files below a folder: by suffix, else by content; what is left out is named."""
+
+import os
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+from bstriplet.errors import UserError, one_line
+
+# Files of such a name are images, broken ones where they hold none.
+SUFFIXES = frozenset({
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".bmp", ".dib", ".tif", ".tiff",
+    ".webp", ".gif", ".avif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".pbm", ".pgm",
+    ".ppm", ".pnm", ".pfm", ".dcm", ".dicom",
+})  # fmt: skip
+
+# How images of these kinds begin, for files whose names say nothing.
+_BEGINNINGS = re.compile(
+    rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|BM.{4}\0{4}|II[*+]\0|MM\0[*+]|RIFF.{4}WEBP|"
+    rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51|.{4}ftypavi[fs]|P[1-6]\s+[#\d]|P[Ff]\n",
+    re.DOTALL,
+)
+# The first element of a DICOM file without preamble, in either order of bytes: a tag of group 2 or
+# 8, then two letters or a short length.
+_DICOM_ELEMENT = re.compile(
+    rb"[\x02\x08]\0.\0([A-Z]{2}|.{2}\0\0)|\0[\x02\x08]\0.[A-Z]{2}", re.DOTALL
+)
+_DICOM_DIRECTORY = b"1.2.840.10008.1.3.10"  # the class of a DICOMDIR, which lists other files
+_HEAD = 512  # bytes that are looked at
+
+# Thumbnails, deleted files and snapshots, in lower case: of a NAS, Windows, Linux, macOS.
+_SYSTEM_FOLDERS = frozenset({
+    "@eadir", "@tmp", "#recycle", "#snapshot", "~snapshot", "@recycle", "@recently-snapshot",
+    "$recycle.bin", "recycler", "recycled", "system volume information", "lost+found", "__macosx",
+    "network trash folder", "temporary items",
+})  # fmt: skip
+
+HIDDEN = "hidden files or folders were left out"
+SYSTEM = "folders of thumbnails, deleted or system files were left out"
+NO_IMAGES = "files of kinds that are not read were left out"
+REPEATED = "links to folders that hold them or are read already were left out"
+
+
+class Found(NamedTuple):
+    """Image files, sorted, and what else lies there: names by the reason that they are left out."""
+
+    images: list[Path]
+    left_out: dict[str, list[str]]
+
+
+def list_images(folder: Path) -> Found:
+    """Return the image files below ``folder``; links to files and folders are followed.
+
+    A folder is taken once, and never one that holds ``folder``: links cannot lead in a circle.
+
+    Raises:
+        UserError: a folder or a file of unknown kind cannot be opened.
+    """
+    found: list[str] = []
+    left_out: dict[str, list[str]] = defaultdict(list)
+    seen = {_identity(above) for above in folder.resolve().parents if above.exists()}
+    for parent, folders, files in os.walk(folder, onerror=_stop, followlinks=True):
+        identity = _identity(parent)
+        if identity in seen:
+            left_out[REPEATED].append(parent)
+            folders.clear()
+            continue
+        seen.add(identity)
+        for name in folders:
+            if reason := why_left_out(name):
+                left_out[reason].append(counted_folder(os.path.join(parent, name)))
+        folders[:] = sorted(name for name in folders if not why_left_out(name))
+        for name in files:
+            path = os.path.join(parent, name)
+            if reason := _why_no_image(path, name):
+                left_out[reason].append(path)
+            else:
+                found.append(path)
+    images = [Path(file) for file in sorted(found, key=lambda file: file.split(os.sep))]
+    return Found(images, {reason: sorted(names) for reason, names in left_out.items()})
+
+
+def why_left_out(name: str) -> str:
+    """Return why a folder of that name is no data; empty where it is."""
+    if name.lower() in _SYSTEM_FOLDERS:
+        return SYSTEM
+    return HIDDEN if name.startswith(".") else ""
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is an image and not hidden: by its suffix, else by how it begins."""
+    return not _why_no_image(str(path), path.name)
+
+
+def counted_folder(folder: str) -> str:
+    """Return the path of a folder that is left out, with the number of images in it."""
+    count = sum(
+        not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
+        for _, _, files in os.walk(folder)
+        for name in files
+    )
+    return f"{folder} ({count} images)" if count else folder
+
+
+def is_dicom(content: bytes) -> bool:
+    """Whether ``content`` begins as a DICOM file does, with or without its preamble."""
+    return content[128:132] == b"DICM" or _DICOM_ELEMENT.match(content) is not None
+
+
+def _why_no_image(path: str, name: str) -> str:
+    """Return why a file is left out; empty where it is an image."""
+    if name.startswith("."):
+        return HIDDEN
+    if os.path.splitext(name)[1].lower() in SUFFIXES:
+        return ""
+    return "" if os.path.isfile(path) and _begins_as_image(path) else NO_IMAGES
+
+
+def _begins_as_image(path: str) -> bool:
+    try:
+        with open(path, "rb") as stream:
+            head = stream.read(_HEAD)
+    except OSError as error:
+        raise _cannot_open(path, error) from error
+    if is_dicom(head):
+        return _DICOM_DIRECTORY not in head
+    return _BEGINNINGS.match(head) is not None
+
+
+def _identity(folder: str | Path) -> tuple[int, int] | str:
+    """Return what is the same for all paths of a folder."""
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        raise _cannot_open(folder, error) from error
+    # Some file systems of Windows number nothing.
+    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(folder)
+
+
+def _stop(error: OSError) -> None:
+    raise _cannot_open(error.filename, error) from error
+
+
+def _cannot_open(path: str | Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot open {path}: {error.strerror or one_line(error)}; make it readable or remove it"
+    )
