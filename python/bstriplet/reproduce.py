@@ -17,6 +17,7 @@ from bstriplet.config import Scheme, TrainConfig, describe_difference, field_typ
 from bstriplet.errors import UserError, unknown_name
 from bstriplet.figures import Picture
 from bstriplet.layouts import PAPER_SETS
+from bstriplet.names import letters
 from bstriplet.paper_table import NOTE as TABLE_NOTE
 from bstriplet.paper_table import Row, csv_text, markdown, table_rows
 from bstriplet.results import Comparison, Run, read_runs, refuse_doubles
@@ -415,8 +416,8 @@ def data_notes(name: str, comparison: Comparison) -> list[str]:
 
 def _columns(name: str, labels: Sequence[str]) -> dict[str, str] | None:
     """The column of the paper's table for each class, or None where these are other classes."""
-    wanted = {_plain(column): column for column in paper.data_set(name).classes}
-    plain = {label: _plain(PAPER_SETS[name].column(label)) for label in labels}
+    wanted = {letters(column): column for column in paper.data_set(name).classes}
+    plain = {label: letters(PAPER_SETS[name].column(label)) for label in labels}
     if sorted(plain.values()) != sorted(wanted):
         return None
     return {label: wanted[column] for label, column in plain.items()}
@@ -428,11 +429,6 @@ def _of_other_images(name: str, data: str, labels: Sequence[str]) -> str:
         f"The paper's numbers are of {expected.name} ({', '.join(expected.classes)}); these runs "
         f"are of {Path(data).name} ({', '.join(labels)}), so do not compare the two."
     )
-
-
-def _plain(name: str) -> str:
-    """A class name without case, spaces and signs: "Non-Lyme Disease" is "nonlymedisease"."""
-    return "".join(letter for letter in name.casefold() if letter.isalnum())
 
 
 def _departures(target: Target, comparison: Comparison) -> list[str]:
