@@ -26,6 +26,7 @@ from bstriplet.data import (
 from bstriplet.errors import UserError
 from bstriplet.images import Pixels, Unreadable, list_images, read_all
 from bstriplet.metrics import classification_metrics
+from bstriplet.names import utf8
 from bstriplet.runs import (
     BEST,
     EMBEDDINGS,
@@ -35,6 +36,7 @@ from bstriplet.runs import (
     RunFolder,
     write_atomic,
     write_json,
+    write_text,
 )
 
 BATCH = 256
@@ -111,7 +113,7 @@ def write_results(
     scores = probabilities(output.logits)
     true_names = [task.classes[label] for label in task.test.labels]
     table = predictions_csv(task.test.files, scores, task.classes, true_names)
-    write_atomic(run.path / PREDICTIONS, table.encode())
+    write_text(run.path / PREDICTIONS, table)
     write_atomic(run.path / MISTAKES, mistakes_npz(task.test, scores))
     training, _ = embed(trained.model, task.train, trained.device)
     buffer = io.BytesIO()
@@ -193,7 +195,8 @@ def predict_files(
         )
     if not kept:
         raise UserError("no image could be read; give image files or folders with images")
-    return predictions_csv(kept, np.concatenate(scores), trained.classes), broken
+    table = predictions_csv([*map(utf8, kept)], np.concatenate(scores), trained.classes)
+    return table, broken
 
 
 def predictions_csv(

@@ -15,7 +15,8 @@ from bstriplet.errors import UserError
 # How pandas, R and Excel write that there is no value: in any case, and as it stands (NAT and Na
 # may be classes; so may "none").
 _NOTHING = frozenset(
-    "nan -nan n/a <na> #n/a #na null #value! #ref! #name? #div/0! #num! #null!".split()
+    {"nan", "-nan", "n/a", "<na>", "#n/a", "#na", "null"}
+    | {"#value!", "#ref!", "#name?", "#div/0!", "#num!", "#null!"}
 )
 _NOTHING_AS_IT_STANDS = frozenset(("", "NA", "NaT"))
 # Letters of Cyrillic and Greek that look like these of Latin.

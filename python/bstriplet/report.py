@@ -14,11 +14,12 @@ from jinja2 import Environment, PackageLoader, Template
 
 from bstriplet.config import TrainConfig, flag
 from bstriplet.figures import DARK, Picture, looks, pictures
+from bstriplet.names import printable
 from bstriplet.paper_table import HEADER
 from bstriplet.paper_table import NOTE as TABLE_NOTE
 from bstriplet.reproduce import Reproduction
 from bstriplet.results import Comparison, Run, read, scheme_label
-from bstriplet.runs import cannot_write, write_atomic
+from bstriplet.runs import cannot_write, write_text
 from bstriplet.summary import (
     METRICS,
     SchemeSummary,
@@ -56,10 +57,10 @@ def summarise(directory: Path | str) -> str:
         UserError: the folder is none, cannot be written, or holds a damaged file.
     """
     comparison = read(directory)
-    write_atomic(comparison.folder / "summary.csv", runs_csv(comparison).encode())
+    write_text(comparison.folder / "summary.csv", runs_csv(comparison))
     by_scheme = schemes_csv(summarise_schemes(comparison))
-    write_atomic(comparison.folder / "summary_by_scheme.csv", by_scheme.encode())
-    write_atomic(comparison.folder / "per_class.csv", per_class_csv(comparison).encode())
+    write_text(comparison.folder / "summary_by_scheme.csv", by_scheme)
+    write_text(comparison.folder / "per_class.csv", per_class_csv(comparison))
     return text_table(comparison)
 
 
@@ -89,7 +90,7 @@ def build(directory: Path | str) -> Path:
     for picture in drawn:
         picture.write(figures)
     path = comparison.folder / REPORT
-    write_atomic(path, _page(comparison, drawn).encode())
+    write_text(path, printable(_page(comparison, drawn)))
     return path
 
 
@@ -129,7 +130,7 @@ def build_reproduction(drawn: Sequence[Reproduction], command: str, out: Path) -
         environment=_settings(_without_counts(run.environment) for run in runs),
     )
     path = out / REPORT
-    write_atomic(path, page.encode())
+    write_text(path, printable(page))
     return path
 
 

@@ -17,11 +17,18 @@ from bstriplet.config import Scheme, TrainConfig, describe_difference, field_typ
 from bstriplet.errors import UserError, unknown_name
 from bstriplet.figures import Picture
 from bstriplet.layouts import PAPER_SETS
-from bstriplet.names import letters
+from bstriplet.names import letters, printable
 from bstriplet.paper_table import NOTE as TABLE_NOTE
 from bstriplet.paper_table import Row, csv_text, markdown, table_rows
 from bstriplet.results import Comparison, Run, read_runs, refuse_doubles
-from bstriplet.runs import check_new, locked_folder, read_json, write_atomic, write_json
+from bstriplet.runs import (
+    cannot_write,
+    check_new,
+    locked_folder,
+    read_json,
+    write_json,
+    write_text,
+)
 from bstriplet.summary import summarise_schemes, verdicts
 
 STATE = "reproduce.json"
@@ -87,9 +94,9 @@ class Reproduction:
 
     def write(self, folder: Path) -> None:
         """Write NAME.md, and NAME.csv or the three files of the picture, each atomically."""
-        write_atomic(folder / f"{self.name}.md", self.markdown().encode())
+        write_text(folder / f"{self.name}.md", printable(self.markdown()))
         if self.rows:
-            write_atomic(folder / f"{self.name}.csv", csv_text(self.rows).encode())
+            write_text(folder / f"{self.name}.csv", csv_text(self.rows))
         if self.picture:
             replace(self.picture, name=self.name).write(folder)
 
@@ -298,7 +305,10 @@ def draw_targets(
     runs = [run for folder in folders for run in read_runs(folder)]
     if not runs:
         raise UserError(f"no run lies in {', '.join(map(str, folders))}; give a compare folder")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(out, error) from error
     drawn = [draw(name, target, config, runs, out) for name, target in targets.items()]
     for reproduction in drawn:
         reproduction.write(out)

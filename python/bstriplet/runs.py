@@ -1,5 +1,6 @@
 """Run folders: files that are whole or absent, checkpoints, the log, and one writer at a time."""
 
+import errno
 import io
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from bstriplet import names
 from bstriplet.config import TrainConfig, describe_difference
 from bstriplet.errors import UserError, one_line
 
@@ -68,15 +70,20 @@ def _sync_folder(path: Path) -> None:
             os.close(descriptor)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write ``text``, atomically, in UTF-8; bytes of file names that are none stay as they are."""
+    write_atomic(path, names.encode(text))
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically."""
-    write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
+    """Write ``value`` as indented JSON in ASCII, atomically."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
     """Return the JSON value in ``path``; a missing or damaged file is a :class:`UserError`."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {one_line(error)}; restore it") from error
 
@@ -87,6 +94,17 @@ def cannot_write(path: Path, error: OSError) -> UserError:
         f"cannot write {path}: {error.strerror or one_line(error)}; choose a place that can be "
         "written and has room"
     )
+
+
+def check_output(path: Path) -> None:
+    """Raise unless a file can be written at ``path``: better before the work than after."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def check_new(path: Path, *, resume: bool = False) -> None:
@@ -221,12 +239,12 @@ class RunFolder:
     def write_log(self, history: list[dict[str, Any]]) -> None:
         """Write the log anew, without lines of an epoch that a kill cut off."""
         lines = "".join(json.dumps(row) + "\n" for row in history)
-        write_atomic(self.path / LOG, lines.encode())
+        write_text(self.path / LOG, lines)
 
     def append_log(self, row: dict[str, Any]) -> None:
         """Add one epoch's line to the log."""
         try:
-            with (self.path / LOG).open("a") as stream:
+            with (self.path / LOG).open("a", encoding="utf-8", newline="\n") as stream:
                 stream.write(json.dumps(row) + "\n")
                 stream.flush()
                 os.fsync(stream.fileno())
