@@ -74,19 +74,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @contextmanager
 def _stopped_by_sigterm() -> Iterator[None]:
     """End a command at SIGTERM; in a thread, where no handler can be set, the caller decides."""
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        if not in_main_thread or before is None:  # None: a handler that Python could not restore
-            raise ValueError
-        signal.signal(signal.SIGTERM, _stop)
-    except ValueError:  # that of a subinterpreter is no main thread either
-        yield
-        return
+    before = signal.getsignal(signal.SIGTERM)  # None: a handler that Python could not restore
+    ours = before is not None and threading.current_thread() is threading.main_thread()
+    if ours:
+        try:
+            signal.signal(signal.SIGTERM, _stop)
+        except ValueError:  # the main thread of a subinterpreter
+            ours = False
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if ours:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
@@ -107,23 +106,29 @@ def _print(*lines: str) -> None:
         _write(sys.stdout, line + "\n")
 
 
-def _write(stream: TextIO | None, text: str) -> None:
+def _write(stream: TextIO | None, text: str) -> bool:
     """Write text, whatever the stream's encoding: bytes of file names as they are, else escapes.
 
-    Nothing is written where there is no stream, as in a Windows program without a console.
+    Nothing is written where there is no stream, as in a Windows program without a console. Returns
+    whether nothing had to be escaped.
     """
     if stream is None:
-        return
+        return True
     try:
         stream.write(text)
+        return True
     except UnicodeEncodeError:
         encoding = getattr(stream, "encoding", None) or "utf-8"
-        if isinstance(stream, TextIOWrapper) and "\n".encode(encoding) == b"\n":
-            stream.flush()
-            stream.buffer.write(text.encode(encoding, "bstriplet.escape"))
-        else:
-            escaped = text.encode(encoding, "backslashreplace").decode(encoding)
-            stream.write(escaped)
+    if not isinstance(stream, TextIOWrapper) or "\n".encode(encoding) != b"\n":
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        return False
+    try:
+        content, whole = text.encode(encoding, "surrogateescape"), True
+    except UnicodeEncodeError:
+        content, whole = text.encode(encoding, "bstriplet.escape"), False
+    stream.flush()
+    stream.buffer.write(content)
+    return whole
 
 
 def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
@@ -454,7 +459,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _predict(options: argparse.Namespace) -> None:
     from bstriplet.evaluation import predict_files
-    from bstriplet.runs import RunFolder, check_output, write_text
+    from bstriplet.runs import RunFolder, check_output, write_output
 
     if options.output:
         check_output(options.output)
@@ -464,10 +469,13 @@ def _predict(options: argparse.Namespace) -> None:
     for line in broken:
         _say(f"note: left out {line}")
     if options.output:
-        write_text(options.output, table)
+        write_output(options.output, table)
         _say(f"predictions: {options.output}")
-    else:
-        _write(sys.stdout, table)
+    elif not _write(sys.stdout, table):
+        _say(
+            f"note: some names are escaped, for standard output is {sys.stdout.encoding}; --output "
+            "writes UTF-8"
+        )
 
 
 def _data(options: argparse.Namespace) -> None:

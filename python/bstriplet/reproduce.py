@@ -332,6 +332,7 @@ def draw(
         of_scheme.sort(key=lambda run: run.seed)
         chosen += [replace(run, scheme=target.shown(scheme)) for run in of_scheme]
     refuse_doubles(chosen)
+    _refuse_other_classes(name, [run for run in chosen if run.finished])
     schemes = tuple(dict.fromkeys(target.shown(scheme) for scheme in target.schemes))
     seeds = tuple(sorted({run.seed for run in chosen}))
     reference = target.reference if target.reference in schemes else None
@@ -349,6 +350,16 @@ def draw(
     return Reproduction(
         name, target, comparison, rows, picture, said, tuple(_notes(target, comparison))
     )
+
+
+def _refuse_other_classes(name: str, runs: Sequence[Run]) -> None:
+    """Raise if runs that one table or figure is drawn from have not the same classes."""
+    for run in runs:
+        if run.classes != runs[0].classes:
+            raise UserError(
+                f"{name}: {runs[0].folder} has the classes {', '.join(runs[0].classes)}, "
+                f"{run.folder} {', '.join(run.classes)}; give runs on the same data"
+            )
 
 
 def _wanted(scheme: Scheme, config: TrainConfig | None) -> dict[str, Any]:

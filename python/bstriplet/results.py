@@ -18,7 +18,7 @@ from bstriplet import paper
 from bstriplet.config import Scheme
 from bstriplet.errors import UserError
 from bstriplet.metrics import classification_metrics
-from bstriplet.names import decode, printable
+from bstriplet.names import decode, one_form, printable
 from bstriplet.runs import (
     CONFIG,
     EMBEDDINGS,
@@ -92,6 +92,11 @@ class Run:
     def finished(self) -> bool:
         """Whether the run reached its end."""
         return bool(self.metrics)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes of a finished run, in one form."""
+        return tuple(one_form(row["class"]) for row in self.metrics["per_class"])
 
     @cached_property
     def predictions(self) -> Predictions:

@@ -1,6 +1,5 @@
 """Run folders: files that are whole or absent, checkpoints, the log, and one writer at a time."""
 
-import errno
 import io
 import json
 import os
@@ -96,12 +95,33 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     )
 
 
-def check_output(path: Path) -> None:
-    """Raise unless a file can be written at ``path``: better before the work than after."""
+def write_output(path: Path, text: str) -> None:
+    """Write ``text`` where a user wants it: a pipe or a device is written to, not replaced."""
+    if not _is_special(path):
+        return write_text(Path(os.path.realpath(path)), text)
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        with tempfile.TemporaryFile(dir=path.parent):
+        path.write_bytes(names.encode(text))
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def check_output(path: Path) -> None:
+    """Raise unless :func:`write_output` can write to ``path``: better known before the work."""
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
+    if not _is_special(path):
+        _check_writable(path.parent, path)
+
+
+def _is_special(path: Path) -> bool:
+    """Whether ``path`` is a pipe or a device, such as /dev/stdout."""
+    return path.exists() and not path.is_file()
+
+
+def _check_writable(folder: Path, path: Path) -> None:
+    """Raise, naming ``path``, unless a file can be made in ``folder``."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise cannot_write(path, error) from error
@@ -123,6 +143,7 @@ def check_new(path: Path, *, resume: bool = False) -> None:
             f"output folder {path} already exists; continue it with --resume, or choose another "
             "--out"
         )
+    _check_writable(next(p for p in (path, *path.absolute().parents) if p.exists()), path)
 
 
 def check_free(path: Path) -> None:
