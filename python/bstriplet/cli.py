@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from importlib.metadata import version
 from io import TextIOWrapper
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        with _stopped_by_sigterm():
+        with _stopped_by_sigterm(), _standard_error():
             options = _parser().parse_args(given)
             options.typed = given
             options.run_command(options)
@@ -86,6 +86,16 @@ def _stopped_by_sigterm() -> Iterator[None]:
     finally:
         if ours:
             signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _standard_error() -> Iterator[None]:
+    """Give progress bars a place where there is none, as in a Windows program without a console."""
+    if sys.stderr is not None:
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stderr(nowhere):
+        yield
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:

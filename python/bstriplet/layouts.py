@@ -4,7 +4,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -192,7 +192,7 @@ def recognise_test(data: str) -> Listing:
         folder = _existing_folder(data)
         listing = _osteosarcoma(folder) or _tests(folder)
     tested = tuple(entry for entry in listing.entries if entry.part == TEST)
-    return Listing(listing.root, listing.classes, tested or listing.entries)
+    return replace(listing, entries=tested or listing.entries)
 
 
 def is_csv(data: str) -> bool:
