@@ -499,6 +499,8 @@ def test_predict_writes_into_a_pipe(
 @pytest.fixture(scope="module")
 def odd_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run on a tree, and the tree: folders and files whose names are not UTF-8, and Chinese."""
+    if os.name == "nt":
+        pytest.skip("names of files are Unicode here")
     root = tmp_path_factory.mktemp("odd") / os.fsdecode(b"d\xe9")
     generator = np.random.default_rng(0)
     for part, count in (("train", 6), ("test", 4)):

@@ -24,6 +24,8 @@ def listed(listing: Listing) -> list[tuple[str, str, str]]:
 def read(folder: Path, content: str | bytes, *files: str | bytes) -> Listing:
     """The listing of a CSV file beside which these files lie."""
     for name in files:
+        if os.name == "nt" and isinstance(name, bytes):
+            pytest.skip("names of files are Unicode here")
         path = Path(os.fsdecode(os.path.join(os.fsencode(folder), os.fsencode(name))))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
