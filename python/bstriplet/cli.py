@@ -1,17 +1,21 @@
 """The ``bstriplet`` command: what it reads, and what it calls for each of its verbs."""
 
 import argparse
+import codecs
 import os
 import shlex
 import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from importlib.metadata import version
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from bstriplet.config import (
     Scheme,
@@ -47,12 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0; 2 for bad input; 128 and the signal's number, 130 or 143, for Ctrl-C or SIGTERM.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    before = signal.signal(signal.SIGTERM, _stop)
     try:
-        options = _parser().parse_args(given)
-        options.typed = given
-        options.run_command(options)
-        sys.stdout.flush()
+        with _stopped_by_sigterm(), _standard_error():
+            options = _parser().parse_args(given)
+            options.typed = given
+            options.run_command(options)
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except UserError as error:
         _say(f"bstriplet: {one_line(error)}")
         return 2
@@ -60,11 +65,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(f"bstriplet: interrupted; {_how_to_continue(given)}")
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     except BrokenPipeError:  # the reader of our output, such as head, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if arguments is None:  # else the process, which goes on, may write elsewhere by now
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return 0
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """End a command at SIGTERM; in a thread, where no handler can be set, the caller decides."""
+    before = signal.getsignal(signal.SIGTERM)  # None: a handler that Python could not restore
+    ours = before is not None and threading.current_thread() is threading.main_thread()
+    if ours:
+        try:
+            signal.signal(signal.SIGTERM, _stop)
+        except ValueError:  # the main thread of a subinterpreter
+            ours = False
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _standard_error() -> Iterator[None]:
+    """Give progress bars a place where there is none, as in a Windows program without a console."""
+    if sys.stderr is not None:
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stderr(nowhere):
+        yield
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
@@ -74,7 +105,54 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 def _say(text: str) -> None:
     """Print a line on standard error, at once."""
-    print(text, file=sys.stderr, flush=True)
+    _write(sys.stderr, text + "\n")
+    if sys.stderr is not None:
+        sys.stderr.flush()
+
+
+def _print(*lines: str) -> None:
+    """Print lines on standard output."""
+    for line in lines:
+        _write(sys.stdout, line + "\n")
+
+
+def _write(stream: TextIO | None, text: str) -> bool:
+    """Write text, whatever the stream's encoding: bytes of file names as they are, else escapes.
+
+    Nothing is written where there is no stream, as in a Windows program without a console. Returns
+    whether nothing had to be escaped.
+    """
+    if stream is None:
+        return True
+    try:
+        stream.write(text)
+        return True
+    except UnicodeEncodeError:
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+    if not isinstance(stream, TextIOWrapper) or "\n".encode(encoding) != b"\n":
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        return False
+    try:
+        content, whole = text.encode(encoding, "surrogateescape"), True
+    except UnicodeEncodeError:
+        content, whole = text.encode(encoding, "bstriplet.escape"), False
+    stream.flush()
+    stream.buffer.write(content)
+    return whole
+
+
+def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Encode a byte of a file name as itself, and all else that an encoding lacks as an escape."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    error.end = error.start + 1  # the characters one by one: each may be of either kind
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
+codecs.register_error("bstriplet.escape", _escape)
 
 
 def _how_to_continue(given: list[str]) -> str:
@@ -256,19 +334,20 @@ def _train(options: argparse.Namespace) -> None:
     for note in task.notes:
         _say(f"note: {on_screen(note)}")
     metrics = train(config, task, run)
-    print(
+    page = report.build(run.path)
+    _print(
         f"lowest validation loss: epoch {metrics['best_epoch']} of {metrics['epochs']}; its model "
-        "on the test set:"
+        "on the test set:",
+        *_metrics(metrics),
+        f"run: {run.path}",
+        f"report: {page}",
     )
-    _print_metrics(metrics)
-    print(f"run: {run.path}")
-    print(f"report: {report.build(run.path)}")
 
 
 def _compare(options: argparse.Namespace) -> None:
     schemes = tuple(Scheme.parse(text) for text in options.schemes or ())
     default = tuple(Scheme.parse(text) for text in DEFAULT_SCHEMES)
-    _run_plan(_plan(options, given_options(options), schemes, default), options.out)
+    _print(*_run_plan(_plan(options, given_options(options), schemes, default), options.out))
 
 
 def _sweep(options: argparse.Namespace) -> None:
@@ -282,8 +361,9 @@ def _sweep(options: argparse.Namespace) -> None:
         options.metric_weights or DEFAULT_WEIGHTS,
         options.margins or (),
     )
-    _run_plan(_plan(options, given, default if typed else (), default), options.out)
-    print(write_tables(options.out), end="")
+    plan = _plan(options, given, default if typed else (), default)
+    said = _run_plan(plan, options.out)
+    _print(*said, write_tables(options.out).rstrip("\n"))
 
 
 def _plan(
@@ -340,19 +420,18 @@ def _demo(options: argparse.Namespace) -> None:
         f"{len(plan.seeds)} seeds, at most {plan.config.epochs} epochs, {plan.config.image_size} x "
         f"{plan.config.image_size} pixels, {plan.config.backbone}"
     )
-    _run_plan(plan, folder)
+    _print(*_run_plan(plan, folder))
 
 
-def _run_plan(plan: Any, folder: Path) -> None:
-    """Run a comparison and print its table and where its report is."""
+def _run_plan(plan: Any, folder: Path) -> list[str]:
+    """Run a comparison, write its results, and return its table and where its report is."""
     from bstriplet import report
     from bstriplet.compare import compare
 
     started_at = time.perf_counter()
     compare(plan, folder, _say)
     _say(f"training and evaluation: {time.perf_counter() - started_at:.0f} s")
-    print(report.summarise(folder))
-    print(f"report: {report.build(folder)}")
+    return [report.summarise(folder), f"report: {report.build(folder)}"]
 
 
 def _reproduce(options: argparse.Namespace) -> None:
@@ -373,19 +452,17 @@ def _reproduce(options: argparse.Namespace) -> None:
             raise UserError(f"--seeds: {n_seeds} is not allowed; give 1 or more")
         train_targets(targets, config, n_seeds, options.out, _say)
         drawn = draw_targets(targets, config, [options.out], options.out)
-    for reproduction in drawn:
-        print(reproduction.markdown())
     command = shlex.join(["bstriplet", *options.typed])
-    print(f"report: {report.build_reproduction(drawn, command, options.out)}")
+    page = report.build_reproduction(drawn, command, options.out)
+    _print(*(reproduction.markdown() for reproduction in drawn), f"report: {page}")
 
 
 def _report(options: argparse.Namespace) -> None:
     from bstriplet import report
     from bstriplet.compare import started
 
-    if started(options.folder):
-        print(report.summarise(options.folder))
-    print(f"report: {report.build(options.folder)}")
+    said = [report.summarise(options.folder)] if started(options.folder) else []
+    _print(*said, f"report: {report.build(options.folder)}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -400,13 +477,15 @@ def _evaluate(options: argparse.Namespace) -> None:
     )
     for note in notes:
         _say(f"note: {note}")
-    _print_metrics(metrics)
+    _print(*_metrics(metrics))
 
 
 def _predict(options: argparse.Namespace) -> None:
     from bstriplet.evaluation import predict_files
-    from bstriplet.runs import RunFolder, write_atomic
+    from bstriplet.runs import RunFolder, check_output, write_output
 
+    if options.output:
+        check_output(options.output)
     table, notes = predict_files(
         RunFolder(options.run),
         options.images,
@@ -416,10 +495,13 @@ def _predict(options: argparse.Namespace) -> None:
     for note in notes:
         _say(f"note: {note}")
     if options.output:
-        write_atomic(options.output, table.encode())
+        write_output(options.output, table)
         _say(f"predictions: {options.output}")
-    else:
-        sys.stdout.write(table)
+    elif not _write(sys.stdout, table):
+        _say(
+            f"note: some names are escaped, for standard output is {sys.stdout.encoding}; --output "
+            "writes UTF-8"
+        )
 
 
 def _data(options: argparse.Namespace) -> None:
@@ -429,7 +511,7 @@ def _data(options: argparse.Namespace) -> None:
     from bstriplet.survey import survey
 
     dataset = _load(config)
-    print(survey(dataset, split_dataset(dataset, config)))
+    _print(survey(dataset, split_dataset(dataset, config)))
 
 
 def _load(config: TrainConfig) -> Any:
@@ -444,12 +526,17 @@ def _load(config: TrainConfig) -> Any:
     )
 
 
-def _print_metrics(metrics: dict[str, Any]) -> None:
-    """Print the four numbers of the paper's tables as they stand there: all but AUC in per cent."""
+def _metrics(metrics: dict[str, Any]) -> list[str]:
+    """Return the four numbers of the paper's tables as they stand there: all but AUC in per cent.
+
+    A line each.
+    """
+    lines = []
     for name in ("accuracy", "sensitivity", "specificity", "auc"):
         value = metrics[name]
         if value is None:
             shown = "undefined"
         else:
             shown = f"{value:.4f}" if name == "auc" else f"{100 * value:.2f} %"
-        print(f"  {name:<12} {shown}")
+        lines.append(f"  {name:<12} {shown}")
+    return lines

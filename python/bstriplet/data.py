@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from bstriplet.layouts import (
     recognise_test,
 )
 from bstriplet.medmnist import download, read_medmnist
+from bstriplet.names import one_form, same_person, unknown_class
 from bstriplet.notes import counted
 from bstriplet.pixels import Pixels
 from bstriplet.splits import Ints, Mask
@@ -161,15 +162,16 @@ def load_dataset(
             raise UserError(
                 f"no training image of class {name!r} in {listing.root} can be read; put some there"
             )
-    patients = [
+    patients = _as_first_written(
         entry.patient or decoded.patients.get(int(row), "")
         for row, entry in zip(images.rows, entries, strict=True)
-    ]
+    )
     digests = tuple(decoded.digests[row] for row in images.rows)
     plain = "CSV file" if is_csv(data) else "class tree"
     notes = (
         *_reading_notes(listing, broken, decoded),
         *listing.notes,
+        *_unknown_patients_note(patients, images.files),
         *_shared_patients_note(patients, parts),
         *_contradictions_note(digests, images, listing.classes),
     )
@@ -179,7 +181,7 @@ def load_dataset(
         parts=parts,
         digests=digests,
         patients=_numbered(patients, images.files) if any(patients) else None,
-        folds=_given_folds([entry.fold for entry in entries], images.files),
+        folds=_given_folds(_as_first_written(entry.fold for entry in entries), images.files),
         broken=broken,
         key=decoded.key,
         layout=listing.known.layout if listing.known else plain,
@@ -205,14 +207,14 @@ def load_test_images(
     """
     if _is_medmnist(data):
         decoded, names, labels, parts = read_medmnist(_medmnist_file(data), image_size, channels)
-        if names != classes:
+        if list(map(one_form, names)) != list(map(one_form, classes)):
             raise UserError(f"{data} has classes {names}, the model {classes}; give data that fit")
         files = tuple(f"{part}/{number}" for number, part in enumerate(parts))
         images = ImageSet(decoded.pixels, np.arange(len(labels)), labels, files)
         return images.take(np.array(parts) == TEST), ()
     listing = recognise_test(data)
     images, broken, decoded = _read(listing, classes, image_size, channels, skip_broken, max_pixels)
-    return images, _reading_notes(listing, broken, decoded)
+    return images, (*_reading_notes(listing, broken, decoded), *listing.notes)
 
 
 def split_dataset(dataset: Dataset, config: TrainConfig) -> Task:
@@ -395,14 +397,11 @@ def _read(
     max_pixels: int,
 ) -> tuple[ImageSet, tuple[str, ...], Decoded]:
     """Return the readable images of a listing, the broken files, and what was decoded."""
-    index = {name: number for number, name in enumerate(classes)}
+    index = {one_form(name): number for number, name in enumerate(classes)}
     names = [listing.name(entry.path) for entry in listing.entries]
     for entry in listing.entries:
         if entry.label not in index:
-            raise UserError(
-                f"{entry.path}: class {entry.label} is not among the training "
-                f"classes ({', '.join(classes)}); rename or remove it"
-            )
+            raise unknown_class(entry.path, entry.label, classes)
     paths = [entry.path for entry in listing.entries]
     decoded = decode(paths, image_size, channels, max_pixels)
     broken = tuple(f"{names[i]} ({reason})" for i, reason in sorted(decoded.broken.items()))
@@ -417,6 +416,12 @@ def _read(
     labels = np.array([index[entry.label] for entry in listing.entries], dtype=np.int64)
     images = ImageSet(decoded.pixels, rows, labels[rows], tuple(names[i] for i in rows))
     return images, broken, decoded
+
+
+def _as_first_written(names: Iterable[str]) -> list[str]:
+    """Return names of patients or folds as each was written first, where only case differs."""
+    first: dict[str, str] = {}
+    return [first.setdefault(same_person(name), name) for name in names]
 
 
 def _numbered(patients: Sequence[str], files: Sequence[str]) -> Ints:
@@ -452,6 +457,17 @@ def _reading_notes(listing: Listing, broken: tuple[str, ...], decoded: Decoded) 
         f"images {note}": [names[i] for i in positions] for note, positions in decoded.notes.items()
     }
     return (*counted({BROKEN: broken}), *listing.left_out_notes, *counted(odd))
+
+
+def _unknown_patients_note(patients: Sequence[str], files: Sequence[str]) -> tuple[str, ...]:
+    """Return the note on images whose patient is unknown, where others' are known."""
+    unknown = [file for file, patient in zip(files, patients, strict=True) if not patient]
+    if not 0 < len(unknown) < len(files):
+        return ()
+    return (
+        f"{len(unknown)} images have no patient, others have: {_first(unknown)}; each counts as a "
+        "patient of its own",
+    )
 
 
 def _shared_patients_note(patients: Sequence[str], parts: Strings) -> tuple[str, ...]:

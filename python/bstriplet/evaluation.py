@@ -29,6 +29,7 @@ from bstriplet.errors import UserError
 from bstriplet.files import list_images
 from bstriplet.images import Picture, read_all
 from bstriplet.metrics import classification_metrics
+from bstriplet.names import utf8
 from bstriplet.notes import counted
 from bstriplet.pixels import Pixels, Unreadable
 from bstriplet.runs import (
@@ -40,6 +41,7 @@ from bstriplet.runs import (
     RunFolder,
     write_atomic,
     write_json,
+    write_text,
 )
 
 BATCH = 256
@@ -116,7 +118,7 @@ def write_results(
     scores = probabilities(output.logits)
     true_names = [task.classes[label] for label in task.test.labels]
     table = predictions_csv(task.test.files, scores, task.classes, true_names)
-    write_atomic(run.path / PREDICTIONS, table.encode())
+    write_text(run.path / PREDICTIONS, table)
     write_atomic(run.path / MISTAKES, mistakes_npz(task.test, scores))
     training, _ = embed(trained.model, task.train, trained.device)
     buffer = io.BytesIO()
@@ -217,7 +219,7 @@ def predict_files(
         )
     if not kept:
         raise UserError("no image could be read; give image files or folders with images")
-    table = predictions_csv(kept, np.concatenate(scores), trained.classes)
+    table = predictions_csv([*map(utf8, kept)], np.concatenate(scores), trained.classes)
     return table, counted({BROKEN: broken, **left_out, **odd})
 
 

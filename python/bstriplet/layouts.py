@@ -1,6 +1,5 @@
 """How data lie on the disk: sets of the paper as they are downloaded, class trees, CSV files."""
 
-import csv
 import os
 import re
 from collections import Counter, defaultdict
@@ -10,9 +9,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bstriplet import paper
-from bstriplet.errors import UserError, one_line, unknown_name
+from bstriplet.errors import UserError, unknown_name
 from bstriplet.files import counted_folder, is_image, list_images, why_left_out
+from bstriplet.names import (
+    Spellings,
+    check_apart,
+    letters,
+    one_form,
+    same_person,
+    says_nothing,
+    unknown_class,
+    utf8,
+)
 from bstriplet.notes import counted
+from bstriplet.tables import Finder, read_table
 
 TRAIN, VALIDATION, TEST = PARTS = ("train", "validation", "test")
 
@@ -154,7 +164,7 @@ class Listing:
 
     def name(self, path: Path) -> str:
         """Return the path relative to the root, in POSIX spelling, where it lies below it."""
-        return _relative(path, self.root)
+        return utf8(_relative(path, self.root))
 
     @property
     def left_out_notes(self) -> tuple[str, ...]:
@@ -178,7 +188,8 @@ def recognise(data: str) -> Listing:
     A folder is one of the paper's sets as Kaggle, Mendeley or TCIA deliver it (the rash images: as
     notebooks on Kaggle read them), or any tree train/CLASS/*, with test/CLASS/* and val/CLASS/*
     where there are such (in any case; Training, Testing, Valid, Validation too). A manifest.csv in
-    it with columns file and patient names patients.
+    it with columns file and patient names patients. CSV files may be as spreadsheets write them
+    (:func:`bstriplet.tables.read_table`).
     """
     if is_csv(data):
         return _checked(_read_csv(Path(data)))
@@ -202,7 +213,7 @@ def recognise_test(data: str) -> Listing:
 
 def is_csv(data: str) -> bool:
     """Whether ``data`` is the path of a CSV file, by its suffix."""
-    return Path(data).suffix.lower() == ".csv"
+    return Path(data).suffix.lower() in (".csv", ".tsv")
 
 
 def _existing_folder(data: str) -> Path:
@@ -225,10 +236,7 @@ def _checked(listing: Listing) -> Listing:
         raise UserError(f"{listing.root} holds {only}; add images of other classes to train on")
     for entry in listing.entries:
         if entry.label not in trained:
-            raise UserError(
-                f"{entry.path}: class {entry.label} is not among the training "
-                f"classes ({', '.join(sorted(trained))}); rename or remove it"
-            )
+            raise unknown_class(entry.path, entry.label, trained)
     return listing
 
 
@@ -285,12 +293,12 @@ def _tree(folder: Path) -> Listing:
         entry for part, path in cases.items() for entry in _class_folders(path, part, left_out)
     ]
     classes = tuple(sorted({entry.label for entry in entries if entry.part == TRAIN}))
-    patients = _read_manifest(root / "manifest.csv")
+    patients, notes = _manifest_patients(root, entries)
     known = _known_set(classes, entries)
-    notes: list[str] = []
     if known is CHEST2:
         patients = _chest2_patients(entries, root) | patients
-        entries, notes = _without_kaggles_validation(entries)
+        entries, of_validation = _without_kaggles_validation(entries)
+        notes += of_validation
     if known is RASH and TEST not in parts:  # what is delivered as Validation tests in the paper
         entries = [e._replace(part=TEST) if e.part == VALIDATION else e for e in entries]
     listed = tuple(
@@ -302,7 +310,7 @@ def _tree(folder: Path) -> Listing:
 
 def _known_set(classes: Sequence[str], entries: Sequence[Entry]) -> PaperSet | None:
     """Return the set of the paper that has such classes, or None."""
-    keys = {re.sub("[^a-z0-9]", "", name.lower()) for name in classes}
+    keys = set(map(letters, classes))
     if keys == {"normal", "pneumonia", "covid19"}:
         return CHEST1
     if keys == {"normal", "pneumonia"}:
@@ -357,7 +365,13 @@ def _class_folders(folder: Path, part: str, left_out: LeftOut) -> Iterator[Entry
     names = _folders(folder)
     if not names:
         raise UserError(f"{folder} has no class folders; lay images out as {folder.name}/CLASS/*")
-    for path in names:
+    labels = {path: one_form(utf8(path.name)) for path in names}
+    check_apart({label: path for path, label in labels.items()})
+    for path, label in labels.items():
+        if says_nothing(label):
+            raise UserError(
+                f"class folder {path}: {label!r} says that there is no class; rename or remove it"
+            )
         found = list_images(path)
         if not found.images:
             others = "".join(f"; {len(of)} {reason}" for reason, of in found.left_out.items())
@@ -365,7 +379,7 @@ def _class_folders(folder: Path, part: str, left_out: LeftOut) -> Iterator[Entry
         for reason, left in found.left_out.items():
             left_out[reason] += left
         for file in found.images:
-            yield Entry(file, path.name, part)
+            yield Entry(file, label, part)
 
 
 def _chest2_patients(entries: Sequence[Entry], root: Path) -> dict[str, str]:
@@ -415,7 +429,9 @@ def _osteosarcoma(folder: Path) -> Listing | None:
         str(path) for path in found.images if tiles.setdefault(_dashed(path.stem), path) is not path
     ]
     entries = []
-    for line, row in _read_rows(table, {"name": ("image.name",), "label": ("classification",)}):
+    columns = {"name": ("image.name",), "label": ("classification",)}
+    listed = read_table(table, columns)
+    for line, row in listed.rows:
         key = _dashed(row["label"])
         if key not in _OSTEOSARCOMA_CLASSES:
             raise unknown_name(f"{line}, classification", row["label"], _OSTEOSARCOMA_CLASSES)
@@ -446,7 +462,13 @@ def _osteosarcoma(folder: Path) -> Listing | None:
         for label in classes
     )
     return Listing(
-        root, classes, tuple(entries), OSTEOSARCOMA, counts, _differences(counts), left_out
+        root,
+        classes,
+        tuple(entries),
+        OSTEOSARCOMA,
+        counts,
+        (*listed.notes, *_differences(counts)),
+        left_out,
     )
 
 
@@ -480,57 +502,29 @@ def _differences(counts: Sequence[Count]) -> tuple[str, ...]:
 # --- CSV files ------------------------------------------------------------------------------------
 
 
-def _read_rows(
-    file: Path, columns: dict[str, tuple[str, ...]], optional: frozenset[str] = frozenset()
-) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield where each row stands and its values by the keys of ``columns``, stripped.
-
-    ``columns`` gives the spellings of each; one that is not ``optional`` must be there, and must
-    have a value in every row. A column that is absent has no value in any row.
-    """
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            header = {name.strip().lower(): name for name in reader.fieldnames or () if name}
-            spelled = {
-                key: next((header[name] for name in names if name in header), None)
-                for key, names in columns.items()
-            }
-            for key, name in spelled.items():
-                if name is None and key not in optional:
-                    raise UserError(
-                        f"{file} has no column {columns[key][0]!r}; it has "
-                        f"{', '.join(header) or 'none'}"
-                    )
-            for row in reader:
-                where = f"{file}, line {reader.line_num}"
-                values = {key: (row[name] or "").strip() for key, name in spelled.items() if name}
-                for key, value in values.items():
-                    if not value and key not in optional:
-                        raise UserError(f"{where}: no {key}; fill it or remove the line")
-                yield where, values
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read {file}: {one_line(error)}; mend or remove it") from error
-
-
 def _read_csv(file: Path) -> Listing:
     """Return the images that a CSV file lists; paths are relative to the file."""
     if not file.is_file():
         raise UserError(f"data file {file} does not exist; give an existing one with --data")
+    table = read_table(file, _COLUMNS, frozenset({"patient", "split", "fold"}))
+    finder = Finder(table)
     entries: list[Entry] = []
-    seen: dict[Path, str] = {}
-    for where, row in _read_rows(file, _COLUMNS, frozenset({"patient", "split", "fold"})):
+    seen: dict[str, str] = {}
+    labels: dict[str, str] = {}
+    for where, row in table.rows:
         split = row.get("split", TRAIN)
         if split.lower() not in _SPELLINGS:
             raise UserError(f"{where}: split {split!r} is not one of {', '.join(_SPELLINGS)}")
-        path = file.parent / row["path"]
-        if path in seen:
-            raise UserError(f"{where}: {row['path']} is also in {seen[path]}; list it once")
-        seen[path] = where
+        path = finder.find(where, row["path"])
+        other = seen.setdefault(os.path.normpath(path), where)
+        if other != where:
+            raise UserError(f"{where}: {row['path']} is also in {other}; list it once")
+        label = one_form(row["label"])
+        labels.setdefault(label, where)
         entries.append(
             Entry(
                 path,
-                row["label"],
+                label,
                 _SPELLINGS[split.lower()],
                 row.get("patient", ""),
                 row.get("fold", ""),
@@ -538,16 +532,40 @@ def _read_csv(file: Path) -> Listing:
         )
     if not entries:
         raise UserError(f"{file} lists no images; add lines path,label")
-    classes = tuple(sorted({entry.label for entry in entries}))
-    return Listing(file.parent, classes, tuple(entries))
+    check_apart(labels)
+    return Listing(file.parent, tuple(sorted(labels)), tuple(entries), notes=table.notes)
 
 
-def _read_manifest(file: Path) -> dict[str, str]:
-    """Return the patient of each file that a manifest names; empty where there is none."""
+def _manifest_patients(root: Path, entries: Sequence[Entry]) -> tuple[dict[str, str], list[str]]:
+    """Return the patient of each image that manifest.csv names, by its name there, and notes."""
+    file = root / "manifest.csv"
     if not file.exists():
-        return {}
+        return {}, []
     columns = {"path": _COLUMNS["path"], "patient": _COLUMNS["patient"]}
-    rows = _read_rows(file, columns, frozenset(columns))
-    return {
-        row["path"]: row["patient"] for _, row in rows if row.get("path") and row.get("patient")
-    }
+    table = read_table(file, columns, frozenset(columns))
+    images = Spellings(_relative(entry.path, root) for entry in entries)
+    patients: dict[str, str] = {}
+    lost: list[str] = []
+    for where, row in table.rows:
+        written, patient = row.get("path", ""), row.get("patient", "")
+        if not patient:
+            continue
+        name = images.find(written) or images.find(os.path.normpath(written.replace("\\", "/")))
+        if name is None:
+            if there := images.in_other_case(written):
+                raise UserError(f"{where}: {written} does not exist; there is {there}: write it so")
+            if not (root / written).is_file():
+                lost.append(f"{where.removeprefix(f'{file}, ')}: {written}")
+        elif same_person(patients.setdefault(name, patient)) != same_person(patient):
+            raise UserError(
+                f"{where}: {written} has the patients {patients[name]} and {patient}; keep one"
+            )
+    notes = [*table.notes]
+    if not any("patient" in row for _, row in table.rows):
+        notes.append(f"{file.name} has no column patient: no patient is known from it")
+    if lost:
+        notes.append(
+            f"{len(lost)} patients of {file.name} are not those of an image: "
+            f"{', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}"
+        )
+    return patients, notes

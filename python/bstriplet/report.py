@@ -14,11 +14,12 @@ from jinja2 import Environment, PackageLoader, Template
 
 from bstriplet.config import TrainConfig, flag
 from bstriplet.figures import DARK, Picture, looks, pictures
+from bstriplet.names import printable
 from bstriplet.paper_table import HEADER
 from bstriplet.paper_table import NOTE as TABLE_NOTE
 from bstriplet.reproduce import Reproduction
 from bstriplet.results import Comparison, Run, read, scheme_label
-from bstriplet.runs import cannot_write, write_atomic
+from bstriplet.runs import cannot_write, write_text
 from bstriplet.summary import (
     METRICS,
     SchemeSummary,
@@ -56,10 +57,10 @@ def summarise(directory: Path | str) -> str:
         UserError: the folder is none, cannot be written, or holds a damaged file.
     """
     comparison = read(directory)
-    write_atomic(comparison.folder / "summary.csv", runs_csv(comparison).encode())
+    write_text(comparison.folder / "summary.csv", runs_csv(comparison))
     by_scheme = schemes_csv(summarise_schemes(comparison))
-    write_atomic(comparison.folder / "summary_by_scheme.csv", by_scheme.encode())
-    write_atomic(comparison.folder / "per_class.csv", per_class_csv(comparison).encode())
+    write_text(comparison.folder / "summary_by_scheme.csv", by_scheme)
+    write_text(comparison.folder / "per_class.csv", per_class_csv(comparison))
     return text_table(comparison)
 
 
@@ -89,7 +90,7 @@ def build(directory: Path | str) -> Path:
     for picture in drawn:
         picture.write(figures)
     path = comparison.folder / REPORT
-    write_atomic(path, _page(comparison, drawn).encode())
+    write_text(path, printable(_page(comparison, drawn)))
     return path
 
 
@@ -129,7 +130,7 @@ def build_reproduction(drawn: Sequence[Reproduction], command: str, out: Path) -
         environment=_settings(_without_counts(run.environment) for run in runs),
     )
     path = out / REPORT
-    write_atomic(path, page.encode())
+    write_text(path, printable(page))
     return path
 
 
@@ -215,29 +216,32 @@ def _per_class(comparison: Comparison) -> list[dict[str, Any]]:
         ("specificity", percent),
         ("auc", area),
     )
+    # By name: runs on other data, which a scheme may set, have other classes or another order.
     return [
         {
-            "name": found["class"],
-            "support": found["support"],
+            "name": label,
+            "support": next(iter(_of_class(comparison.finished, label, "support"))),
             "rows": [
                 {
                     "scheme": scheme_label(scheme),
                     "cells": [
-                        shown(_class_spread(comparison.finished_of(scheme), index, name))
+                        shown(spread(_of_class(comparison.finished_of(scheme), label, name)))
                         for name, shown in columns
                     ],
                 }
                 for scheme in comparison.schemes
-                if comparison.finished_of(scheme)
+                if _of_class(comparison.finished_of(scheme), label, "support")
             ],
         }
-        for index, found in enumerate(comparison.finished[0].metrics["per_class"])
+        for label in dict.fromkeys(name for run in comparison.finished for name in run.classes)
     ]
 
 
-def _class_spread(runs: Sequence[Run], index: int, name: str) -> Spread:
-    values = [run.metrics["per_class"][index][name] for run in runs]
-    return spread([value for value in values if value is not None])
+def _of_class(runs: Sequence[Run], label: str, name: str) -> list[Any]:
+    """The values that runs have of a quantity of one class, where it is defined."""
+    rows = [dict(zip(run.classes, run.metrics["per_class"], strict=True)) for run in runs]
+    values = [found[label][name] for found in rows if label in found]
+    return [value for value in values if value is not None]
 
 
 def _run_row(run: Run) -> dict[str, Any]:
@@ -328,7 +332,7 @@ def _images(comparison: Comparison) -> dict[str, Any]:
     ]
     if not found:
         return {}
-    classes = list(next(iter(found[0].values())))
+    classes = list(dict.fromkeys(name for images in found for name in next(iter(images.values()))))
     rows = []
     for part in found[0]:
         each = np.array([[images[part].get(name, 0) for name in classes] for images in found])

@@ -17,10 +17,18 @@ from bstriplet.config import Scheme, TrainConfig, describe_difference, field_typ
 from bstriplet.errors import UserError, unknown_name
 from bstriplet.figures import Picture
 from bstriplet.layouts import PAPER_SETS
+from bstriplet.names import letters, printable
 from bstriplet.paper_table import NOTE as TABLE_NOTE
 from bstriplet.paper_table import Row, csv_text, markdown, table_rows
 from bstriplet.results import Comparison, Run, read_runs, refuse_doubles
-from bstriplet.runs import check_new, locked_folder, read_json, write_atomic, write_json
+from bstriplet.runs import (
+    cannot_write,
+    check_new,
+    locked_folder,
+    read_json,
+    write_json,
+    write_text,
+)
 from bstriplet.summary import summarise_schemes, verdicts
 
 STATE = "reproduce.json"
@@ -86,9 +94,9 @@ class Reproduction:
 
     def write(self, folder: Path) -> None:
         """Write NAME.md, and NAME.csv or the three files of the picture, each atomically."""
-        write_atomic(folder / f"{self.name}.md", self.markdown().encode())
+        write_text(folder / f"{self.name}.md", printable(self.markdown()))
         if self.rows:
-            write_atomic(folder / f"{self.name}.csv", csv_text(self.rows).encode())
+            write_text(folder / f"{self.name}.csv", csv_text(self.rows))
         if self.picture:
             replace(self.picture, name=self.name).write(folder)
 
@@ -297,7 +305,10 @@ def draw_targets(
     runs = [run for folder in folders for run in read_runs(folder)]
     if not runs:
         raise UserError(f"no run lies in {', '.join(map(str, folders))}; give a compare folder")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(out, error) from error
     drawn = [draw(name, target, config, runs, out) for name, target in targets.items()]
     for reproduction in drawn:
         reproduction.write(out)
@@ -321,6 +332,7 @@ def draw(
         of_scheme.sort(key=lambda run: run.seed)
         chosen += [replace(run, scheme=target.shown(scheme)) for run in of_scheme]
     refuse_doubles(chosen)
+    _refuse_other_classes(name, [run for run in chosen if run.finished])
     schemes = tuple(dict.fromkeys(target.shown(scheme) for scheme in target.schemes))
     seeds = tuple(sorted({run.seed for run in chosen}))
     reference = target.reference if target.reference in schemes else None
@@ -338,6 +350,16 @@ def draw(
     return Reproduction(
         name, target, comparison, rows, picture, said, tuple(_notes(target, comparison))
     )
+
+
+def _refuse_other_classes(name: str, runs: Sequence[Run]) -> None:
+    """Raise if runs that one table or figure is drawn from have not the same classes."""
+    for run in runs:
+        if run.classes != runs[0].classes:
+            raise UserError(
+                f"{name}: {runs[0].folder} has the classes {', '.join(runs[0].classes)}, "
+                f"{run.folder} {', '.join(run.classes)}; give runs on the same data"
+            )
 
 
 def _wanted(scheme: Scheme, config: TrainConfig | None) -> dict[str, Any]:
@@ -415,8 +437,8 @@ def data_notes(name: str, comparison: Comparison) -> list[str]:
 
 def _columns(name: str, labels: Sequence[str]) -> dict[str, str] | None:
     """The column of the paper's table for each class, or None where these are other classes."""
-    wanted = {_plain(column): column for column in paper.data_set(name).classes}
-    plain = {label: _plain(PAPER_SETS[name].column(label)) for label in labels}
+    wanted = {letters(column): column for column in paper.data_set(name).classes}
+    plain = {label: letters(PAPER_SETS[name].column(label)) for label in labels}
     if sorted(plain.values()) != sorted(wanted):
         return None
     return {label: wanted[column] for label, column in plain.items()}
@@ -428,11 +450,6 @@ def _of_other_images(name: str, data: str, labels: Sequence[str]) -> str:
         f"The paper's numbers are of {expected.name} ({', '.join(expected.classes)}); these runs "
         f"are of {Path(data).name} ({', '.join(labels)}), so do not compare the two."
     )
-
-
-def _plain(name: str) -> str:
-    """A class name without case, spaces and signs: "Non-Lyme Disease" is "nonlymedisease"."""
-    return "".join(letter for letter in name.casefold() if letter.isalnum())
 
 
 def _departures(target: Target, comparison: Comparison) -> list[str]:

@@ -18,6 +18,7 @@ from bstriplet import paper
 from bstriplet.config import Scheme
 from bstriplet.errors import UserError
 from bstriplet.metrics import classification_metrics
+from bstriplet.names import decode, one_form, printable
 from bstriplet.runs import (
     CONFIG,
     EMBEDDINGS,
@@ -43,7 +44,8 @@ def scheme_label(scheme: Scheme) -> str:
         f"{SETTING_NAMES.get(name, name.replace('_', ' '))} {_value_name(name, value)}".strip()
         for name, value in scheme.settings
     ]
-    return ", ".join([f"{loss} ({BATCH_NAMES.get(scheme.batches, scheme.batches)})", *settings])
+    name = ", ".join([f"{loss} ({BATCH_NAMES.get(scheme.batches, scheme.batches)})", *settings])
+    return printable(name)
 
 
 def _value_name(name: str, value: Any) -> Any:
@@ -91,12 +93,17 @@ class Run:
         """Whether the run reached its end."""
         return bool(self.metrics)
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes of a finished run, in one form."""
+        return tuple(one_form(row["class"]) for row in self.metrics["per_class"])
+
     @cached_property
     def predictions(self) -> Predictions:
         """The test predictions of a finished run."""
         path = self.folder / PREDICTIONS
         try:
-            with path.open(encoding="utf-8", newline="") as file:
+            with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
                 reader = csv.DictReader(file)
                 columns = [name for name in reader.fieldnames or () if name.startswith(PROBABILITY)]
                 classes = tuple(name.removeprefix(PROBABILITY) for name in columns)
@@ -311,7 +318,10 @@ def _read_log(path: Path) -> tuple[dict[str, Any], ...]:
     """The epochs logged so far; a last line that a kill cut in two is left out."""
     if not path.is_file():
         return ()
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = decode(path.read_bytes()).splitlines()
+    except OSError as error:
+        raise _damaged(path, error) from error
     epochs = []
     for number, line in enumerate(lines, start=1):
         try:

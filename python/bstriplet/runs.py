@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from bstriplet import names
 from bstriplet.config import TrainConfig, describe_difference
 from bstriplet.errors import UserError, one_line
 
@@ -68,15 +69,20 @@ def _sync_folder(path: Path) -> None:
             os.close(descriptor)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write ``text``, atomically, in UTF-8; bytes of file names that are none stay as they are."""
+    write_atomic(path, names.encode(text))
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically."""
-    write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
+    """Write ``value`` as indented JSON in ASCII, atomically."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
     """Return the JSON value in ``path``; a missing or damaged file is a :class:`UserError`."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {one_line(error)}; restore it") from error
 
@@ -87,6 +93,38 @@ def cannot_write(path: Path, error: OSError) -> UserError:
         f"cannot write {path}: {error.strerror or one_line(error)}; choose a place that can be "
         "written and has room"
     )
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write ``text`` where a user wants it: a pipe or a device is written to, not replaced."""
+    if not _is_special(path):
+        return write_text(Path(os.path.realpath(path)), text)
+    try:
+        path.write_bytes(names.encode(text))
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def check_output(path: Path) -> None:
+    """Raise unless :func:`write_output` can write to ``path``: better known before the work."""
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
+    if not _is_special(path):
+        _check_writable(path.parent, path)
+
+
+def _is_special(path: Path) -> bool:
+    """Whether ``path`` is a pipe or a device, such as /dev/stdout."""
+    return path.exists() and not path.is_file()
+
+
+def _check_writable(folder: Path, path: Path) -> None:
+    """Raise, naming ``path``, unless a file can be made in ``folder``."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def check_new(path: Path, *, resume: bool = False) -> None:
@@ -105,6 +143,7 @@ def check_new(path: Path, *, resume: bool = False) -> None:
             f"output folder {path} already exists; continue it with --resume, or choose another "
             "--out"
         )
+    _check_writable(next(p for p in (path, *path.absolute().parents) if p.exists()), path)
 
 
 def check_free(path: Path) -> None:
@@ -221,12 +260,12 @@ class RunFolder:
     def write_log(self, history: list[dict[str, Any]]) -> None:
         """Write the log anew, without lines of an epoch that a kill cut off."""
         lines = "".join(json.dumps(row) + "\n" for row in history)
-        write_atomic(self.path / LOG, lines.encode())
+        write_text(self.path / LOG, lines)
 
     def append_log(self, row: dict[str, Any]) -> None:
         """Add one epoch's line to the log."""
         try:
-            with (self.path / LOG).open("a") as stream:
+            with (self.path / LOG).open("a", encoding="utf-8", newline="\n") as stream:
                 stream.write(json.dumps(row) + "\n")
                 stream.flush()
                 os.fsync(stream.fileno())

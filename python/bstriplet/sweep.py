@@ -10,7 +10,7 @@ from pathlib import Path
 from bstriplet.config import Scheme
 from bstriplet.errors import UserError
 from bstriplet.results import Comparison, read
-from bstriplet.runs import write_atomic
+from bstriplet.runs import write_text
 from bstriplet.summary import Spread, percent, spread, to_csv
 
 HEADER = ("metric_weight", "margin", "seeds", "accuracy_mean", "accuracy_sd")
@@ -72,9 +72,9 @@ def write_tables(folder: Path) -> str:
     """
     found = cells(read(folder))
     table = to_csv(HEADER, [cell.row for cell in found])
-    write_atomic(folder / "sweep.csv", table.encode())
+    write_text(folder / "sweep.csv", table)
     text = _markdown(found)
-    write_atomic(folder / "sweep.md", text.encode())
+    write_text(folder / "sweep.md", text)
     return text
 
 

@@ -4,6 +4,8 @@ import math
 import platform
 import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import islice
@@ -105,7 +107,32 @@ def check_models(config: TrainConfig) -> None:
 def _train(config: TrainConfig, task: Task, run: RunFolder) -> Row:
     """Train in a folder that is locked and checked."""
     device = choose_device(config.device)
+    with _reproducible(device):
+        return _train_on(device, config, task, run)
+
+
+@contextmanager
+def _reproducible(device: torch.device) -> Iterator[None]:
+    """Let torch compute the same bits each time.
+
+    Its modes and the global random states are left as they were, for a process that goes on.
+    """
+    modes = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(modes[0], warn_only=modes[1])
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)  # noqa: NPY002
+
+
+def _train_on(device: torch.device, config: TrainConfig, task: Task, run: RunFolder) -> Row:
     seed_everything(config.seed, 0)
     learner = Learner(config, task, device)
     feed = Feed(config, task.train, device)

@@ -105,7 +105,9 @@ def write_run(
     (folder / "environment.json").write_text(json.dumps(environment))
 
     probabilities = network.predict_proba(images[test])
-    with (folder / "predictions.csv").open("w", newline="") as file:
+    with (folder / "predictions.csv").open(
+        "w", encoding="utf-8", errors="surrogateescape", newline=""
+    ) as file:
         writer = csv.writer(file)
         writer.writerow(["file", "label", "predicted", *(f"prob_{name}" for name in classes)])
         for index, row in zip(test, probabilities, strict=True):

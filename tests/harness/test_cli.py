@@ -3,14 +3,22 @@
 import csv
 import io
 import json
+import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from bstriplet import cli, report, results
 from bstriplet.config import TrainConfig
 from bstriplet.data import load_dataset, split_dataset
 from bstriplet.runs import RunFolder, load_checkpoint, save_checkpoint
@@ -293,8 +301,6 @@ def unfinished(run: Path) -> Path:
 
 @pytest.mark.parametrize("spoil", ["cut", "noise", "empty", "other", "pickle"])
 def test_a_corrupted_checkpoint(run_copy: Path, bstriplet: Run, spoil: str) -> None:
-    import torch
-
     unfinished(run_copy)
     for name in ("last.pt", "best.pt"):
         whole = (run_copy / name).read_bytes()
@@ -502,6 +508,177 @@ def test_train_says_what_is_left_out_and_keeps_all_of_it_on_disk(
         bstriplet("data", root, "--image-size", 32).out,
     ):
         assert all(name in text for name in names)
+
+
+def test_predict_tries_its_output_before_it_reads_an_image(
+    earlier: Path, tmp_path: Path, bstriplet: Run
+) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_text("no image")
+    for output in (tmp_path / "no/out.csv", tmp_path):
+        predicted = bstriplet("predict", "--run", earlier / "run", broken, "--output", output)
+        one_clear_line(predicted, f"cannot write {output}")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+def test_predict_writes_into_a_pipe(
+    tree_run: tuple[Path, Path], tmp_path: Path, bstriplet: Run
+) -> None:
+    run, root = tree_run
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    printed = bstriplet("predict", "--run", run, root / "test").out
+    with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True) as reader:
+        bstriplet("predict", "--run", run, root / "test", "--output", pipe)
+        if not pipe.is_fifo():
+            reader.kill()
+        assert reader.communicate()[0] == printed
+
+
+# --- names and screens that are not UTF-8 -------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def odd_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run on a tree, and the tree: folders and files whose names are not UTF-8, and Chinese."""
+    if os.name == "nt":
+        pytest.skip("names of files are Unicode here")
+    root = tmp_path_factory.mktemp("odd") / os.fsdecode(b"d\xe9")
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 6), ("test", 4)):
+        for label in ("肺炎", os.fsdecode(b"norm\xe9")):
+            try:
+                (root / part / label).mkdir(parents=True)
+            except OSError:
+                pytest.skip("this file system has no such names")
+            for number in range(count):
+                pixels = generator.integers(0, 256, (20, 24), dtype=np.uint8)
+                Image.fromarray(pixels).save(
+                    root / part / label / os.fsdecode(b"\xff%d.png" % number)
+                )
+    run = root.with_name(os.fsdecode(b"r\xe9"))
+    flags = [*TREE_FLAGS, "--data", str(root), "--out", str(run)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "build", lambda folder: folder / "report.html")
+        patch.setenv("BSTRIPLET_CACHE", str(root.with_name("cache")))
+        with redirect_stdout(TextIOWrapper(BytesIO(), encoding="ascii")):
+            assert cli.main(["train", *flags]) == 0
+            assert cli.main(["train", "--out", str(run), "--resume"]) == 0
+    return run, root
+
+
+def test_results_of_names_that_are_not_utf_8_are_read_back(odd_run: tuple[Path, Path]) -> None:
+    folder, root = odd_run
+    (run,) = results.read(folder).runs
+    found = run.predictions
+    assert set(found.classes) == {"norm\udce9", "肺炎"}
+    assert all((root / file).is_file() for file in found.files)
+    assert run.mistakes.keys() == {
+        file
+        for file, label, predicted in zip(found.files, found.labels, found.predicted, strict=True)
+        if label != predicted
+    }
+    assert (
+        found.classes == run.embeddings.classes == tuple(run.environment["data"]["images"]["test"])
+    )
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
+def test_names_come_out_on_any_screen(
+    odd_run: tuple[Path, Path],
+    encoding: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, root = odd_run
+    monkeypatch.setattr(sys, "stdout", TextIOWrapper(BytesIO(), encoding=encoding))
+    assert cli.main(["predict", "--run", str(run), str(root / "test")]) == 0
+    content = sys.stdout.buffer.getvalue()  # type: ignore[attr-defined]
+    assert content.count(b"\n") == 9
+    assert os.fsencode(root) + b"/test/norm\xe9/\xff0.png," in content
+    assert ("肺炎".encode() if encoding == "utf-8" else rb"\u80ba\u708e") in content
+    assert ("names are escaped" in capsys.readouterr().err) == (encoding != "utf-8")
+    monkeypatch.setattr(sys, "stdout", TextIOWrapper(BytesIO(), encoding=encoding))
+    assert cli.main(["data", str(root), "--image-size", "32"]) == 0
+
+
+class Cell:
+    """Standard output as a notebook may have it: it has no more than this, and holds ASCII."""
+
+    encoding = "ascii"
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> None:
+        self.text += text.encode(self.encoding).decode()
+
+    def flush(self) -> None:
+        pass
+
+
+def test_streams_of_notebooks_and_none_at_all(
+    odd_run: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, root = odd_run
+    command = ["predict", "--run", str(run), str(root / "test")]
+    cell = Cell()
+    monkeypatch.setattr(sys, "stdout", cell)
+    assert cli.main(command) == 0
+    assert r"\u80ba\u708e" in cell.text
+    assert cell.text.count("\n") == 9
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert cli.main(command) == 0
+    assert cli.main(["predict"]) == 2
+
+
+def test_results_are_on_disk_before_anything_is_printed(
+    tmp_path: Path, make_tree: MakeTree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Closed(StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    built = []
+    monkeypatch.setattr(report, "build", lambda folder: built.append(folder) or folder)
+    monkeypatch.setattr(sys, "stdout", Closed())
+    flags = [*TREE_FLAGS, "--data", str(make_tree())]
+    out = tmp_path / "train"
+    assert cli.main(["train", *flags, "--out", str(out)]) == 1
+    sweep = tmp_path / "sweep"
+    swept = ["--metric-weights", "0", "1", "--seeds", "0", "--out", str(sweep)]
+    assert cli.main(["sweep", *flags, *swept]) == 1
+    assert built == [out, sweep]
+    assert (sweep / "sweep.csv").is_file()
+    again = tmp_path / "again"
+    assert cli.main(["reproduce", "figure9", "--from", str(sweep), "--out", str(again)]) == 1
+    assert (again / "report.html").is_file()
+
+
+# --- a process that goes on ---------------------------------------------------------------------
+
+
+def test_main_runs_in_a_thread_and_leaves_the_process_as_it_was(
+    tmp_path: Path, bstriplet: Run
+) -> None:
+    def state() -> tuple[object, ...]:
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.get_rng_state().tolist(),
+            np.random.get_state()[1].tolist(),  # type: ignore[index]  # noqa: NPY002
+            random.getstate(),
+            signal.getsignal(signal.SIGTERM),
+        )
+
+    before, ended = state(), []
+    command = ["train", *tiny_flags(epochs=1), "--out", tmp_path / "run"]
+    thread = threading.Thread(target=lambda: ended.append(bstriplet(*command).status))
+    thread.start()
+    thread.join()
+    assert ended == [0]
+    assert state() == before
 
 
 def test_class_names_with_commas_and_quotes_survive(

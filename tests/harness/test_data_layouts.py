@@ -1,6 +1,7 @@
 """Each layout as it is downloaded: recognised, counted, patients read from names and tables."""
 
 import csv
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -226,6 +227,82 @@ def test_a_manifest_says_more_than_names_do(tmp_path: Path) -> None:
     assert who["person1_bacteria_1.jpeg"] != who["person1_virus_7.jpeg"]
 
 
+def make_tree_with_manifest(root: Path, manifest: str) -> Path:
+    """Four images a class to train on, two to test on, and a manifest."""
+    for part, count in (("train", 4), ("test", 2)):
+        for label in "ab":
+            write_images(root / part / label, *(f"{i}.png" for i in range(count)))
+    (root / "manifest.csv").write_text(manifest)
+    return root
+
+
+def test_a_manifest_may_spell_names_in_other_ways(tmp_path: Path) -> None:
+    root = make_tree_with_manifest(
+        tmp_path, "file;patient\ntrain\\a\\0.png;Ann\n./test/a/0.png;ann \ntrain/b/0.png;Bob\n"
+    )
+    dataset = load_dataset(str(root), 16)
+    of = dict(zip(dataset.images.files, dataset.patients, strict=True))  # type: ignore[arg-type]
+    assert of["train/a/0.png"] == of["test/a/0.png"] != of["train/b/0.png"]
+    unknown, shared = dataset.notes
+    assert "9 images have no patient, others have: train/a/1.png" in unknown
+    assert "1 patients are in the test part and in another: Ann;" in shared
+
+
+def test_what_a_manifest_names_in_vain_is_counted(tmp_path: Path) -> None:
+    root = make_tree_with_manifest(
+        tmp_path, "file,patient\ntrain/a/0.jpg,Ann\ntrain/a/1.png,Bob\nx.png,Eve\n"
+    )
+    lost, _ = load_dataset(str(root), 16).notes
+    assert "2 patients of manifest.csv are not those of an image: line 2: train/a/0.jpg," in lost
+    (root / "manifest.csv").write_text("file,split\ntrain/a/0.png,train\n")
+    (note,) = load_dataset(str(root), 16).notes
+    assert "manifest.csv has no column patient" in note
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        ("file,patient\nTrain/a/0.png,Ann\n", "line 2: .* there is train/a/0.png"),
+        ("file,patient\ntrain/a/0.png,Ann\ntrain/a/0.png,Bob\n", "line 3: .* Ann and Bob"),
+        ("file,patient\ntrain/a/0.png\n", "line 2: 1 cells"),
+    ],
+)
+def test_a_wrong_manifest_is_explained(tmp_path: Path, manifest: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_dataset(str(make_tree_with_manifest(tmp_path, manifest)), 16)
+
+
+def test_class_folders_are_compared_in_one_form(tmp_path: Path) -> None:
+    for part, form in (("train", "NFC"), ("test", "NFD")):
+        write_images(tmp_path / part / unicodedata.normalize(form, "é"), "0.png", "1.png")  # type: ignore[arg-type]
+        write_images(tmp_path / part / "b", "0.png", "1.png")
+    dataset = load_dataset(str(tmp_path), 16)
+    assert dataset.classes == ("b", "é")
+    decomposed = ("b", unicodedata.normalize("NFD", "é"))  # as of a model trained before
+    images, _ = load_test_images(str(tmp_path), decomposed, 16, 1, skip_broken=False)
+    np.testing.assert_array_equal(images.labels, [0, 0, 1, 1])
+    with pytest.raises(UserError, match=r"class b is not .* \('b' is not 'B'\)"):
+        load_test_images(str(tmp_path), ("B", "é"), 16, 1, skip_broken=False)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        ("b", "B", r"class B is not among .* \('B' is not 'b'\)"),
+        ("b", "\u0392", r"\('\\u0392' is not 'b'\)"),
+        ("nan", "nan", "'nan' says that there is no class"),
+    ],
+)
+def test_a_class_folder_that_cannot_be_right(
+    tmp_path: Path, train: str, test: str, message: str
+) -> None:
+    for part, label in (("train", train), ("test", test)):
+        write_images(tmp_path / part / "a", "0.png", "1.png")
+        write_images(tmp_path / part / label, "0.png", "1.png")
+    with pytest.raises(UserError, match=message):
+        load_dataset(str(tmp_path), 16)
+
+
 def test_normal_and_pneumonia_under_other_names_are_a_tree_of_classes(tmp_path: Path) -> None:
     for label in ("Normal", "Pneumonia"):
         write_images(tmp_path / "train" / label, *(f"{i}.png" for i in range(4)))
@@ -355,7 +432,7 @@ def test_the_papers_split_of_osteosarcoma_is_four_fifths_of_each_class_by_image(
 def make_csv(root: Path, header: str, *rows: str) -> str:
     write_images(root / "images", *(f"{number}.png" for number in range(8)))
     file = root / "list.csv"
-    file.write_text("\n".join([header, *rows]) + "\n")
+    file.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
     return str(file)
 
 
@@ -389,6 +466,14 @@ def test_a_csv_file_gives_patients_parts_and_folds(tmp_path: Path) -> None:
         split_dataset(dataset, TrainConfig(folds=3))
     images, _ = load_test_images(data, ("a", "b"), 16, 1, skip_broken=False)
     assert images.files == ("images/6.png", "images/7.png")
+
+
+def test_patients_are_compared_in_one_form_and_nan_is_none(tmp_path: Path) -> None:
+    patients = ["p1", "P1 ", "Zo\u00eb", "zoe\u0308", "nan", "NaN", "NA", ""]
+    rows = [f"{row},{patient}" for row, patient in zip(ROWS, patients, strict=True)]
+    dataset = load_dataset(make_csv(tmp_path, "path,label,patient", *rows), 16)
+    np.testing.assert_array_equal(dataset.patients, [0, 0, 1, 1, 2, 3, 4, 5])  # type: ignore[arg-type]
+    assert "4 images have no patient, others have: images/4.png" in dataset.notes[0]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import warnings
+import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -17,6 +19,7 @@ from bstriplet.reproduce import Target, draw
 from digit_runs import write_comparison, write_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib import rc_context
 from scipy import stats
 
 CASES = settings(derandomize=True, deadline=None, max_examples=100)
@@ -438,6 +441,42 @@ def test_text_from_outside_is_escaped(tmp_path, monkeypatch):
     text = "".join(page.texts)
     assert names[0] in text
     assert "<b>bold</b>" in text
+
+
+def test_names_that_no_page_can_hold_are_shown_as_escapes(tmp_path, monkeypatch):
+    """Bytes that are not UTF-8, a control character; whatever a user has set for other figures."""
+    chosen = figures.confusion_matrices, figures.embeddings, figures.misclassified
+    monkeypatch.setattr(report, "pictures", lambda shown: [draw(shown) for draw in chosen])
+    names = ("肺炎", "norm\udce9", "bell\a")
+    run = write_run(tmp_path / "run", CE, 0, names)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"data": "/images\udcff"}))
+    with rc_context({"text.usetex": True}), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        page = Page(report.build(run).read_text(encoding="utf-8"))
+    text = " ".join(page.texts)
+    for words in ("肺炎", r"norm\xe9", r"bell\x07", r"/images\xff"):
+        assert words in text
+    for name in ("confusion_matrix", "embeddings", "misclassified"):
+        svg = (run / "figures" / f"{name}.svg").read_text(encoding="utf-8")
+        assert r"norm\xe9" in "".join(ElementTree.fromstring(svg).itertext())
+        assert b",norm\xe9," in (run / "figures" / f"{name}.csv").read_bytes()
+
+
+def test_classes_of_runs_on_other_data_are_told_apart_by_name(tmp_path):
+    folder = write_comparison(tmp_path / "compare", ["ce:random"], [0], ("a", "b", "c"))
+    other = Scheme.parse("ce:random:data=elsewhere")
+    run = write_run(folder / "runs/other/seed-0", other, 0, ("z", "b", "a"))
+    asked = json.loads((folder / "compare.json").read_text())
+    (folder / "compare.json").write_text(
+        json.dumps(asked | {"schemes": ["ce:random", str(other)], "config": {"data": "digits"}})
+    )
+    groups = {found["name"]: found for found in report._per_class(results.read(folder))}
+    assert list(groups) == ["a", "b", "c", "z"]
+    assert [len(found["rows"]) for found in groups.values()] == [2, 2, 1, 1]
+    last = json.loads((run / "metrics.json").read_text())["per_class"][2]
+    assert groups["a"]["rows"][1]["cells"][0] == f"{100 * last['precision']:.2f}"
+    assert report._images(results.read(folder))["classes"] == ["a", "b", "c", "z"]
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -209,6 +209,21 @@ def test_a_folder_without_runs_and_a_run_given_twice_are_errors(finished, tmp_pa
         reproduce.draw_targets(targets, None, [finished, finished], tmp_path / "out")
 
 
+def test_runs_of_other_classes_are_not_drawn_together(finished, tmp_path):
+    other = as_small(write_comparison(tmp_path / "other", FOUR[:1], [7], ("a", "b")))
+    targets = reproduce.targets_named(["figure9"], {})
+    with pytest.raises(
+        UserError, match=r"figure9: .*seed-0 has the classes 0, 1, 2, .*seed-7 a, b"
+    ):
+        reproduce.draw_targets(targets, None, [finished, other], tmp_path / "out")
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(finished, tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(UserError, match=r"cannot write .*out"):
+        reproduce.draw_targets({}, None, [finished], tmp_path / "out")
+
+
 def test_from_takes_no_training_options(finished, tmp_path, bstriplet: Run):
     outcome = bstriplet(
         "reproduce", "table3", "--from", finished, "--out", tmp_path / "out", "--epochs", 3

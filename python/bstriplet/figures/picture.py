@@ -8,6 +8,7 @@ below the other on a phone.
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bstriplet.figures.style import DARK, STYLE
-from bstriplet.runs import write_atomic
+from bstriplet.runs import write_atomic, write_text
 from bstriplet.summary import to_csv
 
 
@@ -51,8 +52,8 @@ class Picture:
         """Write NAME.png, NAME.svg and NAME.csv into an existing folder, each atomically."""
         write_atomic(folder / f"{self.name}.png", _render(self.panels, self.size, "png"))
         svg = _follow_colour_scheme(_render(self.panels, self.size, "svg").decode())
-        write_atomic(folder / f"{self.name}.svg", svg.encode())
-        write_atomic(folder / f"{self.name}.csv", to_csv(self.header, self.rows).encode())
+        write_text(folder / f"{self.name}.svg", svg)
+        write_text(folder / f"{self.name}.csv", to_csv(self.header, self.rows))
 
     def panel_svgs(self) -> list[str]:
         """Each panel as an SVG document of its own that follows the reader's light or dark mode."""
@@ -66,7 +67,12 @@ def _render(panels: Sequence[Panel], size: tuple[float, float], form: str) -> by
     """Draw panels side by side, at most two in a row, as PNG or SVG."""
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # A user's own settings may ask for what is not there, such as LaTeX.
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        # A box stands for it in the PNG; the SVG and the CSV hold the name.
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
         FigureCanvasAgg(figure)
         for index, panel in enumerate(panels, start=1):

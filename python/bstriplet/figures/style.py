@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.font_manager import fontManager
 
 from bstriplet.config import Scheme
+from bstriplet.names import printable
 
 INK, MUTED, GRID, PAPER = "#1f2430", "#5c6370", "#d9dde3", "#ffffff"
 # A hue a loss, a tone a way to draw batches: (random, mined). Blue against orange, and pale
@@ -64,7 +66,15 @@ CLASS_COLOURS = (
     "#56b4e9", "#8c6bb1", "#8a8f98", "#a6761d", "#66a61e",
 )  # fmt: skip
 CLASS_MARKERS = "o^sDvP<X>"
+# Those that are installed draw what the first one lacks: names of classes in any script.
+_FONTS = (
+    "DejaVu Sans",
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei"),
+    *("PingFang SC", "Hiragino Sans", "Microsoft YaHei", "Malgun Gothic", "Arial Unicode MS"),
+)
+_INSTALLED = {font.name for font in fontManager.ttflist}
 STYLE: dict[Any, Any] = {
+    "font.family": [name for name in _FONTS if name in _INSTALLED],
     "font.size": 10,
     "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
@@ -142,5 +152,6 @@ def legend_below(axes: Axes) -> None:
 
 def short_name(name: str) -> str:
     """A class name that fits a tick or a legend; legends leave out what begins with "_"."""
+    name = printable(name)
     short = name if len(name) <= 18 else f"{name[:17]}…"
     return f" {short}" if short.startswith("_") else short
