@@ -219,7 +219,8 @@ class GroupBatchSampler(BatchSampler):
         """The samples of the batches one by one, for trainers that take `sampler=`.
 
         A pass over it is a pass over this sampler, and its `len` the number of samples of one. What
-        regroups them must do so by `batch_size`, else the batches are others.
+        regroups them must do so by `batch_size`, else the batches are others. It has no state: a
+        `StatefulDataLoader` resumes in the epoch that `set_epoch` names.
         """
         return _IndexSampler(self)
 

@@ -388,6 +388,12 @@ def test_replicas_are_those_of_the_process_group_when_a_pass_begins(monkeypatch)
     assert (sampler.num_replicas, sampler.rank) == (3, 2)
     assert (len(sampler), len(sampler.as_index_sampler())) == (5, 30)
     assert list(sampler) == list(of_sizes([30, 60], 6, num_replicas=3, rank=2))
+    named = of_sizes([30, 60], 6, num_replicas=2, rank=1)  # goes before the group
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)  # made anew
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    whole = epochs_of(of_sizes([30, 60], 6, num_replicas=2, rank=0), 2)
+    assert (len(sampler), list(sampler)) == (8, whole[1])
+    assert list(named) == epochs_of(of_sizes([30, 60], 6, num_replicas=2, rank=1), 1)[0]
 
 
 def test_replicas_that_cannot_be_known_are_asked_for():
@@ -426,6 +432,13 @@ def test_unsharded_are_the_batches_of_all_replicas_in_turn(made, epoch):
         )
     assert next(drawn, None) is None
     assert sampler.epoch == epoch + 1
+
+
+def test_a_step_is_done_when_all_replicas_have_their_batch():
+    sampler = of_sizes([40, 60], 10, num_replicas=2, rank=0)
+    drawn = iter(sampler.unsharded())
+    done = [sampler.state_dict()["batches_done"] for _ in range(5) if next(drawn)]
+    assert done == [0, 1, 1, 2, 2]
 
 
 # --- what other libraries ask of a batch sampler --------------------------------------------------

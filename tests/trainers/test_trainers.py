@@ -187,6 +187,25 @@ def test_a_stateful_loader_resumes(workers: int, saved_at: str, again: bool) -> 
 
 
 @needs["torchdata"]
+def test_a_stateful_loader_of_indices_resumes_in_the_epoch_that_is_named() -> None:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    def make_loader() -> Any:
+        sampler = make_sampler()
+        sampler.set_epoch(1)
+        indices = sampler.as_index_sampler()
+        return StatefulDataLoader(range(len(GROUPS)), 10, sampler=indices, collate_fn=list)
+
+    loader = make_loader()
+    drawn = iter(loader)
+    epochs = expected()
+    assert [next(drawn) for _ in range(4)] == epochs[1][:4]
+    resumed = make_loader()
+    resumed.load_state_dict(loader.state_dict())
+    assert [list(resumed) for _ in range(2)] == [epochs[1][4:], epochs[2]]
+
+
+@needs["torchdata"]
 def test_a_stateful_loader_does_not_batch_batches_once_more() -> None:
     from torchdata.stateful_dataloader import StatefulDataLoader
 
