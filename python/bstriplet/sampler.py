@@ -55,8 +55,9 @@ class GroupBatchSampler(BatchSampler):
     `drop_last` is always False.
 
     Epochs. One pass over the sampler is one epoch, whose order is a function of (seed, epoch)
-    alone. It begins when its first batch is asked for, and the next pass is the next epoch, whether
-    this one was finished or cut short; `set_epoch` chooses another.
+    alone. It begins when its first batch is asked for, which workers do as soon as there is an
+    iterator of their loader, and the next pass is the next epoch, whether this one was finished or
+    cut short; `set_epoch` chooses another.
 
     Replicas take turns: global batch b belongs to rank b mod `num_replicas`. All have the same
     number of batches. Where they are not given they are asked of `torch.distributed` when a pass
@@ -67,14 +68,19 @@ class GroupBatchSampler(BatchSampler):
     training loop, and only the loop knows how many it has used: it says so with
     `state_dict(batches_done=...)`.
 
-    In trainers:
+    In trainers. They save no state of a sampler, so the epoch to resume in must be named, except
+    with a `StatefulDataLoader` in Lightning.
 
-    - a loop of one's own, with or without DDP, and ignite's engines: nothing to do.
-    - Lightning: `Trainer(use_distributed_sampler=False)`.
+    - a loop of one's own, with or without DDP, and ignite's engines: nothing to do. Resumed,
+      `sampler.set_epoch(epoch)` before each epoch; in ignite at `Events.EPOCH_STARTED`.
+    - Lightning: `Trainer(use_distributed_sampler=False)`. Its `Trainer` names the epoch itself, but
+      with `num_workers` above 0 too late for the one that it resumes in: `sampler.set_epoch(epoch)`
+      before `fit`. The loaders of its `Fabric` count epochs from 0: resumed, read your own.
     - accelerate: `accelerator.prepare(DataLoader(data, batch_sampler=sampler.unsharded()))`, for it
-      deals batches out to the processes itself; Hugging Face's `Trainer` does the same to what its
-      `get_train_dataloader` returns. Resumed within an epoch on several processes, both leave it to
-      the caller to say which: `sampler.set_epoch(epoch)`, in a callback's `on_epoch_begin`.
+      deals batches out to the processes itself. Resumed, `loader.set_epoch(epoch)` of the prepared
+      loader before each epoch, and before `skip_first_batches`.
+    - Hugging Face's `Trainer`: the same loader, from `get_train_dataloader`. Resumed within an
+      epoch on several processes, `sampler.set_epoch(epoch)` in a callback's `on_epoch_begin`.
     - trainers that take indices, as those of pytorch-metric-learning: `as_index_sampler()`. Where
       they drop a last, smaller batch, leave `min_per_group` above 0: then there is none.
 
@@ -133,7 +139,8 @@ class GroupBatchSampler(BatchSampler):
 
         self._epoch = 0  # of the latest pass, or of the first
         self._start = 0  # where that pass begins: above 0 only after load_state_dict
-        self._begun = False
+        self._opened = False  # whether an iterator of it was made
+        self._begun = False  # whether its first batch was asked for
         self._position = 0  # how far it has come
         self._pass: object = None  # which iterator that is: others that are still read are older
         self._again = False  # whether the next pass but one is that of the same epoch
@@ -180,13 +187,14 @@ class GroupBatchSampler(BatchSampler):
         return self._epoch + self._exhausted
 
     def __len__(self) -> int:
-        """Number of batches the next pass yields on this replica."""
+        """Number of batches that the next iterator yields on this replica: after load_state_dict
+        those that are left, and all from then on."""
         self._check_replicas()
-        return self._n_steps - (0 if self._begun else self._start)
+        return self._n_steps - (0 if self._opened else self._start)
 
     def __iter__(self) -> Iterator[list[int]]:
-        _refuse_who_would_regroup(sys._getframe(1).f_locals.get("self"))
-        return self._pass_over(all_replicas=False)
+        _refuse_who_would_regroup(self)
+        return self._open(all_replicas=False)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next pass, as with `DistributedSampler`; the passes after it go
@@ -195,14 +203,24 @@ class GroupBatchSampler(BatchSampler):
         Naming the epoch that `load_state_dict` has just restored keeps the place in it.
         """
         epoch = _at_least(0, "epoch", epoch)
+        if self._restored_replicas is not None and not self._begun and epoch != self._epoch:
+            warnings.warn(
+                f"set_epoch({epoch}) gives up the place that load_state_dict restored: epoch "
+                f"{self._epoch}, {self._start} batches done. If a trainer says so, which counts "
+                "epochs from 0, tell it where to begin",
+                stacklevel=2,
+            )
         if self._begun or epoch != self._epoch:
+            under_way = self._pass
             self._go_to(epoch, 0)
+            self._pass = under_way  # if it is of this very epoch and is read on, it was meant
 
     def as_index_sampler(self) -> Sampler[int]:
         """The samples of the batches one by one, for trainers that take `sampler=`.
 
         A pass over it is a pass over this sampler, and its `len` the number of samples of one. What
-        regroups them must do so by `batch_size`, else the batches are others.
+        regroups them must do so by `batch_size`, else the batches are others. It has no state: a
+        `StatefulDataLoader` resumes in the epoch that `set_epoch` names.
         """
         return _IndexSampler(self)
 
@@ -264,8 +282,12 @@ class GroupBatchSampler(BatchSampler):
     def _go_to(self, epoch: int, start: int) -> None:
         """Let the next pass begin there."""
         self._epoch, self._start, self._position = epoch, start, start
-        self._begun = self._again = False
+        self._opened = self._begun = self._again = False
         self._pass = self._restored_replicas = None
+
+    def _open(self, all_replicas: bool) -> Iterator[list[int]]:
+        self._opened = True
+        return self._pass_over(all_replicas)
 
     def _pass_over(self, all_replicas: bool) -> Iterator[list[int]]:
         """Yield the batches of one pass: those of this replica, or of all in turn."""
@@ -277,12 +299,17 @@ class GroupBatchSampler(BatchSampler):
         elif self._num_replicas is None and not _distributed():
             _warn_of_a_missing_process_group()
         this_pass = self._pass = object()
-        self._begun = True
-        samples, offsets = self._plan.epoch(self.seed, self._epoch, num_replicas)
+        self._opened = self._begun = True
+        epoch = self._epoch
+        samples, offsets = self._plan.epoch(self.seed, epoch, num_replicas)
         for step in range(self._start, self._n_steps):
             for rank in ranks:
-                if self._pass is this_pass and rank == ranks[-1]:
-                    self._position = step + 1
+                if self._pass is this_pass:
+                    if self._epoch != epoch:
+                        _warn_of_an_epoch_named_late(self._epoch, epoch)
+                        self._pass = None
+                    elif rank == ranks[-1]:
+                        self._begun, self._position = True, step + 1
                 batch = step * num_replicas + rank
                 yield samples[offsets[batch] : offsets[batch + 1]].tolist()
         if self._pass is this_pass:
@@ -360,7 +387,7 @@ class _UnshardedSampler(BatchSampler):
         return len(self._batches) * self._batches.num_replicas
 
     def __iter__(self) -> Iterator[list[int]]:
-        return self._batches._pass_over(all_replicas=True)
+        return self._batches._open(all_replicas=True)
 
 
 def _distributed() -> bool:
@@ -378,21 +405,35 @@ def _warn_of_a_missing_process_group() -> None:
         )
 
 
-def _refuse_who_would_regroup(reader: object) -> None:
+def _warn_of_an_epoch_named_late(named: int, under_way: int) -> None:
+    warnings.warn(
+        f"set_epoch({named}) came when batches of epoch {under_way} had been asked for, and that "
+        f"pass goes on: it remains epoch {under_way}. Workers read ahead from iter(loader) on: "
+        "call set_epoch before",
+        stacklevel=3,
+    )
+
+
+def _refuse_who_would_regroup(batches: GroupBatchSampler) -> None:
     """Raise if batches are asked for by what would share them out again, or batch them once more.
 
     Neither fails by itself: one trains on a part of the samples, the other on batches of batches.
     """
-    if type(reader).__name__ == "BatchSamplerShard" and reader.num_processes > 1:  # type: ignore[attr-defined]
-        raise ValueError(
-            "accelerate deals batches out to the processes itself, and needs those of all: prepare "
-            "a DataLoader with batch_sampler=sampler.unsharded()"
-        )
-    if type(reader) is BatchSampler:
-        raise ValueError(
-            "a GroupBatchSampler was passed as sampler=, which takes indices, not batches: pass it "
-            "as batch_sampler=, or pass sampler.as_index_sampler()"
-        )
+    for local in _locals_of_callers("accelerate.data_loader"):
+        reader: Any = local.get("self")
+        deals_out = type(reader).__name__ in ("BatchSamplerShard", "DataLoaderDispatcher")
+        if deals_out and getattr(reader, "state", reader).num_processes > 1:
+            raise ValueError(
+                "accelerate deals batches out to the processes itself, and needs those of all: "
+                "prepare a DataLoader with batch_sampler=sampler.unsharded()"
+            )
+    batching = ("torch.utils.data.sampler", "torchdata.stateful_dataloader.sampler")
+    for local in _locals_of_callers(*batching):
+        if getattr(local.get("self"), "sampler", None) is batches:
+            raise ValueError(
+                "a GroupBatchSampler was passed as sampler=, which takes indices, not batches: "
+                "pass it as batch_sampler=, or pass sampler.as_index_sampler()"
+            )
 
 
 def _restored_in_vain() -> bool:
@@ -402,15 +443,26 @@ def _restored_in_vain() -> bool:
     ahead, is found to have been at its end, and is replaced. Nothing that it calls here tells that
     iterator from one whose batches are used; its own state, further up the stack, does.
     """
-    frame: FrameType | None = sys._getframe(2)
-    for _ in range(6):
-        if frame is None:
-            break
-        state = frame.f_locals.get("next_iter_state")
+    for local in _locals_of_callers("torchdata.stateful_dataloader.stateful_dataloader"):
+        state = local.get("next_iter_state")
         if isinstance(state, dict):
             return bool(state.get("_iterator_finished"))
-        frame = frame.f_back
     return False
+
+
+def _locals_of_callers(*modules: str) -> Iterator[dict[str, Any]]:
+    """Yield the local variables of those functions of `modules` that led here, the nearest first.
+
+    Of no others: before Python 3.13 to look at a function's variables is to keep what they hold
+    until it returns, such as the last loss of a training loop.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    for _ in range(12):
+        if frame is None:
+            break
+        if frame.f_globals.get("__name__") in modules:
+            yield frame.f_locals
+        frame = frame.f_back
 
 
 def _other_sampler(differing: dict[str, tuple[Any, Any]]) -> ValueError:

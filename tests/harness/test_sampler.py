@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+import weakref
 from collections import Counter
 from fractions import Fraction
 from itertools import chain, combinations
@@ -346,6 +347,38 @@ def test_an_older_pass_that_is_read_on_does_not_move_the_place():
     assert list(new) == whole[1][1:]
 
 
+@pytest.mark.parametrize("unsharded", [False, True])
+def test_a_pass_that_goes_on_when_its_own_epoch_is_named_keeps_the_place(unsharded):
+    # Some trainers name the epoch when workers have read ahead in it.
+    sampler, whole = of_sizes([40, 60], 10), epochs_of(of_sizes([40, 60], 10), 2)
+    drawn = iter(sampler.unsharded() if unsharded else sampler)
+    assert [next(drawn) for _ in range(2)] == whole[0][:2]
+    sampler.set_epoch(0)
+    assert sampler.state_dict()["batches_done"] == 0  # as yet it may be another pass
+    assert next(drawn) == whole[0][2]
+    assert (sampler.epoch, sampler.state_dict()["batches_done"]) == (0, 3)
+    assert list(drawn) == whole[0][3:]
+    assert list(sampler) == whole[1]
+
+
+def test_an_epoch_that_is_named_too_late_is_warned_of():
+    sampler, whole = of_sizes([40, 60], 10), epochs_of(of_sizes([40, 60], 10), 3)
+    drawn = iter(sampler)
+    next(drawn)
+    sampler.set_epoch(2)
+    with pytest.warns(UserWarning, match=r"set_epoch\(2\) came when batches of epoch 0 had been"):
+        assert list(drawn) == whole[0][1:]
+    assert list(sampler) == whole[2]
+
+    drawn = iter(sampler)
+    next(drawn)
+    sampler.set_epoch(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert list(sampler) == whole[0]  # another pass, as the epoch's name meant
+        next(drawn)
+
+
 def test_replicas_are_those_of_the_process_group_when_a_pass_begins(monkeypatch):
     sampler = of_sizes([30, 60], 6)  # made before there is a group
     assert (len(sampler), len(sampler.as_index_sampler())) == (15, 90)
@@ -355,6 +388,12 @@ def test_replicas_are_those_of_the_process_group_when_a_pass_begins(monkeypatch)
     assert (sampler.num_replicas, sampler.rank) == (3, 2)
     assert (len(sampler), len(sampler.as_index_sampler())) == (5, 30)
     assert list(sampler) == list(of_sizes([30, 60], 6, num_replicas=3, rank=2))
+    named = of_sizes([30, 60], 6, num_replicas=2, rank=1)  # goes before the group
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)  # made anew
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    whole = epochs_of(of_sizes([30, 60], 6, num_replicas=2, rank=0), 2)
+    assert (len(sampler), list(sampler)) == (8, whole[1])
+    assert list(named) == epochs_of(of_sizes([30, 60], 6, num_replicas=2, rank=1), 1)[0]
 
 
 def test_replicas_that_cannot_be_known_are_asked_for():
@@ -395,6 +434,13 @@ def test_unsharded_are_the_batches_of_all_replicas_in_turn(made, epoch):
     assert sampler.epoch == epoch + 1
 
 
+def test_a_step_is_done_when_all_replicas_have_their_batch():
+    sampler = of_sizes([40, 60], 10, num_replicas=2, rank=0)
+    drawn = iter(sampler.unsharded())
+    done = [sampler.state_dict()["batches_done"] for _ in range(5) if next(drawn)]
+    assert done == [0, 1, 1, 2, 2]
+
+
 # --- what other libraries ask of a batch sampler --------------------------------------------------
 
 
@@ -429,6 +475,18 @@ def test_batches_are_not_batched_once_more():
     loader = DataLoader(range(100), sampler=of_sizes([40, 60], 10), batch_size=10)
     with pytest.raises(ValueError, match="pass it as batch_sampler="):
         next(iter(loader))
+
+
+def test_a_pass_keeps_nothing_of_a_training_loop():
+    class Loss:
+        pass
+
+    loss = Loss()
+    old = weakref.ref(loss)
+    for _ in of_sizes([40, 60], 10):
+        loss = Loss()
+        assert old() is None
+    del loss
 
 
 @pytest.mark.parametrize(
@@ -484,7 +542,10 @@ def test_a_state_of_an_epochs_end_resumes_into_the_next(saved, set_epoch):
     state = sampler.state_dict(batches_done=10 if saved == "as told" else None)
     resumed = of_sizes([40, 60], 10)
     resumed.load_state_dict(state)
-    if set_epoch is not None:
+    if set_epoch == 0:
+        with pytest.warns(UserWarning, match=r"set_epoch\(0\) gives up .* epoch 1, 0 batches done"):
+            resumed.set_epoch(0)
+    elif set_epoch is not None:
         resumed.set_epoch(set_epoch)
     first = 1 if set_epoch is None else set_epoch
     assert resumed.epoch == first
@@ -500,7 +561,8 @@ def test_a_state_of_one_process_is_refused_when_there_turn_out_to_be_several(mon
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     with pytest.raises(ValueError, match=r"num_replicas=1 \(here 3\)"):
         list(sampler)
-    sampler.set_epoch(1)  # to give the place up
+    with pytest.warns(UserWarning, match=r"set_epoch\(1\) gives up the place"):
+        sampler.set_epoch(1)
     assert len(list(sampler)) == 5
 
 
@@ -519,8 +581,20 @@ def test_resuming_twice_in_one_epoch():
 def test_leaving_a_restored_epoch_forgets_the_place():
     sampler = of_sizes([40, 60], 10)
     sampler.load_state_dict(sampler.state_dict(batches_done=3))
-    sampler.set_epoch(1)
+    with pytest.warns(UserWarning, match="place .* restored: epoch 0, 3 batches done"):
+        sampler.set_epoch(1)
     assert len(sampler) == len(list(sampler)) == 10
+
+
+def test_the_length_of_a_restored_epoch_counts_until_an_iterator_is_made():
+    # Lightning asks between the two, once, and cuts every epoch to that length.
+    sampler = of_sizes([40, 60], 10)
+    for batches, each in ((sampler, 1), (sampler.as_index_sampler(), 10), (sampler.unsharded(), 1)):
+        sampler.load_state_dict({**sampler.state_dict(), "epoch": 0, "batches_done": 3})
+        assert len(batches) == 7 * each
+        iterator = iter(batches)
+        assert len(batches) == 10 * each
+        assert len(list(iterator)) == 7 * each
 
 
 def test_resuming_behind_loader_workers_that_read_ahead():

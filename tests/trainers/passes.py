@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,13 @@ def ignite() -> list[Batches]:
     return in_epochs(drawn, len(names["sampler"]))
 
 
-def lightning(in_hook: bool = False, **options: Any) -> list[Batches]:
+def lightning(
+    in_hook: bool = False,
+    loader: type[DataLoader[Any]] = DataLoader,
+    workers: int = 0,
+    checkpoint: Path | None = None,
+    **options: Any,
+) -> list[Batches]:
     """Lightning's Trainer, with DDP where there are two processes.
 
     in_hook: the module makes the loader itself, which lets Lightning record how.
@@ -101,7 +108,7 @@ def lightning(in_hook: bool = False, **options: Any) -> list[Batches]:
     import lightning as L
 
     def make_loader() -> DataLoader[Any]:
-        return DataLoader(Numbers(), batch_sampler=make_sampler())
+        return loader(Numbers(), batch_sampler=make_sampler(), num_workers=workers)
 
     class Module(L.LightningModule):
         def __init__(self) -> None:
@@ -139,7 +146,7 @@ def lightning(in_hook: bool = False, **options: Any) -> list[Batches]:
     names: dict[str, Any] = {"Trainer": made}
     exec(readme_lines("Lightning"), names)
     module = WithLoader() if in_hook else Module()
-    names["trainer"].fit(module, None if in_hook else make_loader())
+    names["trainer"].fit(module, None if in_hook else make_loader(), ckpt_path=checkpoint)
     return module.epochs
 
 
@@ -157,15 +164,52 @@ def accelerate() -> list[Batches]:
     return [[batch["position"].tolist() for batch in names["loader"]] for _ in range(EPOCHS)]
 
 
-def accelerate_without_unsharded() -> str:
-    """What accelerate's prepare is told that is given the sampler itself."""
+def accelerate_without_unsharded() -> list[str]:
+    """What accelerate's prepare is told that is given the sampler itself, by either dealer."""
     from accelerate import Accelerator
+    from accelerate.utils import DataLoaderConfiguration
 
-    loader = Accelerator(cpu=True).prepare(DataLoader(Numbers(), batch_sampler=make_sampler()))
-    try:
-        return str(next(iter(loader)))
-    except ValueError as error:
-        return str(error)
+    told = []
+    for dispatch in (False, True):
+        how = DataLoaderConfiguration(dispatch_batches=dispatch)
+        accelerator = Accelerator(cpu=True, dataloader_config=how)
+        loader = accelerator.prepare(DataLoader(Numbers(), batch_sampler=make_sampler()))
+        try:
+            next(iter(loader))
+        except ValueError as error:
+            told.append(str(error))
+    return told
+
+
+def accelerate_resumed(stateful: bool = False, workers: int = 0, saved_in: int = 1) -> Batches:
+    """Draw three batches of an epoch, then with new objects the rest of it and the following."""
+    from accelerate import Accelerator, skip_first_batches
+    from accelerate.utils import DataLoaderConfiguration
+
+    how = DataLoaderConfiguration(use_stateful_dataloader=stateful)
+    accelerator = Accelerator(cpu=True, dataloader_config=how)
+
+    def make_loader() -> Any:
+        batches = make_sampler().unsharded()
+        return accelerator.prepare(
+            DataLoader(Numbers(), batch_sampler=batches, num_workers=workers)
+        )
+
+    drawn, loader, state = [], make_loader(), {}
+    for epoch in range(saved_in + 1):
+        for number, batch in enumerate(loader, start=1):
+            drawn.append(batch["position"].tolist())
+            if (epoch, number) == (saved_in, 3):
+                state = deepcopy(loader.state_dict()) if stateful else {}
+                break
+    loader = make_loader()
+    if stateful:
+        loader.load_state_dict(state)
+    for epoch in range(saved_in, EPOCHS):
+        loader.set_epoch(epoch)
+        rest = loader if stateful or epoch > saved_in else skip_first_batches(loader, 3)
+        drawn += [batch["position"].tolist() for batch in rest]
+    return drawn
 
 
 def transformers() -> list[Batches]:

@@ -70,7 +70,23 @@ def test_two_processes_share_every_epoch(trainer: str, tmp_path: Path) -> None:
 @needs["accelerate"]
 def test_accelerate_is_told_that_the_batches_are_shared_out(tmp_path: Path) -> None:
     for told in in_two_processes("accelerate_without_unsharded", tmp_path):
-        assert "batch_sampler=sampler.unsharded()" in told
+        assert ["batch_sampler=sampler.unsharded()" in message for message in told] == [True, True]
+
+
+@needs["accelerate"]
+def test_accelerate_resumes_within_an_epoch(tmp_path: Path) -> None:
+    drawn = in_two_processes("accelerate_resumed", tmp_path)
+    assert drawn == [list(chain(*expected(2, rank))) for rank in range(2)]
+
+
+@needs["accelerate"]
+@needs["torchdata"]
+@pytest.mark.parametrize("workers", [0, 1])  # one has read two batches ahead of the third
+@pytest.mark.parametrize("saved_in", [0, 1])
+@pytest.mark.parametrize("stateful", [False, True])
+def test_accelerate_resumes_in_one_process(stateful: bool, saved_in: int, workers: int) -> None:
+    drawn = passes.accelerate_resumed(stateful, workers, saved_in)
+    assert drawn == list(chain(*expected()))
 
 
 @needs["transformers"]
@@ -84,6 +100,36 @@ def test_hugging_face_resumes_within_an_epoch(tmp_path: Path) -> None:
 def test_an_epoch_that_lightning_cuts_short_is_over(in_hook: bool) -> None:
     drawn = passes.lightning(in_hook, limit_train_batches=4)
     assert drawn == [epoch[:4] for epoch in expected()]
+
+
+def lightning_saved(folder: Path, **options: Any) -> tuple[Path, list[Batches]]:
+    """Train with a checkpoint after the fourth step of the second epoch; return it and all."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    step = len(make_sampler()) + 4
+    saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=step, save_top_k=-1)
+    drawn = passes.lightning(callbacks=[saving], enable_checkpointing=True, **options)
+    return folder / f"step={step}.ckpt", drawn
+
+
+@needs["lightning"]
+@needs["torchdata"]
+@pytest.mark.parametrize("workers", [0, 2])
+def test_lightning_resumes_within_an_epoch(workers: int, tmp_path: Path) -> None:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    options = {"loader": StatefulDataLoader, "workers": workers}
+    checkpoint, drawn = lightning_saved(tmp_path, **options)
+    assert drawn == expected()
+    resumed = passes.lightning(checkpoint=checkpoint, **options)
+    assert resumed == [drawn[1][4:], drawn[2]]
+
+
+@needs["lightning"]
+def test_lightning_naming_an_epoch_too_late_is_warned_of(tmp_path: Path) -> None:
+    checkpoint, _ = lightning_saved(tmp_path, workers=1)
+    with pytest.warns(UserWarning, match=r"set_epoch\(1\) came when batches of epoch 0"):
+        passes.lightning(checkpoint=checkpoint, workers=1)
 
 
 @needs["lightning"]
@@ -138,6 +184,34 @@ def test_a_stateful_loader_resumes(workers: int, saved_at: str, again: bool) -> 
     if saved_at == "middle":
         assert list(loader) == epochs[0][4:]
     assert [list(loader) for _ in range(2)] == epochs[1:]
+
+
+@needs["torchdata"]
+def test_a_stateful_loader_of_indices_resumes_in_the_epoch_that_is_named() -> None:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    def make_loader() -> Any:
+        sampler = make_sampler()
+        sampler.set_epoch(1)
+        indices = sampler.as_index_sampler()
+        return StatefulDataLoader(range(len(GROUPS)), 10, sampler=indices, collate_fn=list)
+
+    loader = make_loader()
+    drawn = iter(loader)
+    epochs = expected()
+    assert [next(drawn) for _ in range(4)] == epochs[1][:4]
+    resumed = make_loader()
+    resumed.load_state_dict(loader.state_dict())
+    assert [list(resumed) for _ in range(2)] == [epochs[1][4:], epochs[2]]
+
+
+@needs["torchdata"]
+def test_a_stateful_loader_does_not_batch_batches_once_more() -> None:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    loader = StatefulDataLoader(torch.arange(len(GROUPS)), sampler=make_sampler(), batch_size=3)
+    with pytest.raises(ValueError, match="pass it as batch_sampler="):
+        next(iter(loader))
 
 
 @needs["torchdata"]
