@@ -81,13 +81,14 @@ def load_trained(run: RunFolder) -> TrainedModel:
     classes = tuple(checkpoint["classes"])
     channels = len(checkpoint["model"]["mean"])
     device = choose_device(config.device)
-    model = Classifier(
-        config.backbone,
-        len(classes),
-        channels,
-        embedding=config.embedding,
-        channels_last=config.channels_last,
-    )
+    with torch.random.fork_rng(devices=[]):  # the weights that are drawn first are not kept
+        model = Classifier(
+            config.backbone,
+            len(classes),
+            channels,
+            embedding=config.embedding,
+            channels_last=config.channels_last,
+        )
     model.load_state_dict(checkpoint["model"])
     return TrainedModel(model.to(device), classes, config, device)
 

@@ -633,6 +633,43 @@ def test_streams_of_notebooks_and_none_at_all(
     assert cli.main(["predict"]) == 2
 
 
+def test_standard_error_names_a_file_by_its_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the command with which to continue can be copied."""
+    screen = TextIOWrapper(BytesIO(), encoding="utf-8", errors="backslashreplace")
+    monkeypatch.setattr(sys, "stderr", screen)
+    assert cli.main(["evaluate", "--run", str(tmp_path / "norm\udce9")]) == 2
+    assert b"/norm\xe9 does not exist" in screen.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_screen_that_would_write_question_marks_gets_escapes(
+    odd_run: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, root = odd_run
+    screen = TextIOWrapper(BytesIO(), encoding="ascii", errors="replace")
+    monkeypatch.setattr(sys, "stdout", screen)
+    assert cli.main(["predict", "--run", str(run), str(root / "test")]) == 0
+    content = screen.buffer.getvalue()  # type: ignore[attr-defined]
+    assert rb"\u80ba\u708e" in content
+    assert b"?" not in content
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no such device here")
+def test_an_output_without_room_is_one_clear_line(
+    odd_run: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, root = odd_run
+    monkeypatch.setattr(sys, "argv", ["bstriplet", "data", str(root), "--image-size", "32"])
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main() == 2
+        full.flush()  # as Python does at its end
+    assert capsys.readouterr().err.startswith("bstriplet: cannot write standard output: No space")
+
+
 def test_results_are_on_disk_before_anything_is_printed(
     tmp_path: Path, make_tree: MakeTree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -672,13 +709,19 @@ def test_main_runs_in_a_thread_and_leaves_the_process_as_it_was(
             signal.getsignal(signal.SIGTERM),
         )
 
-    before, ended = state(), []
-    command = ["train", *tiny_flags(epochs=1), "--out", tmp_path / "run"]
-    thread = threading.Thread(target=lambda: ended.append(bstriplet(*command).status))
-    thread.start()
-    thread.join()
-    assert ended == [0]
-    assert state() == before
+    before = state()
+    for command in (
+        ["train", *tiny_flags(epochs=1), "--out", tmp_path / "run"],
+        ["evaluate", "--run", tmp_path / "run"],
+    ):
+        ended: list[int] = []
+        thread = threading.Thread(
+            target=lambda c, e: e.append(bstriplet(*c).status), args=(command, ended)
+        )
+        thread.start()
+        thread.join()
+        assert ended == [0]
+        assert state() == before
 
 
 def test_class_names_with_commas_and_quotes_survive(
