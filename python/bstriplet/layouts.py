@@ -509,16 +509,20 @@ def _read_csv(file: Path) -> Listing:
     table = read_table(file, _COLUMNS, frozenset({"patient", "split", "fold"}))
     finder = Finder(table)
     entries: list[Entry] = []
-    seen: dict[str, str] = {}
+    seen: dict[str, list[tuple[Path, str]]] = defaultdict(list)
     labels: dict[str, str] = {}
     for where, row in table.rows:
         split = row.get("split", TRAIN)
         if split.lower() not in _SPELLINGS:
-            raise UserError(f"{where}: split {split!r} is not one of {', '.join(_SPELLINGS)}")
+            found = f"split {split!r} is not" if split else "no split; write"
+            raise UserError(f"{where}: {found} one of {', '.join(_SPELLINGS)}")
         path = finder.find(where, row["path"])
-        other = seen.setdefault(os.path.normpath(path), where)
-        if other != where:
-            raise UserError(f"{where}: {row['path']} is also in {other}; list it once")
+        # Where case does not count, as on macOS, two spellings lead to one file.
+        twins = seen[one_form(os.path.normpath(path)).casefold()]
+        for other, its_line in twins:
+            if _same_file(path, other):
+                raise UserError(f"{where}: {row['path']} is also in {its_line}; list it once")
+        twins.append((path, where))
         label = one_form(row["label"])
         labels.setdefault(label, where)
         entries.append(
@@ -534,6 +538,14 @@ def _read_csv(file: Path) -> Listing:
         raise UserError(f"{file} lists no images; add lines path,label")
     check_apart(labels)
     return Listing(file.parent, tuple(sorted(labels)), tuple(entries), notes=table.notes)
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file, or would if it were there."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return os.path.normpath(one) == os.path.normpath(other)
 
 
 def _manifest_patients(root: Path, entries: Sequence[Entry]) -> tuple[dict[str, str], list[str]]:
@@ -554,7 +566,7 @@ def _manifest_patients(root: Path, entries: Sequence[Entry]) -> tuple[dict[str, 
         if name is None:
             if there := images.in_other_case(written):
                 raise UserError(f"{where}: {written} does not exist; there is {there}: write it so")
-            if not (root / written).is_file():
+            if not os.path.isfile(root / written):
                 lost.append(f"{where.removeprefix(f'{file}, ')}: {written}")
         elif same_person(patients.setdefault(name, patient)) != same_person(patient):
             raise UserError(

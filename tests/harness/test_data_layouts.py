@@ -250,10 +250,11 @@ def test_a_manifest_may_spell_names_in_other_ways(tmp_path: Path) -> None:
 
 def test_what_a_manifest_names_in_vain_is_counted(tmp_path: Path) -> None:
     root = make_tree_with_manifest(
-        tmp_path, "file,patient\ntrain/a/0.jpg,Ann\ntrain/a/1.png,Bob\nx.png,Eve\n"
+        tmp_path,
+        f"file,patient\ntrain/a/0.jpg,Ann\ntrain/a/1.png,Bob\nx.png,Eve\n{'x' * 300},Joe\n",
     )
     lost, _ = load_dataset(str(root), 16).notes
-    assert "2 patients of manifest.csv are not those of an image: line 2: train/a/0.jpg," in lost
+    assert "3 patients of manifest.csv are not those of an image: line 2: train/a/0.jpg," in lost
     (root / "manifest.csv").write_text("file,split\ntrain/a/0.png,train\n")
     (note,) = load_dataset(str(root), 16).notes
     assert "manifest.csv has no column patient" in note
@@ -483,7 +484,7 @@ def test_patients_are_compared_in_one_form_and_nan_is_none(tmp_path: Path) -> No
         ("path,label", ["images/0.png,a", "images/1.png,"], "line 3: no label; fill it"),
         ("path,label", [*ROWS, ROWS[0]], r"line 10: images/0\.png is also in .*line 2"),
         ("path,label,split", [f"{row},fit" for row in ROWS], "line 2: split 'fit' is not one of"),
-        ("path,label,split", [f"{row}," for row in ROWS], "line 2: split '' is not one of"),
+        ("path,label,split", [f"{row}," for row in ROWS], "line 2: no split; write one of"),
         ("path,label,fold", [*(f"{row},1" for row in ROWS[1:]), f"{ROWS[0]},"], "has no fold"),
         ("path,label", ROWS[::2], "one class only, 'a'"),
         ("path,label", [], "lists no images"),
