@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -251,14 +252,14 @@ def _expand(paths: Sequence[Path]) -> tuple[list[Path], dict[str, list[str]]]:
     files: list[Path] = []
     left_out: dict[str, list[str]] = defaultdict(list)
     for path in paths:
-        if path.is_dir():
+        if os.path.isdir(path):
             found = list_images(path)
             if not found.images:
                 raise UserError(f"folder {path} has no images; give one that has")
             files += found.images
             for reason, names in found.left_out.items():
                 left_out[reason] += names
-        elif path.exists():
+        elif os.path.exists(path):
             files.append(path)
         else:
             raise UserError(f"{path} does not exist; give image files or folders with images")

@@ -219,9 +219,9 @@ def is_csv(data: str) -> bool:
 def _existing_folder(data: str) -> Path:
     """Return ``data`` as a path after checking that it is a folder with something in it."""
     root = Path(data)
-    if not root.exists():
+    if not os.path.exists(root):
         raise UserError(f"data folder {root} does not exist; give an existing one with --data")
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise UserError(f"{root} is neither a folder nor a .csv or .npz file; give one of these")
     if not any(root.iterdir()):
         raise UserError(f"data folder {root} is empty; lay images out as train/CLASS/*")
@@ -504,7 +504,7 @@ def _differences(counts: Sequence[Count]) -> tuple[str, ...]:
 
 def _read_csv(file: Path) -> Listing:
     """Return the images that a CSV file lists; paths are relative to the file."""
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise UserError(f"data file {file} does not exist; give an existing one with --data")
     table = read_table(file, _COLUMNS, frozenset({"patient", "split", "fold"}))
     finder = Finder(table)

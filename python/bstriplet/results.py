@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -228,9 +229,9 @@ def read(directory: Path | str) -> Comparison:
         UserError: the folder is neither, or one of its files is damaged; the message names it.
     """
     folder = Path(directory)
-    if (folder / COMPARE).is_file():
+    if os.path.isfile(folder / COMPARE):
         return _read_comparison(folder)
-    if (folder / CONFIG).is_file():
+    if os.path.isfile(folder / CONFIG):
         run = _read_run(folder)
         return Comparison(folder, (run.scheme,), (run.seed,), (run,))
     raise UserError(
@@ -302,6 +303,8 @@ def read_runs(folder: Path) -> list[Run]:
     Raises:
         UserError: one of the files is damaged; the message names it.
     """
+    if not os.path.isdir(folder):
+        return []
     return [_read_run(config.parent) for config in sorted(folder.glob(f"runs/*/*/{CONFIG}"))]
 
 

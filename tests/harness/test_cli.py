@@ -21,6 +21,7 @@ import torch
 from bstriplet import cli, report, results
 from bstriplet.config import TrainConfig
 from bstriplet.data import load_dataset, split_dataset
+from bstriplet.errors import UserError
 from bstriplet.runs import RunFolder, load_checkpoint, save_checkpoint
 from bstriplet.training import train
 from PIL import Image
@@ -515,7 +516,12 @@ def test_predict_tries_its_output_before_it_reads_an_image(
 ) -> None:
     broken = tmp_path / "broken.png"
     broken.write_text("no image")
-    for output in (tmp_path / "no/out.csv", tmp_path):
+    linked = tmp_path / "linked.csv"
+    try:
+        linked.symlink_to(tmp_path / "no/out.csv")
+    except OSError:
+        linked = tmp_path / "no/linked.csv"  # links cannot be made here
+    for output in (tmp_path / "no/out.csv", tmp_path, linked):
         predicted = bstriplet("predict", "--run", earlier / "run", broken, "--output", output)
         one_clear_line(predicted, f"cannot write {output}")
 
@@ -533,6 +539,28 @@ def test_predict_writes_into_a_pipe(
         if not pipe.is_fifo():
             reader.kill()
         assert reader.communicate()[0] == printed
+
+
+def test_a_path_that_the_system_refuses_is_one_clear_line(earlier: Path, bstriplet: Run) -> None:
+    name = "x" * 300  # no file system takes it
+    for command in (
+        ("data", name),
+        ("data", f"{name}.csv"),
+        ("data", f"{name}.npz"),
+        ("evaluate", "--run", name),
+        ("evaluate", "--run", earlier / "run", "--data", name),
+        ("predict", "--run", earlier / "run", name),
+        ("predict", "--run", earlier / "run", earlier, "--output", name),
+        ("predict", "--run", earlier / "run", earlier, "--output", f"{name}/out.csv"),
+        ("train", *tiny_flags(), "--out", name),
+        ("train", *tiny_flags(), "--out", name, "--resume"),
+        ("compare", *tiny_flags(), "--out", name, "--resume"),
+        ("reproduce", "table3", "--out", name),
+        ("reproduce", "table3", "--from", name, "--out", "out"),
+    ):
+        one_clear_line(bstriplet(*command), name)
+    with pytest.raises(UserError, match=f"{name} is neither"):
+        results.read(name)
 
 
 # --- names and screens that are not UTF-8 -------------------------------------------------------
