@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from bstriplet import paper
 from bstriplet.errors import UserError, unknown_name
-from bstriplet.files import counted_folder, is_image, list_images, why_left_out
+from bstriplet.files import counted_folder, entries_of, is_image, list_images, why_left_out
 from bstriplet.names import (
     Spellings,
     check_apart,
@@ -223,7 +223,7 @@ def _existing_folder(data: str) -> Path:
         raise UserError(f"data folder {root} does not exist; give an existing one with --data")
     if not os.path.isdir(root):
         raise UserError(f"{root} is neither a folder nor a .csv or .npz file; give one of these")
-    if not any(root.iterdir()):
+    if not entries_of(root):
         raise UserError(f"data folder {root} is empty; lay images out as train/CLASS/*")
     return root
 
@@ -245,9 +245,7 @@ def _checked(listing: Listing) -> Listing:
 
 def _folders(folder: Path) -> list[Path]:
     """Return the folders in ``folder``, without hidden ones and those of the system."""
-    return sorted(
-        path for path in folder.iterdir() if path.is_dir() and not why_left_out(path.name)
-    )
+    return [path for path in entries_of(folder) if path.is_dir() and not why_left_out(path.name)]
 
 
 def _parts(folder: Path) -> dict[str, Path]:
@@ -347,7 +345,7 @@ def _note_the_rest(folder: Path, inner: Path, used: Sequence[Path], left_out: Le
     """
     way = [above for above in (inner, *inner.parents) if above.is_relative_to(folder)]
     for here in way:
-        for path in sorted(here.iterdir()):
+        for path in entries_of(here):
             if path in used or path in way:
                 continue
             if not path.is_dir():

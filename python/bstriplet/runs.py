@@ -136,6 +136,7 @@ def check_new(path: Path, *, resume: bool = False) -> None:
     # os.path: Path.exists raises for a name that is too long, or in a folder that is not readable.
     if os.path.exists(path) and not os.path.isdir(path):
         raise UserError(f"output folder {path} is a file; choose another --out")
+    _check_writable(next(p for p in (path, *path.absolute().parents) if os.path.exists(p)), path)
     if os.path.isdir(path) and not all(
         entry.name.startswith(_FIRST_FILES) for entry in path.iterdir()
     ):
@@ -147,7 +148,6 @@ def check_new(path: Path, *, resume: bool = False) -> None:
             f"output folder {path} already exists; continue it with --resume, or choose another "
             "--out"
         )
-    _check_writable(next(p for p in (path, *path.absolute().parents) if os.path.exists(p)), path)
 
 
 def check_free(path: Path) -> None:

@@ -1,8 +1,10 @@
 """Each layout as it is downloaded: recognised, counted, patients read from names and tables."""
 
 import csv
+import re
 import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +117,25 @@ def test_a_linked_class_and_images_without_suffix_are_trained_on(tmp_path: Path)
     dataset = load_dataset(str(tmp_path / "set"), 16)
     assert counts(dataset) == {("train", "a"): 3, ("train", "b"): 4}
     assert dataset.notes == ()
+
+
+def test_a_folder_that_cannot_be_opened_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "train/a", "1.png")
+    allowed = Path.iterdir
+
+    def refused(folder: Path) -> Iterator[Path]:
+        if folder == locked:
+            raise PermissionError(13, "Permission denied")
+        return allowed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    for locked in (tmp_path, tmp_path / "train"):
+        with pytest.raises(
+            UserError, match=f"cannot open {re.escape(str(locked))}: Permission denied"
+        ):
+            load_dataset(str(tmp_path), 16)
 
 
 def test_two_spellings_of_one_part_are_an_error(tmp_path: Path) -> None:
