@@ -408,7 +408,7 @@ def _osteosarcoma(folder: Path) -> Listing | None:
     """Return the osteosarcoma tiles by the table beside them; None if ``folder`` is another set."""
 
     def holds_tiles(inner: Path) -> bool:
-        return (inner / _OSTEOSARCOMA_TABLE).is_file() or any(
+        return os.path.isfile(inner / _OSTEOSARCOMA_TABLE) or any(
             path.name.lower().startswith("training-set-") for path in _folders(inner)
         )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -36,6 +38,8 @@ BATCH_NAMES = {"random": "RS", "mined": "DM"}
 SETTING_NAMES = {"metric_weight": "λ", "margin": "m", "backbone": "", "batch_size": "N_b"}
 PROBABILITY = "prob_"
 COMPARE = "compare.json"
+# What numpy raises for a file that was cut or overwritten.
+_NO_ARRAYS = (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 def scheme_label(scheme: Scheme) -> str:
@@ -116,10 +120,10 @@ class Run:
                     )
                     for row in reader
                 ]
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
             raise _damaged(path, error) from error
-        if not rows:
-            raise _damaged(path, "it lists no image")
+        if len(rows) != (tested := sum(row["support"] for row in self.metrics["per_class"])):
+            raise _damaged(path, f"it lists {len(rows)} images, {tested} were tested")
         files, labels, probabilities = zip(*rows, strict=True)
         return Predictions(np.array(labels, np.int64), np.array(probabilities), classes, files)
 
@@ -135,7 +139,7 @@ class Run:
         try:
             with np.load(path, allow_pickle=False) as stored:
                 return dict(zip(stored["files"].tolist(), stored["pixels"], strict=True))
-        except (OSError, KeyError, ValueError) as error:
+        except _NO_ARRAYS as error:
             raise _damaged(path, error) from error
 
     @cached_property
@@ -146,7 +150,7 @@ class Run:
             with np.load(path, allow_pickle=False) as stored:
                 vectors, labels = stored["embeddings"], stored["labels"]
                 classes = tuple(str(name) for name in stored["classes"])
-        except (OSError, KeyError, ValueError) as error:
+        except _NO_ARRAYS as error:
             raise _damaged(path, error) from error
         if not np.isfinite(vectors).all():
             raise _damaged(path, "it holds NaN or infinity")
