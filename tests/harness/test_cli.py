@@ -526,6 +526,20 @@ def test_predict_tries_its_output_before_it_reads_an_image(
         one_clear_line(predicted, f"cannot write {output}")
 
 
+def test_predict_writes_where_a_link_leads(
+    tree_run: tuple[Path, Path], tmp_path: Path, bstriplet: Run
+) -> None:
+    run, root = tree_run
+    link, table = tmp_path / "link.csv", tmp_path / "table.csv"
+    try:
+        link.symlink_to(table)
+    except OSError:
+        pytest.skip("links cannot be made here")
+    assert bstriplet("predict", "--run", run, root / "test", "--output", link).status == 0
+    assert link.is_symlink()
+    assert table.read_text(encoding="utf-8").startswith("file,predicted,")
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
 def test_predict_writes_into_a_pipe(
     tree_run: tuple[Path, Path], tmp_path: Path, bstriplet: Run
@@ -750,6 +764,12 @@ def test_main_runs_in_a_thread_and_leaves_the_process_as_it_was(
         thread.join()
         assert ended == [0]
         assert state() == before
+    usual = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert bstriplet("evaluate", "--run", tmp_path / "run").status == 0  # in the main thread
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, usual)
 
 
 def test_class_names_with_commas_and_quotes_survive(

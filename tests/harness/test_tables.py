@@ -3,6 +3,8 @@
 import csv
 import io
 import os
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -171,6 +173,28 @@ def test_a_second_column_that_could_be_the_label_is_noted(tmp_path: Path) -> Non
 def test_a_path_is_found_in_another_spelling(tmp_path: Path, written: str, lies: str) -> None:
     listing = read(tmp_path, f"path,label\n{written},a\nx.png,b\n", lies)
     assert listing.entries[0].path.samefile(tmp_path / lies)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, names are Unicode in any locale")
+def test_names_are_the_same_in_a_locale_that_cannot_hold_them(tmp_path: Path) -> None:
+    here = listed(read(tmp_path, "path,label\né/肺.png,é\nx.png,b\n", "é/肺.png"))
+    code = """
+import sys
+from bstriplet.layouts import recognise
+assert sys.getfilesystemencoding() == "ascii"
+listing = recognise(sys.argv[1])
+assert listing.entries[0].path.is_file()
+print(ascii([(listing.name(entry.path), entry.label, entry.patient) for entry in listing.entries]))
+"""
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    there = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "list.csv")],
+        env=os.environ | ascii_only,
+        capture_output=True,
+        check=True,
+        text=True,
+    ).stdout
+    assert there == f"{here!a}\n"
 
 
 def test_one_file_in_two_spellings_is_one_file(tmp_path: Path) -> None:
