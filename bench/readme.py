@@ -44,17 +44,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if it differs")
     check = parser.parse_args(arguments).check
     try:
-        texts = {README: replaced(README.read_text(), section(RESULTS))}
+        texts = {README: replaced(README.read_text(encoding="utf-8"), section(RESULTS))}
     except ValueError as error:
         print(f"{README.name}: {error}", file=sys.stderr)
         return 1
     texts |= {folder / "README.md": page(folder) for folder in table.devices(RESULTS)}
-    changed = [path for path in texts if not path.exists() or path.read_text() != texts[path]]
+    changed = [
+        path
+        for path in texts
+        if not path.exists() or path.read_text(encoding="utf-8") != texts[path]
+    ]
     for path in changed:
         if check:
             print(f"{path} differs from the results; run python -m bench.readme", file=sys.stderr)
         else:
-            path.write_text(texts[path])
+            path.write_text(texts[path], encoding="utf-8")
     return int(check and bool(changed))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from bstriplet.results import Embeddings, Run, read
-from bstriplet.runs import write_atomic
+from bstriplet.runs import write_text
 from bstriplet.summary import p_value, paired_test, to_csv
 
 BASELINE = "ce:random"
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
         map(row_of, runs), key=lambda row: [row[n] for n in ("scheme", "backbone", "seed")]
     )
     table = to_csv(rows[0], [tuple(row.values()) for row in rows])
-    write_atomic(options.out, table.encode())
+    write_text(options.out, table)
     numbers = [name for name, value in rows[0].items() if isinstance(value, float | int)]
     for scheme in dict.fromkeys(row["scheme"] for row in rows):
         of_scheme = [row for row in rows if row["scheme"] == scheme]

@@ -56,8 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options = _parser().parse_args(given)
             options.typed = given
             options.run_command(options)
-            if sys.stdout is not None:
-                sys.stdout.flush()
     except UserError as error:
         _say(f"bstriplet: {one_line(error)}")
         return 2
@@ -65,9 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(f"bstriplet: interrupted; {_how_to_continue(given)}")
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     except BrokenPipeError:  # the reader of our output, such as head, has left
-        if arguments is None:  # else the process, which goes on, may write elsewhere by now
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    finally:
+        if arguments is None:  # else the process, which goes on, may write elsewhere by now
+            _drop_output()
     return 0
 
 
@@ -111,9 +110,38 @@ def _say(text: str) -> None:
 
 
 def _print(*lines: str) -> None:
-    """Print lines on standard output."""
-    for line in lines:
-        _write(sys.stdout, line + "\n")
+    """Print lines on standard output, at once."""
+    _put("".join(line + "\n" for line in lines))
+
+
+def _put(text: str) -> bool:
+    """Write text on standard output, at once, as :func:`_write` does.
+
+    Raises:
+        BrokenPipeError: nobody reads it any more.
+        UserError: it cannot be written to, such as a file on a full disk.
+    """
+    try:
+        whole = _write(sys.stdout, text)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"cannot write standard output: {error.strerror or one_line(error)}; give it "
+            "room (files of results are complete)"
+        ) from error
+    return whole
+
+
+def _drop_output() -> None:
+    """Drop what standard output cannot take: Python would try it once more at its end."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _write(stream: TextIO | None, text: str) -> bool:
@@ -124,11 +152,14 @@ def _write(stream: TextIO | None, text: str) -> bool:
     """
     if stream is None:
         return True
+    encoding = getattr(stream, "encoding", None)
     try:
+        if encoding:  # strictly: a stream may have escapes of its own, as standard error has
+            text.encode(encoding)
         stream.write(text)
         return True
     except UnicodeEncodeError:
-        encoding = getattr(stream, "encoding", None) or "utf-8"
+        encoding = encoding or "utf-8"
     if not isinstance(stream, TextIOWrapper) or "\n".encode(encoding) != b"\n":
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         return False
@@ -497,7 +528,7 @@ def _predict(options: argparse.Namespace) -> None:
     if options.output:
         write_output(options.output, table)
         _say(f"predictions: {options.output}")
-    elif not _write(sys.stdout, table):
+    elif not _put(table):
         _say(
             f"note: some names are escaped, for standard output is {sys.stdout.encoding}; --output "
             "writes UTF-8"

@@ -4,6 +4,7 @@ A scheme may set any field of the configuration, so that the grid of a sweep and
 Table 6 are comparisons too: :class:`Plan` lists them, :func:`compare` runs what is missing.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,7 +79,7 @@ def run_folder(compare_folder: Path, scheme: Scheme, seed: int) -> Path:
 
 def started(folder: Path) -> bool:
     """Whether ``folder`` holds a comparison that can be continued."""
-    return (folder / COMPARE).exists()
+    return os.path.exists(folder / COMPARE)
 
 
 def read_plan(folder: Path) -> Plan:

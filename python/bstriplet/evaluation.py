@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -81,13 +82,14 @@ def load_trained(run: RunFolder) -> TrainedModel:
     classes = tuple(checkpoint["classes"])
     channels = len(checkpoint["model"]["mean"])
     device = choose_device(config.device)
-    model = Classifier(
-        config.backbone,
-        len(classes),
-        channels,
-        embedding=config.embedding,
-        channels_last=config.channels_last,
-    )
+    with torch.random.fork_rng(devices=[]):  # the weights that are drawn first are not kept
+        model = Classifier(
+            config.backbone,
+            len(classes),
+            channels,
+            embedding=config.embedding,
+            channels_last=config.channels_last,
+        )
     model.load_state_dict(checkpoint["model"])
     return TrainedModel(model.to(device), classes, config, device)
 
@@ -250,14 +252,14 @@ def _expand(paths: Sequence[Path]) -> tuple[list[Path], dict[str, list[str]]]:
     files: list[Path] = []
     left_out: dict[str, list[str]] = defaultdict(list)
     for path in paths:
-        if path.is_dir():
+        if os.path.isdir(path):
             found = list_images(path)
             if not found.images:
                 raise UserError(f"folder {path} has no images; give one that has")
             files += found.images
             for reason, names in found.left_out.items():
                 left_out[reason] += names
-        elif path.exists():
+        elif os.path.exists(path):
             files.append(path)
         else:
             raise UserError(f"{path} does not exist; give image files or folders with images")

@@ -81,6 +81,18 @@ def list_images(folder: Path) -> Found:
     return Found(images, {reason: sorted(names) for reason, names in left_out.items()})
 
 
+def entries_of(folder: Path) -> list[Path]:
+    """Return what lies in a folder, sorted.
+
+    Raises:
+        UserError: the folder cannot be opened.
+    """
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise _cannot_open(folder, error) from error
+
+
 def why_left_out(name: str) -> str:
     """Return why a folder of that name is no data; empty where it is."""
     if name.lower() in _SYSTEM_FOLDERS:

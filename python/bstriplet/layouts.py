@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from bstriplet import paper
 from bstriplet.errors import UserError, unknown_name
-from bstriplet.files import counted_folder, is_image, list_images, why_left_out
+from bstriplet.files import counted_folder, entries_of, is_image, list_images, why_left_out
 from bstriplet.names import (
     Spellings,
     check_apart,
@@ -219,11 +219,11 @@ def is_csv(data: str) -> bool:
 def _existing_folder(data: str) -> Path:
     """Return ``data`` as a path after checking that it is a folder with something in it."""
     root = Path(data)
-    if not root.exists():
+    if not os.path.exists(root):
         raise UserError(f"data folder {root} does not exist; give an existing one with --data")
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise UserError(f"{root} is neither a folder nor a .csv or .npz file; give one of these")
-    if not any(root.iterdir()):
+    if not entries_of(root):
         raise UserError(f"data folder {root} is empty; lay images out as train/CLASS/*")
     return root
 
@@ -245,9 +245,7 @@ def _checked(listing: Listing) -> Listing:
 
 def _folders(folder: Path) -> list[Path]:
     """Return the folders in ``folder``, without hidden ones and those of the system."""
-    return sorted(
-        path for path in folder.iterdir() if path.is_dir() and not why_left_out(path.name)
-    )
+    return [path for path in entries_of(folder) if path.is_dir() and not why_left_out(path.name)]
 
 
 def _parts(folder: Path) -> dict[str, Path]:
@@ -347,7 +345,7 @@ def _note_the_rest(folder: Path, inner: Path, used: Sequence[Path], left_out: Le
     """
     way = [above for above in (inner, *inner.parents) if above.is_relative_to(folder)]
     for here in way:
-        for path in sorted(here.iterdir()):
+        for path in entries_of(here):
             if path in used or path in way:
                 continue
             if not path.is_dir():
@@ -410,7 +408,7 @@ def _osteosarcoma(folder: Path) -> Listing | None:
     """Return the osteosarcoma tiles by the table beside them; None if ``folder`` is another set."""
 
     def holds_tiles(inner: Path) -> bool:
-        return (inner / _OSTEOSARCOMA_TABLE).is_file() or any(
+        return os.path.isfile(inner / _OSTEOSARCOMA_TABLE) or any(
             path.name.lower().startswith("training-set-") for path in _folders(inner)
         )
 
@@ -504,21 +502,25 @@ def _differences(counts: Sequence[Count]) -> tuple[str, ...]:
 
 def _read_csv(file: Path) -> Listing:
     """Return the images that a CSV file lists; paths are relative to the file."""
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise UserError(f"data file {file} does not exist; give an existing one with --data")
     table = read_table(file, _COLUMNS, frozenset({"patient", "split", "fold"}))
     finder = Finder(table)
     entries: list[Entry] = []
-    seen: dict[str, str] = {}
+    seen: dict[str, list[tuple[Path, str]]] = defaultdict(list)
     labels: dict[str, str] = {}
     for where, row in table.rows:
         split = row.get("split", TRAIN)
         if split.lower() not in _SPELLINGS:
-            raise UserError(f"{where}: split {split!r} is not one of {', '.join(_SPELLINGS)}")
+            found = f"split {split!r} is not" if split else "no split; write"
+            raise UserError(f"{where}: {found} one of {', '.join(_SPELLINGS)}")
         path = finder.find(where, row["path"])
-        other = seen.setdefault(os.path.normpath(path), where)
-        if other != where:
-            raise UserError(f"{where}: {row['path']} is also in {other}; list it once")
+        # Where case does not count, as on macOS, two spellings lead to one file.
+        twins = seen[one_form(os.path.normpath(path)).casefold()]
+        for other, its_line in twins:
+            if _same_file(path, other):
+                raise UserError(f"{where}: {row['path']} is also in {its_line}; list it once")
+        twins.append((path, where))
         label = one_form(row["label"])
         labels.setdefault(label, where)
         entries.append(
@@ -534,6 +536,14 @@ def _read_csv(file: Path) -> Listing:
         raise UserError(f"{file} lists no images; add lines path,label")
     check_apart(labels)
     return Listing(file.parent, tuple(sorted(labels)), tuple(entries), notes=table.notes)
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file, or would if it were there."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return os.path.normpath(one) == os.path.normpath(other)
 
 
 def _manifest_patients(root: Path, entries: Sequence[Entry]) -> tuple[dict[str, str], list[str]]:
@@ -554,7 +564,7 @@ def _manifest_patients(root: Path, entries: Sequence[Entry]) -> tuple[dict[str, 
         if name is None:
             if there := images.in_other_case(written):
                 raise UserError(f"{where}: {written} does not exist; there is {there}: write it so")
-            if not (root / written).is_file():
+            if not os.path.isfile(root / written):
                 lost.append(f"{where.removeprefix(f'{file}, ')}: {written}")
         elif same_person(patients.setdefault(name, patient)) != same_person(patient):
             raise UserError(

@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import math
+import os
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -60,7 +61,7 @@ def read_medmnist(
     Images are streamed one by one: a file may be larger than memory. Sets of several labels an
     image (ChestMNIST) and of volumes are refused.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"data file {path} does not exist; give an existing one with --data")
     labels, parts = [], []
     try:

@@ -23,6 +23,13 @@ _NOTHING_AS_IT_STANDS = frozenset(("", "NA", "NaT"))
 _LOOKING_LATIN = str.maketrans(
     "АВЕЅІЈКМНОРСТУХасеіјорухѕΑΒΕΖΗΙΚΜΝΟΡΤΥΧο", "ABESIJKMHOPCTYXaceijopyxsABEZHIKMNOPTYXo"
 )
+# What word processors write for a hyphen and for quotes, and the selectors of a character's look.
+_PLAIN_SIGNS = str.maketrans(
+    dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-")
+    | dict.fromkeys("\u2018\u2019\u02bc", "'")
+    | dict.fromkeys("\u201c\u201d\u201e", '"')
+    | dict.fromkeys(map(chr, range(0xFE00, 0xFE10)), "")
+)
 _NOT_IN_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 
 
@@ -93,15 +100,20 @@ def says_nothing(value: str) -> bool:
     return value.casefold() in _NOTHING or value in _NOTHING_AS_IT_STANDS
 
 
-def alike(name: str) -> str:
-    """Return a form that is equal for names that a reader takes for the same.
+def _looks(name: str) -> tuple[str, str]:
+    """Return two forms: names that a reader takes for the same have one in common.
 
-    They differ in case, in width, in characters that are not seen, or in letters of other scripts
-    that look like Latin ones.
+    Such names differ in case, in width, in characters that are not seen, in the sign for a hyphen
+    or a quote, or in letters of other scripts that look like Latin ones. The second form has Latin
+    letters for these; the first has not, for their other case may look like no Latin letter.
     """
-    compatible = unicodedata.normalize("NFKC", name.translate(_LOOKING_LATIN))
-    seen = "".join(letter for letter in compatible if unicodedata.category(letter) != "Cf")
-    return one_form(seen).casefold()
+
+    def look(spelled: str) -> str:
+        compatible = unicodedata.normalize("NFKC", spelled).translate(_PLAIN_SIGNS)
+        seen = "".join(letter for letter in compatible if unicodedata.category(letter) != "Cf")
+        return one_form(seen).casefold()
+
+    return look(name), look(name.translate(_LOOKING_LATIN))
 
 
 def quoted(name: str, other: str) -> str:
@@ -114,8 +126,8 @@ def check_apart(classes: Mapping[str, object]) -> None:
     """Raise if two classes, given with where each stands, look like one."""
     seen: dict[str, str] = {}
     for name, where in classes.items():
-        other = seen.setdefault(alike(name), name)
-        if other != name:
+        others = [seen.setdefault(look, name) for look in _looks(name)]
+        for other in set(others) - {name}:
             raise UserError(
                 f"classes {quoted(other, name)} ({printable(str(classes[other]))}) and "
                 f"{quoted(name, other)} ({printable(str(where))}) look alike; write the one as the "
@@ -125,7 +137,7 @@ def check_apart(classes: Mapping[str, object]) -> None:
 
 def unknown_class(where: object, name: str, known: Collection[str]) -> UserError:
     """Return the error for an image of a class that is not among the training classes."""
-    similar = [other for other in known if alike(other) == alike(name)]
+    similar = [other for other in known if set(_looks(other)) & set(_looks(name))]
     hint = f" ({quoted(name, similar[0])} is not {quoted(similar[0], name)})" if similar else ""
     return UserError(
         f"{where}: class {name} is not among the training classes "

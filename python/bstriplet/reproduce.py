@@ -6,6 +6,7 @@ them; a run that is there is not trained again, one that was cut is continued.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -266,7 +267,7 @@ def train_targets(
         _distinct(scheme, config) for target in targets.values() for scheme in target.schemes
     )
     plan = Plan(config, tuple(schemes), tuple(range(n_seeds)))
-    if not (out / STATE).exists():
+    if not os.path.exists(out / STATE):
         check_new(out, resume=True)
     elif difference := describe_difference(
         config, TrainConfig.from_dict(read_json(out / STATE)["config"])

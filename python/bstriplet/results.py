@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -35,6 +38,8 @@ BATCH_NAMES = {"random": "RS", "mined": "DM"}
 SETTING_NAMES = {"metric_weight": "λ", "margin": "m", "backbone": "", "batch_size": "N_b"}
 PROBABILITY = "prob_"
 COMPARE = "compare.json"
+# What numpy raises for a file that was cut or overwritten.
+_NO_ARRAYS = (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 def scheme_label(scheme: Scheme) -> str:
@@ -115,10 +120,10 @@ class Run:
                     )
                     for row in reader
                 ]
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
             raise _damaged(path, error) from error
-        if not rows:
-            raise _damaged(path, "it lists no image")
+        if len(rows) != (tested := sum(row["support"] for row in self.metrics["per_class"])):
+            raise _damaged(path, f"it lists {len(rows)} images, {tested} were tested")
         files, labels, probabilities = zip(*rows, strict=True)
         return Predictions(np.array(labels, np.int64), np.array(probabilities), classes, files)
 
@@ -134,7 +139,7 @@ class Run:
         try:
             with np.load(path, allow_pickle=False) as stored:
                 return dict(zip(stored["files"].tolist(), stored["pixels"], strict=True))
-        except (OSError, KeyError, ValueError) as error:
+        except _NO_ARRAYS as error:
             raise _damaged(path, error) from error
 
     @cached_property
@@ -145,7 +150,7 @@ class Run:
             with np.load(path, allow_pickle=False) as stored:
                 vectors, labels = stored["embeddings"], stored["labels"]
                 classes = tuple(str(name) for name in stored["classes"])
-        except (OSError, KeyError, ValueError) as error:
+        except _NO_ARRAYS as error:
             raise _damaged(path, error) from error
         if not np.isfinite(vectors).all():
             raise _damaged(path, "it holds NaN or infinity")
@@ -228,9 +233,9 @@ def read(directory: Path | str) -> Comparison:
         UserError: the folder is neither, or one of its files is damaged; the message names it.
     """
     folder = Path(directory)
-    if (folder / COMPARE).is_file():
+    if os.path.isfile(folder / COMPARE):
         return _read_comparison(folder)
-    if (folder / CONFIG).is_file():
+    if os.path.isfile(folder / CONFIG):
         run = _read_run(folder)
         return Comparison(folder, (run.scheme,), (run.seed,), (run,))
     raise UserError(
@@ -302,6 +307,8 @@ def read_runs(folder: Path) -> list[Run]:
     Raises:
         UserError: one of the files is damaged; the message names it.
     """
+    if not os.path.isdir(folder):
+        return []
     return [_read_run(config.parent) for config in sorted(folder.glob(f"runs/*/*/{CONFIG}"))]
 
 

@@ -107,21 +107,22 @@ def write_output(path: Path, text: str) -> None:
 
 def check_output(path: Path) -> None:
     """Raise unless :func:`write_output` can write to ``path``: better known before the work."""
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
     if not _is_special(path):
-        _check_writable(path.parent, path)
+        _check_writable(Path(os.path.realpath(path)).parent, path)
 
 
 def _is_special(path: Path) -> bool:
     """Whether ``path`` is a pipe or a device, such as /dev/stdout."""
-    return path.exists() and not path.is_file()
+    return os.path.exists(path) and not os.path.isfile(path)
 
 
 def _check_writable(folder: Path, path: Path) -> None:
     """Raise, naming ``path``, unless a file can be made in ``folder``."""
     try:
-        with tempfile.TemporaryFile(dir=folder):
+        # Named as `write_atomic` names it: a name may be too long, or not allowed.
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}."):
             pass
     except OSError as error:
         raise cannot_write(path, error) from error
@@ -132,9 +133,13 @@ def check_new(path: Path, *, resume: bool = False) -> None:
 
     resume: whether the command would have gone on with what it had left there itself.
     """
-    if path.exists() and not path.is_dir():
+    # os.path: Path.exists raises for a name that is too long, or in a folder that is not readable.
+    if os.path.exists(path) and not os.path.isdir(path):
         raise UserError(f"output folder {path} is a file; choose another --out")
-    if path.is_dir() and not all(entry.name.startswith(_FIRST_FILES) for entry in path.iterdir()):
+    _check_writable(next(p for p in (path, *path.absolute().parents) if os.path.exists(p)), path)
+    if os.path.isdir(path) and not all(
+        entry.name.startswith(_FIRST_FILES) for entry in path.iterdir()
+    ):
         if resume:
             raise UserError(
                 f"{path} has files, but none that this command can go on from; choose another --out"
@@ -143,12 +148,11 @@ def check_new(path: Path, *, resume: bool = False) -> None:
             f"output folder {path} already exists; continue it with --resume, or choose another "
             "--out"
         )
-    _check_writable(next(p for p in (path, *path.absolute().parents) if p.exists()), path)
 
 
 def check_free(path: Path) -> None:
     """Raise if another process holds the folder: better before the images are read than after."""
-    if (path / LOCK).exists():
+    if os.path.exists(path / LOCK):
         with locked_folder(path):
             pass
 
@@ -219,7 +223,7 @@ class RunFolder:
     @property
     def started(self) -> bool:
         """Whether there is a configuration to continue from."""
-        return (self.path / CONFIG).exists()
+        return os.path.exists(self.path / CONFIG)
 
     @property
     def finished(self) -> bool:
@@ -228,7 +232,7 @@ class RunFolder:
 
     def config(self) -> TrainConfig:
         """Return the run's configuration."""
-        if not self.path.is_dir():
+        if not os.path.isdir(self.path):
             raise UserError(f"run folder {self.path} does not exist; give the --out of a run")
         if not self.started:
             raise UserError(f"{self.path} is not a run folder (no config.json); give one")

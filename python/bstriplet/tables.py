@@ -5,13 +5,13 @@ import csv
 import io
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from bstriplet.errors import UserError, one_line
-from bstriplet.names import Spellings, decode, letters, on_disk, says_nothing
+from bstriplet.names import Spellings, decode, letters, on_disk, printable, says_nothing
 
 DELIMITERS = (",", ";", "\t")
 # UTF-32 first: its mark begins as that of UTF-16 does.
@@ -23,6 +23,7 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _EXCEL_DELIMITER = re.compile('"?sep=([^\\w\\s"]|\t)"?[ \t]*(?=[\r\n]|$)', re.IGNORECASE)
+_BYTES = re.compile("[\udc80-\udcff]")  # those that are not UTF-8, see `names`
 _WINDOWS_DRIVE = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 
@@ -70,6 +71,7 @@ def read_table(
         rows = tuple(_rows(file, records, names, places, optional)) if places else ()
     except (OSError, UnicodeError, csv.Error) as error:
         raise UserError(f"cannot read {file}: {one_line(error)}; mend or remove it") from error
+    notes += _note_on_bytes(file, rows) if _BYTES.search(text) else ()
     if encoding in ("cp1252", "latin-1"):
         notes.append(
             f"{file.name} is not UTF-8 and was read as {encoding}; save it as UTF-8 if names in it "
@@ -90,7 +92,7 @@ def _decoded(content: bytes) -> tuple[str, str]:
         return content.decode("utf-16-be"), "utf-16-be"
     text = decode(content)
     beyond_ascii = re.search("[^\0-\x7f\udc80-\udcff]", text)
-    if beyond_ascii or not re.search("[\udc80-\udcff]", text):
+    if beyond_ascii or not _BYTES.search(text):
         return text, "utf-8"  # where some bytes do not fit, they are of names of files
     try:
         return content.decode("cp1252"), "cp1252"
@@ -155,6 +157,21 @@ def _places(
     return places, notes
 
 
+def _note_on_bytes(file: Path, rows: Sequence[Row]) -> Iterator[str]:
+    """Yield the note on cells that are not UTF-8 in a table that is, but for these."""
+    odd = [
+        f"{where.removeprefix(f'{file}, ')}: {printable(value)}"
+        for where, values in rows
+        for value in values.values()
+        if _BYTES.search(value)
+    ]
+    if odd:
+        yield (
+            f"{file.name} is UTF-8 but for {len(odd)} cells, whose bytes are kept ({odd[0]}); save "
+            "it as UTF-8 if names in it are not what they should be"
+        )
+
+
 def _rows(
     file: Path,
     records: Iterator[tuple[int, list[str]]],
@@ -166,9 +183,13 @@ def _rows(
     for line, cells in records:
         where = f"{file}, line {line}"
         if len(cells) < width or any(cell.strip() for cell in cells[width:]):
+            hint = (
+                "an empty cell needs its delimiter too"
+                if len(cells) < width
+                else "a cell that holds the delimiter needs quotes"
+            )
             raise UserError(
-                f"{where}: {len(cells)} cells, but {width} columns; mend or remove it (a cell that "
-                "holds the delimiter needs quotes)"
+                f"{where}: {len(cells)} cells, but {width} columns; mend or remove it ({hint})"
             )
         values = {key: cells[place].strip() for key, place in places.items()}
         for key, value in values.items():

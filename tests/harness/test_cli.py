@@ -21,6 +21,7 @@ import torch
 from bstriplet import cli, report, results
 from bstriplet.config import TrainConfig
 from bstriplet.data import load_dataset, split_dataset
+from bstriplet.errors import UserError
 from bstriplet.runs import RunFolder, load_checkpoint, save_checkpoint
 from bstriplet.training import train
 from PIL import Image
@@ -515,9 +516,28 @@ def test_predict_tries_its_output_before_it_reads_an_image(
 ) -> None:
     broken = tmp_path / "broken.png"
     broken.write_text("no image")
-    for output in (tmp_path / "no/out.csv", tmp_path):
+    linked = tmp_path / "linked.csv"
+    try:
+        linked.symlink_to(tmp_path / "no/out.csv")
+    except OSError:
+        linked = tmp_path / "no/linked.csv"  # links cannot be made here
+    for output in (tmp_path / "no/out.csv", tmp_path, linked):
         predicted = bstriplet("predict", "--run", earlier / "run", broken, "--output", output)
         one_clear_line(predicted, f"cannot write {output}")
+
+
+def test_predict_writes_where_a_link_leads(
+    tree_run: tuple[Path, Path], tmp_path: Path, bstriplet: Run
+) -> None:
+    run, root = tree_run
+    link, table = tmp_path / "link.csv", tmp_path / "table.csv"
+    try:
+        link.symlink_to(table)
+    except OSError:
+        pytest.skip("links cannot be made here")
+    assert bstriplet("predict", "--run", run, root / "test", "--output", link).status == 0
+    assert link.is_symlink()
+    assert table.read_text(encoding="utf-8").startswith("file,predicted,")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
@@ -533,6 +553,28 @@ def test_predict_writes_into_a_pipe(
         if not pipe.is_fifo():
             reader.kill()
         assert reader.communicate()[0] == printed
+
+
+def test_a_path_that_the_system_refuses_is_one_clear_line(earlier: Path, bstriplet: Run) -> None:
+    name = "x" * 300  # no file system takes it
+    for command in (
+        ("data", name),
+        ("data", f"{name}.csv"),
+        ("data", f"{name}.npz"),
+        ("evaluate", "--run", name),
+        ("evaluate", "--run", earlier / "run", "--data", name),
+        ("predict", "--run", earlier / "run", name),
+        ("predict", "--run", earlier / "run", earlier, "--output", name),
+        ("predict", "--run", earlier / "run", earlier, "--output", f"{name}/out.csv"),
+        ("train", *tiny_flags(), "--out", name),
+        ("train", *tiny_flags(), "--out", name, "--resume"),
+        ("compare", *tiny_flags(), "--out", name, "--resume"),
+        ("reproduce", "table3", "--out", name),
+        ("reproduce", "table3", "--from", name, "--out", "out"),
+    ):
+        one_clear_line(bstriplet(*command), name)
+    with pytest.raises(UserError, match=f"{name} is neither"):
+        results.read(name)
 
 
 # --- names and screens that are not UTF-8 -------------------------------------------------------
@@ -633,6 +675,43 @@ def test_streams_of_notebooks_and_none_at_all(
     assert cli.main(["predict"]) == 2
 
 
+def test_standard_error_names_a_file_by_its_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the command with which to continue can be copied."""
+    screen = TextIOWrapper(BytesIO(), encoding="utf-8", errors="backslashreplace")
+    monkeypatch.setattr(sys, "stderr", screen)
+    assert cli.main(["evaluate", "--run", str(tmp_path / "norm\udce9")]) == 2
+    assert b"/norm\xe9 does not exist" in screen.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_screen_that_would_write_question_marks_gets_escapes(
+    odd_run: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, root = odd_run
+    screen = TextIOWrapper(BytesIO(), encoding="ascii", errors="replace")
+    monkeypatch.setattr(sys, "stdout", screen)
+    assert cli.main(["predict", "--run", str(run), str(root / "test")]) == 0
+    content = screen.buffer.getvalue()  # type: ignore[attr-defined]
+    assert rb"\u80ba\u708e" in content
+    assert b"?" not in content
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no such device here")
+def test_an_output_without_room_is_one_clear_line(
+    odd_run: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, root = odd_run
+    monkeypatch.setattr(sys, "argv", ["bstriplet", "data", str(root), "--image-size", "32"])
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main() == 2
+        full.flush()  # as Python does at its end
+    assert capsys.readouterr().err.startswith("bstriplet: cannot write standard output: No space")
+
+
 def test_results_are_on_disk_before_anything_is_printed(
     tmp_path: Path, make_tree: MakeTree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -672,13 +751,25 @@ def test_main_runs_in_a_thread_and_leaves_the_process_as_it_was(
             signal.getsignal(signal.SIGTERM),
         )
 
-    before, ended = state(), []
-    command = ["train", *tiny_flags(epochs=1), "--out", tmp_path / "run"]
-    thread = threading.Thread(target=lambda: ended.append(bstriplet(*command).status))
-    thread.start()
-    thread.join()
-    assert ended == [0]
-    assert state() == before
+    before = state()
+    for command in (
+        ["train", *tiny_flags(epochs=1), "--out", tmp_path / "run"],
+        ["evaluate", "--run", tmp_path / "run"],
+    ):
+        ended: list[int] = []
+        thread = threading.Thread(
+            target=lambda c, e: e.append(bstriplet(*c).status), args=(command, ended)
+        )
+        thread.start()
+        thread.join()
+        assert ended == [0]
+        assert state() == before
+    usual = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert bstriplet("evaluate", "--run", tmp_path / "run").status == 0  # in the main thread
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, usual)
 
 
 def test_class_names_with_commas_and_quotes_survive(

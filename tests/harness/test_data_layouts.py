@@ -1,8 +1,10 @@
 """Each layout as it is downloaded: recognised, counted, patients read from names and tables."""
 
 import csv
+import re
 import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +117,25 @@ def test_a_linked_class_and_images_without_suffix_are_trained_on(tmp_path: Path)
     dataset = load_dataset(str(tmp_path / "set"), 16)
     assert counts(dataset) == {("train", "a"): 3, ("train", "b"): 4}
     assert dataset.notes == ()
+
+
+def test_a_folder_that_cannot_be_opened_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "train/a", "1.png")
+    allowed = Path.iterdir
+
+    def refused(folder: Path) -> Iterator[Path]:
+        if folder == locked:
+            raise PermissionError(13, "Permission denied")
+        return allowed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    for locked in (tmp_path, tmp_path / "train"):
+        with pytest.raises(
+            UserError, match=f"cannot open {re.escape(str(locked))}: Permission denied"
+        ):
+            load_dataset(str(tmp_path), 16)
 
 
 def test_two_spellings_of_one_part_are_an_error(tmp_path: Path) -> None:
@@ -250,10 +271,11 @@ def test_a_manifest_may_spell_names_in_other_ways(tmp_path: Path) -> None:
 
 def test_what_a_manifest_names_in_vain_is_counted(tmp_path: Path) -> None:
     root = make_tree_with_manifest(
-        tmp_path, "file,patient\ntrain/a/0.jpg,Ann\ntrain/a/1.png,Bob\nx.png,Eve\n"
+        tmp_path,
+        f"file,patient\ntrain/a/0.jpg,Ann\ntrain/a/1.png,Bob\nx.png,Eve\n{'x' * 300},Joe\n",
     )
     lost, _ = load_dataset(str(root), 16).notes
-    assert "2 patients of manifest.csv are not those of an image: line 2: train/a/0.jpg," in lost
+    assert "3 patients of manifest.csv are not those of an image: line 2: train/a/0.jpg," in lost
     (root / "manifest.csv").write_text("file,split\ntrain/a/0.png,train\n")
     (note,) = load_dataset(str(root), 16).notes
     assert "manifest.csv has no column patient" in note
@@ -483,7 +505,7 @@ def test_patients_are_compared_in_one_form_and_nan_is_none(tmp_path: Path) -> No
         ("path,label", ["images/0.png,a", "images/1.png,"], "line 3: no label; fill it"),
         ("path,label", [*ROWS, ROWS[0]], r"line 10: images/0\.png is also in .*line 2"),
         ("path,label,split", [f"{row},fit" for row in ROWS], "line 2: split 'fit' is not one of"),
-        ("path,label,split", [f"{row}," for row in ROWS], "line 2: split '' is not one of"),
+        ("path,label,split", [f"{row}," for row in ROWS], "line 2: no split; write one of"),
         ("path,label,fold", [*(f"{row},1" for row in ROWS[1:]), f"{ROWS[0]},"], "has no fold"),
         ("path,label", ROWS[::2], "one class only, 'a'"),
         ("path,label", [], "lists no images"),

@@ -327,6 +327,16 @@ def test_a_damaged_file_is_named(compare_folder, name, content, words):
         report.build(compare_folder)
 
 
+@pytest.mark.parametrize("name", ["predictions.csv", "embeddings.npz", "mistakes.npz"])
+def test_a_file_that_was_cut_is_named(compare_folder, name):
+    path = compare_folder / "runs" / "ce-random" / "seed-0" / name
+    content = path.read_bytes()
+    # predictions.csv ends with a whole row then, so that only the rows' number tells
+    path.write_bytes(content[: content.rindex(b"\n", 0, len(content) // 2) + 1])
+    with pytest.raises(UserError, match=f"{name} cannot be used"):
+        report.build(compare_folder)
+
+
 def test_a_folder_of_neither_kind_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"neither a run folder .* nor a compare folder"):
         report.build(tmp_path)

@@ -3,6 +3,8 @@
 import csv
 import io
 import os
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -76,6 +78,17 @@ def test_a_table_that_is_not_unicode_is_read_with_a_note(tmp_path: Path) -> None
     assert "not UTF-8 and was read as cp1252" in note
 
 
+@pytest.mark.parametrize("encoding", ["gbk", "cp1252"])
+def test_cells_of_another_encoding_than_the_rest_are_noted(tmp_path: Path, encoding: str) -> None:
+    """Some words of GBK and of cp1252 are UTF-8 of other letters, which says little of a table."""
+    words = {"gbk": ("联通", "正常"), "cp1252": ("Ã©", "café")}[encoding]
+    rows = "".join(f"{row}.png,{word}\n" for row, word in enumerate(words))
+    (note,) = read(tmp_path, f"path,label\n{rows}".encode(encoding)).notes
+    assert "list.csv is UTF-8 but for" in note
+    assert "cells, whose bytes are kept (line" in note
+    assert "\\x" in note
+
+
 def test_names_of_files_that_are_not_utf_8_are_found(tmp_path: Path) -> None:
     """In the table of a list of files as well as in one of an old code page."""
     names = b"\xe9/0.png", "肺\udcff.png".encode("utf-8", "surrogateescape")
@@ -116,8 +129,9 @@ def test_any_cells_are_read_back(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("path,label\n0.png\n", "line 2: 1 cells, but 2 columns; mend or remove"),
-        ("path,label\n0.png,a,b\n", "line 2: 3 cells, but 2 columns"),
+        ("path,label\n0.png\n", "line 2: 1 cells, but 2 columns; mend .*an empty cell needs"),
+        ("path,label\n0.png,a,b\n", "line 2: 3 cells, but 2 columns; .*needs quotes"),
+        ("path,label,split\n0.png,a,nan\n", "line 2: no split; write one of train,"),
         ("path,label,Label\n0.png,a,b\n", "two columns 'label'"),
         ("path,label\n0.png,a\n1\0.png,b\n", "line 3: holds a NUL character"),
         ('path,label\n"0.png,a\n1.png,b\n', "line 3: unexpected end of data"),
@@ -161,9 +175,40 @@ def test_a_path_is_found_in_another_spelling(tmp_path: Path, written: str, lies:
     assert listing.entries[0].path.samefile(tmp_path / lies)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, names are Unicode in any locale")
+def test_names_are_the_same_in_a_locale_that_cannot_hold_them(tmp_path: Path) -> None:
+    here = listed(read(tmp_path, "path,label\né/肺.png,é\nx.png,b\n", "é/肺.png"))
+    code = """
+import sys
+from bstriplet.layouts import recognise
+assert sys.getfilesystemencoding() == "ascii"
+listing = recognise(sys.argv[1])
+assert listing.entries[0].path.is_file()
+print(ascii([(listing.name(entry.path), entry.label, entry.patient) for entry in listing.entries]))
+"""
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    there = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "list.csv")],
+        env=os.environ | ascii_only,
+        capture_output=True,
+        check=True,
+        text=True,
+    ).stdout
+    assert there == f"{here!a}\n"
+
+
 def test_one_file_in_two_spellings_is_one_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"line 3: .* is also in .*line 2"):
         read(tmp_path, "path,label\ni/0.png,a\ni\\0.png,b\n", "i/0.png")
+
+
+def test_one_file_in_two_cases_is_one_file(tmp_path: Path) -> None:
+    """A file system that does not tell case has both names; here, a second link does."""
+    (tmp_path / "img.png").touch()
+    if not (tmp_path / "IMG.png").exists():
+        os.link(tmp_path / "img.png", tmp_path / "IMG.png")
+    with pytest.raises(UserError, match=r"line 3: IMG\.png is also in .*line 2"):
+        read(tmp_path, "path,label\nimg.png,a\nIMG.png,b\n")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there, these are paths like any other")
@@ -187,6 +232,10 @@ def test_a_path_in_another_case_is_named(tmp_path: Path) -> None:
         ("c\u0430t", "cat", r"'c\\u0430t' .* 'cat'"),  # a Cyrillic letter
         ("cat", "ca\u200bt", r"'cat' .* 'ca\\u200bt'"),
         ("cat", "\uff43at", r"'cat' .* '\\uff43at'"),
+        ("Вид", "вид", ".*"),  # of which only the capital looks Latin
+        ("non-tumor", "non\u2013tumor", r"'non-tumor' .* 'non\\u2013tumor'"),
+        ("Crohn's", "Crohn\u2019s", r".*Crohn's.* 'Crohn\\u2019s'"),
+        ("\u2764", "\u2764\ufe0f", r"'\\u2764' .* '\\u2764\\ufe0f'"),
     ],
 )
 def test_classes_that_look_alike_are_refused_and_told_apart(
