@@ -56,8 +56,8 @@ def read_table(
     that there is none, such as NaN, is an error there, and else empty.
 
     Raises:
-        UserError: the file cannot be read, has no such column or has it twice, a row has not as
-            many cells as the header, or no value; the message names the line.
+        UserError: the file cannot be read, has no such column or has it twice, a row has more cells
+            than the header, or no value; the message names the line.
     """
     try:
         text, encoding = _decoded(file.read_bytes())
@@ -148,7 +148,10 @@ def _places(
                 raise UserError(f"{file} has two columns {spellings[0]!r}; remove one of them")
         elif key not in optional:
             listed = ", ".join(name.strip() for name in names if name.strip())
-            raise UserError(f"{file} has no column {spellings[0]!r}; it has {listed or 'none'}")
+            raise UserError(
+                f"{file} has no column {spellings[0]!r}; it has {listed or 'none'} (columns are "
+                "parted by commas, semicolons or tabs)"
+            )
         if len(set(there)) > 1:
             used, *ignored = (names[found.index(name)].strip() for name in dict.fromkeys(there))
             notes.append(
@@ -182,15 +185,12 @@ def _rows(
     width = max((place + 1 for place, name in enumerate(names) if name.strip()), default=0)
     for line, cells in records:
         where = f"{file}, line {line}"
-        if len(cells) < width or any(cell.strip() for cell in cells[width:]):
-            hint = (
-                "an empty cell needs its delimiter too"
-                if len(cells) < width
-                else "a cell that holds the delimiter needs quotes"
-            )
+        if any(cell.strip() for cell in cells[width:]):
             raise UserError(
-                f"{where}: {len(cells)} cells, but {width} columns; mend or remove it ({hint})"
+                f"{where}: {len(cells)} cells, but {width} columns; put a cell that holds the "
+                "delimiter in quotes, or remove the line"
             )
+        cells += [""] * (width - len(cells))  # spreadsheets leave the last empty ones out
         values = {key: cells[place].strip() for key, place in places.items()}
         for key, value in values.items():
             if not (says_nothing(value) or (key in optional and value.casefold() == "none")):

@@ -129,8 +129,8 @@ def test_any_cells_are_read_back(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("path,label\n0.png\n", "line 2: 1 cells, but 2 columns; mend .*an empty cell needs"),
-        ("path,label\n0.png,a,b\n", "line 2: 3 cells, but 2 columns; .*needs quotes"),
+        ("path,label\n0.png\n", "line 2: no label; fill it"),
+        ("path,label\n0.png,a,b\n", "line 2: 3 cells, but 2 columns; put .* in quotes"),
         ("path,label,split\n0.png,a,nan\n", "line 2: no split; write one of train,"),
         ("path,label,Label\n0.png,a,b\n", "two columns 'label'"),
         ("path,label\n0.png,a\n1\0.png,b\n", "line 3: holds a NUL character"),
