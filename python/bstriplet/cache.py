@@ -22,6 +22,7 @@ from bstriplet.errors import UserError, one_line
 from bstriplet.files import is_dicom
 from bstriplet.images import in_parallel
 from bstriplet.pixels import Pixels, TooLarge, Unreadable
+from bstriplet.raster import libraries_at_work
 
 CACHE_VARIABLE = "BSTRIPLET_CACHE"
 CACHE_VERSION = 2  # part of the key: raise it when the same file would decode to other pixels
@@ -265,12 +266,13 @@ def _read_file(source: tuple[Path, str], size: int, channels: int | None, max_pi
         picture = images.decode_image(content, size, channels, max_pixels)
     except Unreadable as reason:
         return Item(reason, digest)
-    patient = ""
+    patient, notes = "", [*picture.notes]
     if is_dicom(content):
         from bstriplet.dicom import read_patient  # pydicom is an optional package
 
-        patient = read_patient(content)
-    return Item(picture.pixels, digest, patient, picture.notes, picture.area)
+        with libraries_at_work(lambda _: None):  # a warning may quote the ID
+            patient = read_patient(content, notes.append)
+    return Item(picture.pixels, digest, patient, tuple(dict.fromkeys(notes)), picture.area)
 
 
 def file_digests(paths: Sequence[Path]) -> list[str]:
