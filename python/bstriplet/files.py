@@ -108,6 +108,11 @@ def is_dicom(content: bytes) -> bool:
     return content[128:132] == b"DICM" or _DICOM_ELEMENT.match(content) is not None
 
 
+def begins_as_image(content: bytes) -> bool:
+    """Whether ``content`` begins as an image of a known kind does, DICOM aside."""
+    return _BEGINNINGS.match(content) is not None
+
+
 def _why_no_image(path: str, name: str) -> str:
     """Return why a file is left out; empty where it is an image."""
     if name.startswith("."):
@@ -125,7 +130,7 @@ def _begins_as_image(path: str) -> bool:
         raise _cannot_open(path, error) from error
     if is_dicom(head):
         return _DICOM_DIRECTORY not in head
-    return _BEGINNINGS.match(head) is not None
+    return begins_as_image(head)
 
 
 def _identity(folder: str | Path) -> tuple[int, int] | str:
