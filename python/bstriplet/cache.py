@@ -163,21 +163,31 @@ def _cached(
     try:
         if not folder.exists():
             _fill(folder, count, size, channels, read)
-        pixels = np.load(folder / "pixels.npy", mmap_mode="r")
-        about = json.loads((folder / "about.json").read_text())
+        return _load(folder, count)
     except OSError as error:
         raise UserError(
             f"image cache {cache_folder()}: {error.strerror or one_line(error)}; set "
             f"{CACHE_VARIABLE} to a folder that can be written and has room"
         ) from error
-    except ValueError as error:
+
+
+def _load(folder: Path, count: int) -> tuple[Decoded, "_Limits"]:
+    """Return what a folder of the cache holds; one that is not whole is a :class:`UserError`."""
+    try:
+        pixels = np.load(folder / "pixels.npy", mmap_mode="r")
+        about = json.loads((folder / "about.json").read_text())
+        broken, patients = (
+            {int(position): text for position, text in about[name].items()}
+            for name in ("broken", "patients")
+        )
+        decoded = Decoded(pixels, broken, about["digests"], patients, about["notes"], folder.name)
+        if not len(decoded.pixels) == len(decoded.digests) == count:
+            raise ValueError("not as many images as there are")
+        return decoded, _Limits(**about["limits"])
+    except Exception as error:  # damaged bytes fail in many ways
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise
         raise UserError(f"image cache {folder} is damaged; delete that folder") from error
-    broken, patients = (
-        {int(position): text for position, text in about[name].items()}
-        for name in ("broken", "patients")
-    )
-    decoded = Decoded(pixels, broken, about["digests"], patients, about["notes"], key)
-    return decoded, _Limits(**about["limits"])
 
 
 def _fill(folder: Path, count: int, size: int, channels: int | None, read: Read) -> None:
