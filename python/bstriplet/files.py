@@ -39,6 +39,7 @@ _SYSTEM_FOLDERS = frozenset({
 HIDDEN = "hidden files or folders were left out"
 SYSTEM = "folders of thumbnails, deleted or system files were left out"
 NO_IMAGES = "files of kinds that are not read were left out"
+NOWHERE = "links that lead nowhere were left out"
 REPEATED = "links to folders that hold them or are read already were left out"
 
 
@@ -73,7 +74,7 @@ def list_images(folder: Path) -> Found:
         folders[:] = sorted(name for name in folders if not why_left_out(name))
         for name in files:
             path = os.path.join(parent, name)
-            if reason := _why_no_image(path, name):
+            if reason := why_no_image(path):
                 left_out[reason].append(path)
             else:
                 found.append(path)
@@ -88,9 +89,16 @@ def why_left_out(name: str) -> str:
     return HIDDEN if name.startswith(".") else ""
 
 
-def is_image(path: Path) -> bool:
-    """Whether a file is an image and not hidden: by its suffix, else by how it begins."""
-    return not _why_no_image(str(path), path.name)
+def why_no_image(path: str) -> str:
+    """Return why a file is left out; empty where it is an image, by suffix, else by content."""
+    name = os.path.basename(path)
+    if name.startswith("."):
+        return HIDDEN
+    if os.path.splitext(name)[1].lower() in SUFFIXES:
+        return ""
+    if os.path.isfile(path):
+        return "" if _begins_as_image(path) else NO_IMAGES
+    return NO_IMAGES if os.path.exists(path) else NOWHERE
 
 
 def counted_folder(folder: str) -> str:
@@ -111,15 +119,6 @@ def is_dicom(content: bytes) -> bool:
 def begins_as_image(content: bytes) -> bool:
     """Whether ``content`` begins as an image of a known kind does, DICOM aside."""
     return _BEGINNINGS.match(content) is not None
-
-
-def _why_no_image(path: str, name: str) -> str:
-    """Return why a file is left out; empty where it is an image."""
-    if name.startswith("."):
-        return HIDDEN
-    if os.path.splitext(name)[1].lower() in SUFFIXES:
-        return ""
-    return "" if os.path.isfile(path) and _begins_as_image(path) else NO_IMAGES
 
 
 def _begins_as_image(path: str) -> bool:

@@ -1,17 +1,19 @@
 """Each layout as it is downloaded: recognised, counted, patients read from names and tables."""
 
 import csv
+import os
 import unicodedata
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from bstriplet import paper
+from bstriplet import files, paper
 from bstriplet.config import TrainConfig
 from bstriplet.data import Dataset, load_dataset, load_test_images, split_dataset
 from bstriplet.errors import UserError
-from bstriplet.layouts import recognise
+from bstriplet.files import NOWHERE
+from bstriplet.layouts import NOT_OPENED, recognise
 from PIL import Image
 
 GENERATOR = np.random.default_rng(0)
@@ -115,6 +117,36 @@ def test_a_linked_class_and_images_without_suffix_are_trained_on(tmp_path: Path)
     dataset = load_dataset(str(tmp_path / "set"), 16)
     assert counts(dataset) == {("train", "a"): 3, ("train", "b"): 4}
     assert dataset.notes == ()
+
+
+def test_a_class_that_is_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    for label in "ab":
+        write_images(tmp_path / "train" / label, *(f"{i}.png" for i in range(5)))
+    try:
+        (tmp_path / "train" / "c").symlink_to(tmp_path / "unmounted")
+    except OSError:
+        pytest.skip("links cannot be made here")
+    assert load_dataset(str(tmp_path), 16).notes == (f"1 {NOWHERE}: train/c",)
+
+
+def test_what_cannot_be_opened_beside_the_data_is_named_and_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A spreadsheet that is open elsewhere, a folder of somebody else."""
+    for label in "ab":
+        write_images(tmp_path / "train" / label, *(f"{i}.png" for i in range(5)))
+    write_images(tmp_path / "locked", "a.png")
+    (tmp_path / "labels.xlsx").write_bytes(b"PK")
+    scan = os.scandir
+
+    def refuse(path: str | Path, *mode: str) -> object:
+        if mode or str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(files, "open", refuse, raising=False)
+    assert recognise(str(tmp_path)).left_out_notes == (f"2 {NOT_OPENED}: labels.xlsx, locked",)
 
 
 def test_two_spellings_of_one_part_are_an_error(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from bstriplet import files
 from bstriplet.errors import UserError
-from bstriplet.files import HIDDEN, NO_IMAGES, REPEATED, SYSTEM, list_images
+from bstriplet.files import HIDDEN, NO_IMAGES, NOWHERE, REPEATED, SYSTEM, list_images
 from PIL import Image, features
 
 
@@ -84,10 +84,12 @@ def test_links_to_folders_and_files_are_followed(tmp_path: Path) -> None:
     link(tmp_path / "class/more", tmp_path / "elsewhere")
     link(tmp_path / "class/d.png", tmp_path / "elsewhere/b.png")
     link(tmp_path / "class/e.png", tmp_path / "nowhere.png")
+    link(tmp_path / "class/unmounted", tmp_path / "nowhere")
+    link(tmp_path / "class/itself", tmp_path / "class/itself")
     images, left_out = names_of(tmp_path / "class")
     # a link to nothing is an image that cannot be read, not one that is not there
     assert images == ["c.png", "d.png", "e.png", "more/b.png", "more/deep/a.png"]
-    assert left_out == {}
+    assert left_out == {NOWHERE: ["itself", "unmounted"]}
 
 
 def test_links_cannot_lead_in_a_circle_nor_twice_to_one_folder(tmp_path: Path) -> None:
