@@ -61,23 +61,32 @@ def list_images(folder: Path) -> Found:
     found: list[str] = []
     left_out: dict[str, list[str]] = defaultdict(list)
     seen = {_identity(above) for above in folder.resolve().parents if above.exists()}
-    for parent, folders, files in os.walk(folder, onerror=_stop, followlinks=True):
-        identity = _identity(parent)
-        if identity in seen:
-            left_out[REPEATED].append(parent)
-            folders.clear()
-            continue
-        seen.add(identity)
-        for name in folders:
-            if reason := why_left_out(name):
-                left_out[reason].append(counted_folder(os.path.join(parent, name)))
-        folders[:] = sorted(name for name in folders if not why_left_out(name))
-        for name in files:
-            path = os.path.join(parent, name)
-            if reason := why_no_image(path):
-                left_out[reason].append(path)
-            else:
-                found.append(path)
+    # Links come last: images that lie in the folder itself have the names that they have there.
+    starts = [str(folder)]
+    for start in starts:
+        for parent, folders, files in os.walk(start, onerror=_stop, followlinks=True):
+            identity = _identity(parent)
+            if identity in seen:
+                left_out[REPEATED].append(parent)
+                folders.clear()
+                continue
+            seen.add(identity)
+            kept = []
+            for name in sorted(folders):
+                path = os.path.join(parent, name)
+                if reason := why_left_out(name):
+                    left_out[reason].append(counted_folder(path))
+                elif os.path.islink(path):
+                    starts.append(path)
+                else:
+                    kept.append(name)
+            folders[:] = kept
+            for name in files:
+                path = os.path.join(parent, name)
+                if reason := why_no_image(path):
+                    left_out[reason].append(path)
+                else:
+                    found.append(path)
     images = [Path(file) for file in sorted(found, key=lambda file: file.split(os.sep))]
     return Found(images, {reason: sorted(names) for reason, names in left_out.items()})
 

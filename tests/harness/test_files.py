@@ -102,6 +102,16 @@ def test_links_cannot_lead_in_a_circle_nor_twice_to_one_folder(tmp_path: Path) -
     assert left_out == {REPEATED: ["itself", "sub/up", "sub2"]}
 
 
+def test_an_image_has_the_name_under_which_it_lies_in_the_folder_not_that_of_a_link(
+    tmp_path: Path,
+) -> None:
+    make(tmp_path, "class/b/sub/a.png", "class/c/d.png")
+    link(tmp_path / "class/a", tmp_path / "class/b/sub")  # comes first in the order of names
+    images, left_out = names_of(tmp_path / "class")
+    assert images == ["b/sub/a.png", "c/d.png"]  # as a manifest says them
+    assert left_out == {REPEATED: ["a"]}
+
+
 def test_a_folder_or_file_that_cannot_be_opened_is_an_error_that_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
