@@ -140,6 +140,8 @@ def _read(content: bytes, max_pixels: int, note: Note) -> tuple[Image.Image, int
         if _is_cut_to_8_bits(opened, content):
             note(UPPER_BITS)
         raw = _prepare(opened, note)
+        if raw.startswith("CMYK;16"):
+            note(UPPER_BITS)
         opened.load()
         turn = None if _is_tiff(opened) else _orientation(opened, note)  # load has turned a TIFF
         if opened.mode == "LAB":

@@ -14,6 +14,7 @@ from bstriplet.data import Dataset, load_dataset, load_test_images, split_datase
 from bstriplet.errors import UserError
 from bstriplet.files import NOWHERE
 from bstriplet.layouts import NOT_OPENED, recognise
+from bstriplet.notes import counted
 from PIL import Image
 
 GENERATOR = np.random.default_rng(0)
@@ -147,6 +148,14 @@ def test_what_cannot_be_opened_beside_the_data_is_named_and_no_error(
     monkeypatch.setattr(os, "scandir", refuse)
     monkeypatch.setattr(files, "open", refuse, raising=False)
     assert recognise(str(tmp_path)).left_out_notes == (f"2 {NOT_OPENED}: labels.xlsx, locked",)
+
+
+def test_control_characters_of_names_are_escaped_in_notes_and_bytes_kept() -> None:
+    """The icon of a folder on a Mac has such a name; a terminal would obey the others."""
+    names = ["Icon\r", "two\nlines", "\x1b[31m", "caf\udce9", "naïve"]
+    assert counted({"were left out": names, "": []}) == (
+        r"5 were left out: Icon\r, two\nlines, \x1b[31m, caf" + "\udce9, naïve",
+    )
 
 
 def test_two_spellings_of_one_part_are_an_error(tmp_path: Path) -> None:

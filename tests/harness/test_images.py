@@ -449,6 +449,10 @@ def test_colours_that_pillow_cuts_to_8_bits_are_noted() -> None:
     pixels = np.arange(192, dtype=">u2").reshape(8, 8, 3) * 21
     assert decode(b"P6 8 8 65535\n" + pixels.tobytes()).notes == (UPPER_BITS,)
     assert not decode(b"P6 8 8 255\n" + pixels.astype(np.uint8).tobytes()).notes
+    inks = np.dstack([GREY] * 4)
+    for deflate in (False, True):
+        assert decode(tiff(inks.astype("u2") * 16, 5, deflate=deflate)).notes == (UPPER_BITS,)
+        assert not decode(tiff(inks, 5, deflate=deflate)).notes
 
 
 def test_a_bmp_of_16_bits_a_pixel_is_read() -> None:
