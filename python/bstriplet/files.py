@@ -18,7 +18,7 @@ SUFFIXES = frozenset({
 # How images of these kinds begin, for files whose names say nothing.
 _BEGINNINGS = re.compile(
     rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|BM.{4}\0{4}|II[*+]\0|MM\0[*+]|RIFF.{4}WEBP|"
-    rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51|.{4}ftypavi[fs]|P[1-6]\s+[#\d]|P[Ff]\n",
+    rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51|.{4}ftypavi[fs]|P[1-6]\s+(#|\d+\s+\d)|P[Ff]\n",
     re.DOTALL,
 )
 # The first element of a DICOM file without preamble, in either order of bytes: a tag of group 2 or

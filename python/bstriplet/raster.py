@@ -43,6 +43,7 @@ _ONE_CHANNEL = (0, 1, 3)  # greys and palettes
 _SIGNED = 2
 _PLANES = 2
 _REDUCED_COPY = 1
+_IMAGE_DEPTH = 32997  # the tag of a volume, whose slices are one image to Pillow
 _KIND = (Base.BitsPerSample, Base.SampleFormat, Base.PhotometricInterpretation, Base.Compression)
 _STEPS = {"L;2": 85, "L;4": 17}  # between the greys of a PNG of 2 or 4 bits
 _DEEP_COLOUR = re.compile("(RGB|RGBA|RGBa|RGBX|LA);16[BLN]")  # Pillow's names of 16-bit samples
@@ -308,6 +309,8 @@ def _prepare(opened: ImageFile.ImageFile, note: Note) -> str:
         return raw
     if (_tag(opened, Base.NewSubfileType) or 0) & _REDUCED_COPY:
         raise Unreadable("TIFF whose first image is a reduced copy; export the image itself")
+    if (_tag(opened, _IMAGE_DEPTH) or 1) > 1:
+        note(SEVERAL)
     photometric = _tag(opened, Base.PhotometricInterpretation)
     if photometric is None and opened.mode not in ("1", "YCbCr", "RGB"):
         raise Unreadable("TIFF that does not say whether 0 is black or white; save it anew")

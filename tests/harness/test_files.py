@@ -55,8 +55,8 @@ def test_content_decides_where_the_suffix_says_nothing(tmp_path: Path, format: s
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"P1,34,years", b"II*", b"BMI: 23.4, of 20 patients", b"path,label\na.png,x\n",
-     b"%!PS-Adobe-3.0 EPSF", b"\x89HDF\r\n\x1a\n", b"PK\3\4", bytes(600)],
+    [b"", b"P1,34,years", b"P1 34 years\n", b"II*", b"BMI: 23.4, of 20 patients",
+     b"path,label\na.png,x\n", b"%!PS-Adobe-3.0 EPSF", b"\x89HDF\r\n\x1a\n", b"PK\3\4", bytes(600)],
 )  # fmt: skip
 def test_other_files_are_no_images(tmp_path: Path, content: bytes) -> None:
     make(tmp_path, "file", "file.txt", content=content)

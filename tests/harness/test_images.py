@@ -445,6 +445,12 @@ def test_the_first_of_several_images_is_taken_and_noted(tmp_path: Path, suffix: 
     assert picture.notes == (SEVERAL,)
 
 
+def test_the_first_slice_of_a_volume_is_taken_and_noted() -> None:
+    picture = decode(tiff(GREY, more={32997: (2,)}))
+    np.testing.assert_array_equal(picture.pixels[0], GREY)
+    assert picture.notes == (SEVERAL,)
+
+
 def test_colours_that_pillow_cuts_to_8_bits_are_noted() -> None:
     pixels = np.arange(192, dtype=">u2").reshape(8, 8, 3) * 21
     assert decode(b"P6 8 8 65535\n" + pixels.tobytes()).notes == (UPPER_BITS,)
