@@ -22,6 +22,7 @@ from bstriplet.errors import UserError, one_line
 from bstriplet.files import is_dicom
 from bstriplet.images import in_parallel
 from bstriplet.pixels import Pixels, TooLarge, Unreadable
+from bstriplet.raster import libraries_at_work
 
 CACHE_VARIABLE = "BSTRIPLET_CACHE"
 CACHE_VERSION = 2  # part of the key: raise it when the same file would decode to other pixels
@@ -162,21 +163,31 @@ def _cached(
     try:
         if not folder.exists():
             _fill(folder, count, size, channels, read)
-        pixels = np.load(folder / "pixels.npy", mmap_mode="r")
-        about = json.loads((folder / "about.json").read_text())
+        return _load(folder, count)
     except OSError as error:
         raise UserError(
             f"image cache {cache_folder()}: {error.strerror or one_line(error)}; set "
             f"{CACHE_VARIABLE} to a folder that can be written and has room"
         ) from error
-    except ValueError as error:
+
+
+def _load(folder: Path, count: int) -> tuple[Decoded, "_Limits"]:
+    """Return what a folder of the cache holds; one that is not whole is a :class:`UserError`."""
+    try:
+        pixels = np.load(folder / "pixels.npy", mmap_mode="r")
+        about = json.loads((folder / "about.json").read_text())
+        broken, patients = (
+            {int(position): text for position, text in about[name].items()}
+            for name in ("broken", "patients")
+        )
+        decoded = Decoded(pixels, broken, about["digests"], patients, about["notes"], folder.name)
+        if not len(decoded.pixels) == len(decoded.digests) == count:
+            raise ValueError("not as many images as there are")
+        return decoded, _Limits(**about["limits"])
+    except Exception as error:  # damaged bytes fail in many ways
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise
         raise UserError(f"image cache {folder} is damaged; delete that folder") from error
-    broken, patients = (
-        {int(position): text for position, text in about[name].items()}
-        for name in ("broken", "patients")
-    )
-    decoded = Decoded(pixels, broken, about["digests"], patients, about["notes"], key)
-    return decoded, _Limits(**about["limits"])
 
 
 def _fill(folder: Path, count: int, size: int, channels: int | None, read: Read) -> None:
@@ -265,12 +276,13 @@ def _read_file(source: tuple[Path, str], size: int, channels: int | None, max_pi
         picture = images.decode_image(content, size, channels, max_pixels)
     except Unreadable as reason:
         return Item(reason, digest)
-    patient = ""
+    patient, notes = "", [*picture.notes]
     if is_dicom(content):
         from bstriplet.dicom import read_patient  # pydicom is an optional package
 
-        patient = read_patient(content)
-    return Item(picture.pixels, digest, patient, picture.notes, picture.area)
+        with libraries_at_work(lambda _: None):  # a warning may quote the ID
+            patient = read_patient(content, notes.append)
+    return Item(picture.pixels, digest, patient, tuple(dict.fromkeys(notes)), picture.area)
 
 
 def file_digests(paths: Sequence[Path]) -> list[str]:

@@ -114,8 +114,9 @@ class TrainConfig:
     max_pixels: int = _option(
         "data",
         MAX_PIXELS,
-        "pixels that an image file may have (width x height): a larger one counts as broken; each "
-        "takes about 4 bytes of memory while it is read; 0: any",
+        "pixels that an image file may have (width x height): a larger one counts as broken; a "
+        "pixel takes 2 to 20 bytes of memory while it is read, one of more than 8 bits a sample 30 "
+        "to 100; 0: any",
         minimum=0,
     )
     backbone: str = _option(

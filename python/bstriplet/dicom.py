@@ -17,6 +17,7 @@ from bstriplet.pixels import Pixels, Unreadable, check_area, stretch, stretch_ow
 NO_KIND = "have no PhotometricInterpretation and were taken for {}"
 NO_PREAMBLE = "have no preamble or transfer syntax and were read as their first elements suggest"
 NO_PADDING = "have a PixelPaddingValue that cannot be read ({})"
+NO_PATIENT = "have a patient ID that cannot be read and count as patients of their own"
 NO_WINDOW = "have a VOI table or window that cannot be used ({}) and are shown without it"
 
 _COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")  # pydicom gives RGB for all
@@ -50,7 +51,8 @@ def read_dicom(content: bytes, max_pixels: int, note: Note) -> tuple[Image.Image
     if "TransferSyntaxUID" not in header.file_meta:
         note(NO_PREAMBLE)
         header.file_meta.TransferSyntaxUID = _syntax_read(header)
-    kind = str(header.get("PhotometricInterpretation") or "").strip().upper()
+    _check_length_of_pixels(header)
+    kind = _keyword(header, "PhotometricInterpretation")
     if not kind:
         kind = "RGB" if header.get("SamplesPerPixel") == 3 else "MONOCHROME2"
         note(NO_KIND.format(kind))
@@ -72,21 +74,44 @@ def read_dicom(content: bytes, max_pixels: int, note: Note) -> tuple[Image.Image
         raise Unreadable(f"DICOM of {kind} with one channel; export it as MONOCHROME2")
     padding = _padding(stored, header, note)
     grey = _windowed(_rescaled(stored, header), header, ~padding, note)
-    if kind == "MONOCHROME1" or header.get("PresentationLUTShape") == "INVERSE":
+    if kind == "MONOCHROME1" or _keyword(header, "PresentationLUTShape") == "INVERSE":
         grey = 255 - grey
     if not padding.all():
         grey[padding] = 0
     return Image.fromarray(grey), area
 
 
-def read_patient(content: bytes) -> str:
-    """Return a pseudonym of the header's patient ID; empty where there is none.
+def read_patient(content: bytes, note: Note) -> str:
+    """Return a pseudonym of the header's patient ID; empty where there is none that can be read.
 
     The ID itself, a person's data, is written nowhere.
     """
     header = _pydicom().dcmread(BytesIO(content), stop_before_pixels=True, force=True)
-    identity = str(header.get("PatientID") or "").strip()
+    try:
+        identity = str(header.get("PatientID") or "").strip()
+    except Exception:  # damaged elements fail in many ways; their values are not to be told
+        note(NO_PATIENT)
+        return ""
     return "dicom-" + hashlib.sha256(identity.encode()).hexdigest()[:12] if identity else ""
+
+
+def _keyword(header: Any, name: str) -> str:
+    """Return a defined term of the standard in capitals; empty where there is none."""
+    return str(header.get(name) or "").strip().upper()
+
+
+def _check_length_of_pixels(header: Any) -> None:
+    """Raise if the pixels are compressed, as their open length tells, and the header denies it.
+
+    pydicom would show the compressed bytes as noise.
+    """
+    from pydicom import uid
+
+    uncompressed = header.file_meta.TransferSyntaxUID in uid.UncompressedTransferSyntaxes
+    if uncompressed and "PixelData" in header and header["PixelData"].is_undefined_length:
+        raise Unreadable(
+            "DICOM of compressed pixels whose header does not say how; export it uncompressed"
+        )
 
 
 def _syntax_read(header: Any) -> Any:
@@ -184,7 +209,7 @@ def _by_window(values: npt.NDArray[Any], header: Any) -> Pixels | None:
     if any(header.get(name) in (None, "") for name in ("WindowCenter", "WindowWidth")):
         return None
     centre, width = _number(header, "WindowCenter"), _number(header, "WindowWidth")
-    function = str(header.get("VOILUTFunction") or "LINEAR")
+    function = _keyword(header, "VOILUTFunction") or "LINEAR"
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
         raise Unreadable(f"VOILUTFunction {function} is not known")
     if width <= 0 or (function == "LINEAR" and width < 1):

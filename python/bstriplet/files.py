@@ -18,7 +18,7 @@ SUFFIXES = frozenset({
 # How images of these kinds begin, for files whose names say nothing.
 _BEGINNINGS = re.compile(
     rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|BM.{4}\0{4}|II[*+]\0|MM\0[*+]|RIFF.{4}WEBP|"
-    rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51|.{4}ftypavi[fs]|P[1-6]\s+[#\d]|P[Ff]\n",
+    rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51|.{4}ftypavi[fs]|P[1-6]\s+(#|\d+\s+\d)|P[Ff]\n",
     re.DOTALL,
 )
 # The first element of a DICOM file without preamble, in either order of bytes: a tag of group 2 or
@@ -39,6 +39,7 @@ _SYSTEM_FOLDERS = frozenset({
 HIDDEN = "hidden files or folders were left out"
 SYSTEM = "folders of thumbnails, deleted or system files were left out"
 NO_IMAGES = "files of kinds that are not read were left out"
+NOWHERE = "links that lead nowhere were left out"
 REPEATED = "links to folders that hold them or are read already were left out"
 
 
@@ -60,23 +61,32 @@ def list_images(folder: Path) -> Found:
     found: list[str] = []
     left_out: dict[str, list[str]] = defaultdict(list)
     seen = {_identity(above) for above in folder.resolve().parents if above.exists()}
-    for parent, folders, files in os.walk(folder, onerror=_stop, followlinks=True):
-        identity = _identity(parent)
-        if identity in seen:
-            left_out[REPEATED].append(parent)
-            folders.clear()
-            continue
-        seen.add(identity)
-        for name in folders:
-            if reason := why_left_out(name):
-                left_out[reason].append(counted_folder(os.path.join(parent, name)))
-        folders[:] = sorted(name for name in folders if not why_left_out(name))
-        for name in files:
-            path = os.path.join(parent, name)
-            if reason := _why_no_image(path, name):
-                left_out[reason].append(path)
-            else:
-                found.append(path)
+    # Links come last: images that lie in the folder itself have the names that they have there.
+    starts = [str(folder)]
+    for start in starts:
+        for parent, folders, files in os.walk(start, onerror=_stop, followlinks=True):
+            identity = _identity(parent)
+            if identity in seen:
+                left_out[REPEATED].append(parent)
+                folders.clear()
+                continue
+            seen.add(identity)
+            kept = []
+            for name in sorted(folders):
+                path = os.path.join(parent, name)
+                if reason := why_left_out(name):
+                    left_out[reason].append(counted_folder(path))
+                elif os.path.islink(path):
+                    starts.append(path)
+                else:
+                    kept.append(name)
+            folders[:] = kept
+            for name in files:
+                path = os.path.join(parent, name)
+                if reason := why_no_image(path):
+                    left_out[reason].append(path)
+                else:
+                    found.append(path)
     images = [Path(file) for file in sorted(found, key=lambda file: file.split(os.sep))]
     return Found(images, {reason: sorted(names) for reason, names in left_out.items()})
 
@@ -100,9 +110,16 @@ def why_left_out(name: str) -> str:
     return HIDDEN if name.startswith(".") else ""
 
 
-def is_image(path: Path) -> bool:
-    """Whether a file is an image and not hidden: by its suffix, else by how it begins."""
-    return not _why_no_image(str(path), path.name)
+def why_no_image(path: str) -> str:
+    """Return why a file is left out; empty where it is an image, by suffix, else by content."""
+    name = os.path.basename(path)
+    if name.startswith("."):
+        return HIDDEN
+    if os.path.splitext(name)[1].lower() in SUFFIXES:
+        return ""
+    if os.path.isfile(path):
+        return "" if _begins_as_image(path) else NO_IMAGES
+    return NO_IMAGES if os.path.exists(path) else NOWHERE
 
 
 def counted_folder(folder: str) -> str:
@@ -120,13 +137,9 @@ def is_dicom(content: bytes) -> bool:
     return content[128:132] == b"DICM" or _DICOM_ELEMENT.match(content) is not None
 
 
-def _why_no_image(path: str, name: str) -> str:
-    """Return why a file is left out; empty where it is an image."""
-    if name.startswith("."):
-        return HIDDEN
-    if os.path.splitext(name)[1].lower() in SUFFIXES:
-        return ""
-    return "" if os.path.isfile(path) and _begins_as_image(path) else NO_IMAGES
+def begins_as_image(content: bytes) -> bool:
+    """Whether ``content`` begins as an image of a known kind does, DICOM aside."""
+    return _BEGINNINGS.match(content) is not None
 
 
 def _begins_as_image(path: str) -> bool:
@@ -137,7 +150,7 @@ def _begins_as_image(path: str) -> bool:
         raise _cannot_open(path, error) from error
     if is_dicom(head):
         return _DICOM_DIRECTORY not in head
-    return _BEGINNINGS.match(head) is not None
+    return begins_as_image(head)
 
 
 def _identity(folder: str | Path) -> tuple[int, int] | str:

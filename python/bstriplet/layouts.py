@@ -10,7 +10,14 @@ from typing import NamedTuple
 
 from bstriplet import paper
 from bstriplet.errors import UserError, unknown_name
-from bstriplet.files import counted_folder, entries_of, is_image, list_images, why_left_out
+from bstriplet.files import (
+    NOWHERE,
+    counted_folder,
+    entries_of,
+    list_images,
+    why_left_out,
+    why_no_image,
+)
 from bstriplet.names import (
     Spellings,
     check_apart,
@@ -65,6 +72,7 @@ _OSTEOSARCOMA_PATIENT = re.compile(r"(case-\d+|p\d+)-")
 
 # Reasons to leave out, beside those of `files`.
 BESIDE = "images beside the class folders were left out"
+NOT_OPENED = "files or folders beside the images that cannot be opened were left out"
 NO_PART = "folders of images beside those of the parts were left out"
 
 LeftOut = dict[str, list[str]]
@@ -343,19 +351,30 @@ def _note_the_rest(folder: Path, inner: Path, used: Sequence[Path], left_out: Le
 
     Without ``used``, ``inner`` holds class folders, all of which are used.
     """
+    used = used or _folders(inner)
     way = [above for above in (inner, *inner.parents) if above.is_relative_to(folder)]
     for here in way:
         for path in entries_of(here):
             if path in used or path in way:
                 continue
-            if not path.is_dir():
-                if is_image(path):
-                    left_out[BESIDE].append(str(path))
-            elif why_left_out(path.name):
-                if (counted_path := counted_folder(str(path))) != str(path):
-                    left_out[why_left_out(path.name)].append(counted_path)
-            elif (here != inner or used) and (count := len(list_images(path).images)):
-                left_out[NO_PART].append(f"{path} ({count} images)")
+            try:
+                reason, name = _what_is_beside(path)
+            except UserError:  # it is no part of the data, and need not be read
+                reason, name = NOT_OPENED, str(path)
+            if reason:
+                left_out[reason].append(name)
+
+
+def _what_is_beside(path: Path) -> tuple[str, str]:
+    """Return why a file or folder beside the data is left out, and its name; "" for no image."""
+    if not path.is_dir():
+        reason = why_no_image(str(path)) or BESIDE
+        return (reason if reason in (BESIDE, NOWHERE) else ""), str(path)
+    if reason := why_left_out(path.name):
+        name = counted_folder(str(path))
+        return ("" if name == str(path) else reason), name
+    count = len(list_images(path).images)
+    return (NO_PART if count else ""), f"{path} ({count} images)"
 
 
 def _class_folders(folder: Path, part: str, left_out: LeftOut) -> Iterator[Entry]:

@@ -1,17 +1,27 @@
 """What was left out or read otherwise than it lies: counted, and every file named."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 Note = Callable[[str], None]  # told, while an image is read, what is odd about it
 
 ON_SCREEN = 600  # characters of a note on the screen; what is written to disk has all of it
 
+# A file name may hold them (that of a folder's icon on a Mac does); a terminal would obey.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f]")
+
 
 def counted(names: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     """Return a note for each kind of thing: ``"2 hidden files were left out: a, b"``."""
     return tuple(
-        f"{len(named)} {what}: {', '.join(named)}" for what, named in names.items() if named
+        f"{len(named)} {what}: {_CONTROLS.sub(_escaped, ', '.join(named))}"
+        for what, named in names.items()
+        if named
     )
+
+
+def _escaped(control: re.Match[str]) -> str:
+    return ascii(control.group())[1:-1]
 
 
 def on_screen(note: str) -> str:

@@ -4,6 +4,7 @@ import re
 import sys
 import threading
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from io import BytesIO
@@ -11,10 +12,12 @@ from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
+import PIL
 from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 from PIL.ExifTags import IFD, Base
 
 from bstriplet.errors import one_line
+from bstriplet.files import begins_as_image
 from bstriplet.notes import Note
 from bstriplet.pixels import Unreadable, check_area, stretch_own_range
 
@@ -40,11 +43,21 @@ _ONE_CHANNEL = (0, 1, 3)  # greys and palettes
 _SIGNED = 2
 _PLANES = 2
 _REDUCED_COPY = 1
+_IMAGE_DEPTH = 32997  # the tag of a volume, whose slices are one image to Pillow
 _KIND = (Base.BitsPerSample, Base.SampleFormat, Base.PhotometricInterpretation, Base.Compression)
 _STEPS = {"L;2": 85, "L;4": 17}  # between the greys of a PNG of 2 or 4 bits
 _DEEP_COLOUR = re.compile("(RGB|RGBA|RGBa|RGBX|LA);16[BLN]")  # Pillow's names of 16-bit samples
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_NEEDED = (b"tRNS", b"eXIf")  # what may be left out but decides what is seen
+_JPEG = b"\xff\xd8\xff"
+_SCANS = (b"\xda", b"", b"\xff")  # the marker of pixels, the end of the file, padding
+_COMMENT = b"\xfe"
+# How application data begin that decide colours or turns, and from what length decoders heed them.
+_JPEG_NEEDED = {
+    b"\xe0": (b"JFIF\0", 14),
+    b"\xe1": (b"Exif\0\0", 6),
+    b"\xee": (b"Adobe", 12),
+}
 
 _lock = threading.Lock()
 _n_reading = 0
@@ -70,8 +83,8 @@ def read_raster(content: bytes, max_pixels: int, note: Note) -> tuple[Image.Imag
     except Exception as error:  # each codec fails in its own way on damaged bytes
         unknown = isinstance(error, UnidentifiedImageError)
         failure = Unreadable(_why_not_identified(content) if unknown else one_line(error))
-    bare = _png_without_metadata(content)
-    if bare is None:
+    bare = _without_metadata(content, note)
+    if bare == content:
         raise failure
     try:
         read = _read(bare, max_pixels, note)
@@ -128,6 +141,8 @@ def _read(content: bytes, max_pixels: int, note: Note) -> tuple[Image.Image, int
         if _is_cut_to_8_bits(opened, content):
             note(UPPER_BITS)
         raw = _prepare(opened, note)
+        if raw.startswith("CMYK;16"):
+            note(UPPER_BITS)
         opened.load()
         turn = None if _is_tiff(opened) else _orientation(opened, note)  # load has turned a TIFF
         if opened.mode == "LAB":
@@ -294,6 +309,8 @@ def _prepare(opened: ImageFile.ImageFile, note: Note) -> str:
         return raw
     if (_tag(opened, Base.NewSubfileType) or 0) & _REDUCED_COPY:
         raise Unreadable("TIFF whose first image is a reduced copy; export the image itself")
+    if (_tag(opened, _IMAGE_DEPTH) or 1) > 1:
+        note(SEVERAL)
     photometric = _tag(opened, Base.PhotometricInterpretation)
     if photometric is None and opened.mode not in ("1", "YCbCr", "RGB"):
         raise Unreadable("TIFF that does not say whether 0 is black or white; save it anew")
@@ -319,9 +336,11 @@ def _prepare(opened: ImageFile.ImageFile, note: Note) -> str:
 
 
 def _why_not_identified(content: bytes) -> str:
-    """Return of what kind a TIFF is that Pillow does not know; else that it is no image."""
-    if not content.startswith(tuple(TiffImagePlugin.PREFIXES)):
+    """Return that it is no image, or of what kind it is that Pillow does not know."""
+    if not begins_as_image(content):
         return "not an image"
+    if not content.startswith(tuple(TiffImagePlugin.PREFIXES)):
+        return f"damaged, or of a kind that Pillow {PIL.__version__} does not read"
     try:
         tags = TiffImagePlugin.ImageFileDirectory_v2(content[: 16 if 43 in content[2:4] else 8])
         stream = BytesIO(content)
@@ -333,19 +352,39 @@ def _why_not_identified(content: bytes) -> str:
     return f"a TIFF of unusual kind ({kind}); save it as 8- or 16-bit grey, or 8-bit RGB"
 
 
-# --- PNG ------------------------------------------------------------------------------------------
+# --- PNG and JPEG without their metadata ----------------------------------------------------------
 
 
-def _png_without_metadata(content: bytes) -> bytes | None:
-    """Return a PNG with nothing but its first image; None where it is no PNG or has no more."""
-    if not content.startswith(_PNG):
-        return None
+def _without_metadata(content: bytes, note: Note) -> bytes:
+    """Return a PNG or JPEG without what does not decide its pixels; any other as it is."""
+    if content.startswith(_PNG):
+        return _bare_png(content, note)
+    return _bare_jpeg(content) if content.startswith(_JPEG) else content
+
+
+def _bare_png(content: bytes, note: Note) -> bytes:
+    """Return a PNG with nothing but its first image, and how it is turned where that is whole."""
     kept, at = [_PNG], len(_PNG)
     while at + 12 <= len(content):
         end = at + 12 + int.from_bytes(content[at : at + 4], "big")
         chunk, name = content[at:end], content[at + 4 : at + 8]
-        if name[:1].isupper() or name in _PNG_NEEDED:
+        if name == b"eXIf" and zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:], "big"):
+            note(NOT_TURNED)
+        elif name[:1].isupper() or name in _PNG_NEEDED:
             kept.append(chunk)
         at = end
-    bare = b"".join(kept)
-    return bare if bare != content else None
+    return b"".join(kept)
+
+
+def _bare_jpeg(content: bytes) -> bytes:
+    """Return a JPEG without application data and comments, but for those in ``_JPEG_NEEDED``."""
+    kept, at = [content[:2]], 2
+    while content[at : at + 1] == b"\xff" and (marker := content[at + 1 : at + 2]) not in _SCANS:
+        end = at + 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+        segment = content[at:end]
+        begins, length = _JPEG_NEEDED.get(marker, (b"", 0))
+        needed = begins and segment[4:].startswith(begins) and len(segment) >= 4 + length
+        if needed or not (marker == _COMMENT or b"\xe0" <= marker <= b"\xef"):
+            kept.append(segment)
+        at = end
+    return b"".join(kept) + content[at:]

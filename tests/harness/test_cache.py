@@ -241,9 +241,20 @@ def test_an_unusable_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         decode(paths, 16)
 
 
-def test_a_damaged_cache_is_named(tmp_path: Path, cache: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("pixels.npy", b"damaged"), ("pixels.npy", b""), ("pixels.npy", None), ("about.json", b"[]"),
+     ("about.json", b"{}"), ("about.json", b""), ("about.json", None),
+     ("about.json", b'{"broken": {}, "patients": {}, "notes": {}, "digests": [], "limits": {}}')],
+)  # fmt: skip
+def test_a_damaged_cache_is_named(
+    tmp_path: Path, cache: Path, name: str, content: bytes | None
+) -> None:
     paths = make_images(tmp_path / "set", 2)
     key = decode(paths, 16).key
-    (cache / "images" / key / "pixels.npy").write_bytes(b"damaged")
+    file = cache / "images" / key / name
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
     with pytest.raises(UserError, match=f"{key} is damaged; delete that folder"):
         decode(paths, 16)

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bstriplet.cache import decode
 from bstriplet.data import load_dataset
+from bstriplet.dicom import NO_PATIENT
 from bstriplet.errors import UserError
 from bstriplet.files import NO_IMAGES, list_images
 from bstriplet.images import read_image
@@ -136,7 +138,8 @@ def test_a_negative_slope_is_no_second_inversion(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "shape", "inverted"),
     [("MONOCHROME2", "INVERSE", True), ("MONOCHROME1", "INVERSE", True),
-     ("MONOCHROME2", "IDENTITY", False), (" monochrome1", "IDENTITY", True)],
+     ("MONOCHROME2", "inverse", True), ("MONOCHROME2", "IDENTITY", False),
+     (" monochrome1", "IDENTITY", True)],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
 def test_bright_is_dense_however_it_is_said(
@@ -182,9 +185,10 @@ def test_an_empty_window_is_none(tmp_path: Path, empty: str | None) -> None:
     assert not notes_of(path)
 
 
+@pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
 def test_windows_of_other_functions_are_followed(tmp_path: Path) -> None:
     window = {"WindowCenter": 128, "WindowWidth": 64}
-    exact = write_dicom(tmp_path / "a.dcm", RAMP, VOILUTFunction="LINEAR_EXACT", **window)
+    exact = write_dicom(tmp_path / "a.dcm", RAMP, VOILUTFunction="linear_exact ", **window)
     assert np.abs(read(exact) - np.clip((RAMP - 96.0) / 64, 0, 1) * 255).max() <= 1
     curved = write_dicom(tmp_path / "b.dcm", RAMP, VOILUTFunction="SIGMOID", **window)
     assert np.abs(read(curved) - 255 / (1 + np.exp(-4 * (RAMP - 128.0) / 64))).max() <= 1
@@ -251,6 +255,25 @@ def test_a_header_without_transfer_syntax_is_read(tmp_path: Path) -> None:
     del header.file_meta.TransferSyntaxUID
     header.save_as(path, implicit_vr=False, little_endian=True, enforce_file_format=False)
     np.testing.assert_array_equal(read(path), RAMP)
+
+
+@pytest.mark.parametrize("claim", [None, pydicom.uid.ExplicitVRLittleEndian])
+def test_compressed_pixels_are_not_read_as_they_lie(tmp_path: Path, claim: str | None) -> None:
+    """Noise is longer compressed than not, so that there are enough bytes for an image."""
+    noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE), dtype=np.uint8)
+    path = write_dicom(tmp_path / "a.dcm", noise, 8)
+    header = pydicom.dcmread(path)
+    header.compress(pydicom.uid.RLELossless)
+    header.save_as(path)
+    content = without_group_2(path)
+    if claim:
+        header.file_meta.TransferSyntaxUID = claim
+        group_2 = BytesIO()
+        pydicom.filewriter.write_file_meta_info(group_2, header.file_meta)
+        content = bytes(128) + b"DICM" + group_2.getvalue() + content
+    path.write_bytes(content)
+    with pytest.raises(Unreadable, match="compressed pixels whose header does not say how"):
+        read_image(path, SIDE)
 
 
 def test_the_kind_of_pixels_is_assumed_where_it_is_not_said_and_else_must_be_known(
@@ -354,6 +377,22 @@ def test_patients_of_the_headers_are_known_and_their_ids_are_not_kept(
     about = [path.read_text() for path in cache.rglob("about.json")]
     assert len(about) == 1
     assert "Miller" not in about[0]
+
+
+def test_a_patient_id_that_cannot_be_read_costs_no_image_and_is_told_nowhere(
+    tmp_path: Path, cache: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    path = write_dicom(tmp_path / "odd.dcm", RAMP, PatientID="MILLER")
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"LO\x06\0MILLER", b"QQ\x06\0MILLER"))
+    long = write_dicom(tmp_path / "long.dcm", RAMP, PatientID="M" * 70)  # pydicom warns of it
+    recwarn.clear()
+    decoded = decode([path, long], SIDE)
+    assert not decoded.broken
+    assert decoded.notes == {NO_PATIENT: [0]}
+    assert list(decoded.patients) == [1]
+    assert not recwarn.list
+    assert "MILLER" not in next(cache.rglob("about.json")).read_text()
 
 
 def test_without_pydicom_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Each layout as it is downloaded: recognised, counted, patients read from names and tables."""
 
 import csv
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -9,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bstriplet import paper
+from bstriplet import files, paper
 from bstriplet.config import TrainConfig
 from bstriplet.data import Dataset, load_dataset, load_test_images, split_dataset
 from bstriplet.errors import UserError
-from bstriplet.layouts import recognise
+from bstriplet.files import NOWHERE
+from bstriplet.layouts import NOT_OPENED, recognise
+from bstriplet.notes import counted
 from PIL import Image
 
 GENERATOR = np.random.default_rng(0)
@@ -136,6 +139,44 @@ def test_a_folder_that_cannot_be_opened_is_named(
             UserError, match=f"cannot open {re.escape(str(locked))}: Permission denied"
         ):
             load_dataset(str(tmp_path), 16)
+
+
+def test_a_class_that_is_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    for label in "ab":
+        write_images(tmp_path / "train" / label, *(f"{i}.png" for i in range(5)))
+    try:
+        (tmp_path / "train" / "c").symlink_to(tmp_path / "unmounted")
+    except OSError:
+        pytest.skip("links cannot be made here")
+    assert load_dataset(str(tmp_path), 16).notes == (f"1 {NOWHERE}: train/c",)
+
+
+def test_what_cannot_be_opened_beside_the_data_is_named_and_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A spreadsheet that is open elsewhere, a folder of somebody else."""
+    for label in "ab":
+        write_images(tmp_path / "train" / label, *(f"{i}.png" for i in range(5)))
+    write_images(tmp_path / "locked", "a.png")
+    (tmp_path / "labels.xlsx").write_bytes(b"PK")
+    scan = os.scandir
+
+    def refuse(path: str | Path, *mode: str) -> object:
+        if mode or str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(files, "open", refuse, raising=False)
+    assert recognise(str(tmp_path)).left_out_notes == (f"2 {NOT_OPENED}: labels.xlsx, locked",)
+
+
+def test_control_characters_of_names_are_escaped_in_notes_and_bytes_kept() -> None:
+    """The icon of a folder on a Mac has such a name; a terminal would obey the others."""
+    names = ["Icon\r", "two\nlines", "\x1b[31m", "caf\udce9", "naïve"]
+    assert counted({"were left out": names, "": []}) == (
+        r"5 were left out: Icon\r, two\nlines, \x1b[31m, caf" + "\udce9, naïve",
+    )
 
 
 def test_two_spellings_of_one_part_are_an_error(tmp_path: Path) -> None:

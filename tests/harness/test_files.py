@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from bstriplet import files
 from bstriplet.errors import UserError
-from bstriplet.files import HIDDEN, NO_IMAGES, REPEATED, SYSTEM, list_images
+from bstriplet.files import HIDDEN, NO_IMAGES, NOWHERE, REPEATED, SYSTEM, list_images
 from PIL import Image, features
 
 
@@ -55,8 +55,8 @@ def test_content_decides_where_the_suffix_says_nothing(tmp_path: Path, format: s
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"P1,34,years", b"II*", b"BMI: 23.4, of 20 patients", b"path,label\na.png,x\n",
-     b"%!PS-Adobe-3.0 EPSF", b"\x89HDF\r\n\x1a\n", b"PK\3\4", bytes(600)],
+    [b"", b"P1,34,years", b"P1 34 years\n", b"II*", b"BMI: 23.4, of 20 patients",
+     b"path,label\na.png,x\n", b"%!PS-Adobe-3.0 EPSF", b"\x89HDF\r\n\x1a\n", b"PK\3\4", bytes(600)],
 )  # fmt: skip
 def test_other_files_are_no_images(tmp_path: Path, content: bytes) -> None:
     make(tmp_path, "file", "file.txt", content=content)
@@ -84,10 +84,12 @@ def test_links_to_folders_and_files_are_followed(tmp_path: Path) -> None:
     link(tmp_path / "class/more", tmp_path / "elsewhere")
     link(tmp_path / "class/d.png", tmp_path / "elsewhere/b.png")
     link(tmp_path / "class/e.png", tmp_path / "nowhere.png")
+    link(tmp_path / "class/unmounted", tmp_path / "nowhere")
+    link(tmp_path / "class/itself", tmp_path / "class/itself")
     images, left_out = names_of(tmp_path / "class")
     # a link to nothing is an image that cannot be read, not one that is not there
     assert images == ["c.png", "d.png", "e.png", "more/b.png", "more/deep/a.png"]
-    assert left_out == {}
+    assert left_out == {NOWHERE: ["itself", "unmounted"]}
 
 
 def test_links_cannot_lead_in_a_circle_nor_twice_to_one_folder(tmp_path: Path) -> None:
@@ -98,6 +100,16 @@ def test_links_cannot_lead_in_a_circle_nor_twice_to_one_folder(tmp_path: Path) -
     images, left_out = names_of(tmp_path / "set/class")
     assert images == ["a.png", "sub/c.png"]
     assert left_out == {REPEATED: ["itself", "sub/up", "sub2"]}
+
+
+def test_an_image_has_the_name_under_which_it_lies_in_the_folder_not_that_of_a_link(
+    tmp_path: Path,
+) -> None:
+    make(tmp_path, "class/b/sub/a.png", "class/c/d.png")
+    link(tmp_path / "class/a", tmp_path / "class/b/sub")  # comes first in the order of names
+    images, left_out = names_of(tmp_path / "class")
+    assert images == ["b/sub/a.png", "c/d.png"]  # as a manifest says them
+    assert left_out == {REPEATED: ["a"]}
 
 
 def test_a_folder_or_file_that_cannot_be_opened_is_an_error_that_names_it(

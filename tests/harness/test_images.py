@@ -9,11 +9,20 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 from bstriplet.config import MAX_PIXELS
 from bstriplet.images import Picture, decode_image, read_all, read_image
 from bstriplet.pixels import TooLarge, Unreadable
-from bstriplet.raster import MORE_CHANNELS, NO_METADATA, ON_WHITE, OPAQUE, SEVERAL, UPPER_BITS
+from bstriplet.raster import (
+    MORE_CHANNELS,
+    NO_METADATA,
+    NOT_TURNED,
+    ON_WHITE,
+    OPAQUE,
+    SEVERAL,
+    UPPER_BITS,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -354,6 +363,54 @@ def test_a_wrong_checksum_of_metadata_costs_no_pixels_and_one_of_pixels_does() -
         decode_image(damaged, 8)
 
 
+def test_a_wrong_checksum_of_exif_data_costs_the_turn_not_the_pixels() -> None:
+    turned = struct.pack("<2sHIHHHIII", b"II", 42, 8, 1, 0x112, 3, 1, 6, 0)
+    content = png(STEPS, 8, 0, (b"eXIf", turned))
+    np.testing.assert_array_equal(decode_image(content, 8).pixels[0, :, 0], range(8))
+    damaged = content.replace(turned, turned[:-1] + b"?")
+    picture = decode_image(damaged, 8)
+    np.testing.assert_array_equal(picture.pixels[0, 0], range(8))
+    assert picture.notes == (NOT_TURNED, NO_METADATA)
+
+
+@pytest.mark.parametrize(
+    "segment",
+    [b"\xe0JFIF", b"\xe0JFIF\0\1", b"\xe2ICC_PROFILE\0", b"\xeeAdobe\0"],
+)
+def test_damaged_application_data_of_a_jpeg_cost_no_pixels(segment: bytes) -> None:
+    buffer = BytesIO()
+    tag = Image.Exif()
+    tag[0x112] = 6
+    colours = np.dstack([GREY, GREY.T, 255 - GREY])
+    Image.fromarray(colours).save(buffer, "JPEG", quality=100, subsampling=0, exif=tag)
+    whole = buffer.getvalue()
+    length = struct.pack(">H", len(segment) + 1)
+    damaged = whole[:2] + b"\xff" + segment[:1] + length + segment[1:] + whole[2:]
+    picture = decode(damaged)
+    np.testing.assert_array_equal(picture.pixels, decode(whole).pixels)
+    assert picture.notes == (NO_METADATA,)
+
+
+def test_adobes_segment_decides_the_colours_of_a_jpeg_and_is_no_metadata() -> None:
+    buffer = BytesIO()
+    Image.new("RGB", (16, 16), (200, 90, 40)).save(buffer, "JPEG")
+    whole = buffer.getvalue()
+    seen = []
+    for transform in (b"\0", b"\1"):  # samples are RGB, YCbCr
+        adobe = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + transform
+        content = whole[:2] + adobe + whole[whole.index(b"\xff\xdb") :]
+        damaged = content[:2] + b"\xff\xe0\0\6JFIF" + content[2:]
+        np.testing.assert_array_equal(decode(damaged).pixels, decode(content).pixels)
+        seen.append(decode(damaged).pixels[:, 0, 0])
+    assert np.abs(seen[0].astype(int) - seen[1]).max() > 50
+
+
+def test_a_damaged_file_is_not_said_to_be_no_image() -> None:
+    content = png(STEPS, 8, 0)
+    with pytest.raises(Unreadable, match=rf"^damaged, or .* Pillow {PIL.__version__} does not"):
+        decode(content.replace(b"IHDR", b"IHDX"))
+
+
 def test_a_damaged_exif_tag_costs_no_pixels_and_prints_nothing(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -388,10 +445,20 @@ def test_the_first_of_several_images_is_taken_and_noted(tmp_path: Path, suffix: 
     assert picture.notes == (SEVERAL,)
 
 
+def test_the_first_slice_of_a_volume_is_taken_and_noted() -> None:
+    picture = decode(tiff(GREY, more={32997: (2,)}))
+    np.testing.assert_array_equal(picture.pixels[0], GREY)
+    assert picture.notes == (SEVERAL,)
+
+
 def test_colours_that_pillow_cuts_to_8_bits_are_noted() -> None:
     pixels = np.arange(192, dtype=">u2").reshape(8, 8, 3) * 21
     assert decode(b"P6 8 8 65535\n" + pixels.tobytes()).notes == (UPPER_BITS,)
     assert not decode(b"P6 8 8 255\n" + pixels.astype(np.uint8).tobytes()).notes
+    inks = np.dstack([GREY] * 4)
+    for deflate in (False, True):
+        assert decode(tiff(inks.astype("u2") * 16, 5, deflate=deflate)).notes == (UPPER_BITS,)
+        assert not decode(tiff(inks, 5, deflate=deflate)).notes
 
 
 def test_a_bmp_of_16_bits_a_pixel_is_read() -> None:
