@@ -126,7 +126,8 @@ def _tell(show: Any) -> Any:
 
     def tell(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         if note := getattr(_heard, "note", None):
-            note(f"were read with a warning ({one_line(Warning(message))})")
+            said = re.sub(r"\d+", "…", one_line(Warning(message)))  # one note for all such files
+            note(f"were read with a warning ({said})")
         else:
             show(message, category, *where, **more)
 

@@ -135,7 +135,6 @@ class GroupBatchSampler(BatchSampler):
             raise ValueError(f"mode={mode!r} must be one of {MODES}")
         self.mode = mode
         self._plan = GroupPlan(groups, self.batch_size, mode, self.min_per_group)
-        self.sampler = self.as_index_sampler()  # where trainers look for set_epoch
 
         self._epoch = 0  # of the latest pass, or of the first
         self._start = 0  # where that pass begins: above 0 only after load_state_dict
@@ -153,6 +152,11 @@ class GroupBatchSampler(BatchSampler):
     def batch_size(self) -> int:  # type: ignore[override]  # it decides the shares
         """Places in a batch of one replica."""
         return self._batch_size
+
+    @property
+    def sampler(self) -> Sampler[int]:  # type: ignore[override]
+        """What :meth:`as_index_sampler` gives: where trainers look for ``set_epoch``."""
+        return self.as_index_sampler()
 
     @property
     def ratios(self) -> list[Fraction]:

@@ -56,8 +56,8 @@ def read_table(
     that there is none, such as NaN, is an error there, and else empty.
 
     Raises:
-        UserError: the file cannot be read, has no such column or has it twice, a row has more cells
-            than the header, or no value; the message names the line.
+        UserError: the file cannot be read, has no such column or has it twice, a row has too few
+            cells or more than the header, or no value; the message names the line.
     """
     try:
         text, encoding = _decoded(file.read_bytes())
@@ -183,14 +183,16 @@ def _rows(
     optional: frozenset[str],
 ) -> Iterator[Row]:
     width = max((place + 1 for place, name in enumerate(names) if name.strip()), default=0)
+    # Spreadsheets leave the last empty cells out. Where no cell is needed, it may be rubbish.
+    needed = max((place + 1 for key, place in places.items() if key not in optional), default=width)
     for line, cells in records:
         where = f"{file}, line {line}"
-        if any(cell.strip() for cell in cells[width:]):
+        if len(cells) < needed or any(cell.strip() for cell in cells[width:]):
+            hint = "" if len(cells) < needed else " (a cell that holds the delimiter needs quotes)"
             raise UserError(
-                f"{where}: {len(cells)} cells, but {width} columns; put a cell that holds the "
-                "delimiter in quotes, or remove the line"
+                f"{where}: {len(cells)} cells, but {width} columns; mend or remove it{hint}"
             )
-        cells += [""] * (width - len(cells))  # spreadsheets leave the last empty ones out
+        cells += [""] * (width - len(cells))
         values = {key: cells[place].strip() for key, place in places.items()}
         for key, value in values.items():
             if not (says_nothing(value) or (key in optional and value.casefold() == "none")):

@@ -327,7 +327,7 @@ def test_what_a_manifest_names_in_vain_is_counted(tmp_path: Path) -> None:
     [
         ("file,patient\nTrain/a/0.png,Ann\n", "line 2: .* there is train/a/0.png"),
         ("file,patient\ntrain/a/0.png,Ann\ntrain/a/0.png,Bob\n", "line 3: .* Ann and Bob"),
-        ("file,patient\ntrain/a/0.png,Ann,x\n", "line 2: 3 cells"),
+        ("file,patient\ntrain/a/0.png\n", "line 2: 1 cells"),
     ],
 )
 def test_a_wrong_manifest_is_explained(tmp_path: Path, manifest: str, message: str) -> None:

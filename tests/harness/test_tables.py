@@ -89,6 +89,11 @@ def test_cells_of_another_encoding_than_the_rest_are_noted(tmp_path: Path, encod
     assert "\\x" in note
 
 
+def test_last_cells_that_are_left_out_are_empty(tmp_path: Path) -> None:
+    listing = read(tmp_path, b"path,label,patient,age\n0.png,a,Ann\n1.png,b\n")
+    assert [(e.label, e.patient) for e in listing.entries] == [("a", "Ann"), ("b", "")]
+
+
 def test_names_of_files_that_are_not_utf_8_are_found(tmp_path: Path) -> None:
     """In the table of a list of files as well as in one of an old code page."""
     names = b"\xe9/0.png", "肺\udcff.png".encode("utf-8", "surrogateescape")
@@ -129,8 +134,8 @@ def test_any_cells_are_read_back(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("path,label\n0.png\n", "line 2: no label; fill it"),
-        ("path,label\n0.png,a,b\n", "line 2: 3 cells, but 2 columns; put .* in quotes"),
+        ("path,label\n0.png\n", "line 2: 1 cells, but 2 columns; mend or remove it"),
+        ("path,label\n0.png,a,b\n", "line 2: 3 cells, but 2 columns; .*needs quotes"),
         ("path,label,split\n0.png,a,nan\n", "line 2: no split; write one of train,"),
         ("path,label,Label\n0.png,a,b\n", "two columns 'label'"),
         ("path,label\n0.png,a\n1\0.png,b\n", "line 3: holds a NUL character"),
