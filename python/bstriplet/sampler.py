@@ -191,8 +191,10 @@ class GroupBatchSampler(BatchSampler):
         return self._epoch + self._exhausted
 
     def __len__(self) -> int:
-        """Number of batches that the next iterator yields on this replica: after load_state_dict
-        those that are left, and all from then on."""
+        """Number of batches that the next iterator yields on this replica.
+
+        After load_state_dict those that are left; all again once that iterator is made.
+        """
         self._check_replicas()
         return self._n_steps - (0 if self._opened else self._start)
 
