@@ -150,7 +150,7 @@ def _places(
             listed = ", ".join(name.strip() for name in names if name.strip())
             raise UserError(
                 f"{file} has no column {spellings[0]!r}; it has {listed or 'none'} (columns are "
-                "parted by commas, semicolons or tabs)"
+                "separated by commas, semicolons or tabs)"
             )
         if len(set(there)) > 1:
             used, *ignored = (names[found.index(name)].strip() for name in dict.fromkeys(there))
