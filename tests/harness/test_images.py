@@ -236,7 +236,8 @@ def test_planes_are_read_where_pillow_reads_them_right() -> None:
         np.testing.assert_array_equal(read, colours.transpose(2, 0, 1))
         read = decode(tiff(GREY[..., None], planes=True, deflate=deflate)).pixels
         np.testing.assert_array_equal(read[0], GREY)
-    read = decode(tiff(GREY[..., None].astype("u2"), 0, planes=True, deflate=True)).pixels
+    deep = GREY[..., None].astype("u2")
+    read = decode(tiff(deep, 0, planes=True, deflate=True)).pixels
     np.testing.assert_array_equal(read[0], 255 - GREY)
 
 
@@ -279,6 +280,10 @@ def test_colours_of_12_bits_in_16_are_not_black(
         (tiff(GREY, more={262: ()}), "does not say whether 0 is black or white"),
         (tiff(GREY, more={254: (1,)}), "first image is a reduced copy"),
         (tiff(np.dstack([GREY.astype("u2") * 9] * 4), 2, extra=(1,)), "multiplied by their alpha"),
+        (
+            tiff(np.dstack([GREY] * 2), 3, extra=(0,), more={320: tuple(range(768))}),
+            "TIFF of 2 channels|unusual",
+        ),
         (tiff(GREY)[:-100], "damaged TIFF|truncated|TIFF of unusual kind"),
     ],
 )
@@ -345,6 +350,21 @@ def test_transparency_is_laid_on_white_in_every_mode(content: bytes, row: list[i
     picture = decode_image(content, len(row), 1)
     assert np.abs(picture.pixels[0, 0].astype(int) - row).max() <= 1
     assert picture.notes == (ON_WHITE,)
+
+
+def test_a_damaged_exif_directory_of_a_tiff_is_not_looked_at() -> None:
+    picture = decode(tiff(GREY, more={34665: (1 << 30,)}))
+    np.testing.assert_array_equal(picture.pixels[0], GREY)
+    assert not picture.notes
+
+
+def test_opaque_samples_of_16_bits_are_read_however_their_alpha_is_meant() -> None:
+    opaque = np.full_like(GREY, 65535, dtype=np.uint16)
+    for extra in (1, 2):
+        colours = np.dstack([GREY.astype(np.uint16) * 16] * 3 + [opaque])
+        picture = decode(tiff(colours, 2, extra=(extra,)))
+        np.testing.assert_array_equal(picture.pixels[0], GREY)
+        assert not picture.notes
 
 
 @pytest.mark.parametrize("samples", [1, 3])
