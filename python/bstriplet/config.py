@@ -57,8 +57,8 @@ class TrainConfig:
     data: str = _option(
         "data",
         DIGITS,
-        "'digits', a folder (train/CLASS/*, or a set of the paper as it is downloaded), a .csv of "
-        "path,label,..., a MedMNIST .npz, or medmnist:NAME[:SIZE]",
+        "'digits', a folder (train/CLASS/*, or a set of the paper as it is downloaded), a .csv or "
+        ".tsv of path,label,..., a MedMNIST .npz, or medmnist:NAME[:SIZE]",
     )
     image_size: int = _option(
         "data",

@@ -138,8 +138,8 @@ def _padding(stored: npt.NDArray[Any], header: Any, note: Note) -> npt.NDArray[n
     try:
         values = [header.get(f"PixelPadding{name}") for name in ("Value", "RangeLimit")]
         # A writer may have taken a signed value for an unsigned one; the bits are the same.
-        ends = [np.int64(value).astype(stored.dtype) for value in values if value is not None]
-    except (TypeError, ValueError, OverflowError) as error:
+        ends = [np.int64(int(value)).astype(stored.dtype) for value in values if value is not None]
+    except Exception as error:  # damaged ones fail in many ways, and only choose what is black
         note(NO_PADDING.format(one_line(error)))
         ends = []
     if not ends:

@@ -60,7 +60,7 @@ def list_images(folder: Path) -> Found:
     """
     found: list[str] = []
     left_out: dict[str, list[str]] = defaultdict(list)
-    seen = {_identity(above) for above in folder.resolve().parents if above.exists()}
+    seen = {_identity(above) for above in folder.resolve().parents}
     # Links come last: images that lie in the folder itself have the names that they have there.
     starts = [str(folder)]
     for start in starts:

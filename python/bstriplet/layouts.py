@@ -220,7 +220,7 @@ def recognise_test(data: str) -> Listing:
 
 
 def is_csv(data: str) -> bool:
-    """Whether ``data`` is the path of a CSV file, by its suffix."""
+    """Whether ``data`` is the path of a table, by its suffix: ``.csv`` or ``.tsv``."""
     return Path(data).suffix.lower() in (".csv", ".tsv")
 
 

@@ -321,9 +321,13 @@ def _prepare(opened: ImageFile.ImageFile, note: Note) -> str:
             raise Unreadable(f"TIFF of {1 + len(extra)} channels; export one channel, or RGB")
         note(MORE_CHANNELS)
     in_planes = _tag(opened, Base.PlanarConfiguration) == _PLANES
-    if in_planes and photometric not in _ONE_CHANNEL and _tag(opened, Base.BitsPerSample) > 8:
+    bits = _tag(opened, Base.BitsPerSample)
+    if in_planes and photometric not in _ONE_CHANNEL and bits > 8:
         raise Unreadable("TIFF of 16-bit colours in separate planes; save it as one plane")
     if not opened.use_load_libtiff:
+        # Pillow keeps one letter of each plane's raw mode: "L" of "L;I", "I" of "I;32BS".
+        if in_planes and (photometric == _WHITE_IS_ZERO or (bits or 1) != 8):
+            raise Unreadable("TIFF without compression in separate planes; save it as one plane")
         steps = opened.tag_v2.get(Base.YCbCrSubSampling, (2, 2))
         if photometric == _YCBCR and tuple(steps) != (1, 1):
             raise Unreadable("TIFF of subsampled colours without compression; save it as RGB")

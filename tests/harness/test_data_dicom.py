@@ -15,7 +15,7 @@ from bstriplet.dicom import NO_PATIENT
 from bstriplet.errors import UserError
 from bstriplet.files import NO_IMAGES, list_images
 from bstriplet.images import read_image
-from bstriplet.pixels import Unreadable
+from bstriplet.pixels import TooLarge, Unreadable
 
 pydicom = pytest.importorskip("pydicom")
 
@@ -223,6 +223,26 @@ def test_padding_is_black_and_does_not_decide_the_range(tmp_path: Path) -> None:
     assert (pixels[2, 0], pixels[-1, -1]) == (255, 0)
 
 
+@pytest.mark.parametrize(("kind", "value"), [("US", [1, 2]), ("LO", "none"), ("FD", float("inf"))])
+def test_a_padding_value_that_cannot_be_read_costs_no_image(
+    tmp_path: Path, kind: str, value: Any
+) -> None:
+    path = write_dicom(tmp_path / "a.dcm", RAMP)
+    header = pydicom.dcmread(path)
+    header.add(pydicom.DataElement("PixelPaddingValue", kind, value))
+    header.save_as(path)
+    np.testing.assert_array_equal(read(path), RAMP)
+    assert "PixelPaddingValue that cannot be read" in notes_of(path)
+
+
+def test_an_image_of_nothing_but_padding_has_no_other_values_to_tell_it_from(
+    tmp_path: Path,
+) -> None:
+    flat = np.full_like(RAMP, 5)
+    tags = {"PhotometricInterpretation": "MONOCHROME1", "PixelPaddingValue": 5}
+    assert (read(write_dicom(tmp_path / "a.dcm", flat, **tags)) == 255).all()
+
+
 def without_preamble(path: Path) -> bytes:
     return path.read_bytes()[132:]
 
@@ -290,6 +310,14 @@ def test_the_kind_of_pixels_is_assumed_where_it_is_not_said_and_else_must_be_kno
         header.save_as(path)
         with pytest.raises(Unreadable, match=kind):
             read_image(path, SIDE)
+    colour = np.stack([RAMP] * 3, axis=-1).astype(np.uint8)
+    header = pydicom.dcmread(write_dicom(path, colour, 8))
+    del header.PhotometricInterpretation
+    header.save_as(path)
+    np.testing.assert_array_equal(read(path), RAMP)
+    assert "taken for RGB" in notes_of(path)
+    with pytest.raises(Unreadable, match="colours HSV; export it as RGB"):
+        read_image(write_dicom(path, colour, 8, PhotometricInterpretation="HSV"), SIDE)
 
 
 def test_bits_that_do_not_lie_lowest_are_refused(tmp_path: Path) -> None:
@@ -297,9 +325,47 @@ def test_bits_that_do_not_lie_lowest_are_refused(tmp_path: Path) -> None:
         read_image(write_dicom(tmp_path / "a.dcm", RAMP * 16, 12, HighBit=15), SIDE)
 
 
-def test_a_slope_that_says_nothing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(Unreadable, match="RescaleSlope is 0"):
-        read_image(write_dicom(tmp_path / "a.dcm", RAMP, RescaleSlope=0), SIDE)
+@pytest.mark.parametrize("slope", [0, float("inf")])
+def test_a_slope_that_says_nothing_is_named(tmp_path: Path, slope: float) -> None:
+    path = write_dicom(tmp_path / "a.dcm", RAMP)
+    header = pydicom.dcmread(path)
+    header.add(pydicom.DataElement("RescaleSlope", "FD", slope))
+    header.save_as(path)
+    with pytest.raises(Unreadable, match=f"RescaleSlope is {slope}"):
+        read_image(path, SIDE)
+
+
+def test_a_slope_that_is_no_number_is_named(tmp_path: Path) -> None:
+    path = write_dicom(tmp_path / "a.dcm", RAMP, RescaleSlope=1234)
+    path.write_bytes(path.read_bytes().replace(b"1234", b"slow"))
+    with pytest.raises(Unreadable, match=r"^RescaleSlope: .*slow"):
+        read_image(path, SIDE)
+
+
+def test_a_modality_table_is_followed(tmp_path: Path) -> None:
+    table = pydicom.Dataset()
+    table.LUTDescriptor = [256, 0, 16]
+    table.LUTData = [255 - value for value in range(256)]
+    table["LUTData"].VR = "US"
+    path = write_dicom(tmp_path / "a.dcm", RAMP, ModalityLUTSequence=pydicom.Sequence([table]))
+    np.testing.assert_array_equal(read(path), 255 - RAMP)
+
+
+def test_colours_of_twelve_bits_use_all_of_their_range(tmp_path: Path) -> None:
+    colour = np.stack([RAMP, RAMP, RAMP], axis=-1) * 16
+    assert np.abs(read(write_dicom(tmp_path / "a.dcm", colour, 12)) - RAMP).max() <= 1
+
+
+def test_a_dicom_file_without_an_image_and_one_of_too_many_pixels_are_named(tmp_path: Path) -> None:
+    path = write_dicom(tmp_path / "a.dcm", RAMP)
+    with pytest.raises(TooLarge, match="16 x 16 pixels"):
+        read_image(path, SIDE, max_pixels=255)
+    assert read_image(path, SIDE, max_pixels=256).area == 256
+    header = pydicom.dcmread(path)
+    del header.Rows
+    header.save_as(path)
+    with pytest.raises(Unreadable, match="DICOM without an image"):
+        read_image(path, SIDE)
 
 
 def test_a_palette_that_says_16_bits_and_uses_8_is_not_black(tmp_path: Path) -> None:

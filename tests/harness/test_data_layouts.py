@@ -108,6 +108,20 @@ def test_all_that_lies_there_and_is_not_taken_is_named(tmp_path: Path) -> None:
     assert notes == ("1 files of kinds that are not read were left out: b/Thumbs.db",)
 
 
+def test_a_hidden_folder_beside_the_classes_is_named_where_it_holds_images(tmp_path: Path) -> None:
+    for label in "ab":
+        write_images(tmp_path / "test" / label, "0.png", "1.png")
+    write_images(tmp_path / "test/.cache", "0.png")
+    (tmp_path / "test/.git").mkdir()
+    (tmp_path / "test/.git/HEAD").write_text("ref")
+    write_images(tmp_path / "test", "stray.png")
+    _, notes = load_test_images(str(tmp_path), ("a", "b"), 16, 1, skip_broken=False)
+    assert set(notes) == {
+        "1 hidden files or folders were left out: test/.cache (1 images)",
+        "1 images beside the class folders were left out: test/stray.png",
+    }
+
+
 def test_a_linked_class_and_images_without_suffix_are_trained_on(tmp_path: Path) -> None:
     write_images(tmp_path / "store/deep", *(f"{i}.png" for i in range(3)))
     write_images(tmp_path / "set/train/a", *(f"{i}.png" for i in range(3)))
@@ -317,6 +331,10 @@ def test_what_a_manifest_names_in_vain_is_counted(tmp_path: Path) -> None:
     )
     lost, _ = load_dataset(str(root), 16).notes
     assert "3 patients of manifest.csv are not those of an image: line 2: train/a/0.jpg," in lost
+    (root / "train/a/notes.txt").write_text("of Ann")
+    (root / "manifest.csv").write_text("file,patient\ntrain/a/notes.txt,Ann\n")
+    assert not [n for n in load_dataset(str(root), 16).notes if "manifest.csv" in n]  # it is there
+    (root / "train/a/notes.txt").unlink()
     (root / "manifest.csv").write_text("file,split\ntrain/a/0.png,train\n")
     (note,) = load_dataset(str(root), 16).notes
     assert "manifest.csv has no column patient" in note
@@ -457,6 +475,8 @@ def test_a_tile_that_lies_there_twice_is_taken_once_and_the_other_is_named(tmp_p
     # the first in the order of names
     (note,) = (note for note in dataset.notes if "named as another tile" in note)
     assert note.endswith("were left out: Training-Set-2/set8/P9-B6-19328-19600.jpg")
+    # the tables that come with the set are no images that were missed
+    assert not any("PathologistValidation" in note for note in dataset.notes)
 
 
 def test_a_class_folder_of_unknown_files_says_what_they_are(tmp_path: Path) -> None:
@@ -529,6 +549,13 @@ def test_a_csv_file_gives_patients_parts_and_folds(tmp_path: Path) -> None:
         split_dataset(dataset, TrainConfig(folds=3))
     images, _ = load_test_images(data, ("a", "b"), 16, 1, skip_broken=False)
     assert images.files == ("images/6.png", "images/7.png")
+
+
+def test_a_table_of_tabs_may_be_called_tsv(tmp_path: Path) -> None:
+    file = make_csv(tmp_path, "path\tlabel", *(row.replace(",", "\t") for row in ROWS))
+    table = Path(file).rename(tmp_path / "list.TSV")
+    dataset = load_dataset(str(table), 16)
+    assert (len(dataset.images), dataset.layout) == (8, "CSV file")
 
 
 def test_patients_are_compared_in_one_form_and_nan_is_none(tmp_path: Path) -> None:

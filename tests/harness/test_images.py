@@ -52,6 +52,18 @@ def test_a_colour_image_is_rgb(tmp_path: Path, mode: str) -> None:
     assert read_image(tmp_path / "colour.png", 16, channels=1).pixels.shape == (1, 16, 16)
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif", "jpg"])
+def test_every_orientation_is_followed_once(tmp_path: Path, suffix: str) -> None:
+    turned = [GREY, GREY[:, ::-1], GREY[::-1, ::-1], GREY[::-1], GREY.T, np.rot90(GREY, -1),
+              GREY[::-1, ::-1].T, np.rot90(GREY)]  # fmt: skip
+    for orientation, expected in enumerate(turned, 1):
+        tag = Image.Exif()
+        tag[0x0112] = orientation
+        path = tmp_path / f"{orientation}.{suffix}"
+        Image.fromarray(GREY).save(path, exif=tag, **({"quality": 100} if suffix == "jpg" else {}))
+        assert np.abs(read_image(path, 16).pixels[0].astype(int) - expected).max() <= 2
+
+
 def test_the_orientation_tag_is_followed(tmp_path: Path) -> None:
     tag = Image.Exif()
     tag[0x0112] = 6  # to be turned by 90 degrees clockwise
@@ -217,6 +229,18 @@ def test_a_16_bit_tiff_whose_white_is_zero_is_inverted() -> None:
         np.testing.assert_array_equal(pixels[0], 255 - GREY)
 
 
+def test_planes_are_read_where_pillow_reads_them_right() -> None:
+    colours = np.stack([GREY, GREY[::-1], GREY.T], axis=-1)
+    for deflate in (False, True):
+        read = decode(tiff(colours, 2, planes=True, deflate=deflate)).pixels
+        np.testing.assert_array_equal(read, colours.transpose(2, 0, 1))
+        read = decode(tiff(GREY[..., None], planes=True, deflate=deflate)).pixels
+        np.testing.assert_array_equal(read[0], GREY)
+    deep = GREY[..., None].astype("u2")
+    read = decode(tiff(deep, 0, planes=True, deflate=True)).pixels
+    np.testing.assert_array_equal(read[0], 255 - GREY)
+
+
 @pytest.mark.parametrize("deflate", [False, True])
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("extra", [(), (0,), (2,)])
@@ -246,11 +270,20 @@ def test_colours_of_12_bits_in_16_are_not_black(
             "16-bit colours in separate pla",
         ),
         (tiff(np.dstack([GREY.astype("u2")] * 3), 2, planes=True, deflate=True), "separate planes"),
+        (tiff(GREY[..., None], 0, planes=True), "without compression in separate planes"),
+        (
+            tiff(GREY[..., None].astype("i4"), sample_format=SIGNED, order=">", planes=True),
+            "without compression in separate planes",
+        ),
         (tiff(np.dstack([GREY] * 3), 6), "subsampled colours"),
         (tiff(np.dstack([GREY] * 3), 8), r"L\*a\*b\*"),
         (tiff(GREY, more={262: ()}), "does not say whether 0 is black or white"),
         (tiff(GREY, more={254: (1,)}), "first image is a reduced copy"),
         (tiff(np.dstack([GREY.astype("u2") * 9] * 4), 2, extra=(1,)), "multiplied by their alpha"),
+        (
+            tiff(np.dstack([GREY] * 2), 3, extra=(0,), more={320: tuple(range(768))}),
+            "TIFF of 2 channels|unusual",
+        ),
         (tiff(GREY)[:-100], "damaged TIFF|truncated|TIFF of unusual kind"),
     ],
 )
@@ -316,6 +349,34 @@ PALETTE = (b"PLTE", bytes(value for value in range(8) for _ in range(3)))
 def test_transparency_is_laid_on_white_in_every_mode(content: bytes, row: list[int]) -> None:
     picture = decode_image(content, len(row), 1)
     assert np.abs(picture.pixels[0, 0].astype(int) - row).max() <= 1
+    assert picture.notes == (ON_WHITE,)
+
+
+def test_a_damaged_exif_directory_of_a_tiff_is_not_looked_at() -> None:
+    picture = decode(tiff(GREY, more={34665: (1 << 30,)}))
+    np.testing.assert_array_equal(picture.pixels[0], GREY)
+    assert not picture.notes
+
+
+def test_opaque_samples_of_16_bits_are_read_however_their_alpha_is_meant() -> None:
+    opaque = np.full_like(GREY, 65535, dtype=np.uint16)
+    for extra in (1, 2):
+        colours = np.dstack([GREY.astype(np.uint16) * 16] * 3 + [opaque])
+        picture = decode(tiff(colours, 2, extra=(extra,)))
+        np.testing.assert_array_equal(picture.pixels[0], GREY)
+        assert not picture.notes
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_samples_multiplied_by_their_alpha_are_not_multiplied_again(samples: int) -> None:
+    content = tiff(
+        np.dstack([GREY // 2] * samples + [np.full_like(GREY, 128)]),
+        1 if samples == 1 else 2,
+        extra=(1,),
+    )
+    picture = decode_image(content, 16, 1)
+    on_white = GREY // 2 + 127.0
+    assert np.abs(picture.pixels[0] - on_white).max() <= 2
     assert picture.notes == (ON_WHITE,)
 
 
@@ -459,6 +520,33 @@ def test_colours_that_pillow_cuts_to_8_bits_are_noted() -> None:
     for deflate in (False, True):
         assert decode(tiff(inks.astype("u2") * 16, 5, deflate=deflate)).notes == (UPPER_BITS,)
         assert not decode(tiff(inks, 5, deflate=deflate)).notes
+
+
+@pytest.mark.parametrize("mode", ["RGB", "LA"])
+def test_colours_of_a_jpeg_2000_of_16_bits_are_noted_and_greys_are_whole(mode: str) -> None:
+    buffer = BytesIO()
+    Image.fromarray(GREY).convert(mode).save(buffer, "JPEG2000")
+    content = bytearray(buffer.getvalue())
+    assert not decode(bytes(content)).notes
+    start = content.index(b"\xff\x4f\xff\x51")
+    for component in range(len(mode)):
+        content[start + 42 + 3 * component] = 16 - 1
+    assert UPPER_BITS in decode(bytes(content)).notes
+    buffer = BytesIO()
+    Image.fromarray(GREY.astype(np.uint16) * 16).save(buffer, "JPEG2000")
+    picture = decode(buffer.getvalue())
+    np.testing.assert_array_equal(picture.pixels[0], GREY)
+    assert not picture.notes
+
+
+def test_a_second_frame_that_is_damaged_costs_no_pixels_of_the_first() -> None:
+    buffer = BytesIO()
+    frames = [Image.fromarray(pixels) for pixels in (GREY, 255 - GREY)]
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
+    content = buffer.getvalue()
+    picture = decode(content[: content.rindex(b",\0\0\0\0") + 5])  # in the head of the second
+    np.testing.assert_array_equal(picture.pixels[0], GREY)
+    assert picture.notes[0] == SEVERAL
 
 
 def test_a_bmp_of_16_bits_a_pixel_is_read() -> None:
