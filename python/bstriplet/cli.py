@@ -335,7 +335,9 @@ def _add_seeds(parser: argparse.ArgumentParser) -> None:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     parser.add_argument(
-        "--skip-broken", action="store_true", help="leave out images that cannot be read"
+        "--skip-broken",
+        action="store_true",
+        help="leave out images that cannot be read (a run's own test set: as when it was trained)",
     )
     parser.add_argument(
         "--max-pixels",
