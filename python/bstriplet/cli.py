@@ -65,14 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as head, has left
         return 1
     finally:
-        if arguments is None:  # else the process, which goes on, may write elsewhere by now
+        if arguments is None:  # a caller in the same process keeps its output
             _drop_output()
     return 0
 
 
 @contextmanager
 def _stopped_by_sigterm() -> Iterator[None]:
-    """End a command at SIGTERM; in a thread, where no handler can be set, the caller decides."""
+    """End a command at SIGTERM; in a thread, which cannot set a handler, leave the caller's."""
     before = signal.getsignal(signal.SIGTERM)  # None: a handler that Python could not restore
     ours = before is not None and threading.current_thread() is threading.main_thread()
     if ours:
@@ -105,8 +105,6 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 def _say(text: str) -> None:
     """Print a line on standard error, at once."""
     _write(sys.stderr, text + "\n")
-    if sys.stderr is not None:
-        sys.stderr.flush()
 
 
 def _print(*lines: str) -> None:
@@ -122,9 +120,7 @@ def _put(text: str) -> bool:
         UserError: it cannot be written to, such as a file on a full disk.
     """
     try:
-        whole = _write(sys.stdout, text)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        return _write(sys.stdout, text)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -132,7 +128,6 @@ def _put(text: str) -> bool:
             f"cannot write standard output: {error.strerror or one_line(error)}; give it "
             "room (files of results are complete)"
         ) from error
-    return whole
 
 
 def _drop_output() -> None:
@@ -145,10 +140,14 @@ def _drop_output() -> None:
 
 
 def _write(stream: TextIO | None, text: str) -> bool:
-    """Write text, whatever the stream's encoding: bytes of file names as they are, else escapes.
+    """Write text at once, whatever the stream's encoding.
 
-    Nothing is written where there is no stream, as in a Windows program without a console. Returns
-    whether nothing had to be escaped.
+    Bytes of file names are written as they are; other characters that the encoding lacks, as
+    escapes. A stream that takes no bytes, or whose encoding is UTF-16 or the like, gets escapes for
+    both. Nothing is written where there is no stream, as in a Windows program without a console.
+
+    Returns:
+        Whether nothing had to be escaped.
     """
     if stream is None:
         return True
@@ -157,11 +156,13 @@ def _write(stream: TextIO | None, text: str) -> bool:
         if encoding:  # strictly: a stream may have escapes of its own, as standard error has
             text.encode(encoding)
         stream.write(text)
+        stream.flush()
         return True
     except UnicodeEncodeError:
         encoding = encoding or "utf-8"
     if not isinstance(stream, TextIOWrapper) or "\n".encode(encoding) != b"\n":
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
         return False
     try:
         content, whole = text.encode(encoding, "surrogateescape"), True
@@ -169,6 +170,7 @@ def _write(stream: TextIO | None, text: str) -> bool:
         content, whole = text.encode(encoding, "bstriplet.escape"), False
     stream.flush()
     stream.buffer.write(content)
+    stream.flush()
     return whole
 
 
@@ -333,7 +335,9 @@ def _add_seeds(parser: argparse.ArgumentParser) -> None:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     parser.add_argument(
-        "--skip-broken", action="store_true", help="leave out images that cannot be read"
+        "--skip-broken",
+        action="store_true",
+        help="leave out images that cannot be read (a run's own test set: as when it was trained)",
     )
     parser.add_argument(
         "--max-pixels",
@@ -348,7 +352,7 @@ def _train(options: argparse.Namespace) -> None:
     config = TrainConfig(**given)
 
     from bstriplet import report
-    from bstriplet.data import split_dataset
+    from bstriplet.data import load_for, split_dataset
     from bstriplet.notes import on_screen
     from bstriplet.runs import RunFolder, check_free, check_new
     from bstriplet.training import check_models, train
@@ -361,7 +365,7 @@ def _train(options: argparse.Namespace) -> None:
     else:
         check_new(options.out, resume=options.resume)
     check_models(config)
-    task = split_dataset(_load(config), config)
+    task = split_dataset(load_for(config), config)
     for note in task.notes:
         _say(f"note: {on_screen(note)}")
     metrics = train(config, task, run)
@@ -538,30 +542,15 @@ def _predict(options: argparse.Namespace) -> None:
 def _data(options: argparse.Namespace) -> None:
     config = TrainConfig(**given_options(options))
 
-    from bstriplet.data import split_dataset
+    from bstriplet.data import load_for, split_dataset
     from bstriplet.survey import survey
 
-    dataset = _load(config)
+    dataset = load_for(config)
     _print(survey(dataset, split_dataset(dataset, config)))
 
 
-def _load(config: TrainConfig) -> Any:
-    """Return the images of a configuration before they are split."""
-    from bstriplet.data import load_dataset
-
-    return load_dataset(
-        config.data,
-        config.image_size,
-        skip_broken=config.skip_broken,
-        max_pixels=config.max_pixels,
-    )
-
-
 def _metrics(metrics: dict[str, Any]) -> list[str]:
-    """Return the four numbers of the paper's tables as they stand there: all but AUC in per cent.
-
-    A line each.
-    """
+    """Return a line for each number of the paper's tables, as there: all but AUC in per cent."""
     lines = []
     for name in ("accuracy", "sensitivity", "specificity", "auc"):
         value = metrics[name]

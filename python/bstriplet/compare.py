@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bstriplet.config import Scheme, TrainConfig, fields_of
-from bstriplet.data import Dataset, Task, load_dataset, split_dataset
+from bstriplet.data import Dataset, Task, load_for, split_dataset
 from bstriplet.errors import UserError
 from bstriplet.notes import on_screen
 from bstriplet.results import COMPARE, scheme_label
@@ -136,9 +136,7 @@ class Tasks:
         """Return training, validation and test images of a run."""
         read = (config.data, config.image_size, config.skip_broken, config.max_pixels)
         if read not in self._datasets:
-            self._datasets[read] = load_dataset(
-                *read[:2], skip_broken=config.skip_broken, max_pixels=config.max_pixels
-            )
+            self._datasets[read] = load_for(config)
         split = tuple(getattr(config, name) for name in (*fields_of("data"), "seed"))
         if split not in self._tasks:
             self._tasks[split] = split_dataset(self._datasets[read], config)

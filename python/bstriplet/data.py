@@ -191,6 +191,16 @@ def load_dataset(
     )
 
 
+def load_for(config: TrainConfig) -> Dataset:
+    """Return the images of a configuration before they are split."""
+    return load_dataset(
+        config.data,
+        config.image_size,
+        skip_broken=config.skip_broken,
+        max_pixels=config.max_pixels,
+    )
+
+
 def load_test_images(
     data: str,
     classes: tuple[str, ...],

@@ -22,7 +22,7 @@ from bstriplet.data import (
     ImageSet,
     Task,
     count_broken,
-    load_dataset,
+    load_for,
     load_test_images,
     split_dataset,
 )
@@ -82,7 +82,7 @@ def load_trained(run: RunFolder) -> TrainedModel:
     classes = tuple(checkpoint["classes"])
     channels = len(checkpoint["model"]["mean"])
     device = choose_device(config.device)
-    with torch.random.fork_rng(devices=[]):  # the weights that are drawn first are not kept
+    with torch.random.fork_rng(devices=[]):  # keeps the caller's random state
         model = Classifier(
             config.backbone,
             len(classes),
@@ -161,7 +161,7 @@ def mistakes_npz(images: ImageSet, scores: npt.NDArray[np.float64]) -> bytes:
 def evaluate_run(
     run: RunFolder, data: str | None, *, skip_broken: bool, max_pixels: int | None = None
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the metrics of a run's model, and notes on the images, which were left out too.
+    """Return the metrics of a run's model, and notes on the images, such as those left out.
 
     The images are the run's own test set, or the test images of ``data``: a folder test/CLASS/* or
     CLASS/* with classes that the model knows. ``max_pixels``: of an image file; None: as the run.
@@ -169,13 +169,7 @@ def evaluate_run(
     trained = load_trained(run)
     config = _with_limit(trained.config, max_pixels)
     if data is None:
-        dataset = load_dataset(
-            config.data,
-            config.image_size,
-            skip_broken=config.skip_broken,
-            max_pixels=config.max_pixels,
-        )
-        task = split_dataset(dataset, config)
+        task = split_dataset(load_for(config), config)
         images, notes = task.test, task.notes
     else:
         images, notes = load_test_images(
@@ -197,7 +191,7 @@ def predict_files(
     """Return a CSV of class probabilities for image files and folders, and notes on them.
 
     Columns: ``file``, ``predicted``, and ``prob_CLASS`` for each class. An image that cannot be
-    read is an error, or with ``skip_broken`` it is left out and named in the notes, as is all that
+    read is an error, or with ``skip_broken`` it is left out and named in the notes. So is whatever
     lies in the folders and is no image. ``max_pixels``: of an image file; None: as the run.
     """
     trained = load_trained(run)

@@ -12,8 +12,8 @@ from functools import cached_property
 
 from bstriplet.errors import UserError
 
-# How pandas, R and Excel write that there is no value: in any case, and as it stands (NAT and Na
-# may be classes; so may "none").
+# How pandas, R and Excel write that there is no value: these in any case, those below only in this
+# one, for NAT and Na may be classes (so may "none").
 _NOTHING = frozenset(
     {"nan", "-nan", "n/a", "<na>", "#n/a", "#na", "null"}
     | {"#value!", "#ref!", "#name?", "#div/0!", "#num!", "#null!"}
@@ -54,7 +54,7 @@ def on_disk(name: str) -> str:
 
 
 def encode(text: str) -> bytes:
-    """Return text as UTF-8, and bytes of file names that are none as they are."""
+    """Return text as UTF-8; bytes of file names that are not UTF-8 stay as they are."""
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:  # half a pair: names of Windows may hold one
@@ -62,12 +62,12 @@ def encode(text: str) -> bytes:
 
 
 def decode(content: bytes) -> str:
-    """Return the text of :func:`encode`."""
+    """Return the text that :func:`encode` encoded; half a pair comes back as its three bytes."""
     return content.decode("utf-8", "surrogateescape")
 
 
 def printable(text: str) -> str:
-    r"""Return text for a page or a picture: what is not Unicode there is shown as ``\xe9``."""
+    r"""Return text for a page or a picture: what these cannot hold becomes an escape, ``\xe9``."""
     valid = encode(text).decode("utf-8", "backslashreplace")
     return _NOT_IN_XML.sub(lambda found: ascii(found.group())[1:-1], valid)
 
@@ -126,13 +126,13 @@ def check_apart(classes: Mapping[str, object]) -> None:
     """Raise if two classes, given with where each stands, look like one."""
     seen: dict[str, str] = {}
     for name, where in classes.items():
-        others = [seen.setdefault(look, name) for look in _looks(name)]
-        for other in set(others) - {name}:
-            raise UserError(
-                f"classes {quoted(other, name)} ({printable(str(classes[other]))}) and "
-                f"{quoted(name, other)} ({printable(str(where))}) look alike; write the one as the "
-                "other, or give them names that differ in more than this"
-            )
+        for look in _looks(name):
+            if (other := seen.setdefault(look, name)) != name:
+                raise UserError(
+                    f"classes {quoted(other, name)} ({printable(str(classes[other]))}) and "
+                    f"{quoted(name, other)} ({printable(str(where))}) look alike; write the one as "
+                    "the other, or give them names that differ in more than this"
+                )
 
 
 def unknown_class(where: object, name: str, known: Collection[str]) -> UserError:

@@ -220,7 +220,7 @@ def _per_class(comparison: Comparison) -> list[dict[str, Any]]:
     return [
         {
             "name": label,
-            "support": next(iter(_of_class(comparison.finished, label, "support"))),
+            "support": _of_class(comparison.finished, label, "support")[0],
             "rows": [
                 {
                     "scheme": scheme_label(scheme),

@@ -354,7 +354,7 @@ def draw(
 
 
 def _refuse_other_classes(name: str, runs: Sequence[Run]) -> None:
-    """Raise if runs that one table or figure is drawn from have not the same classes."""
+    """Raise if runs that one table or figure is drawn from do not have the same classes."""
     for run in runs:
         if run.classes != runs[0].classes:
             raise UserError(

@@ -70,7 +70,7 @@ def _sync_folder(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text``, atomically, in UTF-8; bytes of file names that are none stay as they are."""
+    """Write ``text``, atomically, as :func:`bstriplet.names.encode` does."""
     write_atomic(path, names.encode(text))
 
 
@@ -96,7 +96,7 @@ def cannot_write(path: Path, error: OSError) -> UserError:
 
 
 def write_output(path: Path, text: str) -> None:
-    """Write ``text`` where a user wants it: a pipe or a device is written to, not replaced."""
+    """Write ``text`` to the file a user named; a link is followed, a pipe or device written to."""
     if not _is_special(path):
         return write_text(Path(os.path.realpath(path)), text)
     try:
@@ -106,7 +106,7 @@ def write_output(path: Path, text: str) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Raise unless :func:`write_output` can write to ``path``: better known before the work."""
+    """Raise, before the work is done, unless :func:`write_output` can write to ``path``."""
     if os.path.isdir(path):
         raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
     if not _is_special(path):
@@ -114,7 +114,7 @@ def check_output(path: Path) -> None:
 
 
 def _is_special(path: Path) -> bool:
-    """Whether ``path`` is a pipe or a device, such as /dev/stdout."""
+    """Whether ``path``, which is no folder, is a pipe or a device, such as /dev/stdout."""
     return os.path.exists(path) and not os.path.isfile(path)
 
 

@@ -47,13 +47,12 @@ class Table:
 def read_table(
     file: Path, columns: Mapping[str, tuple[str, ...]], optional: frozenset[str] = frozenset()
 ) -> Table:
-    """Return the rows of a CSV file by the keys of ``columns``; rows without any value are left
-    out.
+    """Return the rows of a CSV file by the keys of ``columns``, without the empty rows.
 
-    ``columns`` gives the spellings of each, in the order in which they are looked for; case and
-    signs do not matter. The delimiter is that of ``, ; tab`` which makes most of them appear. A
-    column that is not ``optional`` must be there and have a value in every row. A value that says
-    that there is none, such as NaN, is an error there, and else empty.
+    ``columns`` gives the spellings of each column, the preferred one first; case and signs do not
+    matter. The delimiter is the one of ``, ; tab`` that yields most of these columns. A column that
+    is not ``optional`` must be there and have a value in every row. A cell such as NaN counts as
+    empty.
 
     Raises:
         UserError: the file cannot be read, has no such column or has it twice, a row has too few
@@ -93,7 +92,7 @@ def _decoded(content: bytes) -> tuple[str, str]:
     text = decode(content)
     beyond_ascii = re.search("[^\0-\x7f\udc80-\udcff]", text)
     if beyond_ascii or not _BYTES.search(text):
-        return text, "utf-8"  # where some bytes do not fit, they are of names of files
+        return text, "utf-8"  # bytes that do not fit are taken for those of file names
     try:
         return content.decode("cp1252"), "cp1252"
     except UnicodeDecodeError:
@@ -183,7 +182,8 @@ def _rows(
     optional: frozenset[str],
 ) -> Iterator[Row]:
     width = max((place + 1 for place, name in enumerate(names) if name.strip()), default=0)
-    # Spreadsheets leave the last empty cells out. Where no cell is needed, it may be rubbish.
+    # Spreadsheets leave the last empty cells out. Where all columns are optional, a row has to be
+    # whole: nothing else tells it from a line that is no row.
     needed = max((place + 1 for key, place in places.items() if key not in optional), default=width)
     for line, cells in records:
         where = f"{file}, line {line}"
@@ -218,8 +218,8 @@ class Finder:
     def find(self, where: str, written: str) -> Path:
         """Return the file of a cell; relative paths are from the table's folder on.
 
-        Backslashes are separators where there is no such file else. A name is found in any Unicode
-        form. Where nothing is found, the path is that which was written.
+        Where no file has the name as written, backslashes separate folders and any Unicode form
+        will do. Where still nothing is found, the path is returned as written.
 
         Raises:
             UserError: the path has a drive of Windows here, or another case than the file.

@@ -644,6 +644,23 @@ def test_names_come_out_on_any_screen(
     assert cli.main(["data", str(root), "--image-size", "32"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("encoding", "text", "written", "whole"),
+    [
+        ("ascii", "肺\udce9炎\udcff", rb"\u80ba" + b"\xe9" + rb"\u708e" + b"\xff", False),
+        ("ascii", "\udce9", b"\xe9", True),
+        ("utf-8", "\ud800", rb"\ud800", False),
+        ("utf-16", "肺\udce9", r"肺\udce9".encode("utf-16"), False),
+    ],
+)
+def test_bytes_of_names_and_escapes_stand_side_by_side(
+    encoding: str, text: str, written: bytes, whole: bool
+) -> None:
+    screen = TextIOWrapper(BytesIO(), encoding=encoding)
+    assert cli._write(screen, text) is whole
+    assert screen.buffer.getvalue() == written  # type: ignore[attr-defined]
+
+
 class Cell:
     """Standard output as a notebook may have it: it has no more than this, and holds ASCII."""
 

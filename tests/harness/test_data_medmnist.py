@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bstriplet import medmnist
 from bstriplet.config import TrainConfig
 from bstriplet.data import load_dataset, load_test_images, split_dataset
 from bstriplet.errors import UserError
@@ -32,6 +33,15 @@ def arrays(side: int, colour: bool = False, n_labels: int = 1) -> dict[str, np.n
 def write(path: Path, **changes: Any) -> str:
     np.savez(path, **(arrays(28) | changes))
     return str(path)
+
+
+def test_classes_of_a_model_are_compared_in_one_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(medmnist._CLASSES, "pneumoniamnist", ("caf\u00e9", "normal"))
+    data = write(tmp_path / "pneumoniamnist.npz")
+    images, _ = load_test_images(data, ("cafe\u0301", "normal "), 28, 1, skip_broken=False)
+    assert len(images) == 6
 
 
 @pytest.mark.parametrize("colour", [False, True])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bstriplet import paper, reproduce
+from bstriplet import paper, report, reproduce
 from bstriplet.config import Scheme, TrainConfig
 from bstriplet.errors import UserError
 from digit_runs import write_comparison, write_run
@@ -222,6 +222,13 @@ def test_an_output_folder_that_cannot_be_made_is_named(finished, tmp_path):
     (tmp_path / "out").touch()
     with pytest.raises(UserError, match=r"cannot write .*out"):
         reproduce.draw_targets({}, None, [finished], tmp_path / "out")
+
+
+def test_a_command_that_no_page_can_hold_is_shown_with_escapes(finished, tmp_path):
+    targets = reproduce.targets_named(["table3"], {})
+    drawn = reproduce.draw_targets(targets, None, [finished], tmp_path)
+    page = report.build_reproduction(drawn, "bstriplet --out norm\udce9", tmp_path)
+    assert r"--out norm\xe9" in page.read_text(encoding="utf-8")
 
 
 def test_from_takes_no_training_options(finished, tmp_path, bstriplet: Run):

@@ -9,6 +9,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from bstriplet import names
 from bstriplet.errors import UserError
 from bstriplet.layouts import Listing, recognise
 from bstriplet.tables import read_table
@@ -42,7 +43,9 @@ def read(folder: Path, content: str | bytes, *files: str | bytes) -> Listing:
 
 
 @pytest.mark.parametrize("delimiter", ",;\t")
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]
+)
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
 def test_delimiter_encoding_and_newlines_do_not_matter(
     tmp_path: Path, delimiter: str, encoding: str, newline: str
@@ -78,6 +81,11 @@ def test_a_table_that_is_not_unicode_is_read_with_a_note(tmp_path: Path) -> None
     assert "not UTF-8 and was read as cp1252" in note
 
 
+def test_bytes_that_cp1252_lacks_are_read_as_latin_1(tmp_path: Path) -> None:
+    (note,) = read(tmp_path, b"path,label\n0.png,\x81\n1.png,b\n").notes
+    assert "was read as latin-1" in note
+
+
 @pytest.mark.parametrize("encoding", ["gbk", "cp1252"])
 def test_cells_of_another_encoding_than_the_rest_are_noted(tmp_path: Path, encoding: str) -> None:
     """Some words of GBK and of cp1252 are UTF-8 of other letters, which says little of a table."""
@@ -96,13 +104,13 @@ def test_last_cells_that_are_left_out_are_empty(tmp_path: Path) -> None:
 
 def test_names_of_files_that_are_not_utf_8_are_found(tmp_path: Path) -> None:
     """In the table of a list of files as well as in one of an old code page."""
-    names = b"\xe9/0.png", "肺\udcff.png".encode("utf-8", "surrogateescape")
+    files = b"\xe9/0.png", "肺\udcff.png".encode("utf-8", "surrogateescape")
     for number, content in enumerate(
-        [b"path,label\n%s,a\n%s,b\n" % names, b"path,label\n\xe9/0.png,a\nx.png,b\n"]
+        [b"path,label\n%s,a\n%s,b\n" % files, b"path,label\n\xe9/0.png,a\nx.png,b\n"]
     ):
         folder = tmp_path / str(number)
         folder.mkdir()
-        listing = read(folder, content, *names)
+        listing = read(folder, content, *files)
         assert os.fsencode(listing.entries[0].path).endswith(b"\xe9/0.png")
         assert listing.entries[0].path.exists()
 
@@ -178,6 +186,11 @@ def test_a_second_column_that_could_be_the_label_is_noted(tmp_path: Path) -> Non
 def test_a_path_is_found_in_another_spelling(tmp_path: Path, written: str, lies: str) -> None:
     listing = read(tmp_path, f"path,label\n{written},a\nx.png,b\n", lies)
     assert listing.entries[0].path.samefile(tmp_path / lies)
+
+
+def test_half_a_pair_which_windows_allows_in_names_is_written_and_shown() -> None:
+    assert names.encode("a\ud83d") == b"a\xed\xa0\xbd"
+    assert names.printable("a\ud83d") == r"a\xed\xa0\xbd"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, names are Unicode in any locale")
