@@ -366,8 +366,10 @@ def test_an_epoch_that_is_named_too_late_is_warned_of():
     drawn = iter(sampler)
     next(drawn)
     sampler.set_epoch(2)
-    with pytest.warns(UserWarning, match=r"set_epoch\(2\) came when batches of epoch 0 had been"):
+    late = r"set_epoch\(2\) came when batches of epoch 0 had been"
+    with pytest.warns(UserWarning, match=late) as said:
         assert list(drawn) == whole[0][1:]
+    assert len(said) == 1
     assert list(sampler) == whole[2]
 
     drawn = iter(sampler)
@@ -453,6 +455,10 @@ def test_it_is_a_batch_sampler():
         assert sampler.epoch == 3
         sampler.set_epoch(0)
     assert sampler.batch_size == 10
+    assert sampler.unsharded().batch_size is None  # or accelerate would fill smaller ones up
+    unsharded = sampler.unsharded()
+    unsharded.load_state_dict(unsharded.state_dict(batches_done=4))
+    assert len(unsharded) == len(sampler) == 6
     with pytest.raises(AttributeError):
         sampler.batch_size = 20  # the shares would still be those of 10
 
@@ -576,6 +582,14 @@ def test_resuming_twice_in_one_epoch():
     again = of_sizes([40, 60], 10)
     again.load_state_dict(sampler.state_dict())
     assert list(again) == whole[5:]
+
+
+def test_a_state_loaded_after_the_iterator_is_made_counts():
+    sampler = of_sizes([40, 60], 10)
+    drawn = iter(sampler)
+    sampler.load_state_dict(sampler.state_dict(batches_done=4))
+    assert next(drawn) == epochs_of(of_sizes([40, 60], 10), 1)[0][4]
+    assert len(sampler) == 10  # of the next iterator
 
 
 def test_leaving_a_restored_epoch_forgets_the_place():
