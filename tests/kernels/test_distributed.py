@@ -1,7 +1,8 @@
 """The loss of a global batch over processes equals one process's on the concatenated batch."""
 
-import socket
+import tempfile
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,17 +16,9 @@ from bstriplet_kernels import BSTripletLoss, CrossEntropyBSTripletLoss, bstriple
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def run_rank(rank, world, port, body, failures):
+def run_rank(rank, world, meeting, body, failures):
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
-    )
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     try:
         body(rank, world)
     except Exception:
@@ -39,17 +32,18 @@ def on_ranks(body, world=2):
     """Run `body(rank, world)` in that many processes; their failures fail the test."""
     context = mp.get_context("spawn")
     failures = context.SimpleQueue()
-    port = free_port()
-    processes = [
-        context.Process(target=run_rank, args=(rank, world, port, body, failures))
-        for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=120)
-        if process.exitcode is None:
-            process.kill()
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = (Path(folder) / "store").as_uri()
+        processes = [
+            context.Process(target=run_rank, args=(rank, world, meeting, body, failures))
+            for rank in range(world)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout=120)
+            if process.exitcode is None:
+                process.kill()
     messages = []
     while not failures.empty():
         messages.append(failures.get())

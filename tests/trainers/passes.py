@@ -296,3 +296,7 @@ def metric_learning() -> list[Batches]:
 
 if __name__ == "__main__":
     Path(f"{os.environ['RANK']}.json").write_text(json.dumps(globals()[sys.argv[1]]()))
+    # A thread of the process group that drops a tensor while Python ends aborts the process:
+    # https://github.com/pytorch/pytorch/issues/190489
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
