@@ -337,7 +337,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip-broken",
         action="store_true",
-        help="leave out images that cannot be read (a run's own test set: as when it was trained)",
+        help="leave out images that cannot be read (of a run's own: those that it left out)",
     )
     parser.add_argument(
         "--max-pixels",

@@ -1,6 +1,7 @@
 """The images of a classification task, found and split: the same seed gives the same split."""
 
 import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -123,9 +124,10 @@ class Task:
     def summary(self) -> dict[str, Any]:
         """Return the images of each class in each part, the notes and a fingerprint, for JSON."""
         parts = {"train": self.train, "validation": self.validation, "test": self.test}
-        digest = hashlib.sha256(self.key.encode())
+        digest = hashlib.sha256(json.dumps([self.key, self.classes]).encode())
         for part in parts.values():
             digest.update(part.rows.tobytes())
+            digest.update(part.labels.tobytes())
         return {
             "images": {
                 name: {label: int(np.sum(part.labels == i)) for i, label in enumerate(self.classes)}

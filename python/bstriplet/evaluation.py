@@ -164,12 +164,15 @@ def evaluate_run(
     """Return the metrics of a run's model, and notes on the images, such as those left out.
 
     The images are the run's own test set, or the test images of ``data``: a folder test/CLASS/* or
-    CLASS/* with classes that the model knows. ``max_pixels``: of an image file; None: as the run.
+    CLASS/* with classes that the model knows. The run's own must be those it began with: of others,
+    the model may have been trained on some. ``max_pixels``: of an image file; None: as the run.
     """
     trained = load_trained(run)
     config = _with_limit(trained.config, max_pixels)
     if data is None:
+        config = replace(config, skip_broken=config.skip_broken or skip_broken)
         task = split_dataset(load_for(config), config)
+        run.check_images(task.summary(), "evaluate on a folder of others with --data")
         images, notes = task.test, task.notes
     else:
         images, notes = load_test_images(

@@ -249,6 +249,24 @@ class RunFolder:
                 "options as they were, or choose another --out"
             )
 
+    def check_images(self, summary: dict[str, Any], otherwise: str) -> None:
+        """Raise if images, labels or parts are not those the run began with.
+
+        summary: what ``Task.summary()`` says of the images. otherwise: what can be done instead of
+        restoring them.
+        """
+        environment = self.path / ENVIRONMENT
+        try:
+            fingerprint = read_json(environment)["data"]["fingerprint"]
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{environment} does not say which images the run began with; restore it"
+            ) from error
+        if fingerprint != summary["fingerprint"]:
+            raise UserError(
+                f"the images have changed since {self.path} began; restore them, or {otherwise}"
+            )
+
     def load(self, name: str, config: TrainConfig) -> dict[str, Any]:
         """Return checkpoint ``name`` after comparing its configuration with the run's."""
         path = self.path / name

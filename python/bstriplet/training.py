@@ -92,7 +92,8 @@ def train(config: TrainConfig, task: Task, run: RunFolder) -> Row:
     """
     with locked_folder(run.path):
         run.check_config(config)
-        check_same_images(run, task)
+        if run.started:
+            run.check_images(task.summary(), "train again into another folder")
         return read_json(run.path / METRICS) if run.finished else _train(config, task, run)
 
 
@@ -339,18 +340,6 @@ def describe_environment(device: torch.device, task: Task) -> Row:
         "threads": torch.get_num_threads(),
         "data": task.summary(),
     }
-
-
-def check_same_images(run: RunFolder, task: Task) -> None:
-    """Raise if a started run was trained on other images than ``task`` has."""
-    if not run.started:
-        return
-    began_with = read_json(run.path / ENVIRONMENT).get("data", {})
-    if began_with.get("fingerprint") != task.summary()["fingerprint"]:
-        raise UserError(
-            f"the images have changed since {run.path} began; restore them, or train again into "
-            "another folder"
-        )
 
 
 def uses_cuda_graph(config: TrainConfig, learner: Learner) -> bool:

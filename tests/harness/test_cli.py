@@ -354,6 +354,14 @@ def test_resuming_on_changed_images_is_refused(
     assert snapshot(out) == before
 
 
+@pytest.mark.parametrize("content", ["{}", '{"data": []}', "[]", '{"data": {"notes": []}}'])
+def test_a_run_that_lost_what_it_began_with(run_copy: Path, bstriplet: Run, content: str) -> None:
+    (run_copy / "environment.json").write_text(content)
+    words = (run_copy / "environment.json", "which images", "restore it")
+    one_clear_line(bstriplet("train", "--out", run_copy, "--resume"), *words)
+    one_clear_line(bstriplet("evaluate", "--run", run_copy), *words)
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"marginn": 1}', b"\xff"])
 def test_a_damaged_config(run_copy: Path, bstriplet: Run, content: bytes) -> None:
     (run_copy / "config.json").write_bytes(content)
@@ -406,6 +414,24 @@ def test_evaluate_on_a_folder(tree_run: tuple[Path, Path], bstriplet: Run) -> No
     (root / "test/class_1").rename(root / "test/other")
     one_clear_line(bstriplet("evaluate", "--run", run, "--data", root), root / "test/other")
     one_clear_line(bstriplet("evaluate", "--run", run, "--data", root / "no"), root / "no")
+
+
+def test_a_run_is_evaluated_on_the_test_set_it_began_with_or_told_of_the_change(
+    tmp_path: Path, make_tree: MakeTree, bstriplet: Run
+) -> None:
+    root, out = make_tree(train=10), tmp_path / "run"  # no test: one image more deals anew
+    assert bstriplet("train", *TREE_FLAGS, "--data", root, "--out", out).status == 0
+    own = bstriplet("evaluate", "--run", out)
+    assert own.status == 0
+    new = root / "train/class_0/10.png"
+    new.write_bytes((root / "train/class_0/9.png").read_bytes())
+    words = ("images have changed", out, "--data")
+    one_clear_line(bstriplet("evaluate", "--run", out), *words)
+    new.unlink()
+    assert bstriplet("evaluate", "--run", out) == own
+    (root / "train/class_0/0.png").write_bytes(b"cut")
+    one_clear_line(bstriplet("evaluate", "--run", out), "class_0/0.png", "--skip-broken")
+    one_clear_line(bstriplet("evaluate", "--run", out, "--skip-broken"), *words)
 
 
 def test_predict_gives_the_probabilities_of_the_run(

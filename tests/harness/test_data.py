@@ -419,6 +419,22 @@ def test_fingerprint_tells_images_and_splits_apart(make_tree: MakeTree) -> None:
     assert fingerprint(config) != first
 
 
+def test_fingerprint_tells_labels_and_classes_apart(make_tree: MakeTree) -> None:
+    root = make_tree(train=4, val=4, test=4)
+    table = root / "labels.csv"
+
+    def fingerprint(*labels: str) -> str:
+        rows = ["file,label,split"]
+        for part in ("train", "val", "test"):
+            for number, label in enumerate(labels):
+                rows += [f"{part}/class_{number}/{image}.png,{label},{part}" for image in range(4)]
+        table.write_text("\n".join(rows))
+        return split_dataset(load_dataset(str(table), 32), TrainConfig()).summary()["fingerprint"]
+
+    labelled = [("a", "b"), ("b", "a"), ("a", "c")]
+    assert len({fingerprint(*labels) for labels in labelled}) == len(labelled)
+
+
 def test_test_images_take_the_models_classes_and_channels(make_tree: MakeTree) -> None:
     root = make_tree(classes=2, colour=True)
     classes = ("class_0", "class_1", "class_2")
