@@ -216,11 +216,16 @@ def _per_class(comparison: Comparison) -> list[dict[str, Any]]:
         ("specificity", percent),
         ("auc", area),
     )
+
+    def support(label: str) -> str:
+        counts = _of_class(comparison.finished, label, "support")
+        return _range(min(counts), max(counts))
+
     # By name: runs on other data, which a scheme may set, have other classes or another order.
     return [
         {
             "name": label,
-            "support": _of_class(comparison.finished, label, "support")[0],
+            "support": support(label),
             "rows": [
                 {
                     "scheme": scheme_label(scheme),

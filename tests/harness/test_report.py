@@ -485,6 +485,11 @@ def test_classes_of_runs_on_other_data_are_told_apart_by_name(tmp_path):
     assert list(groups) == ["a", "b", "c", "z"]
     assert [len(found["rows"]) for found in groups.values()] == [2, 2, 1, 1]
     last = json.loads((run / "metrics.json").read_text())["per_class"][2]
+    first, _ = results.read(folder).finished
+    counts = sorted((first.metrics["per_class"][0]["support"], last["support"]))
+    assert counts[0] < counts[1]
+    assert groups["a"]["support"] == f"{counts[0]}-{counts[1]}"
+    assert groups["c"]["support"] == str(first.metrics["per_class"][2]["support"])
     assert groups["a"]["rows"][1]["cells"][0] == f"{100 * last['precision']:.2f}"
     assert report._images(results.read(folder))["classes"] == ["a", "b", "c", "z"]
 
