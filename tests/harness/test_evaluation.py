@@ -1,0 +1,62 @@
+"""What a finished run leaves of its mistakes, and what it predicts in several batches."""
+
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from bstriplet import evaluation
+from bstriplet.data import ImageSet
+from bstriplet.evaluation import MISTAKES_KEPT, mistakes_npz, predict_files
+from bstriplet.runs import RunFolder
+from conftest import Run
+from quick import MakeTree, tiny_flags
+
+
+def grey(count: int, side: int) -> ImageSet:
+    """Images of class 0, each of one grey value: its number."""
+    values = np.arange(count, dtype=np.uint8)[:, None, None, None]
+    pixels = np.broadcast_to(values, (count, 1, side, side))
+    files = tuple(f"{number}.png" for number in range(count))
+    return ImageSet(pixels, np.arange(count), np.zeros(count, dtype=np.int64), files)
+
+
+def test_the_most_confident_mistakes_are_kept_the_most_confident_first() -> None:
+    sure = np.random.default_rng(0).permutation(np.linspace(0.05, 0.95, 3 * MISTAKES_KEPT))
+    kept = np.load(io.BytesIO(mistakes_npz(grey(len(sure), 8), np.stack([1 - sure, sure], axis=1))))
+    expected = [number for number in np.argsort(-sure) if sure[number] > 0.5][:MISTAKES_KEPT]
+    assert list(kept["files"]) == [f"{number}.png" for number in expected]
+    assert list(kept["pixels"][:, 0, 3, 5]) == expected
+
+
+@pytest.mark.parametrize(("side", "shown"), [(8, 8), (128, 128), (129, 64), (300, 100)])
+def test_mistakes_are_shown_small(side: int, shown: int) -> None:
+    kept = np.load(io.BytesIO(mistakes_npz(grey(3, side), np.array([[0.0, 1.0]] * 3))))
+    assert kept["pixels"].shape == (3, 1, shown, shown)
+    assert kept["pixels"].dtype == np.uint8
+    assert (kept["pixels"] == np.arange(3)[:, None, None, None]).all()
+
+
+def test_no_image_is_lost_between_batches(
+    make_tree: MakeTree, tmp_path: Path, bstriplet: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, run = make_tree(), tmp_path / "run"
+    flags = tiny_flags(train_per_class=0, epochs=1)
+    assert bstriplet("train", *flags, "--data", root, "--out", run).status == 0
+    for name in ("test", "train"):
+        (root / name / "class_0/notes.txt").write_text("read by two")
+    (root / "train/class_0/3.png").write_bytes(b"cut")
+    folders = [root / "test", root / "train"]
+    whole, notes = predict_files(RunFolder(run), folders, skip_broken=True)
+    assert any(note.startswith("2 ") and "notes.txt" in note for note in notes)
+    rows = list(csv.DictReader(io.StringIO(whole)))
+    assert len(rows) == 8 + 15
+    for batch in (1, 5, 23):
+        monkeypatch.setattr(evaluation, "BATCH", batch)
+        again, _ = predict_files(RunFolder(run), folders, skip_broken=True)
+        for row, other in zip(rows, csv.DictReader(io.StringIO(again)), strict=True):
+            assert row["file"] == other["file"]
+            for name in ("prob_class_0", "prob_class_1"):
+                torch.testing.assert_close(float(row[name]), float(other[name]))
