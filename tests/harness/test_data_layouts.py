@@ -1,6 +1,7 @@
 """Each layout as it is downloaded: recognised, counted, patients read from names and tables."""
 
 import csv
+import hashlib
 import os
 import re
 import unicodedata
@@ -320,7 +321,10 @@ def test_a_manifest_may_spell_names_in_other_ways(tmp_path: Path) -> None:
     of = dict(zip(dataset.images.files, dataset.patients, strict=True))  # type: ignore[arg-type]
     assert of["train/a/0.png"] == of["test/a/0.png"] != of["train/b/0.png"]
     unknown, shared = dataset.notes
-    assert "9 images have no patient, others have: train/a/1.png" in unknown
+    assert unknown == (
+        "9 images have no patient, others have: train/a/1.png, train/a/2.png, train/a/3.png, ...; "
+        "each counts as a patient of its own"
+    )
     assert "1 patients are in the test part and in another: Ann;" in shared
 
 
@@ -598,6 +602,36 @@ def test_a_file_that_a_csv_lists_in_vain_is_named_or_skipped(tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"1 of 8 images cannot be read: images/5\.png \(not foun"):
         load_dataset(data, 16)
     assert load_dataset(data, 16, skip_broken=True).broken == ("images/5.png (not found)",)
+
+
+def test_what_is_known_of_images_stays_theirs_where_others_are_broken(tmp_path: Path) -> None:
+    rows = [
+        f"{row},{patient},{part},{fold}"
+        for row, patient, part, fold in zip(
+            ROWS,
+            ["Ann", "Bob", "ann", "Eve", "Joe", "Joe", "Bob", "Eve"],
+            ["test", "val", "train", "test", "train", "val", "test", "train"],
+            ["x", "b", "a", "x", "B", "A", "c", "C"],
+            strict=True,
+        )
+    ]
+    data = make_csv(tmp_path, "path,label,patient,split,fold", *rows)
+    for number in (0, 3):
+        (tmp_path / f"images/{number}.png").write_text("no image")
+    dataset = load_dataset(data, 16, skip_broken=True)
+    assert dataset.images.files == tuple(f"images/{number}.png" for number in (1, 2, 4, 5, 6, 7))
+    np.testing.assert_array_equal(dataset.images.labels, [1, 0, 0, 1, 0, 1])
+    np.testing.assert_array_equal(
+        dataset.parts, ["validation", "train", "train", "validation", "test", "train"]
+    )
+    np.testing.assert_array_equal(dataset.patients, [0, 1, 2, 2, 0, 3])  # type: ignore[arg-type]
+    np.testing.assert_array_equal(dataset.folds, [1, 0, 1, 0, 2, 2])  # type: ignore[arg-type]
+    assert dataset.digests == tuple(
+        hashlib.sha256((tmp_path / file).read_bytes()).hexdigest() for file in dataset.images.files
+    )
+    assert dataset.notes[1:] == (
+        "1 patients are in the test part and in another: Bob; --folds would keep each on one side",
+    )
 
 
 def test_missing_data_are_named(tmp_path: Path) -> None:
