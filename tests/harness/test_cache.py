@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,12 @@ def make_images(folder: Path, count: int, colour_at: int | None = None) -> list[
         paths.append(folder / f"{number:03d}.png")
         Image.fromarray(pixels).save(paths[-1])
     return paths
+
+
+def saved(pixels: np.ndarray) -> bytes:
+    stream = BytesIO()
+    np.save(stream, pixels)
+    return stream.getvalue()
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, file: Path, name: str, value: int) -> None:
@@ -401,10 +408,11 @@ def test_an_unusable_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_folder_for_the_cache_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = make_images(tmp_path / "set", 2)
-    monkeypatch.setattr(image_cache, "SETTLED_NS", -(10**12))
-    monkeypatch.setenv("BSTRIPLET_CACHE", str(tmp_path / "new/cache"))
-    assert not decode(paths, 16).broken
-    assert {path.name for path in (tmp_path / "new/cache").iterdir()} == {"images", "index"}
+    for settled_ns, made in ((10**15, "images"), (-(10**12), "index")):
+        monkeypatch.setattr(image_cache, "SETTLED_NS", settled_ns)
+        monkeypatch.setenv("BSTRIPLET_CACHE", str(tmp_path / f"for/{made}"))
+        assert not decode(paths, 16).broken
+        assert (tmp_path / f"for/{made}" / made).is_dir()
 
 
 def test_a_cache_in_which_nothing_can_be_renamed_is_named(
@@ -451,7 +459,7 @@ def test_the_cache_lies_where_the_environment_says(
     ("name", "content"),
     [("pixels.npy", b"damaged"), ("pixels.npy", b""), ("pixels.npy", None), ("about.json", b"[]"),
      ("about.json", b"{}"), ("about.json", b""), ("about.json", None),
-     ("about.json", b'{"broken": []}'),
+     ("about.json", b'{"broken": []}'), ("pixels.npy", saved(np.zeros((1, 1, 16, 16), np.uint8))),
      ("about.json", b'{"broken": {}, "patients": {}, "notes": {}, "digests": [], "limits": {}}')],
 )  # fmt: skip
 def test_a_damaged_cache_is_named(

@@ -308,6 +308,15 @@ def test_copies_across_parts_are_reported(make_tree: MakeTree) -> None:
     )
 
 
+@pytest.mark.parametrize(("n_copies", "more"), [(3, ""), (4, ", ...")])
+def test_three_copies_are_named_and_that_there_are_more(n_copies: int, more: str) -> None:
+    dataset = synthetic([20, 20], None, n_test=5)
+    digests = (*["39.png"] * n_copies, *dataset.digests[n_copies:])
+    (note,) = split_dataset(replace(dataset, digests=digests), TrainConfig()).notes
+    assert note.startswith(f"{n_copies} test images are exact copies of ")
+    assert note.endswith(f" images: 0.png = 39.png, 1.png = 39.png, 2.png = 39.png{more}")
+
+
 def test_a_validation_set_from_the_test_set_is_no_copy_of_it() -> None:
     dataset = synthetic([20, 20], None, n_test=8)
     assert split_dataset(dataset, TrainConfig(validation="test")).notes == ()
@@ -359,6 +368,7 @@ def test_a_tree_is_read_as_it_lies(make_tree: MakeTree, colour: bool) -> None:
     ):
         assert file.startswith(f"{part}/class_{label}/")
     task = split_dataset(dataset, TrainConfig())
+    assert task.channels == task.summary()["channels"] == (3 if colour else 1)
     assert set(task.test.files) == {file for file in dataset.images.files if file[:4] == "test"}
 
 
@@ -416,6 +426,17 @@ def test_broken_images_are_all_named_and_left_out_by_choice(make_tree: MakeTree)
     np.testing.assert_array_equal(
         dataset.images.labels, [int(file[12]) for file in dataset.images.files[:]]
     )
+
+
+def test_test_images_are_an_error_only_where_none_can_be_read(make_tree: MakeTree) -> None:
+    root = make_tree(classes=1, train=1, test=2)
+    classes = ("class_0", "class_1")
+    (root / "test/class_0/0.png").write_text("no image")
+    images, _ = load_test_images(str(root), classes, 32, 1, skip_broken=True)
+    assert images.files == ("test/class_0/1.png",)
+    (root / "test/class_0/1.png").write_text("no image")
+    with pytest.raises(UserError, match=r"no image in .* can be read; put some there"):
+        load_test_images(str(root), classes, 32, 1, skip_broken=True)
 
 
 def test_a_class_whose_training_images_are_all_broken_is_named(make_tree: MakeTree) -> None:

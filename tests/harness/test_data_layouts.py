@@ -555,6 +555,13 @@ def test_a_csv_file_gives_patients_parts_and_folds(tmp_path: Path) -> None:
     assert images.files == ("images/6.png", "images/7.png")
 
 
+def test_what_is_odd_about_a_csv_file_is_noted_to_train_and_to_test(tmp_path: Path) -> None:
+    data = make_csv(tmp_path, "path,label,class", *(f"{row},x" for row in ROWS))
+    expected = ("list.csv: the label was read from column label, not from class",)
+    assert load_dataset(data, 16).notes == expected
+    assert load_test_images(data, ("a", "b"), 16, 1, skip_broken=False)[1] == expected
+
+
 def test_a_table_of_tabs_may_be_called_tsv(tmp_path: Path) -> None:
     file = make_csv(tmp_path, "path\tlabel", *(row.replace(",", "\t") for row in ROWS))
     table = Path(file).rename(tmp_path / "list.TSV")
@@ -585,7 +592,7 @@ def test_patients_are_compared_in_one_form_and_nan_is_none(tmp_path: Path) -> No
         (
             "path,label,split",
             [*(f"{row},train" for row in ROWS), "images/x.png,c,test"],
-            "class c is not among the training classes",
+            r"x\.png: class c is not among the training classes",
         ),
     ],
 )
