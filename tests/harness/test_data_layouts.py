@@ -188,9 +188,9 @@ def test_what_cannot_be_opened_beside_the_data_is_named_and_no_error(
 
 def test_control_characters_of_names_are_escaped_in_notes_and_bytes_kept() -> None:
     """The icon of a folder on a Mac has such a name; a terminal would obey the others."""
-    names = ["Icon\r", "two\nlines", "\x1b[31m", "caf\udce9", "naïve"]
+    names = ["Icon\r", "two\nlines", "\x1b[31m", "\x7f\x9b31m", "caf\udce9", "naïve"]
     assert counted({"were left out": names, "": []}) == (
-        r"5 were left out: Icon\r, two\nlines, \x1b[31m, caf" + "\udce9, naïve",
+        r"6 were left out: Icon\r, two\nlines, \x1b[31m, \x7f\x9b31m, caf" + "\udce9, naïve",
     )
 
 
@@ -570,7 +570,7 @@ def test_a_table_of_tabs_may_be_called_tsv(tmp_path: Path) -> None:
 
 
 def test_patients_are_compared_in_one_form_and_nan_is_none(tmp_path: Path) -> None:
-    patients = ["p1", "P1 ", "Zo\u00eb", "zoe\u0308", "nan", "NaN", "NA", ""]
+    patients = ["images/7.png", "Images/7.PNG ", "Zo\u00eb", "zoe\u0308", "nan", "NaN", "NA", ""]
     rows = [f"{row},{patient}" for row, patient in zip(ROWS, patients, strict=True)]
     dataset = load_dataset(make_csv(tmp_path, "path,label,patient", *rows), 16)
     np.testing.assert_array_equal(dataset.patients, [0, 0, 1, 1, 2, 3, 4, 5])  # type: ignore[arg-type]
