@@ -11,6 +11,7 @@ from bstriplet.data import (
     Dataset,
     ImageSet,
     Task,
+    count_broken,
     load_dataset,
     load_test_images,
     split_dataset,
@@ -426,6 +427,16 @@ def test_broken_images_are_all_named_and_left_out_by_choice(make_tree: MakeTree)
     np.testing.assert_array_equal(
         dataset.images.labels, [int(file[12]) for file in dataset.images.files[:]]
     )
+
+
+@pytest.mark.parametrize(
+    ("n_broken", "named"),
+    [(1, "0.png"), (5, "0.png, 1.png, 2.png, 3.png, 4.png"),
+     (7, "0.png, 1.png, 2.png, 3.png, 4.png and 2 more")],
+)  # fmt: skip
+def test_the_first_five_broken_images_are_named(n_broken: int, named: str) -> None:
+    broken = [f"{number}.png" for number in range(n_broken)]
+    assert count_broken(broken, 9) == f"{n_broken} of 9 images cannot be read: {named}"
 
 
 def test_test_images_are_an_error_only_where_none_can_be_read(make_tree: MakeTree) -> None:

@@ -17,7 +17,7 @@ from bstriplet.data import Dataset, load_dataset, load_test_images, split_datase
 from bstriplet.errors import UserError
 from bstriplet.files import NOWHERE
 from bstriplet.layouts import NOT_OPENED, recognise
-from bstriplet.notes import counted
+from bstriplet.notes import counted, on_screen
 from PIL import Image
 
 GENERATOR = np.random.default_rng(0)
@@ -192,6 +192,13 @@ def test_control_characters_of_names_are_escaped_in_notes_and_bytes_kept() -> No
     assert counted({"were left out": names, "": []}) == (
         r"6 were left out: Icon\r, two\nlines, \x1b[31m, \x7f\x9b31m, caf" + "\udce9, naïve",
     )
+
+
+def test_a_long_note_is_cut_on_the_screen_after_a_whole_name() -> None:
+    name, more = "x" * 99, ", ... (all in the report)"
+    assert on_screen(", ".join([name] * 9)) == ", ".join([name] * 5) + more
+    assert on_screen("x" * 601) == "x" * 600 + more
+    assert on_screen("x" * 600) == "x" * 600
 
 
 def test_two_spellings_of_one_part_are_an_error(tmp_path: Path) -> None:
