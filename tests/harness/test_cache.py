@@ -220,7 +220,8 @@ def test_a_file_that_appears_before_it_is_decoded_is_not_mistaken_later(
     whole = images.read_content
 
     def read(path: Path) -> bytes:
-        paths[1].write_bytes(content)
+        if path == paths[1]:
+            path.write_bytes(content)
         return whole(path)
 
     monkeypatch.setattr(images, "read_content", read)

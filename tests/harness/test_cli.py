@@ -187,6 +187,8 @@ def test_data_are_surveyed(make_tree: MakeTree, bstriplet: Run) -> None:
         ["test", "4", "4", "8"],
     ]
     assert "note: 1 test images are exact copies of train" in outcome.out
+    refused = bstriplet("data", root, "--image-size", 32, "--max-pixels", 479)  # of 20 x 24
+    one_clear_line(refused, "24 of 24 images cannot be read", "--max-pixels 480")
 
 
 def test_a_survey_counts_patients_copies_and_broken_images(
