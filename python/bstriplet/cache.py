@@ -282,7 +282,7 @@ def _read_file(source: tuple[Path, str], size: int, channels: int | None, max_pi
 
         with libraries_at_work(lambda _: None):  # a warning may quote the ID
             patient = read_patient(content, notes.append)
-    return Item(picture.pixels, digest, patient, tuple(dict.fromkeys(notes)), picture.area)
+    return Item(picture.pixels, digest, patient, tuple(notes), picture.area)
 
 
 def file_digests(paths: Sequence[Path]) -> list[str]:
@@ -291,8 +291,6 @@ def file_digests(paths: Sequence[Path]) -> list[str]:
     Hashes are remembered with size, inode and times of change (a file's ctime cannot be set), so
     that a set of any size is read once and afterwards only looked at.
     """
-    if not paths:
-        return []
     index = _index_file(paths)
     known = _load_index(index)
     now = time.time_ns()
@@ -300,7 +298,7 @@ def file_digests(paths: Sequence[Path]) -> list[str]:
     digests: list[str | None] = []
     for path, signature in zip(paths, signatures, strict=True):
         remembered, digest = known.get(str(path), (None, None))
-        digests.append(digest if signature is not None and remembered == signature else None)
+        digests.append(digest if remembered == signature else None)
     unknown = [position for position, digest in enumerate(digests) if digest is None]
     if not unknown:
         return [digest or "" for digest in digests]

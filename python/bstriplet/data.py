@@ -85,7 +85,6 @@ class Dataset:
     folds: int64 [N], the fold of each image from 0, where the data give them.
     broken: files that were left out, with the reason.
     layout: what the data were recognised as.
-    paper_set: its name in :mod:`bstriplet.paper`, where it is a set of the paper.
     counts: images found beside those of the paper's table, for its sets.
     notes: what a reader should know of the data.
     key: hash of the images' content.
@@ -100,7 +99,6 @@ class Dataset:
     broken: tuple[str, ...]
     key: str
     layout: str
-    paper_set: str = ""
     counts: tuple[Count, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -187,7 +185,6 @@ def load_dataset(
         broken=broken,
         key=decoded.key,
         layout=listing.known.layout if listing.known else plain,
-        paper_set=listing.known.name if listing.known else "",
         counts=listing.counts,
         notes=notes,
     )

@@ -187,6 +187,34 @@ def test_data_are_surveyed(make_tree: MakeTree, bstriplet: Run) -> None:
         ["test", "4", "4", "8"],
     ]
     assert "note: 1 test images are exact copies of train" in outcome.out
+    refused = bstriplet("data", root, "--image-size", 32, "--max-pixels", 479)  # of 20 x 24
+    one_clear_line(refused, "24 of 24 images cannot be read", "--max-pixels 480")
+
+
+def test_a_survey_counts_patients_copies_and_broken_images(
+    make_tree: MakeTree, bstriplet: Run
+) -> None:
+    root = make_tree(train=6, test=2, colour=True)
+    for number in (1, 2):
+        content = (root / "train/class_0/0.png").read_bytes()
+        (root / f"train/class_0/{number}.png").write_bytes(content)
+    (root / "train/class_1/5.png").write_text("no image")
+    listed = [f"train/class_1/{number}.png,p{number // 3}\n" for number in range(5)]
+    (root / "manifest.csv").write_text("file,patient\n" + "".join(listed))
+    outcome = bstriplet("data", root, "--image-size", 32, "--split-by", "image", "--skip-broken")
+    assert outcome.out.splitlines()[:10] == [
+        "layout      class tree",
+        "images      15, RGB",
+        "patients    12",
+        "copies      2 images are exact copies of another",
+        "broken      1 images cannot be read",
+        "",
+        "            class_0  class_1  all",
+        "train             5        4    9",
+        "validation        1        1    2",
+        "test              2        2    4",
+    ]
+    assert all(line.startswith("note: ") for line in outcome.out.splitlines()[10:])
 
 
 def test_a_survey_sets_the_papers_counts_beside_those_found(
@@ -200,6 +228,7 @@ def test_a_survey_sets_the_papers_counts_beside_those_found(
     assert outcome.status == 0
     assert "Chest-1" in outcome.out
     lines = [line.split() for line in outcome.out.splitlines()]
+    assert ["Table", "2", "found", "paper", "difference"] in lines
     assert ["test", "Covid-19", "4", "116", "-112"] in lines
     assert ["train", "Pneumonia", "8", "3,418", "-3,410"] in lines
 

@@ -11,6 +11,7 @@ from bstriplet.data import (
     Dataset,
     ImageSet,
     Task,
+    count_broken,
     load_dataset,
     load_test_images,
     split_dataset,
@@ -20,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from quick import MakeTree
+from sklearn.datasets import load_digits
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
 
@@ -64,6 +66,7 @@ def check_parts(dataset: Dataset, task: Task) -> None:
     for name in rows:
         part = getattr(task, name)
         assert set(part.labels) == set(range(len(dataset.classes))), name
+        assert (np.diff(part.rows) > 0).all()
         np.testing.assert_array_equal(part.labels, dataset.images.labels[part.rows])
         assert part.files == tuple(dataset.images.files[row] for row in part.rows)
 
@@ -137,7 +140,8 @@ def test_too_few_patients_are_split_by_image_and_a_note_says_so() -> None:
     dataset = synthetic([10, 10], np.array([0] * 10 + list(range(1, 11))))
     task = split_dataset(dataset, TrainConfig())
     check_parts(dataset, task)
-    assert ["by image, not by patient" in note for note in task.notes] == [True, True]
+    by_image = "images are held out by image, not by patient: some class has too few patients"
+    assert task.notes == (f"test {by_image}", f"validation {by_image}")
 
 
 @given(per_class=st.integers(2, 20), seed=st.integers(0, 100))
@@ -155,6 +159,15 @@ def test_train_per_class_keeps_at_most_so_many_and_leaves_the_test_set(
     assert parts(few)["test"] == parts(split_dataset(dataset, config))["test"]
 
 
+def test_seeds_give_different_images_of_each_class_to_train_on() -> None:
+    dataset = synthetic([40, 40], None, n_test=10)
+    pools = set()
+    for seed in range(10):
+        rows = parts(split_dataset(dataset, TrainConfig(seed=seed, train_per_class=10)))
+        pools.add(tuple(sorted(rows["train"] | rows["validation"])))
+    assert len(pools) == 10
+
+
 def test_seeds_give_different_splits() -> None:
     dataset = synthetic([50, 50], None)
     splits = {tuple(sorted(parts(split_dataset(dataset, TrainConfig(seed=s)))["test"])) for s in
@@ -164,10 +177,10 @@ def test_seeds_give_different_splits() -> None:
 
 def test_validation_from_test_repeats_the_paper() -> None:
     dataset = synthetic([20, 20], None, n_test=8)
-    task = split_dataset(dataset, TrainConfig(validation="test", validation_fraction=0.25))
+    task = split_dataset(dataset, TrainConfig(validation="test", validation_fraction=0.5))
     rows = parts(task)
     assert rows["validation"] < rows["test"]
-    assert (len(task.validation), len(task.test), len(task.train)) == (4, 16, 24)
+    assert (len(task.validation), len(task.test), len(task.train)) == (8, 16, 24)
 
 
 @pytest.mark.parametrize(
@@ -218,6 +231,24 @@ def test_seeds_are_the_folds_of_a_cross_validation(
     assert sorted(tested) == list(range(60))
 
 
+def test_folds_take_in_a_validation_part_of_the_data() -> None:
+    dataset = synthetic([12, 12], None, n_test=3)
+    dataset.parts[dataset.parts == "test"] = "validation"
+    task = split_dataset(dataset, TrainConfig(folds=3))
+    check_parts(dataset, task)
+    assert sum(map(len, (task.train, task.validation, task.test))) == 24
+    assert task.notes == ("3 folds are of all images: the data's own parts are not kept",)
+
+
+def test_as_many_folds_as_the_data_give_are_made() -> None:
+    dataset = replace(synthetic([12, 12], None), folds=np.arange(24) % 3)
+    for folds in (2, 4):
+        with pytest.raises(UserError, match=f"--folds {folds}: the data give 3; leave it at that"):
+            split_dataset(dataset, TrainConfig(folds=folds))
+    tested = split_dataset(dataset, TrainConfig(folds=3, seed=7)).test
+    np.testing.assert_array_equal(tested.rows, np.arange(1, 24, 3))
+
+
 def test_repeated_cross_validations_differ() -> None:
     dataset = synthetic([30, 30], None)
     first = {
@@ -265,14 +296,26 @@ def test_copies_across_parts_are_reported(make_tree: MakeTree) -> None:
     for copy, original in (
         ("test/class_0/0.png", "train/class_0/7.png"),
         ("test/class_1/3.png", "val/class_1/2.png"),
+        ("val/class_0/3.png", "train/class_0/8.png"),
         ("train/class_0/1.png", "train/class_0/2.png"),  # within a part: no matter
     ):
         (root / copy).write_bytes((root / original).read_bytes())
     assert split_dataset(load_dataset(str(root), 32), TrainConfig()).notes == (
         "1 test images are exact copies of train images: test/class_0/0.png = train/class_0/7.png",
+        "1 validation images are exact copies of train images: val/class_0/3.png = "
+        "train/class_0/8.png",
         "1 test images are exact copies of validation images: test/class_1/3.png = "
         "val/class_1/2.png",
     )
+
+
+@pytest.mark.parametrize(("n_copies", "more"), [(3, ""), (4, ", ...")])
+def test_three_copies_are_named_and_that_there_are_more(n_copies: int, more: str) -> None:
+    dataset = synthetic([20, 20], None, n_test=5)
+    digests = (*["39.png"] * n_copies, *dataset.digests[n_copies:])
+    (note,) = split_dataset(replace(dataset, digests=digests), TrainConfig()).notes
+    assert note.startswith(f"{n_copies} test images are exact copies of ")
+    assert note.endswith(f" images: 0.png = 39.png, 1.png = 39.png, 2.png = 39.png{more}")
 
 
 def test_a_validation_set_from_the_test_set_is_no_copy_of_it() -> None:
@@ -283,11 +326,12 @@ def test_a_validation_set_from_the_test_set_is_no_copy_of_it() -> None:
 def test_one_image_under_two_classes_is_reported(make_tree: MakeTree) -> None:
     root = make_tree(train=10)
     content = (root / "train/class_0/7.png").read_bytes()
-    (root / "train/class_1/4.png").write_bytes(content)
+    for number in (4, 6):
+        (root / f"train/class_1/{number}.png").write_bytes(content)
     (note,) = load_dataset(str(root), 32).notes
     assert note == (
-        "1 images occur with another class: train/class_1/4.png (class_1) = train/class_0/7.png "
-        "(class_0)"
+        "2 images occur with another class: train/class_1/4.png (class_1) = train/class_0/7.png "
+        "(class_0), train/class_1/6.png (class_1) = train/class_0/7.png (class_0)"
     )
 
 
@@ -295,9 +339,23 @@ def test_digits_are_scikit_learns() -> None:
     dataset = load_dataset("digits", 32)
     assert dataset.images.pixels.shape == (1797, 1, 32, 32)
     assert dataset.images.pixels.dtype == np.uint8
-    assert dataset.images.pixels.max() > 250
+    digits = load_digits()
+    small = load_dataset("digits", 8)
+    assert small.key != dataset.key
+    as_they_are = small.images.pixels
+    np.testing.assert_array_equal(as_they_are[:, 0], np.rint(digits.images * 255 / 16))
+    assert set(np.unique(dataset.images.pixels)) > set(np.unique(as_they_are))  # interpolated
+    np.testing.assert_array_equal(dataset.images.labels, digits.target)
+    assert dataset.images.labels.dtype == np.int64
     assert dataset.classes == tuple("0123456789")
-    assert np.bincount(dataset.images.labels).min() >= 170
+
+
+@pytest.mark.parametrize("name", ["digits2", "Digits"])
+def test_a_folder_that_is_nearly_called_digits_is_read(
+    make_tree: MakeTree, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(make_tree(name).parent)
+    assert len(load_dataset(name, 32).images) == 24
 
 
 @pytest.mark.parametrize("colour", [False, True])
@@ -311,6 +369,7 @@ def test_a_tree_is_read_as_it_lies(make_tree: MakeTree, colour: bool) -> None:
     ):
         assert file.startswith(f"{part}/class_{label}/")
     task = split_dataset(dataset, TrainConfig())
+    assert task.channels == task.summary()["channels"] == (3 if colour else 1)
     assert set(task.test.files) == {file for file in dataset.images.files if file[:4] == "test"}
 
 
@@ -319,8 +378,8 @@ def test_a_batch_holds_the_images_asked_for(make_tree: MakeTree) -> None:
     pixels, labels = images.batch([2, 0])
     np.testing.assert_array_equal(pixels.numpy(), images.pixels[[17, 30]])
     assert pixels.stride() == (32 * 32, 32 * 32, 32, 1)
-    digits, _ = load_dataset("digits", 32).images.batch([5, 4, 3])
-    assert digits.stride() == pixels.stride()  # else torch may take another layout, other sums
+    odd = replace(images, pixels=np.moveaxis(images.pixels.reshape(-1, 32, 32, 1), 3, 1))
+    assert odd.batch([2, 0])[0].stride() == pixels.stride()  # else torch may sum in another order
     np.testing.assert_array_equal(labels.numpy(), images.labels[[2, 0]])
 
 
@@ -368,6 +427,35 @@ def test_broken_images_are_all_named_and_left_out_by_choice(make_tree: MakeTree)
     np.testing.assert_array_equal(
         dataset.images.labels, [int(file[12]) for file in dataset.images.files[:]]
     )
+
+
+@pytest.mark.parametrize(
+    ("n_broken", "named"),
+    [(1, "0.png"), (5, "0.png, 1.png, 2.png, 3.png, 4.png"),
+     (7, "0.png, 1.png, 2.png, 3.png, 4.png and 2 more")],
+)  # fmt: skip
+def test_the_first_five_broken_images_are_named(n_broken: int, named: str) -> None:
+    broken = [f"{number}.png" for number in range(n_broken)]
+    assert count_broken(broken, 9) == f"{n_broken} of 9 images cannot be read: {named}"
+
+
+def test_test_images_are_an_error_only_where_none_can_be_read(make_tree: MakeTree) -> None:
+    root = make_tree(classes=1, train=1, test=2)
+    classes = ("class_0", "class_1")
+    (root / "test/class_0/0.png").write_text("no image")
+    images, _ = load_test_images(str(root), classes, 32, 1, skip_broken=True)
+    assert images.files == ("test/class_0/1.png",)
+    (root / "test/class_0/1.png").write_text("no image")
+    with pytest.raises(UserError, match=r"no image in .* can be read; put some there"):
+        load_test_images(str(root), classes, 32, 1, skip_broken=True)
+
+
+def test_a_class_whose_training_images_are_all_broken_is_named(make_tree: MakeTree) -> None:
+    root = make_tree(train=2, test=2)
+    for number in range(2):
+        (root / f"train/class_1/{number}.png").write_text("no image")
+    with pytest.raises(UserError, match=r"no training image of class 'class_1' in .* can be read"):
+        load_dataset(str(root), 32, skip_broken=True)
 
 
 def test_what_is_odd_about_images_is_noted_by_name(make_tree: MakeTree) -> None:
@@ -443,7 +531,7 @@ def test_test_images_take_the_models_classes_and_channels(make_tree: MakeTree) -
         assert images.pixels.shape == (8, 1, 32, 32)
         assert not notes
         assert sorted(images.labels) == [0] * 4 + [1] * 4
-    with pytest.raises(UserError, match="class_1 is not among the training classes"):
+    with pytest.raises(UserError, match=r"0\.png: class class_1 is not among"):
         load_test_images(str(root), ("class_0", "other"), 32, 1, skip_broken=False)
 
 

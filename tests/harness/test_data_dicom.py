@@ -445,6 +445,20 @@ def test_patients_of_the_headers_are_known_and_their_ids_are_not_kept(
     assert "Miller" not in about[0]
 
 
+def test_patients_of_the_headers_stay_with_their_images_and_a_manifest_says_more(
+    tmp_path: Path,
+) -> None:
+    for label in "ab":
+        for number in range(4):
+            path = tmp_path / "train" / label / f"{number}.dcm"
+            write_dicom(path, RAMP + number + 10 * ord(label), PatientID=f"{label}{number // 2}")
+    (tmp_path / "train/a/0.dcm").write_text("no image")
+    (tmp_path / "manifest.csv").write_text("file,patient\ntrain/a/3.dcm,x\ntrain/b/0.dcm,X\n")
+    dataset = load_dataset(str(tmp_path), SIDE, skip_broken=True)
+    assert dataset.patients is not None
+    np.testing.assert_array_equal(dataset.patients, [0, 1, 2, 2, 3, 4, 4])
+
+
 def test_a_patient_id_that_cannot_be_read_costs_no_image_and_is_told_nowhere(
     tmp_path: Path, cache: Path, recwarn: pytest.WarningsRecorder
 ) -> None:

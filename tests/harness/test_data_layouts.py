@@ -1,6 +1,7 @@
 """Each layout as it is downloaded: recognised, counted, patients read from names and tables."""
 
 import csv
+import hashlib
 import os
 import re
 import unicodedata
@@ -16,7 +17,7 @@ from bstriplet.data import Dataset, load_dataset, load_test_images, split_datase
 from bstriplet.errors import UserError
 from bstriplet.files import NOWHERE
 from bstriplet.layouts import NOT_OPENED, recognise
-from bstriplet.notes import counted
+from bstriplet.notes import counted, on_screen
 from PIL import Image
 
 GENERATOR = np.random.default_rng(0)
@@ -187,10 +188,17 @@ def test_what_cannot_be_opened_beside_the_data_is_named_and_no_error(
 
 def test_control_characters_of_names_are_escaped_in_notes_and_bytes_kept() -> None:
     """The icon of a folder on a Mac has such a name; a terminal would obey the others."""
-    names = ["Icon\r", "two\nlines", "\x1b[31m", "caf\udce9", "naïve"]
+    names = ["Icon\r", "two\nlines", "\x1b[31m", "\x7f\x9b31m", "caf\udce9", "naïve"]
     assert counted({"were left out": names, "": []}) == (
-        r"5 were left out: Icon\r, two\nlines, \x1b[31m, caf" + "\udce9, naïve",
+        r"6 were left out: Icon\r, two\nlines, \x1b[31m, \x7f\x9b31m, caf" + "\udce9, naïve",
     )
+
+
+def test_a_long_note_is_cut_on_the_screen_after_a_whole_name() -> None:
+    name, more = "x" * 99, ", ... (all in the report)"
+    assert on_screen(", ".join([name] * 9)) == ", ".join([name] * 5) + more
+    assert on_screen("x" * 601) == "x" * 600 + more
+    assert on_screen("x" * 600) == "x" * 600
 
 
 def test_two_spellings_of_one_part_are_an_error(tmp_path: Path) -> None:
@@ -320,7 +328,10 @@ def test_a_manifest_may_spell_names_in_other_ways(tmp_path: Path) -> None:
     of = dict(zip(dataset.images.files, dataset.patients, strict=True))  # type: ignore[arg-type]
     assert of["train/a/0.png"] == of["test/a/0.png"] != of["train/b/0.png"]
     unknown, shared = dataset.notes
-    assert "9 images have no patient, others have: train/a/1.png" in unknown
+    assert unknown == (
+        "9 images have no patient, others have: train/a/1.png, train/a/2.png, train/a/3.png, ...; "
+        "each counts as a patient of its own"
+    )
     assert "1 patients are in the test part and in another: Ann;" in shared
 
 
@@ -551,6 +562,13 @@ def test_a_csv_file_gives_patients_parts_and_folds(tmp_path: Path) -> None:
     assert images.files == ("images/6.png", "images/7.png")
 
 
+def test_what_is_odd_about_a_csv_file_is_noted_to_train_and_to_test(tmp_path: Path) -> None:
+    data = make_csv(tmp_path, "path,label,class", *(f"{row},x" for row in ROWS))
+    expected = ("list.csv: the label was read from column label, not from class",)
+    assert load_dataset(data, 16).notes == expected
+    assert load_test_images(data, ("a", "b"), 16, 1, skip_broken=False)[1] == expected
+
+
 def test_a_table_of_tabs_may_be_called_tsv(tmp_path: Path) -> None:
     file = make_csv(tmp_path, "path\tlabel", *(row.replace(",", "\t") for row in ROWS))
     table = Path(file).rename(tmp_path / "list.TSV")
@@ -559,7 +577,7 @@ def test_a_table_of_tabs_may_be_called_tsv(tmp_path: Path) -> None:
 
 
 def test_patients_are_compared_in_one_form_and_nan_is_none(tmp_path: Path) -> None:
-    patients = ["p1", "P1 ", "Zo\u00eb", "zoe\u0308", "nan", "NaN", "NA", ""]
+    patients = ["images/7.png", "Images/7.PNG ", "Zo\u00eb", "zoe\u0308", "nan", "NaN", "NA", ""]
     rows = [f"{row},{patient}" for row, patient in zip(ROWS, patients, strict=True)]
     dataset = load_dataset(make_csv(tmp_path, "path,label,patient", *rows), 16)
     np.testing.assert_array_equal(dataset.patients, [0, 0, 1, 1, 2, 3, 4, 5])  # type: ignore[arg-type]
@@ -581,7 +599,7 @@ def test_patients_are_compared_in_one_form_and_nan_is_none(tmp_path: Path) -> No
         (
             "path,label,split",
             [*(f"{row},train" for row in ROWS), "images/x.png,c,test"],
-            "class c is not among the training classes",
+            r"x\.png: class c is not among the training classes",
         ),
     ],
 )
@@ -598,6 +616,36 @@ def test_a_file_that_a_csv_lists_in_vain_is_named_or_skipped(tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"1 of 8 images cannot be read: images/5\.png \(not foun"):
         load_dataset(data, 16)
     assert load_dataset(data, 16, skip_broken=True).broken == ("images/5.png (not found)",)
+
+
+def test_what_is_known_of_images_stays_theirs_where_others_are_broken(tmp_path: Path) -> None:
+    rows = [
+        f"{row},{patient},{part},{fold}"
+        for row, patient, part, fold in zip(
+            ROWS,
+            ["Ann", "Bob", "ann", "Eve", "Joe", "Joe", "Bob", "Eve"],
+            ["test", "val", "train", "test", "train", "val", "test", "train"],
+            ["x", "b", "a", "x", "B", "A", "c", "C"],
+            strict=True,
+        )
+    ]
+    data = make_csv(tmp_path, "path,label,patient,split,fold", *rows)
+    for number in (0, 3):
+        (tmp_path / f"images/{number}.png").write_text("no image")
+    dataset = load_dataset(data, 16, skip_broken=True)
+    assert dataset.images.files == tuple(f"images/{number}.png" for number in (1, 2, 4, 5, 6, 7))
+    np.testing.assert_array_equal(dataset.images.labels, [1, 0, 0, 1, 0, 1])
+    np.testing.assert_array_equal(
+        dataset.parts, ["validation", "train", "train", "validation", "test", "train"]
+    )
+    np.testing.assert_array_equal(dataset.patients, [0, 1, 2, 2, 0, 3])  # type: ignore[arg-type]
+    np.testing.assert_array_equal(dataset.folds, [1, 0, 1, 0, 2, 2])  # type: ignore[arg-type]
+    assert dataset.digests == tuple(
+        hashlib.sha256((tmp_path / file).read_bytes()).hexdigest() for file in dataset.images.files
+    )
+    assert dataset.notes[1:] == (
+        "1 patients are in the test part and in another: Bob; --folds would keep each on one side",
+    )
 
 
 def test_missing_data_are_named(tmp_path: Path) -> None:

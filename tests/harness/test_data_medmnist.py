@@ -68,13 +68,33 @@ def test_images_of_another_size_are_resized(tmp_path: Path) -> None:
     assert dataset.classes == ("0", "1")
 
 
+def test_copies_within_a_file_are_reported_and_other_images_are_told_apart(tmp_path: Path) -> None:
+    data = write(tmp_path / "pneumoniamnist.npz")
+    dataset = load_dataset(data, 28)
+    assert split_dataset(dataset, TrainConfig()).notes == ()
+    changed = arrays(28)
+    changed["test_images"][1] = changed["train_images"][0]
+    other = load_dataset(write(tmp_path / "pneumoniamnist.npz", **changed), 28)
+    assert split_dataset(other, TrainConfig()).notes == (
+        "1 images occur with another class: test/15 (pneumonia) = train/0 (normal)",
+        "1 test images are exact copies of train images: test/15 = train/0",
+    )
+    assert other.key != dataset.key
+
+
+def test_a_file_may_be_called_in_capitals(tmp_path: Path) -> None:
+    file = Path(write(tmp_path / "set.npz")).rename(tmp_path / "PNEUMONIAMNIST.NPZ")
+    assert load_dataset(str(file), 28).classes == ("normal", "pneumonia")
+
+
 def test_a_model_is_tested_on_the_test_part(tmp_path: Path) -> None:
     data = write(tmp_path / "pneumoniamnist.npz")
     images, _ = load_test_images(data, ("normal", "pneumonia"), 28, 3, skip_broken=False)
     assert images.pixels.shape == (20, 3, 28, 28)
-    assert len(images) == 6
-    with pytest.raises(UserError, match="the model"):
-        load_test_images(data, ("a", "b"), 28, 1, skip_broken=False)
+    assert images.files == tuple(f"test/{number}" for number in range(14, 20))
+    for classes in (("a", "b"), ("pneumonia", "normal")):
+        with pytest.raises(UserError, match="the model"):
+            load_test_images(data, classes, 28, 1, skip_broken=False)
 
 
 @pytest.mark.parametrize(
