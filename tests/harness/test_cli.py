@@ -449,9 +449,11 @@ def test_a_run_is_evaluated_on_the_test_set_it_began_with_or_told_of_the_change(
     tmp_path: Path, make_tree: MakeTree, bstriplet: Run
 ) -> None:
     root, out = make_tree(train=10), tmp_path / "run"  # no test: one image more deals anew
+    (root / "train/class_0/notes.txt").write_text("seen by two readers")
     assert bstriplet("train", *TREE_FLAGS, "--data", root, "--out", out).status == 0
     own = bstriplet("evaluate", "--run", out)
     assert own.status == 0
+    assert own.err.startswith("note: 1 ")
     new = root / "train/class_0/10.png"
     new.write_bytes((root / "train/class_0/9.png").read_bytes())
     words = ("images have changed", out, "--data")
