@@ -88,7 +88,8 @@ def test_folders_of_thumbnails_and_deleted_files_are_left_out_and_counted(tmp_pa
     folders = ["@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "__MACOSX"]
     folders += ["@tmp", "#snapshot", "~snapshot", "@Recycle", "@Recently-Snapshot", "RECYCLER"]
     folders += ["Recycled", "lost+found", "Network Trash Folder", "Temporary Items"]
-    make(tmp_path, "a.png", *(f"{name}/a.png/thumb.jpg" for name in folders), "@eaDir/b.png/c.jpg")
+    make(tmp_path, "a.png", *(f"{name}/a.png/thumb.jpg" for name in folders), "@eaDir/b.png/c.JPG")
+    make(tmp_path, "@eaDir/._d.jpg")  # hidden, no image
     images, left_out = names_of(tmp_path)
     assert images == ["a.png"]
     counts = {name: 1 + (name == "@eaDir") for name in folders}
@@ -130,6 +131,15 @@ def test_a_link_in_a_linked_folder_cannot_lead_to_what_holds_it(tmp_path: Path) 
     link(tmp_path / "store/class/up", tmp_path / "store")
     link(tmp_path / "class", tmp_path / "store/class")
     assert names_of(tmp_path / "class") == (["a.png"], {REPEATED: ["up"]})
+
+
+def test_images_and_links_are_taken_in_the_order_of_names_folder_by_folder(tmp_path: Path) -> None:
+    make(tmp_path, "set/a-b/0.png", "set/a/1.png", "elsewhere/2.png")
+    for name in "udbwex":
+        link(tmp_path / "set" / name, tmp_path / "elsewhere")
+    images, left_out = names_of(tmp_path / "set")
+    assert images == ["a/1.png", "a-b/0.png", "b/2.png"]
+    assert left_out == {REPEATED: ["d", "e", "u", "w", "x"]}
 
 
 def test_an_image_has_the_name_under_which_it_lies_in_the_folder_not_that_of_a_link(
