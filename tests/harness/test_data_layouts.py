@@ -15,8 +15,8 @@ from bstriplet import files, paper
 from bstriplet.config import TrainConfig
 from bstriplet.data import Dataset, load_dataset, load_test_images, split_dataset
 from bstriplet.errors import UserError
-from bstriplet.files import NOWHERE
-from bstriplet.layouts import NOT_OPENED, recognise
+from bstriplet.files import NO_IMAGES, NOWHERE
+from bstriplet.layouts import NO_PART, NOT_OPENED, recognise, recognise_test
 from bstriplet.notes import counted, on_screen
 from PIL import Image
 
@@ -89,14 +89,16 @@ def test_all_that_lies_there_and_is_not_taken_is_named(tmp_path: Path) -> None:
     write_images(tmp_path / "set", "cover.png")
     write_images(tmp_path, "outside.png")
     (tmp_path / "set/LICENSE").write_text("free")  # beside the classes, only images matter
-    (tmp_path / "set/test/b/Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
+    for folder in ("train/b", "test/b"):
+        (tmp_path / "set" / folder / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
+    (tmp_path / "set/papers").mkdir()  # no images, no matter
     expected = {
         "3 images beside the class folders were left out: cover.png, {outside}, train/stray.png",
         "2 folders of images beside those of the parts were left out: masks (1 images), "
         "more (2 images)",
         "1 folders of thumbnails, deleted or system files were left out: train/@eaDir (1 images)",
         "1 hidden files or folders were left out: train/a/.ipynb_checkpoints (1 images)",
-        "1 files of kinds that are not read were left out: test/b/Thumbs.db",
+        "2 files of kinds that are not read were left out: train/b/Thumbs.db, test/b/Thumbs.db",
     }
     dataset = load_dataset(str(tmp_path), 16)
     assert set(dataset.classes) == {"a", "b"}
@@ -104,7 +106,7 @@ def test_all_that_lies_there_and_is_not_taken_is_named(tmp_path: Path) -> None:
     outside = (tmp_path / "outside.png").as_posix()
     assert set(dataset.notes) == {note.format(outside=outside) for note in expected}
     _, notes = load_test_images(str(tmp_path), ("a", "b"), 16, 1, skip_broken=False)
-    assert [note for note in notes if "Thumbs.db" in note]
+    assert notes == ("1 files of kinds that are not read were left out: test/b/Thumbs.db",)
     _, notes = load_test_images(str(tmp_path / "set/test"), ("a", "b"), 16, 1, skip_broken=False)
     assert notes == ("1 files of kinds that are not read were left out: b/Thumbs.db",)
 
@@ -201,6 +203,22 @@ def test_a_long_note_is_cut_on_the_screen_after_a_whole_name() -> None:
     assert on_screen("x" * 600) == "x" * 600
 
 
+def test_a_tree_is_found_in_three_folders_around_it_and_no_deeper(tmp_path: Path) -> None:
+    for label in "ab":
+        write_images(tmp_path / "1/2/3/4/train" / label, "0.png")
+    assert recognise(str(tmp_path / "1")).root == tmp_path / "1/2/3/4"
+    with pytest.raises(UserError, match="has no folder 'train'"):
+        recognise(str(tmp_path))
+
+
+def test_which_of_two_trees_is_meant_is_not_guessed(tmp_path: Path) -> None:
+    for tree in ("one", "two"):
+        for label in "ab":
+            write_images(tmp_path / tree / "train" / label, "0.png")
+    with pytest.raises(UserError, match="has no folder 'train'"):
+        recognise(str(tmp_path))
+
+
 def test_two_spellings_of_one_part_are_an_error(tmp_path: Path) -> None:
     for part in ("train", "training"):
         write_images(tmp_path / part / "a", "1.png")
@@ -234,7 +252,7 @@ def test_chest_1_as_kaggle_delivers_it(tmp_path: Path, inside: bool) -> None:
 def make_chest_2(root: Path, validation: bool = True) -> None:
     write_images(
         root / "train/NORMAL",
-        *("IM-0115-0001.jpeg", "IM-0117-0001.jpeg", "NORMAL2-IM-0592-0001.jpeg"),
+        *("IM-0115-0001.jpeg", "IM-0117-0001.jpeg", "NORMAL2-IM-0115-0001.jpeg"),
         *("NORMAL2-IM-0666-0001-0001.jpeg", "NORMAL2-IM-0666-0001-0002.jpeg"),
     )
     write_images(
@@ -270,6 +288,7 @@ def test_chest_2_as_kaggle_delivers_it(tmp_path: Path) -> None:
     assert same == {"person1_bacteria_1.jpeg", "person1_bacteria_2.jpeg", "person1_virus_7.jpeg"}
     assert who["NORMAL2-IM-0666-0001-0001.jpeg"] == who["NORMAL2-IM-0666-0001-0002.jpeg"]
     assert who["IM-0115-0001.jpeg"] != who["IM-0117-0001.jpeg"]
+    assert who["IM-0115-0001.jpeg"] != who["NORMAL2-IM-0115-0001.jpeg"]
     again, hidden, left_out, differing, shared = dataset.notes
     assert hidden == (
         "2 hidden files or folders were left out: train/NORMAL/.DS_Store, "
@@ -292,13 +311,45 @@ def test_chest_2_as_mendeley_delivers_it(tmp_path: Path) -> None:
     )  # fmt: skip
     write_images(root / "train/PNEUMONIA", "BACTERIA-7422-0001.jpeg", "VIRUS-7423-0001.jpeg")
     write_images(root / "test/NORMAL", "NORMAL-3-0001.jpeg")
-    write_images(root / "test/PNEUMONIA", "VIRUS-9-0001.jpeg")
+    write_images(root / "test/PNEUMONIA", "virus-9-0001.JPEG")
     (tmp_path / "__MACOSX").mkdir()
     dataset = load_dataset(str(tmp_path), 16)
     assert dataset.layout.startswith("Chest-2")
     who = patient_of(dataset)
     assert who["NORMAL-1003233-0001.jpeg"] == who["NORMAL-1003233-0002.jpeg"]
     assert len(set(who.values())) == 6
+    (differing,) = dataset.notes
+    assert "not the counts of Table 5" in differing
+
+
+@pytest.mark.parametrize(
+    ("count", "more", "kept"), [(8, (), 0), (9, (), 17), (4, ("COVID19",), 12)]
+)
+def test_the_16_images_of_kaggles_folder_val_are_left_out_and_no_others(
+    tmp_path: Path, count: int, more: tuple[str, ...], kept: int
+) -> None:
+    for label in ("NORMAL", "PNEUMONIA", *more):
+        write_images(tmp_path / "train" / label, "person1_bacteria_1.jpeg")
+        names = (f"person{number}_virus_1.jpeg" for number in range(2, 2 + count))
+        write_images(tmp_path / "val" / label, *names)
+    if kept == 17:
+        (tmp_path / "val/NORMAL/person2_virus_1.jpeg").unlink()
+    listing = recognise(str(tmp_path))
+    assert sum(entry.part == "validation" for entry in listing.entries) == kept
+    assert any("images of the folder val are left out" in note for note in listing.notes) == (
+        not kept
+    )
+
+
+@pytest.mark.parametrize(("strangers", "known"), [(1, "chest2"), (2, None)])
+def test_chest_2_is_known_where_more_than_nine_tenths_have_its_names(
+    tmp_path: Path, strangers: int, known: str | None
+) -> None:
+    write_images(tmp_path / "train/NORMAL", *(f"IM-{n}-0001.jpeg" for n in range(10)))
+    names = (f"{'x-' if n < strangers else ''}person{n}_virus_1.jpeg" for n in range(10))
+    write_images(tmp_path / "train/PNEUMONIA", *names)
+    listing = recognise(str(tmp_path))
+    assert (listing.known.name if listing.known else None) == known
 
 
 def test_a_manifest_says_more_than_names_do(tmp_path: Path) -> None:
@@ -322,7 +373,9 @@ def make_tree_with_manifest(root: Path, manifest: str) -> Path:
 
 def test_a_manifest_may_spell_names_in_other_ways(tmp_path: Path) -> None:
     root = make_tree_with_manifest(
-        tmp_path, "file;patient\ntrain\\a\\0.png;Ann\n./test/a/0.png;ann \ntrain/b/0.png;Bob\n"
+        tmp_path,
+        "file;patient\ntrain\\a\\0.png;Ann\n./test/a/0.png;ann \ntrain/b/0.png;Bob\n"
+        "train/b/0.png;BOB\n",
     )
     dataset = load_dataset(str(root), 16)
     of = dict(zip(dataset.images.files, dataset.patients, strict=True))  # type: ignore[arg-type]
@@ -338,10 +391,11 @@ def test_a_manifest_may_spell_names_in_other_ways(tmp_path: Path) -> None:
 def test_what_a_manifest_names_in_vain_is_counted(tmp_path: Path) -> None:
     root = make_tree_with_manifest(
         tmp_path,
-        f"file,patient\ntrain/a/0.jpg,Ann\ntrain/a/1.png,Bob\nx.png,Eve\n{'x' * 300},Joe\n",
+        f"file,patient\ntrain/a/0.jpg,Ann\ntrain/a/1.png,Bob\nx.png,Eve\n{'x' * 300},Joe\ny.png,\n",
     )
     lost, _ = load_dataset(str(root), 16).notes
     assert "3 patients of manifest.csv are not those of an image: line 2: train/a/0.jpg," in lost
+    assert lost.endswith(f"line 4: x.png, line 5: {'x' * 300}")
     (root / "train/a/notes.txt").write_text("of Ann")
     (root / "manifest.csv").write_text("file,patient\ntrain/a/notes.txt,Ann\n")
     assert not [n for n in load_dataset(str(root), 16).notes if "manifest.csv" in n]  # it is there
@@ -349,6 +403,18 @@ def test_what_a_manifest_names_in_vain_is_counted(tmp_path: Path) -> None:
     (root / "manifest.csv").write_text("file,split\ntrain/a/0.png,train\n")
     (note,) = load_dataset(str(root), 16).notes
     assert "manifest.csv has no column patient" in note
+    (root / "manifest.csv").write_bytes(b"patient,\xe9\n" + 4 * b"Ann,1\n")
+    encoding, note = load_dataset(str(root), 16).notes
+    assert "manifest.csv is not UTF-8" in encoding
+    assert note.startswith("4 patients of manifest.csv are not those of an image: line 2: ,")
+    assert note.endswith("line 4: , ...")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there, a backslash is in no name")
+def test_a_manifest_may_name_a_file_with_a_backslash_in_its_name(tmp_path: Path) -> None:
+    root = make_tree_with_manifest(tmp_path, "file,patient\ntrain/a/x\\y.png,Ann\n")
+    write_images(root / "train/a", "x\\y.png")
+    assert [e.path.name for e in recognise(str(root)).entries if e.patient] == ["x\\y.png"]
 
 
 @pytest.mark.parametrize(
@@ -365,16 +431,16 @@ def test_a_wrong_manifest_is_explained(tmp_path: Path, manifest: str, message: s
 
 
 def test_class_folders_are_compared_in_one_form(tmp_path: Path) -> None:
-    for part, form in (("train", "NFC"), ("test", "NFD")):
+    for part, form in (("train", "NFD"), ("test", "NFC")):
         write_images(tmp_path / part / unicodedata.normalize(form, "é"), "0.png", "1.png")  # type: ignore[arg-type]
-        write_images(tmp_path / part / "b", "0.png", "1.png")
+        write_images(tmp_path / part / "z", "0.png", "1.png")
     dataset = load_dataset(str(tmp_path), 16)
-    assert dataset.classes == ("b", "é")
-    decomposed = ("b", unicodedata.normalize("NFD", "é"))  # as of a model trained before
+    assert dataset.classes == ("z", "é")  # the order is that of the one form too
+    decomposed = ("z", unicodedata.normalize("NFD", "é"))  # as of a model trained before
     images, _ = load_test_images(str(tmp_path), decomposed, 16, 1, skip_broken=False)
     np.testing.assert_array_equal(images.labels, [0, 0, 1, 1])
-    with pytest.raises(UserError, match=r"class b is not .* \('b' is not 'B'\)"):
-        load_test_images(str(tmp_path), ("B", "é"), 16, 1, skip_broken=False)
+    with pytest.raises(UserError, match=r"class z is not .* \('z' is not 'Z'\)"):
+        load_test_images(str(tmp_path), ("Z", "é"), 16, 1, skip_broken=False)
 
 
 @pytest.mark.parametrize(
@@ -383,6 +449,7 @@ def test_class_folders_are_compared_in_one_form(tmp_path: Path) -> None:
         ("b", "B", r"class B is not among .* \('B' is not 'b'\)"),
         ("b", "\u0392", r"\('\\u0392' is not 'b'\)"),
         ("nan", "nan", "'nan' says that there is no class"),
+        ("\u0430", "\u0430", r"classes 'a' .* and '\\u0430' .* look alike"),
     ],
 )
 def test_a_class_folder_that_cannot_be_right(
@@ -395,9 +462,12 @@ def test_a_class_folder_that_cannot_be_right(
         load_dataset(str(tmp_path), 16)
 
 
-def test_normal_and_pneumonia_under_other_names_are_a_tree_of_classes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["{}.png", "person{}.png", "IM-{}.png", "normal-{}.png"])
+def test_normal_and_pneumonia_under_other_names_are_a_tree_of_classes(
+    tmp_path: Path, name: str
+) -> None:
     for label in ("Normal", "Pneumonia"):
-        write_images(tmp_path / "train" / label, *(f"{i}.png" for i in range(4)))
+        write_images(tmp_path / "train" / label, *(name.format(i) for i in range(4)))
     dataset = load_dataset(str(tmp_path), 16)
     assert dataset.layout == "class tree"
     assert dataset.notes == ()
@@ -422,8 +492,64 @@ def test_rashes_as_kaggle_delivers_them(tmp_path: Path, cases: bool) -> None:
         ("train", "Lyme Disease", 4),
         ("test", "Lyme Disease", 2),
     ]
+    beside = [note for note in dataset.notes if NO_PART in note]
+    assert ["Train_4_Cases (1 images)" in note for note in beside] == [True] * cases
     images, _ = load_test_images(str(tmp_path), dataset.classes, 16, 1, skip_broken=False)
     assert len(images) == 4
+
+
+def test_rashes_with_a_test_part_are_validated_on_their_validation_part(tmp_path: Path) -> None:
+    for part in ("Train", "Validation", "Test"):
+        write_images(tmp_path / part / f"{part}_4_Cases" / "Shingles", "1.jpg")
+        for label in ("Lyme_Negative", "Lyme_Positive"):
+            write_images(tmp_path / part / f"{part}_2_Cases" / label, f"{part}.jpg")
+    assert {(e.part, e.path.stem) for e in recognise(str(tmp_path)).entries} == {
+        ("train", "Train"),
+        ("validation", "Validation"),
+        ("test", "Test"),
+    }
+    tested = recognise_test(str(tmp_path))
+    assert [entry.path.stem for entry in tested.entries] == ["Test", "Test"]
+    assert tested.left_out_notes == (f"1 {NO_PART}: Test/Test_4_Cases (1 images)",)
+
+
+@pytest.mark.parametrize(
+    ("labels", "lyme"),
+    [
+        (("LYME", "OTHER"), "LYME"),
+        (("Lyme_diagnosed", "lyme-NEG"), "Lyme_diagnosed"),  # "no" is no word in it
+        (("Lyme", "Non Lyme"), "Lyme"),
+        (("Lyme", "Not-Lyme"), "Lyme"),
+        (("Lyme", "No_Lyme"), "Lyme"),
+        (("Lyme", "Other", "Third"), None),
+        (("A_2_Cases", "B_2_Cases_Lyme", "C_2_Cases"), None),
+    ],
+)
+def test_of_two_classes_that_say_lyme_the_one_that_denies_it_is_the_other(
+    tmp_path: Path, labels: tuple[str, ...], lyme: str | None
+) -> None:
+    for label in labels:
+        write_images(tmp_path / "train" / label, *(f"{n}.jpg" for n in range(1 + (label == lyme))))
+    listing = recognise(str(tmp_path))
+    assert listing.classes == labels
+    found = {count.label: count.found for count in listing.counts if count.part == "train"}
+    assert found == ({"Non-Lyme Disease": 1, "Lyme Disease": 2} if lyme else {})
+
+
+def test_counts_that_are_not_the_papers_are_noted_be_they_more_or_fewer(tmp_path: Path) -> None:
+    tested = paper.data_set("rash").counts["test"]
+    assert tested == {"Non-Lyme Disease": 51, "Lyme Disease": 36}
+    for folder, count in (
+        ("train/Lyme", 1), ("train/Other", 1), ("test/Lyme", 37), ("test/Other", 51)
+    ):  # fmt: skip
+        (tmp_path / folder).mkdir(parents=True)
+        for number in range(count):
+            (tmp_path / folder / f"{number}.png").touch()
+    (note,) = recognise(str(tmp_path)).notes
+    _, listed = note.split(" (in brackets): ")
+    assert listed == (
+        "train Non-Lyme Disease 1 (206), train Lyme Disease 1 (151), test Lyme Disease 37 (36)"
+    )
 
 
 TILES = {
@@ -431,7 +557,7 @@ TILES = {
     "Case-3-A10-33300-6761": "Non-Viable-Tumor",
     "Case-4-A7-35317-1973": "Viable",
     "Case-48-P5-C16-53844-23083": "viable: non-viable",
-    "P9-B6-19328-19600": "Non-Tumor",
+    "P10-B6-19328-19600": "Non-Tumor",
 }
 
 
@@ -461,17 +587,42 @@ def test_osteosarcoma_as_tcia_delivers_it(tmp_path: Path) -> None:
     who = patient_of(dataset)
     assert len(set(who.values())) == 4
     assert who["Case-3-A10-33277-6761.jpg"] == who["Case-3-A10-33300-6761.jpg"]
-    assert [(c.part, c.label, c.paper) for c in dataset.counts] == [
-        ("all", "Non-Tumor", 536),
-        ("all", "Necrotic Tumor", 263),
-        ("all", "Viable Tumor", 345),
+    patients = {entry.patient for entry in recognise(str(tmp_path)).entries}
+    assert patients == {"case-3", "case-4", "case-48", "p10"}
+    tested = recognise_test(str(tmp_path)).entries
+    assert Counter(entry.label for entry in tested) == {
+        "Non-Tumor": 2,
+        "Necrotic Tumor": 1,
+        "Viable Tumor": 2,
+    }
+    assert [(c.part, c.label, c.found, c.paper) for c in dataset.counts] == [
+        ("all", "Non-Tumor", 2, 536),
+        ("all", "Necrotic Tumor", 1, 263),
+        ("all", "Viable Tumor", 2, 345),
     ]
+
+
+def test_osteosarcoma_is_known_by_its_table_and_tiles_by_any_spelling(tmp_path: Path) -> None:
+    make_osteosarcoma(tmp_path)
+    table = tmp_path / "ML_Features_1144.csv"
+    table.write_text(table.read_text().replace("P10 - B6-19328-19600", "Slide-P10-B6-1.jpg"))
+    table.write_bytes(table.read_bytes().replace(b"red", b"r\xe9d"))
+    tile = tmp_path / "more/set8/slide P10_B6 (1).JPG"
+    (tmp_path / "Training-Set-2").rename(tmp_path / "more")
+    (tmp_path / "more/set8/P10-B6-19328-19600.jpg").rename(tile)
+    (tmp_path / "Training-Set-1").rename(tmp_path / "tiles")
+    listing = recognise(str(tmp_path))
+    *_, last = listing.entries
+    assert (last.path, last.patient) == (tile, "")  # a name that does not begin with the patient
+    encoding, differing = listing.notes
+    assert "ML_Features_1144.csv is not UTF-8" in encoding
+    assert "all Non-Tumor 2 (536)" in differing
 
 
 def test_a_tile_that_is_missing_is_named_and_one_that_is_too_many_is_noted(tmp_path: Path) -> None:
     make_osteosarcoma(tmp_path)
-    (tmp_path / "Training-Set-2/set8/P9-B6-19328-19600.jpg").rename(tmp_path / "extra.jpg")
-    with pytest.raises(UserError, match=r"p9-b6-19328-19600\.jpg \(not found\)"):
+    (tmp_path / "Training-Set-2/set8/P10-B6-19328-19600.jpg").rename(tmp_path / "extra.jpg")
+    with pytest.raises(UserError, match=r"p10-b6-19328-19600\.jpg \(not found\)"):
         load_dataset(str(tmp_path), 16)
     dataset = load_dataset(str(tmp_path), 16, skip_broken=True)
     assert len(dataset.images) == 4
@@ -480,14 +631,16 @@ def test_a_tile_that_is_missing_is_named_and_one_that_is_too_many_is_noted(tmp_p
 
 def test_a_tile_that_lies_there_twice_is_taken_once_and_the_other_is_named(tmp_path: Path) -> None:
     make_osteosarcoma(tmp_path)
-    write_images(tmp_path / "Training-Set-2/copies", "P9-B6-19328-19600.jpg")
+    write_images(tmp_path / "Training-Set-2/copies", "P10-B6-19328-19600.jpg")
+    (tmp_path / "Training-Set-2/notes.txt").write_text("none")
     dataset = load_dataset(str(tmp_path), 16)
     assert len(dataset.images) == 5
     # the first in the order of names
     (note,) = (note for note in dataset.notes if "named as another tile" in note)
-    assert note.endswith("were left out: Training-Set-2/set8/P9-B6-19328-19600.jpg")
+    assert note.endswith("were left out: Training-Set-2/set8/P10-B6-19328-19600.jpg")
     # the tables that come with the set are no images that were missed
     assert not any("PathologistValidation" in note for note in dataset.notes)
+    assert f"1 {NO_IMAGES}: Training-Set-2/notes.txt" in dataset.notes
 
 
 def test_a_class_folder_of_unknown_files_says_what_they_are(tmp_path: Path) -> None:
@@ -500,6 +653,8 @@ def test_a_class_folder_of_unknown_files_says_what_they_are(tmp_path: Path) -> N
 
 def test_osteosarcoma_without_its_table_says_what_is_missing(tmp_path: Path) -> None:
     make_osteosarcoma(tmp_path)
+    (tmp_path / "Training-Set-1").rename(tmp_path / "TRAINING-SET-1")
+    (tmp_path / "others").mkdir()
     (tmp_path / "ML_Features_1144.csv").unlink()
     with pytest.raises(UserError, match=r"has no ML_Features_1144\.csv"):
         load_dataset(str(tmp_path), 16)
@@ -544,6 +699,14 @@ def test_a_csv_file_lists_paths_beside_it(tmp_path: Path) -> None:
     assert set(dataset.parts) == {"train"}
 
 
+def test_classes_of_a_csv_file_are_in_one_form_and_sorted(tmp_path: Path) -> None:
+    forms = ["e\u0301", "z", "\u00e9", "z "]
+    rows = [f"images/{number}.png,{label}" for number, label in enumerate(forms)]
+    listing = recognise(make_csv(tmp_path, "path,label", *rows))
+    assert listing.classes == ("z", "\u00e9")
+    assert [entry.label for entry in listing.entries] == ["\u00e9", "z"] * 2
+
+
 def test_a_csv_file_gives_patients_parts_and_folds(tmp_path: Path) -> None:
     rows = [
         f"{row},p{number // 2},{'train' if number < 6 else 'Test'},{number // 4}"
@@ -567,6 +730,24 @@ def test_what_is_odd_about_a_csv_file_is_noted_to_train_and_to_test(tmp_path: Pa
     expected = ("list.csv: the label was read from column label, not from class",)
     assert load_dataset(data, 16).notes == expected
     assert load_test_images(data, ("a", "b"), 16, 1, skip_broken=False)[1] == expected
+
+
+@pytest.mark.parametrize("others", [0, 1, 2, 3])
+def test_the_column_of_paths_has_four_names_of_which_the_first_counts(
+    tmp_path: Path, others: int
+) -> None:
+    *ignored, column = ["Image", "filename", "File", "path"][: others + 1]
+    header = ",".join([*ignored, column, "label"])
+    rows = ["elsewhere.png," * others + row for row in ROWS]
+    listing = recognise(make_csv(tmp_path, header, *rows))
+    assert [entry.path.name for entry in listing.entries] == [f"{n}.png" for n in range(8)]
+    assert [f"from column {column}, not" in note for note in listing.notes] == [True] * bool(others)
+
+
+def test_validation_images_of_a_csv_file_are_not_tested_on(tmp_path: Path) -> None:
+    rows = [f"{row},{('train', 'val', 'test')[number // 3]}" for number, row in enumerate(ROWS)]
+    tested = recognise_test(make_csv(tmp_path, "path,label,split", *rows)).entries
+    assert [entry.path.name for entry in tested] == ["6.png", "7.png"]
 
 
 def test_a_table_of_tabs_may_be_called_tsv(tmp_path: Path) -> None:
@@ -646,6 +827,14 @@ def test_what_is_known_of_images_stays_theirs_where_others_are_broken(tmp_path: 
     assert dataset.notes[1:] == (
         "1 patients are in the test part and in another: Bob; --folds would keep each on one side",
     )
+
+
+def test_a_missing_file_that_is_listed_twice_is_one_file(tmp_path: Path) -> None:
+    data = make_csv(tmp_path, "path,label", *ROWS, "images/x.png,a", "images/X.png,a")
+    assert len(recognise(data).entries) == 10  # neither is there: they may be two
+    data = make_csv(tmp_path, "path,label", *ROWS, "images/x.png,a", "images/../images/x.png,a")
+    with pytest.raises(UserError, match=r"line 11: .* is also in .*line 10"):
+        recognise(data)
 
 
 def test_missing_data_are_named(tmp_path: Path) -> None:

@@ -53,9 +53,30 @@ def test_content_decides_where_the_suffix_says_nothing(tmp_path: Path, format: s
     assert names_of(tmp_path) == (["1.2.840.512", "IM0001"], {})
 
 
+def test_every_suffix_of_images_is_known(tmp_path: Path) -> None:
+    suffixes = "apng png jpg jpeg jpe jfif mpo bmp dib tif tiff webp gif avif jp2 j2k j2c jpc jpf"
+    suffixes += " jpx pbm pgm ppm pnm pfm dcm dicom"
+    make(tmp_path, *(f"broken.{suffix}" for suffix in suffixes.split()))
+    images, left_out = names_of(tmp_path)
+    assert (len(images), left_out) == (len(suffixes.split()), {})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"GIF87a", b"II+\0", b"MM\0*", b"MM\0+", b"\xff\x4f\xff\x51", b"\0\0\0\x20ftypavif",
+     b"\0\0\0\x20ftypavis", b"P1 # of 1990", b"P6\n2 2\n255\n", b"PF\n", b"Pf\n",
+     b"BM\n\0\0\0\0\0\0\0", b"RIFF\n\0\0\0WEBP", b"\x08\0\n\0CS", b"\x02\0\x10\0UI",
+     b"\x08\0\x05\0\n\0\0\0", b"\0\x08\0\x05CS", b"\0\x02\0\x10UI"],
+)  # fmt: skip
+def test_rarer_beginnings_of_images_are_known(tmp_path: Path, content: bytes) -> None:
+    make(tmp_path, "file", content=content)
+    assert names_of(tmp_path) == (["file"], {})
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"P1,34,years", b"P1 34 years\n", b"II*", b"BMI: 23.4, of 20 patients",
+     b"RIFF\x24\0\0\0WAVEfmt ",
      b"path,label\na.png,x\n", b"%!PS-Adobe-3.0 EPSF", b"\x89HDF\r\n\x1a\n", b"PK\3\4", bytes(600)],
 )  # fmt: skip
 def test_other_files_are_no_images(tmp_path: Path, content: bytes) -> None:
@@ -65,7 +86,10 @@ def test_other_files_are_no_images(tmp_path: Path, content: bytes) -> None:
 
 def test_folders_of_thumbnails_and_deleted_files_are_left_out_and_counted(tmp_path: Path) -> None:
     folders = ["@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "__MACOSX"]
-    make(tmp_path, "a.png", *(f"{name}/a.png/thumb.jpg" for name in folders), "@eaDir/b.png/c.jpg")
+    folders += ["@tmp", "#snapshot", "~snapshot", "@Recycle", "@Recently-Snapshot", "RECYCLER"]
+    folders += ["Recycled", "lost+found", "Network Trash Folder", "Temporary Items"]
+    make(tmp_path, "a.png", *(f"{name}/a.png/thumb.jpg" for name in folders), "@eaDir/b.png/c.JPG")
+    make(tmp_path, "@eaDir/._d.jpg")  # hidden, no image
     images, left_out = names_of(tmp_path)
     assert images == ["a.png"]
     counts = {name: 1 + (name == "@eaDir") for name in folders}
@@ -100,6 +124,22 @@ def test_links_cannot_lead_in_a_circle_nor_twice_to_one_folder(tmp_path: Path) -
     images, left_out = names_of(tmp_path / "set/class")
     assert images == ["a.png", "sub/c.png"]
     assert left_out == {REPEATED: ["itself", "sub/up", "sub2"]}
+
+
+def test_a_link_in_a_linked_folder_cannot_lead_to_what_holds_it(tmp_path: Path) -> None:
+    make(tmp_path, "store/class/a.png", "store/other/b.png")
+    link(tmp_path / "store/class/up", tmp_path / "store")
+    link(tmp_path / "class", tmp_path / "store/class")
+    assert names_of(tmp_path / "class") == (["a.png"], {REPEATED: ["up"]})
+
+
+def test_images_and_links_are_taken_in_the_order_of_names_folder_by_folder(tmp_path: Path) -> None:
+    make(tmp_path, "set/a-b/0.png", "set/a/1.png", "elsewhere/2.png")
+    for name in "udbwex":
+        link(tmp_path / "set" / name, tmp_path / "elsewhere")
+    images, left_out = names_of(tmp_path / "set")
+    assert images == ["a/1.png", "a-b/0.png", "b/2.png"]
+    assert left_out == {REPEATED: ["d", "e", "u", "w", "x"]}
 
 
 def test_an_image_has_the_name_under_which_it_lies_in_the_folder_not_that_of_a_link(
