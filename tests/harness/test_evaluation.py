@@ -11,8 +11,7 @@ from bstriplet import evaluation
 from bstriplet.data import ImageSet
 from bstriplet.evaluation import MISTAKES_KEPT, mistakes_npz, predict_files
 from bstriplet.runs import RunFolder
-from conftest import Run
-from quick import MakeTree, tiny_flags
+from quick import MakeTree, Run, tiny_flags
 
 
 def grey(count: int, side: int) -> ImageSet:

@@ -188,6 +188,14 @@ def background(
     return prepare
 
 
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
+    for name in (".last.pt.k3x8", ".metrics.json.9", ".mine.txt", "last.pt"):
+        (tmp_path / name).write_text("half")
+    with runs.locked_folder(tmp_path):
+        left = {path.name for path in tmp_path.iterdir()}
+    assert left - {runs.LOCK} == {".mine.txt", "last.pt"}
+
+
 def test_kill_9_at_20_random_moments_loses_nothing(
     tmp_path: Path, background: Callable[..., Background]
 ) -> None:
