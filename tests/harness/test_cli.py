@@ -22,7 +22,7 @@ from bstriplet import cli, report, results
 from bstriplet.config import TrainConfig
 from bstriplet.data import load_dataset, split_dataset
 from bstriplet.errors import UserError
-from bstriplet.runs import RunFolder, load_checkpoint, save_checkpoint
+from bstriplet.runs import RunFolder, load_checkpoint, save_checkpoint, write_output
 from bstriplet.training import train
 from PIL import Image
 from quick import TINY, MakeTree, Outcome, Run, snapshot, tiny_flags
@@ -610,6 +610,9 @@ def test_predict_writes_into_a_pipe(
         if not pipe.is_fifo():
             reader.kill()
         assert reader.communicate()[0] == printed
+    with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE) as reader:
+        write_output(pipe, "caf\udce9.png")  # of a file system that is not UTF-8
+        assert reader.communicate()[0] == b"caf\xe9.png"
 
 
 def test_a_path_that_the_system_refuses_is_one_clear_line(earlier: Path, bstriplet: Run) -> None:
