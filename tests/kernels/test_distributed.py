@@ -18,7 +18,8 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without d
 
 def run_rank(rank, world, meeting, body, failures):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
+    store = dist.FileStore(meeting, world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     try:
         body(rank, world)
     except Exception:
@@ -33,7 +34,7 @@ def on_ranks(body, world=2):
     context = mp.get_context("spawn")
     failures = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        meeting = (Path(folder) / "store").as_uri()
+        meeting = str(Path(folder) / "store")
         processes = [
             context.Process(target=run_rank, args=(rank, world, meeting, body, failures))
             for rank in range(world)
