@@ -291,6 +291,8 @@ def file_digests(paths: Sequence[Path]) -> list[str]:
     Hashes are remembered with size, inode and times of change (a file's ctime cannot be set), so
     that a set of any size is read once and afterwards only looked at.
     """
+    if not paths:
+        return []
     index = _index_file(paths)
     known = _load_index(index)
     now = time.time_ns()
@@ -338,7 +340,11 @@ def _signature(path: Path) -> tuple[int, ...] | None:
 
 def _index_file(paths: Sequence[Path]) -> Path:
     """Return where hashes of these files are remembered: one file for each data folder."""
-    common = os.path.abspath(os.path.commonpath({os.path.dirname(path) for path in paths}))
+    folders = {*map(os.path.abspath, {os.path.dirname(path) for path in paths})}
+    try:
+        common = os.path.commonpath(folders)
+    except ValueError:  # Windows: they are on several drives
+        common = min(folders)
     return cache_folder() / _INDEX / f"{hashlib.sha256(os.fsencode(common)).hexdigest()}.npz"
 
 

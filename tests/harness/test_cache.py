@@ -308,6 +308,14 @@ def test_files_that_rest_are_hashed_once(tmp_path: Path, monkeypatch: pytest.Mon
     assert file_digests(paths) == [*changed[:3], "", changed[4]]
 
 
+def test_paths_from_here_and_from_the_root_go_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = make_images(tmp_path / "set", 2)
+    monkeypatch.chdir(tmp_path)
+    assert not decode([paths[0], paths[1].relative_to(tmp_path)], 16).broken
+
+
 def test_files_whose_names_are_not_utf_8_are_hashed_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -602,6 +602,13 @@ def test_osteosarcoma_as_tcia_delivers_it(tmp_path: Path) -> None:
     ]
 
 
+def test_a_table_of_no_tiles_leaves_nothing_to_test_on(tmp_path: Path) -> None:
+    (tmp_path / "Training-Set-1").mkdir()
+    (tmp_path / "ML_Features_1144.csv").write_text("image.name,classification\n")
+    with pytest.raises(UserError, match=r"no image in .* can be read; put some there"):
+        load_test_images(str(tmp_path), ("Viable Tumor",), 16, 1, skip_broken=False)
+
+
 def test_osteosarcoma_is_known_by_its_table_and_tiles_by_any_spelling(tmp_path: Path) -> None:
     make_osteosarcoma(tmp_path)
     table = tmp_path / "ML_Features_1144.csv"
