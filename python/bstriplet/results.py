@@ -249,12 +249,15 @@ def _read_run(folder: Path) -> Run:
         scheme, seed = Scheme(config["loss"], config["batches"]), int(config["seed"])
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(folder / CONFIG, error) from error
+    environment = _object_if_there(folder / ENVIRONMENT)
+    if not isinstance(environment.get("data", {}), dict):
+        raise _damaged(folder / ENVIRONMENT, "its data is not a JSON object")
     run = Run(
         folder=folder,
         scheme=scheme,
         seed=seed,
         config=config,
-        environment=_object_if_there(folder / ENVIRONMENT),
+        environment=environment,
         log=_read_log(folder / LOG),
         metrics=_object_if_there(folder / METRICS),
     )

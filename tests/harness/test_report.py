@@ -314,6 +314,7 @@ def test_a_log_cut_in_the_middle_of_a_line_is_read_up_to_there(compare_folder):
         ("config.json", "{}", "config.json"),
         ("config.json", "[1", "config.json"),
         ("metrics.json", "{", "metrics.json"),
+        ("environment.json", '{"data": null}', "environment.json.*data"),
         ("log.jsonl", "{\n{}\n", "log.jsonl.*line 1"),
         ("predictions.csv", "", "predictions.csv"),
         ("predictions.csv", "file,label,prob_0,prob_1,prob_2\na,9,1,0,0\n", "predictions.csv"),
