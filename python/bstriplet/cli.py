@@ -282,14 +282,16 @@ def _parser() -> _Parser:
     report.set_defaults(run_command=_report)
 
     evaluate = commands.add_parser("evaluate", help="print the test metrics of a trained model")
-    _add_run(evaluate)
+    _add_run(evaluate, " (of --data; the run's own must be those it began with)")
     evaluate.add_argument(
-        "--data", help="a folder test/CLASS/* or CLASS/* (default: the test set of the run)"
+        "--data",
+        help="other images: a folder test/CLASS/* or CLASS/*, or a .csv or .npz file; where it has "
+        "a test part, that (default: the test set of the run)",
     )
     evaluate.set_defaults(run_command=_evaluate)
 
     predict = commands.add_parser("predict", help="classify images: a CSV of probabilities")
-    _add_run(predict)
+    _add_run(predict, "")
     predict.add_argument("images", nargs="+", type=Path, help="image files or folders")
     predict.add_argument("--output", type=Path, help="CSV file (default: standard output)")
     predict.set_defaults(run_command=_predict)
@@ -332,12 +334,12 @@ def _add_seeds(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_run(parser: argparse.ArgumentParser) -> None:
+def _add_run(parser: argparse.ArgumentParser, which: str) -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     parser.add_argument(
         "--skip-broken",
         action="store_true",
-        help="leave out images that cannot be read (of a run's own: those that it left out)",
+        help=f"leave out images that cannot be read{which}",
     )
     parser.add_argument(
         "--max-pixels",

@@ -30,7 +30,7 @@ from bstriplet.layouts import (
 )
 from bstriplet.medmnist import download, read_medmnist
 from bstriplet.names import one_form, same_person, unknown_class
-from bstriplet.notes import counted
+from bstriplet.notes import counted, first
 from bstriplet.pixels import Pixels
 from bstriplet.splits import Ints, Mask
 
@@ -122,7 +122,8 @@ class Task:
     def summary(self) -> dict[str, Any]:
         """Return the images of each class in each part, the notes and a fingerprint, for JSON."""
         parts = {"train": self.train, "validation": self.validation, "test": self.test}
-        digest = hashlib.sha256(json.dumps([self.key, self.classes]).encode())
+        sizes = [len(part) for part in parts.values()]
+        digest = hashlib.sha256(json.dumps([self.key, self.classes, sizes]).encode())
         for part in parts.values():
             digest.update(part.rows.tobytes())
             digest.update(part.labels.tobytes())
@@ -474,7 +475,7 @@ def _unknown_patients_note(patients: Sequence[str], files: Sequence[str]) -> tup
     if not 0 < len(unknown) < len(files):
         return ()
     return (
-        f"{len(unknown)} images have no patient, others have: {_first(unknown)}; each counts as a "
+        f"{len(unknown)} images have no patient, others have: {first(unknown)}; each counts as a "
         "patient of its own",
     )
 
@@ -489,7 +490,7 @@ def _shared_patients_note(patients: Sequence[str], parts: Strings) -> tuple[str,
     if not shared:
         return ()
     return (
-        f"{len(shared)} patients are in the test part and in another: {_first(shared)}; --folds "
+        f"{len(shared)} patients are in the test part and in another: {first(shared)}; --folds "
         "would keep each on one side",
     )
 
@@ -498,16 +499,16 @@ def _contradictions_note(
     digests: Sequence[str], images: ImageSet, classes: Sequence[str]
 ) -> tuple[str, ...]:
     """Return the note on images that occur under several classes."""
-    first: dict[str, int] = {}
+    originals: dict[str, int] = {}
     pairs = []
     for position, digest in enumerate(digests):
-        other = first.setdefault(digest, position)
+        other = originals.setdefault(digest, position)
         if images.labels[other] != images.labels[position]:
             pairs.append(
                 f"{images.files[position]} ({classes[images.labels[position]]}) = "
                 f"{images.files[other]} ({classes[images.labels[other]]})"
             )
-    return (f"{len(pairs)} images occur with another class: {_first(pairs)}",) if pairs else ()
+    return (f"{len(pairs)} images occur with another class: {first(pairs)}",) if pairs else ()
 
 
 def _untested_note(dataset: Dataset, test: Ints) -> tuple[str, ...]:
@@ -531,11 +532,6 @@ def _copies_note(dataset: Dataset, rows_of: dict[str, Ints]) -> tuple[str, ...]:
         ]
         if copies:
             notes.append(
-                f"{len(copies)} {here} images are exact copies of {there} images: {_first(copies)}"
+                f"{len(copies)} {here} images are exact copies of {there} images: {first(copies)}"
             )
     return tuple(notes)
-
-
-def _first(items: Sequence[str], count: int = 3) -> str:
-    """Return the first items, and that there are more."""
-    return ", ".join(items[:count]) + (", ..." if len(items) > count else "")

@@ -6,6 +6,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from bstriplet.files import list_images
 from bstriplet.images import Picture, read_all
 from bstriplet.metrics import classification_metrics
 from bstriplet.names import utf8
-from bstriplet.notes import counted
+from bstriplet.notes import counted, first
 from bstriplet.pixels import Pixels, Unreadable
 from bstriplet.runs import (
     BEST,
@@ -129,6 +130,7 @@ def write_results(
         embeddings=training.embeddings.float().cpu().numpy(),
         labels=task.train.labels,
         classes=np.array(task.classes),
+        pixel_hashes=_pixel_hashes(task.train),
     )
     write_atomic(run.path / EMBEDDINGS, buffer.getvalue())
     metrics = classification_metrics(task.test.labels, scores, task.classes)
@@ -172,7 +174,8 @@ def evaluate_run(
     if data is None:
         config = replace(config, skip_broken=config.skip_broken or skip_broken)
         task = split_dataset(load_for(config), config)
-        run.check_images(task.summary(), "evaluate on a folder of others with --data")
+        as_given = "" if max_pixels is None else "leave --max-pixels as the run had it, or "
+        run.check_images(task.summary(), f"{as_given}evaluate on others with --data")
         images, notes = task.test, task.notes
     else:
         images, notes = load_test_images(
@@ -183,6 +186,7 @@ def evaluate_run(
             skip_broken=skip_broken,
             max_pixels=config.max_pixels,
         )
+        notes = (*notes, *_seen_note(run, images))
     output, _ = embed(trained.model, images, trained.device)
     scores = probabilities(output.logits)
     return classification_metrics(images.labels, scores, trained.classes), notes
@@ -237,6 +241,29 @@ def predictions_csv(
         label = [] if labels is None else [labels[number]]
         writer.writerow([file, *label, classes[int(row.argmax())], *map(repr, row.tolist())])
     return text.getvalue()
+
+
+def _pixel_hashes(images: ImageSet) -> npt.NDArray[np.bytes_]:
+    """Return a hash of each image as the model sees it, eight bytes as hexadecimal digits."""
+    hashes = []
+    for start in range(0, len(images), BATCH):
+        pixels, _ = images.batch(range(start, min(start + BATCH, len(images))))
+        hashes += [blake2b(image.tobytes(), digest_size=8).hexdigest() for image in pixels.numpy()]
+    return np.array(hashes, dtype="S16")
+
+
+def _seen_note(run: RunFolder, images: ImageSet) -> tuple[str, ...]:
+    """Return a note on those of other images that the model was trained on, if there are any."""
+    path = run.path / EMBEDDINGS
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            seen = set(stored["pixel_hashes"].tolist())
+    except Exception:  # not there, of an older version, or damaged in one of many ways
+        return (f"whether the model was trained on any of these images is not known from {path}",)
+    hashes = _pixel_hashes(images).tolist()
+    again = [file for file, found in zip(images.files, hashes, strict=True) if found in seen]
+    told = f"{len(again)} of {len(images)} images are such that the model was trained on"
+    return (f"{told}: {first(again)}",) if again else ()
 
 
 def _with_limit(config: TrainConfig, max_pixels: int | None) -> TrainConfig:

@@ -28,7 +28,7 @@ from bstriplet.names import (
     unknown_class,
     utf8,
 )
-from bstriplet.notes import counted
+from bstriplet.notes import counted, first
 from bstriplet.tables import Finder, read_table
 
 TRAIN, VALIDATION, TEST = PARTS = ("train", "validation", "test")
@@ -594,7 +594,6 @@ def _manifest_patients(root: Path, entries: Sequence[Entry]) -> tuple[dict[str, 
         notes.append(f"{file.name} has no column patient: no patient is known from it")
     if lost:
         notes.append(
-            f"{len(lost)} patients of {file.name} are not those of an image: "
-            f"{', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}"
+            f"{len(lost)} patients of {file.name} are not those of an image: {first(lost)}"
         )
     return patients, notes

@@ -20,6 +20,11 @@ def counted(names: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     )
 
 
+def first(names: Sequence[str]) -> str:
+    """Return the first three names, and that there are more."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 def _escaped(control: re.Match[str]) -> str:
     return ascii(control.group())[1:-1]
 

@@ -264,7 +264,8 @@ class RunFolder:
             ) from error
         if fingerprint != summary["fingerprint"]:
             raise UserError(
-                f"the images have changed since {self.path} began; restore them, or {otherwise}"
+                f"the images have changed since {self.path} began, or their labels, order or "
+                f"parts; restore them, or {otherwise}"
             )
 
     def load(self, name: str, config: TrainConfig) -> dict[str, Any]:

@@ -170,6 +170,9 @@ def test_broken_images_are_skipped_by_choice_named_and_counted(
     notes = json.loads((out / "environment.json").read_text())["data"]["notes"]
     assert "train/class_1/3.png" in notes[0]
     assert "test/class_0/1.png" in notes[0]
+    again = bstriplet("evaluate", "--run", out)  # without the option: as it was trained
+    assert again.status == 0
+    assert "note: 2 images that cannot be read were left out" in again.err
 
 
 def test_data_are_surveyed(make_tree: MakeTree, bstriplet: Run) -> None:
@@ -214,7 +217,10 @@ def test_a_survey_counts_patients_copies_and_broken_images(
         "validation        1        1    2",
         "test              2        2    4",
     ]
-    assert all(line.startswith("note: ") for line in outcome.out.splitlines()[10:])
+    notes = outcome.out.splitlines()[10:]
+    assert len(notes) == 2
+    assert notes[0].startswith("note: 1 images that cannot be read were left out: ")
+    assert notes[1].startswith("note: 10 images have no patient, others have: ")
 
 
 def test_a_survey_sets_the_papers_counts_beside_those_found(
@@ -383,7 +389,9 @@ def test_resuming_on_changed_images_is_refused(
     assert snapshot(out) == before
 
 
-@pytest.mark.parametrize("content", ["{}", '{"data": []}', "[]", '{"data": {"notes": []}}'])
+@pytest.mark.parametrize(
+    "content", ["{}", '{"data": []}', '{"data": null}', "[]", '{"data": {"notes": []}}']
+)
 def test_a_run_that_lost_what_it_began_with(run_copy: Path, bstriplet: Run, content: str) -> None:
     (run_copy / "environment.json").write_text(content)
     words = (run_copy / "environment.json", "which images", "restore it")
@@ -611,8 +619,11 @@ def test_predict_writes_into_a_pipe(
             reader.kill()
         assert reader.communicate()[0] == printed
     with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE) as reader:
-        write_output(pipe, "caf\udce9.png")  # of a file system that is not UTF-8
-        assert reader.communicate()[0] == b"caf\xe9.png"
+        try:
+            write_output(pipe, "caf\udce9.png")  # of a file system that is not UTF-8
+            assert reader.communicate(timeout=60)[0] == b"caf\xe9.png"
+        finally:
+            reader.kill()
 
 
 def test_a_path_that_the_system_refuses_is_one_clear_line(earlier: Path, bstriplet: Run) -> None:

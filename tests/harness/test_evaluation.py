@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from bstriplet import evaluation
 from bstriplet.data import ImageSet
 from bstriplet.evaluation import MISTAKES_KEPT, mistakes_npz, predict_files
 from bstriplet.runs import RunFolder
+from PIL import Image
 from quick import MakeTree, Run, tiny_flags
 
 
@@ -58,4 +58,37 @@ def test_no_image_is_lost_between_batches(
         for row, other in zip(rows, csv.DictReader(io.StringIO(again)), strict=True):
             assert row["file"] == other["file"]
             for name in ("prob_class_0", "prob_class_1"):
-                torch.testing.assert_close(float(row[name]), float(other[name]))
+                assert float(row[name]) == pytest.approx(float(other[name]), abs=1e-5)
+
+
+def test_images_that_the_model_was_trained_on_are_counted(
+    make_tree: MakeTree, tmp_path: Path, bstriplet: Run
+) -> None:
+    root, run = make_tree(train=10), tmp_path / "run"
+    flags = tiny_flags(train_per_class=0, epochs=1)
+    assert bstriplet("train", *flags, "--data", root, "--out", run).status == 0
+    whole = bstriplet("evaluate", "--run", run, "--data", root)
+    assert whole.err.startswith("note: 12 of 20 images are such that the model was trained on: ")
+    assert whole.err.endswith(".png, ...\n")
+    with (run / "predictions.csv").open(newline="") as stream:
+        tested = {row["file"] for row in csv.DictReader(stream)}
+    named = whole.err.split(": ")[2].removesuffix(", ...\n").split(", ")
+    assert len(named) == 3
+    assert tested.isdisjoint(named)
+    others = tmp_path / "others"
+    for file in sorted(tested):
+        target = others / Path(file).relative_to("train")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((root / file).read_bytes())
+    assert bstriplet("evaluate", "--run", run, "--data", others).err == ""
+    with Image.open(root / named[0]) as image:  # the same pixels in another format
+        image.save(others / "class_0/again.bmp")
+    again = bstriplet("evaluate", "--run", run, "--data", others)
+    assert again.status == 0
+    assert again.err.startswith("note: 1 of 3 images are such that the model was trained on: ")
+    assert again.err.endswith("again.bmp\n")
+    for spoil in (lambda path: path.write_bytes(b"cut"), Path.unlink):
+        spoil(run / "embeddings.npz")
+        unknown = bstriplet("evaluate", "--run", run, "--data", others)
+        assert unknown.out == again.out
+        assert "whether the model was trained on any of these images is not known" in unknown.err
