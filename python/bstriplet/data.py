@@ -119,22 +119,31 @@ class Task:
         """1 for grey images, 3 for RGB."""
         return self.train.pixels.shape[1]
 
-    def summary(self) -> dict[str, Any]:
-        """Return the images of each class in each part, the notes and a fingerprint, for JSON."""
-        parts = {"train": self.train, "validation": self.validation, "test": self.test}
-        sizes = [len(part) for part in parts.values()]
+    @property
+    def parts(self) -> dict[str, ImageSet]:
+        """The parts by their names."""
+        return {TRAIN: self.train, VALIDATION: self.validation, TEST: self.test}
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash that differs where images, labels, classes or parts do."""
+        sizes = [len(part) for part in self.parts.values()]
         digest = hashlib.sha256(json.dumps([self.key, self.classes, sizes]).encode())
-        for part in parts.values():
+        for part in self.parts.values():
             digest.update(part.rows.tobytes())
             digest.update(part.labels.tobytes())
+        return digest.hexdigest()
+
+    def summary(self) -> dict[str, Any]:
+        """Return the images of each class in each part, the notes and a fingerprint, for JSON."""
         return {
             "images": {
                 name: {label: int(np.sum(part.labels == i)) for i, label in enumerate(self.classes)}
-                for name, part in parts.items()
+                for name, part in self.parts.items()
             },
             "channels": self.channels,
             "notes": list(self.notes),
-            "fingerprint": digest.hexdigest(),
+            "fingerprint": self.fingerprint,
         }
 
 

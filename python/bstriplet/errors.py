@@ -1,7 +1,22 @@
 """The one error that a person at the keyboard can put right."""
 
 import difflib
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Iterable
+
+# What zipfile and numpy raise for an .npz file that was cut or overwritten.
+NO_ARRAYS = (
+    OSError,
+    KeyError,
+    ValueError,
+    EOFError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+    tokenize.TokenError,
+)
 
 
 class UserError(Exception):

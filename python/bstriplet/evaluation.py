@@ -27,7 +27,7 @@ from bstriplet.data import (
     load_test_images,
     split_dataset,
 )
-from bstriplet.errors import UserError
+from bstriplet.errors import NO_ARRAYS, UserError
 from bstriplet.files import list_images
 from bstriplet.images import Picture, read_all
 from bstriplet.metrics import classification_metrics
@@ -175,7 +175,7 @@ def evaluate_run(
         config = replace(config, skip_broken=config.skip_broken or skip_broken)
         task = split_dataset(load_for(config), config)
         as_given = "" if max_pixels is None else "leave --max-pixels as the run had it, or "
-        run.check_images(task.summary(), f"{as_given}evaluate on others with --data")
+        run.check_images(task.fingerprint, f"{as_given}evaluate on others with --data")
         images, notes = task.test, task.notes
     else:
         images, notes = load_test_images(
@@ -258,7 +258,7 @@ def _seen_note(run: RunFolder, images: ImageSet) -> tuple[str, ...]:
     try:
         with np.load(path, allow_pickle=False) as stored:
             seen = set(stored["pixel_hashes"].tolist())
-    except Exception:  # not there, of an older version, or damaged in one of many ways
+    except NO_ARRAYS:  # not there, of an older version, or damaged
         return (f"whether the model was trained on any of these images is not known from {path}",)
     hashes = _pixel_hashes(images).tolist()
     again = [file for file, found in zip(images.files, hashes, strict=True) if found in seen]

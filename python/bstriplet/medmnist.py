@@ -5,7 +5,6 @@ import importlib
 import math
 import os
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -16,7 +15,7 @@ from PIL import Image
 
 from bstriplet.cache import Decoded, Item, Read, cached, file_digests
 from bstriplet.config import MEDMNIST
-from bstriplet.errors import UserError, one_line
+from bstriplet.errors import NO_ARRAYS, UserError, one_line
 from bstriplet.images import in_parallel
 from bstriplet.layouts import PARTS
 from bstriplet.pixels import resize
@@ -71,7 +70,7 @@ def read_medmnist(
                 shapes.append(_image_shape(archive, name))
                 labels.append(_labels(archive, name, shapes[-1][0]))
                 parts += [part] * shapes[-1][0]
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except NO_ARRAYS as error:
         raise UserError(
             f"{path} is no MedMNIST file (arrays train_images, train_labels, val_..., test_...): "
             f"{one_line(error)}"
@@ -140,7 +139,7 @@ def _reader(path: Path, size: int) -> Read:
                     stream, (count, *shape) = _open_array(archive, f"{name}_images")
                     rows = _rows(stream, count, tuple(shape))
                     yield from in_parallel(one, rows, count, f"reading {name}")
-        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+        except NO_ARRAYS as error:
             raise UserError(f"{path} is damaged: {one_line(error)}; download it again") from error
 
     return read

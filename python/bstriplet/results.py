@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,7 +17,7 @@ from numpy.typing import NDArray
 
 from bstriplet import paper
 from bstriplet.config import Scheme
-from bstriplet.errors import UserError
+from bstriplet.errors import NO_ARRAYS, UserError
 from bstriplet.metrics import classification_metrics
 from bstriplet.names import decode, one_form, printable
 from bstriplet.runs import (
@@ -38,8 +36,6 @@ BATCH_NAMES = {"random": "RS", "mined": "DM"}
 SETTING_NAMES = {"metric_weight": "λ", "margin": "m", "backbone": "", "batch_size": "N_b"}
 PROBABILITY = "prob_"
 COMPARE = "compare.json"
-# What numpy raises for a file that was cut or overwritten.
-_NO_ARRAYS = (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 def scheme_label(scheme: Scheme) -> str:
@@ -139,7 +135,7 @@ class Run:
         try:
             with np.load(path, allow_pickle=False) as stored:
                 return dict(zip(stored["files"].tolist(), stored["pixels"], strict=True))
-        except _NO_ARRAYS as error:
+        except NO_ARRAYS as error:
             raise _damaged(path, error) from error
 
     @cached_property
@@ -150,7 +146,7 @@ class Run:
             with np.load(path, allow_pickle=False) as stored:
                 vectors, labels = stored["embeddings"], stored["labels"]
                 classes = tuple(str(name) for name in stored["classes"])
-        except _NO_ARRAYS as error:
+        except NO_ARRAYS as error:
             raise _damaged(path, error) from error
         if not np.isfinite(vectors).all():
             raise _damaged(path, "it holds NaN or infinity")

@@ -249,20 +249,19 @@ class RunFolder:
                 "options as they were, or choose another --out"
             )
 
-    def check_images(self, summary: dict[str, Any], otherwise: str) -> None:
+    def check_images(self, fingerprint: str, otherwise: str) -> None:
         """Raise if images, labels or parts are not those the run began with.
 
-        summary: what ``Task.summary()`` says of the images. otherwise: what can be done instead of
-        restoring them.
+        fingerprint: that of the task. otherwise: what can be done instead of restoring them.
         """
         environment = self.path / ENVIRONMENT
         try:
-            fingerprint = read_json(environment)["data"]["fingerprint"]
+            began_with = read_json(environment)["data"]["fingerprint"]
         except (KeyError, TypeError) as error:
             raise UserError(
                 f"{environment} does not say which images the run began with; restore it"
             ) from error
-        if fingerprint != summary["fingerprint"]:
+        if fingerprint != began_with:
             raise UserError(
                 f"the images have changed since {self.path} began, or their labels, order or "
                 f"parts; restore them, or {otherwise}"

@@ -93,7 +93,7 @@ def train(config: TrainConfig, task: Task, run: RunFolder) -> Row:
     with locked_folder(run.path):
         run.check_config(config)
         if run.started:
-            run.check_images(task.summary(), "train again into another folder")
+            run.check_images(task.fingerprint, "train again into another folder")
         return read_json(run.path / METRICS) if run.finished else _train(config, task, run)
 
 

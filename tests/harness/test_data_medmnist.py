@@ -82,6 +82,28 @@ def test_copies_within_a_file_are_reported_and_other_images_are_told_apart(tmp_p
     assert other.key != dataset.key
 
 
+def test_bytes_that_change_anywhere_in_a_file_are_told(tmp_path: Path) -> None:
+    file = Path(write(tmp_path / "pneumoniamnist.npz"))
+    whole = load_dataset(str(file), 28).images
+    np.savez_compressed(file, **arrays(28))  # type: ignore[arg-type]
+    content, generator = file.read_bytes(), np.random.default_rng(0)
+    told: list[str] = []
+    for _ in range(100):
+        damaged = bytearray(content)
+        for place in generator.integers(len(content), size=3):
+            damaged[place] ^= generator.integers(1, 256)
+        file.write_bytes(damaged)
+        try:
+            read = load_dataset(str(file), 28).images
+        except UserError as error:
+            told.append(str(error))
+        else:  # where nothing is read, as in the time of an entry
+            np.testing.assert_array_equal(read.pixels, whole.pixels)
+            np.testing.assert_array_equal(read.labels, whole.labels)
+    assert len(told) > 50
+    assert all(str(file) in message for message in told)
+
+
 def test_a_file_may_be_called_in_capitals(tmp_path: Path) -> None:
     file = Path(write(tmp_path / "set.npz")).rename(tmp_path / "PNEUMONIAMNIST.NPZ")
     assert load_dataset(str(file), 28).classes == ("normal", "pneumonia")
