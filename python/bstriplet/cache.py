@@ -340,7 +340,8 @@ def _signature(path: Path) -> tuple[int, ...] | None:
 
 def _index_file(paths: Sequence[Path]) -> Path:
     """Return where hashes of these files are remembered: one file for each data folder."""
-    folders = {*map(os.path.abspath, {os.path.dirname(path) for path in paths})}
+    folders = {os.path.dirname(path) for path in paths}  # far fewer than files
+    folders = {*map(os.path.abspath, folders)}
     try:
         common = os.path.commonpath(folders)
     except ValueError:  # Windows: they are on several drives

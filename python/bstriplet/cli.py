@@ -26,6 +26,7 @@ from bstriplet.config import (
     given_options,
 )
 from bstriplet.errors import UserError, one_line
+from bstriplet.notes import on_screen, visible
 from bstriplet.paper import REPRODUCIBLE
 
 DEFAULT_SCHEMES = ("ce:random", "ce+bst:mined")
@@ -104,7 +105,7 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 def _say(text: str) -> None:
     """Print a line on standard error, at once."""
-    _write(sys.stderr, text + "\n")
+    _write(sys.stderr, visible(text) + "\n")
 
 
 def _print(*lines: str) -> None:
@@ -282,11 +283,11 @@ def _parser() -> _Parser:
     report.set_defaults(run_command=_report)
 
     evaluate = commands.add_parser("evaluate", help="print the test metrics of a trained model")
-    _add_run(evaluate, " (of --data; the run's own must be those it began with)")
+    _add_run(evaluate, "; without --data, they must still be those the run began with")
     evaluate.add_argument(
         "--data",
-        help="other images: a folder test/CLASS/* or CLASS/*, or a .csv or .npz file; where it has "
-        "a test part, that (default: the test set of the run)",
+        help="other images: a folder test/CLASS/* or CLASS/*, a .csv or .tsv, a MedMNIST .npz, or "
+        "medmnist:NAME; of these the test part, where there is one (default: the run's test set)",
     )
     evaluate.set_defaults(run_command=_evaluate)
 
@@ -355,7 +356,6 @@ def _train(options: argparse.Namespace) -> None:
 
     from bstriplet import report
     from bstriplet.data import load_for, split_dataset
-    from bstriplet.notes import on_screen
     from bstriplet.runs import RunFolder, check_free, check_new
     from bstriplet.training import check_models, train
 

@@ -127,8 +127,7 @@ class Task:
     @property
     def fingerprint(self) -> str:
         """A hash that differs where images, labels, classes or parts do."""
-        sizes = [len(part) for part in self.parts.values()]
-        digest = hashlib.sha256(json.dumps([self.key, self.classes, sizes]).encode())
+        digest = hashlib.sha256(json.dumps([self.key, self.classes]).encode())
         for part in self.parts.values():
             digest.update(part.rows.tobytes())
             digest.update(part.labels.tobytes())
@@ -230,7 +229,10 @@ def load_test_images(
             raise UserError(f"{data} has classes {names}, the model {classes}; give data that fit")
         files = tuple(f"{part}/{number}" for number, part in enumerate(parts))
         images = ImageSet(decoded.pixels, np.arange(len(labels)), labels, files)
-        return images.take(np.array(parts) == TEST), ()
+        tested = images.take(np.array(parts) == TEST)
+        if not len(tested):
+            raise UserError(f"{data} has no test images; give data that have some")
+        return tested, ()
     listing = recognise_test(data)
     images, broken, decoded = _read(listing, classes, image_size, channels, skip_broken, max_pixels)
     return images, (*_reading_notes(listing, broken, decoded), *listing.notes)

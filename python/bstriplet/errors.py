@@ -12,7 +12,7 @@ NO_ARRAYS = (
     KeyError,
     ValueError,
     EOFError,
-    NotImplementedError,
+    RuntimeError,
     zipfile.BadZipFile,
     zlib.error,
     tokenize.TokenError,

@@ -130,7 +130,7 @@ def write_results(
         embeddings=training.embeddings.float().cpu().numpy(),
         labels=task.train.labels,
         classes=np.array(task.classes),
-        pixel_hashes=_pixel_hashes(task.train),
+        seen=np.concatenate([_pixel_hashes(task.train), _pixel_hashes(task.validation)]),
     )
     write_atomic(run.path / EMBEDDINGS, buffer.getvalue())
     metrics = classification_metrics(task.test.labels, scores, task.classes)
@@ -165,8 +165,8 @@ def evaluate_run(
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return the metrics of a run's model, and notes on the images, such as those left out.
 
-    The images are the run's own test set, or the test images of ``data``: a folder test/CLASS/* or
-    CLASS/* with classes that the model knows. The run's own must be those it began with: of others,
+    The images are the run's own test set, or the test images of ``data``, see
+    :func:`bstriplet.data.load_test_images`. The run's own must be those it began with: of others,
     the model may have been trained on some. ``max_pixels``: of an image file; None: as the run.
     """
     trained = load_trained(run)
@@ -244,7 +244,10 @@ def predictions_csv(
 
 
 def _pixel_hashes(images: ImageSet) -> npt.NDArray[np.bytes_]:
-    """Return a hash of each image as the model sees it, eight bytes as hexadecimal digits."""
+    """Return a hash of each image as the model sees it, eight bytes as hexadecimal digits.
+
+    Images of one content in two formats are alike, and so are blank ones.
+    """
     hashes = []
     for start in range(0, len(images), BATCH):
         pixels, _ = images.batch(range(start, min(start + BATCH, len(images))))
@@ -253,16 +256,16 @@ def _pixel_hashes(images: ImageSet) -> npt.NDArray[np.bytes_]:
 
 
 def _seen_note(run: RunFolder, images: ImageSet) -> tuple[str, ...]:
-    """Return a note on those of other images that the model was trained on, if there are any."""
+    """Return a note on those of other images that the run trained or validated on, if any."""
     path = run.path / EMBEDDINGS
     try:
         with np.load(path, allow_pickle=False) as stored:
-            seen = set(stored["pixel_hashes"].tolist())
+            seen = set(stored["seen"].tolist())
     except NO_ARRAYS:  # not there, of an older version, or damaged
-        return (f"whether the model was trained on any of these images is not known from {path}",)
+        return (f"{path} does not say which images the run has seen: these may be among them",)
     hashes = _pixel_hashes(images).tolist()
     again = [file for file, found in zip(images.files, hashes, strict=True) if found in seen]
-    told = f"{len(again)} of {len(images)} images are such that the model was trained on"
+    told = f"the run trained or validated on {len(again)} of these {len(images)} images"
     return (f"{told}: {first(again)}",) if again else ()
 
 

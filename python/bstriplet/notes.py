@@ -1,4 +1,4 @@
-"""What was left out or read otherwise than it lies: counted, and every file named."""
+"""What was left out or read otherwise than it lies: counted and named."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f]")
 def counted(names: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     """Return a note for each kind of thing: ``"2 hidden files were left out: a, b"``."""
     return tuple(
-        f"{len(named)} {what}: {_CONTROLS.sub(_escaped, ', '.join(named))}"
+        f"{len(named)} {what}: {visible(', '.join(named))}"
         for what, named in names.items()
         if named
     )
@@ -22,11 +22,12 @@ def counted(names: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
 
 def first(names: Sequence[str]) -> str:
     """Return the first three names, and that there are more."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return visible(", ".join(names[:3])) + (", ..." if len(names) > 3 else "")
 
 
-def _escaped(control: re.Match[str]) -> str:
-    return ascii(control.group())[1:-1]
+def visible(text: str) -> str:
+    """Return text with its control characters as escapes."""
+    return _CONTROLS.sub(lambda control: ascii(control.group())[1:-1], text)
 
 
 def on_screen(note: str) -> str:

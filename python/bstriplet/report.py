@@ -330,11 +330,8 @@ def _command(comparison: Comparison) -> str:
 
 def _images(comparison: Comparison) -> dict[str, Any]:
     """Images of each class (columns) in each part (rows); "701-704" where runs differ."""
-    found = [
-        run.environment["data"]["images"]
-        for run in comparison.runs
-        if "images" in run.environment.get("data", {})
-    ]
+    each_run = [run.environment.get("data", {}).get("images") for run in comparison.runs]
+    found = [images for images in each_run if images]
     if not found:
         return {}
     classes = list(dict.fromkeys(name for images in found for name in next(iter(images.values()))))

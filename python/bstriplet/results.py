@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from bstriplet import paper
 from bstriplet.config import Scheme
-from bstriplet.errors import NO_ARRAYS, UserError
+from bstriplet.errors import NO_ARRAYS, UserError, one_line
 from bstriplet.metrics import classification_metrics
 from bstriplet.names import decode, one_form, printable
 from bstriplet.runs import (
@@ -245,19 +245,37 @@ def _read_run(folder: Path) -> Run:
         scheme, seed = Scheme(config["loss"], config["batches"]), int(config["seed"])
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(folder / CONFIG, error) from error
-    environment = _object_if_there(folder / ENVIRONMENT)
-    if not isinstance(environment.get("data", {}), dict):
-        raise _damaged(folder / ENVIRONMENT, "its data is not a JSON object")
     run = Run(
         folder=folder,
         scheme=scheme,
         seed=seed,
         config=config,
-        environment=environment,
+        environment=_environment(folder / ENVIRONMENT),
         log=_read_log(folder / LOG),
-        metrics=_object_if_there(folder / METRICS),
+        metrics=_metrics(folder / METRICS),
     )
     return replace(run, metrics=_completed(run)) if run.finished else run
+
+
+def _environment(path: Path) -> dict[str, Any]:
+    """Return what environment.json holds, where there is one."""
+    environment = _object_if_there(path)
+    data = environment.get("data", {})
+    images = data.get("images", {}) if isinstance(data, dict) else None
+    if not isinstance(images, dict) or not all(isinstance(part, dict) for part in images.values()):
+        raise _damaged(path, "its data or images are not JSON objects")
+    return environment
+
+
+def _metrics(path: Path) -> dict[str, Any]:
+    """Return what metrics.json holds, where there is one."""
+    metrics = _object_if_there(path)
+    try:
+        if metrics:
+            sum(row["support"] for row in metrics["per_class"] if row["class"])
+    except (KeyError, TypeError) as error:
+        raise _damaged(path, f"per_class: {one_line(error)}") from error
+    return metrics
 
 
 def _completed(run: Run) -> dict[str, Any]:

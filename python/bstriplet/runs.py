@@ -213,9 +213,9 @@ class RunFolder:
 
     ``config.json`` and ``environment.json`` say what was asked for and where it ran; ``log.jsonl``
     has a line an epoch; ``last.pt`` continues the run and ``best.pt`` is the evaluated model;
-    ``predictions.csv`` and ``mistakes.npz`` (test set), ``embeddings.npz`` (training set) and, last
-    of all, ``metrics.json`` are its results. ``bad_batch.pt`` is left by a run that stopped at a
-    loss that is not finite.
+    ``predictions.csv`` and ``mistakes.npz`` (test set), ``embeddings.npz`` (training set, and
+    hashes of all images it has seen) and, last of all, ``metrics.json`` are its results.
+    ``bad_batch.pt`` is left by a run that stopped at a loss that is not finite.
     """
 
     path: Path
@@ -263,8 +263,8 @@ class RunFolder:
             ) from error
         if fingerprint != began_with:
             raise UserError(
-                f"the images have changed since {self.path} began, or their labels, order or "
-                f"parts; restore them, or {otherwise}"
+                f"the images have changed since {self.path} began, or their labels, order or parts "
+                f"(or an older version began it); restore them, or {otherwise}"
             )
 
     def load(self, name: str, config: TrainConfig) -> dict[str, Any]:

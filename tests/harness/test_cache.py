@@ -309,11 +309,28 @@ def test_files_that_rest_are_hashed_once(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_paths_from_here_and_from_the_root_go_together(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = make_images(tmp_path / "set", 2)
     monkeypatch.chdir(tmp_path)
-    assert not decode([paths[0], paths[1].relative_to(tmp_path)], 16).broken
+    monkeypatch.setattr(image_cache, "SETTLED_NS", -(10**12))
+    digests = file_digests(paths)
+    assert file_digests([paths[0], paths[1].relative_to(tmp_path)]) == digests
+    assert len(list((cache / "index").iterdir())) == 1  # one for each folder of data
+    file_digests(make_images(tmp_path / "other", 2))
+    assert len(list((cache / "index").iterdir())) == 2
+
+
+def test_images_on_several_drives_of_windows_go_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(paths: object) -> str:
+        raise ValueError("Paths don't have the same drive")
+
+    paths = make_images(tmp_path / "set", 2) + make_images(tmp_path / "other", 1)
+    digests = file_digests(paths)
+    monkeypatch.setattr(os.path, "commonpath", refuse)
+    assert file_digests(paths) == digests
 
 
 def test_files_whose_names_are_not_utf_8_are_hashed_once(

@@ -471,6 +471,9 @@ def test_a_run_is_evaluated_on_the_test_set_it_began_with_or_told_of_the_change(
     (root / "train/class_0/0.png").write_bytes(b"cut")
     one_clear_line(bstriplet("evaluate", "--run", out), "class_0/0.png", "--skip-broken")
     one_clear_line(bstriplet("evaluate", "--run", out, "--skip-broken"), *words)
+    (root / "train/class_0/0.png").unlink()
+    limited = bstriplet("evaluate", "--run", out, "--max-pixels", 0)
+    one_clear_line(limited, *words, "leave --max-pixels as the run had it")
 
 
 def test_predict_gives_the_probabilities_of_the_run(
@@ -624,6 +627,11 @@ def test_predict_writes_into_a_pipe(
             assert reader.communicate(timeout=60)[0] == b"caf\xe9.png"
         finally:
             reader.kill()
+
+
+def test_a_name_does_not_command_the_terminal(tmp_path: Path, bstriplet: Run) -> None:
+    outcome = bstriplet("data", tmp_path / "red\x1b[31m")
+    one_clear_line(outcome, r"red\x1b[31m does not exist")
 
 
 def test_a_path_that_the_system_refuses_is_one_clear_line(earlier: Path, bstriplet: Run) -> None:

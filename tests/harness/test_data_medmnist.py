@@ -109,6 +109,13 @@ def test_a_file_may_be_called_in_capitals(tmp_path: Path) -> None:
     assert load_dataset(str(file), 28).classes == ("normal", "pneumonia")
 
 
+def test_a_file_without_test_images_is_nothing_to_test_on(tmp_path: Path) -> None:
+    empty = {key: value[:0] for key, value in arrays(28).items() if key.startswith("test_")}
+    data = write(tmp_path / "pneumoniamnist.npz", **empty)
+    with pytest.raises(UserError, match="has no test images"):
+        load_test_images(data, ("normal", "pneumonia"), 28, 1, skip_broken=False)
+
+
 def test_a_model_is_tested_on_the_test_part(tmp_path: Path) -> None:
     data = write(tmp_path / "pneumoniamnist.npz")
     images, _ = load_test_images(data, ("normal", "pneumonia"), 28, 3, skip_broken=False)

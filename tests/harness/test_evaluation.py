@@ -61,14 +61,15 @@ def test_no_image_is_lost_between_batches(
                 assert float(row[name]) == pytest.approx(float(other[name]), abs=1e-5)
 
 
-def test_images_that_the_model_was_trained_on_are_counted(
-    make_tree: MakeTree, tmp_path: Path, bstriplet: Run
+def test_images_that_the_run_has_seen_are_counted(
+    make_tree: MakeTree, tmp_path: Path, bstriplet: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, run = make_tree(train=10), tmp_path / "run"
     flags = tiny_flags(train_per_class=0, epochs=1)
     assert bstriplet("train", *flags, "--data", root, "--out", run).status == 0
+    monkeypatch.setattr(evaluation, "BATCH", 7)
     whole = bstriplet("evaluate", "--run", run, "--data", root)
-    assert whole.err.startswith("note: 12 of 20 images are such that the model was trained on: ")
+    assert whole.err.startswith("note: the run trained or validated on 18 of these 20 images: ")
     assert whole.err.endswith(".png, ...\n")
     with (run / "predictions.csv").open(newline="") as stream:
         tested = {row["file"] for row in csv.DictReader(stream)}
@@ -85,10 +86,10 @@ def test_images_that_the_model_was_trained_on_are_counted(
         image.save(others / "class_0/again.bmp")
     again = bstriplet("evaluate", "--run", run, "--data", others)
     assert again.status == 0
-    assert again.err.startswith("note: 1 of 3 images are such that the model was trained on: ")
+    assert again.err.startswith("note: the run trained or validated on 1 of these 3 images: ")
     assert again.err.endswith("again.bmp\n")
     for spoil in (lambda path: path.write_bytes(b"cut"), Path.unlink):
         spoil(run / "embeddings.npz")
         unknown = bstriplet("evaluate", "--run", run, "--data", others)
         assert unknown.out == again.out
-        assert "whether the model was trained on any of these images is not known" in unknown.err
+        assert f"{run / 'embeddings.npz'} does not say which images the run has seen" in unknown.err

@@ -314,7 +314,11 @@ def test_a_log_cut_in_the_middle_of_a_line_is_read_up_to_there(compare_folder):
         ("config.json", "{}", "config.json"),
         ("config.json", "[1", "config.json"),
         ("metrics.json", "{", "metrics.json"),
+        ("metrics.json", '{"accuracy": 1}', "metrics.json.*per_class"),
+        ("metrics.json", '{"per_class": [{"class": "0"}]}', "metrics.json.*support"),
         ("environment.json", '{"data": null}', "environment.json.*data"),
+        ("environment.json", '{"data": {"images": []}}', "environment.json.*images"),
+        ("environment.json", '{"data": {"images": {"train": 3}}}', "environment.json.*images"),
         ("log.jsonl", "{\n{}\n", "log.jsonl.*line 1"),
         ("predictions.csv", "", "predictions.csv"),
         ("predictions.csv", "file,label,prob_0,prob_1,prob_2\na,9,1,0,0\n", "predictions.csv"),
@@ -493,6 +497,14 @@ def test_classes_of_runs_on_other_data_are_told_apart_by_name(tmp_path):
     assert groups["c"]["support"] == str(first.metrics["per_class"][2]["support"])
     assert groups["a"]["rows"][1]["cells"][0] == f"{100 * last['precision']:.2f}"
     assert report._images(results.read(folder))["classes"] == ["a", "b", "c", "z"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("content", ["{}", '{"data": {}}', '{"data": {"images": {}}}', None])
+def test_a_run_that_does_not_say_where_it_ran_is_reported(compare_folder, content):
+    for path in compare_folder.glob("runs/*/*/environment.json"):
+        path.unlink() if content is None else path.write_text(content)
+    assert report.build(compare_folder).exists()
 
 
 @pytest.mark.usefixtures("no_pictures")
