@@ -17,7 +17,7 @@ from bstriplet.data import Dataset, load_dataset, load_test_images, split_datase
 from bstriplet.errors import UserError
 from bstriplet.files import NO_IMAGES, NOWHERE
 from bstriplet.layouts import NO_PART, NOT_OPENED, recognise, recognise_test
-from bstriplet.notes import counted, on_screen
+from bstriplet.notes import counted, first, on_screen
 from PIL import Image
 
 GENERATOR = np.random.default_rng(0)
@@ -194,6 +194,11 @@ def test_control_characters_of_names_are_escaped_in_notes_and_bytes_kept() -> No
     assert counted({"were left out": names, "": []}) == (
         r"6 were left out: Icon\r, two\nlines, \x1b[31m, \x7f\x9b31m, caf" + "\udce9, naïve",
     )
+
+
+def test_of_many_names_the_first_three_are_shown() -> None:
+    assert first(["a", "\x1b[31m", "b"]) == r"a, \x1b[31m, b"
+    assert first(list("abcd")) == "a, b, c, ..."
 
 
 def test_a_long_note_is_cut_on_the_screen_after_a_whole_name() -> None:

@@ -82,6 +82,18 @@ def test_copies_within_a_file_are_reported_and_other_images_are_told_apart(tmp_p
     assert other.key != dataset.key
 
 
+@pytest.mark.parametrize(("place", "value"), [(8, 1), (10, 99)])  # encrypted, unknown compression
+def test_a_file_that_this_python_cannot_unpack_is_told(
+    tmp_path: Path, place: int, value: int
+) -> None:
+    file = Path(write(tmp_path / "pneumoniamnist.npz"))
+    content = bytearray(file.read_bytes())
+    content[content.index(b"PK\1\2") + place] = value
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="is no MedMNIST file"):
+        load_dataset(str(file), 28)
+
+
 def test_bytes_that_change_anywhere_in_a_file_are_told(tmp_path: Path) -> None:
     file = Path(write(tmp_path / "pneumoniamnist.npz"))
     whole = load_dataset(str(file), 28).images

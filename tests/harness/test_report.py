@@ -315,6 +315,7 @@ def test_a_log_cut_in_the_middle_of_a_line_is_read_up_to_there(compare_folder):
         ("config.json", "[1", "config.json"),
         ("metrics.json", "{", "metrics.json"),
         ("metrics.json", '{"accuracy": 1}', "metrics.json.*per_class"),
+        ("metrics.json", '{"per_class": 3}', "metrics.json.*per_class"),
         ("metrics.json", '{"per_class": [{"class": "0"}]}', "metrics.json.*support"),
         ("environment.json", '{"data": null}', "environment.json.*data"),
         ("environment.json", '{"data": {"images": []}}', "environment.json.*images"),
