@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 import statistics
 import time
@@ -17,6 +18,7 @@ Turn = Callable[[int], list[float]]
 
 _LONG_CALL_S, _SINGLE_CALL_S = 2.0, 10.0
 _NO_WARM_UP_S = 0.1
+_MOST_WARM_UPS = 3
 
 
 class TurnError(Exception):
@@ -70,8 +72,9 @@ def interleave(
     turns: turn(n) makes n calls and returns a sample for each (or one for all of them). call_s: the
     expected seconds a call. Variants take turns in shuffled order, round after round, so that what
     disturbs the machine disturbs all alike. A variant ends when its own turns have taken its
-    seconds and it has its fewest samples, or when it has its most. The first turn of each is a
-    warm-up where a call is short: it is dropped, and its time plans the turns that follow.
+    seconds and it has its fewest samples, or when it has its most. The first turns of each are a
+    warm-up where a call is short, until one confirms what was expected of it (of a single call the
+    first turn confirms nothing): they are dropped, and their times plan the turns that follow.
 
     Raises:
         TurnError: a variant failed.
@@ -82,17 +85,23 @@ def interleave(
     order = list(turns)
     shuffle = random.Random(0).shuffle
 
+    def calls_of(name: str) -> int:
+        return max(1, int(budget.turn_s / max(expected[name], 1e-9)))
+
     def take(name: str) -> list[float]:
-        calls = max(1, int(budget.turn_s / max(expected[name], 1e-9)))
         try:
-            return turns[name](calls)
+            return turns[name](calls_of(name))
         except Exception as error:
             raise TurnError(name) from error
 
     with _without_collector():
         for name in order:
-            if call_s[name] < _NO_WARM_UP_S:
-                expected[name] = min(call_s[name], statistics.median(take(name)))
+            before = expected[name] if calls_of(name) > 1 else math.inf
+            for _ in range(_MOST_WARM_UPS if call_s[name] < _NO_WARM_UP_S else 0):
+                expected[name] = min(expected[name], statistics.median(take(name)))
+                if expected[name] > before / 2:
+                    break
+                before = expected[name]
         while order := [
             name
             for name in order

@@ -88,6 +88,21 @@ def test_a_warm_up_plans_the_turns_that_follow(clock):
     assert {n for _, n in made[1:]} == {2500}
 
 
+def test_a_slow_beginning_does_not_plan_the_turns(clock):
+    """The first turn of a process may take many times longer, by what is loaded then."""
+    made = []
+
+    def turn(n):
+        made.append(n)
+        took = 20e-3 if len(made) == 1 else 1e-4
+        clock.now += took * n
+        return [took]
+
+    timing.interleave({"eager": turn}, {"eager": 30e-3}, Budget(0.1, turn_s=25e-3))
+    assert made[0] == 1
+    assert set(made[2:]) == {250}
+
+
 def test_who_fails_in_a_turn_is_named():
     def fails(n):
         raise RuntimeError("no")
