@@ -44,13 +44,15 @@ using std::max;
 using std::min;
 using std::sqrt;
 
+template <class T>
+T rsqrt(T x) {
+  return 1 / sqrt(x);
+}
 inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 
 // `line` is the caller's: a test leaves out the barrier of one line, to see that it is missed.
 void __syncthreads(unsigned line = __builtin_LINE());
-inline void __cluster_barrier_arrive() {}
 void __cluster_barrier_wait(unsigned line = __builtin_LINE());
-unsigned __clusterRelativeBlockRank();
 void* __cluster_map_shared_rank(const void* own, unsigned rank);
 
 template <class T>

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <thread>
 
+#include "cuda_messages.h"
 #include "fibres.h"
 
 namespace cuda_on_host {
@@ -146,6 +147,29 @@ void run_grid(const std::function<void()>& kernel, unsigned blocks, unsigned thr
   }
 }
 
+// To a block that expects nothing yet is a race.
+void send(const void* what, size_t bytes, void* to, unsigned rank, uint64_t* barrier) {
+  auto& remaining = *static_cast<uint64_t*>(__cluster_map_shared_rank(barrier, rank));
+  if (static_cast<int64_t>(remaining) < 0) {
+    if (races != nullptr) ++*races;
+  } else if (remaining < bytes) {
+    fail("more bytes than a barrier expects");
+  }
+  std::memcpy(__cluster_map_shared_rank(to, rank), what, bytes);
+  remaining -= bytes;
+}
+
+void wait_for(const uint64_t* barrier) {
+  Fibre* const own = block->running;
+  while (*barrier != 0) {
+    block->cluster.turn.unlock();
+    std::this_thread::yield();
+    block->cluster.turn.lock();
+    block->ready.push_back(own);
+    leave(*own);
+  }
+}
+
 const dim3& thread_index() { return block->running->index; }
 const dim3& block_index() { return block->index; }
 
@@ -160,8 +184,6 @@ void __syncthreads(unsigned line) {
 void __cluster_barrier_wait(unsigned line) {
   if (line != left_out) cuda_on_host::wait(block->threads, block->fibres.size(), wait_for_cluster);
 }
-
-unsigned __clusterRelativeBlockRank() { return block->rank; }
 
 void* __cluster_map_shared_rank(const void* own, unsigned rank) {
   if (rank >= block->cluster.anchors.size()) fail("a rank outside of the cluster");
