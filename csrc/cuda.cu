@@ -1,11 +1,12 @@
 // batch_similarity on CUDA for small batches (N <= 64, the paper's N_b = 36): loss, row means and
 // gradient in one launch.
 //
-// A team of blocks forms S, N x N, in shared memory. Where eight blocks can be a cluster (Hopper
-// and later) they are the team: each multiplies out its share of the D columns, and messages
-// between the blocks add the partial S, always in the same order. Elsewhere a block is a team of
-// its own and multiplies out all columns. Several teams form the same S, so that the columns of the
-// gradient are spread over more multiprocessors: at this size that is cheaper than a second launch.
+// A team of blocks forms S, N x N, in shared memory. Where blocks can be a cluster (Hopper and
+// later), 16 or else eight are the team: each multiplies out its share of the D columns, and
+// messages between the blocks add the partial S, always in the same order. Elsewhere a block is a
+// team of its own and multiplies out all columns. Several teams form the same S, so that the
+// columns of the gradient are spread over more multiprocessors: at this size that is cheaper than a
+// second launch.
 //
 // Reads N D elements for each team and writes N D; N^2 D / 2 multiply-adds for S, for each team,
 // and N^2 D for the gradient; bound by latency. No atomics: the same bits from run to run.
@@ -23,8 +24,7 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
-constexpr int kCluster = 8;            // the largest that is portable
-constexpr int kPart = 32;              // columns of the gradient that a block had best write
+constexpr int kPart = 16;              // columns of the gradient that a block had best write
 constexpr int kMostClusters = 8;       // teams, however many columns: each reads all embeddings
 constexpr int kMostBlocks = 64;        // teams where there are no clusters
 constexpr int kLanes = kThreads / kMaxRows;  // adjacent lanes that have a row
@@ -184,7 +184,7 @@ __device__ inline void add_over_groups(int group, T (&values)[all]) {
 // Raw products of columns [begin, end), of which `held` has the first chunk, into shared.s or to
 // the blocks that add them. `groups` adjacent lanes share a 4 x 4 tile of the lower triangle: each
 // takes every groups-th vector.
-template <int groups, bool clustered, class In, class T>
+template <int groups, int cluster, class In, class T>
 __device__ void dots(const Arguments<In>& args, int64_t begin, int64_t end,
                      Raw<In> (&held)[kSlots], Shared<T>& shared) {
   const int down = (args.rows + 3) / 4;
@@ -225,15 +225,15 @@ __device__ void dots(const Arguments<In>& args, int64_t begin, int64_t end,
   add_over_groups<groups, 1, 16>(group, acc);
   constexpr int own = 16 / groups;
   const int at = tile * 16 + group * own;
-  if constexpr (clustered) {
+  if constexpr (cluster > 1) {
     wait_for_start();
     if (!active) return;
     constexpr int size = own < kVector<T> ? own : kVector<T>;
-    const int rank = static_cast<int>(blockIdx.x % kCluster);
+    const int rank = static_cast<int>(blockIdx.x % cluster);
 #pragma unroll
     for (int k = 0; k < own; k += size) {
-      const int vector = (at + k) / kVector<T>, to = vector % kCluster;
-      Vector<T>& target = shared.parts[vector / kCluster * kCluster + rank];
+      const int vector = (at + k) / kVector<T>, to = vector % cluster;
+      Vector<T>& target = shared.parts[vector / cluster * cluster + rank];
       send<size * sizeof(T)>(acc + k, target.of + (at + k) % kVector<T>, to, shared.parts_are_here);
     }
   } else if (active) {
@@ -243,16 +243,16 @@ __device__ void dots(const Arguments<In>& args, int64_t begin, int64_t end,
 }
 
 // Among as many lanes as there are threads for.
-template <bool clustered, class In, class T>
+template <int cluster, class In, class T>
 __device__ void dots(const Arguments<In>& args, int64_t begin, int64_t end,
                      Raw<In> (&held)[kSlots], Shared<T>& shared) {
   const int down = (args.rows + 3) / 4, tiles = down * (down + 1) / 2;
   if (8 * tiles <= kThreads) {
-    dots<8, clustered>(args, begin, end, held, shared);
+    dots<8, cluster>(args, begin, end, held, shared);
   } else if (4 * tiles <= kThreads) {
-    dots<4, clustered>(args, begin, end, held, shared);
+    dots<4, cluster>(args, begin, end, held, shared);
   } else {
-    dots<2, clustered>(args, begin, end, held, shared);
+    dots<2, cluster>(args, begin, end, held, shared);
   }
 }
 
@@ -271,31 +271,31 @@ __device__ inline int vectors_of_s(int n) {
 }
 
 // What `dots` and `add_over_cluster` of the cluster's blocks send to this one.
-template <class T>
+template <int cluster, class T>
 __device__ inline void expect_messages(int n, Shared<T>& shared) {
-  const int count = vectors_of_s<T>(n), rank = static_cast<int>(blockIdx.x % kCluster);
-  const int to_add = max(0, count - rank + kCluster - 1) / kCluster;
-  expect(shared.parts_are_here, to_add * kCluster * 16);
+  const int count = vectors_of_s<T>(n), rank = static_cast<int>(blockIdx.x % cluster);
+  const int to_add = max(0, count - rank + cluster - 1) / cluster;
+  expect(shared.parts_are_here, to_add * cluster * 16);
   expect(shared.s_is_here, count * 16 + n * static_cast<int>(sizeof(T)));
 }
 
 // Adds the cluster's partial S and sends the sums, and 1 over the norms, to every block. A block
-// adds every eighth vector, so that little crosses between the blocks. Eight lanes have a vector:
+// adds every 16th vector of 16 blocks, so that little crosses between them. 16 lanes have a vector:
 // each reads what one block has sent, and sends the sum to that block.
-template <class T>
+template <int cluster, class T>
 __device__ void add_over_cluster(int n, T squared_eps, Shared<T>& shared) {
-  const int count = vectors_of_s<T>(n), lane = threadIdx.x % kCluster;
-  const int rank = static_cast<int>(blockIdx.x % kCluster);
+  const int count = vectors_of_s<T>(n), lane = threadIdx.x % cluster;
+  const int rank = static_cast<int>(blockIdx.x % cluster);
   // From the last warp on, since the first are busy with `row_of`. All lanes of a warp go through
   // as many rounds, which shuffles need.
   const int start = (kWarps - 1 - static_cast<int>(threadIdx.x) / 32) * 32;
   if (start < count) wait_for(shared.parts_are_here);
   for (int from = start; from < count; from += kThreads) {
-    const int first = from + threadIdx.x % 32 / kCluster * kCluster, at = first + rank;
+    const int first = from + threadIdx.x % 32 / cluster * cluster, at = first + rank;
     Vector<T> sum{};
     if (at < count) sum = shared.parts[first + lane];
 #pragma unroll
-    for (int c = 0; c < kVector<T>; ++c) sum.of[c] = sum_over<kCluster>(sum.of[c]);
+    for (int c = 0; c < kVector<T>; ++c) sum.of[c] = sum_over<cluster>(sum.of[c]);
     if (at < count) send<16>(&sum, shared.s + at * kVector<T>, lane, shared.s_is_here);
     const int row = at * kVector<T> / 4, diagonal = row % 4 - at * kVector<T> % 4;
     if (row >= n || diagonal < 0 || diagonal >= kVector<T>) continue;
@@ -445,29 +445,28 @@ __device__ void gradient(const Arguments<In>& args, int64_t begin, int64_t end,
   }
 }
 
-template <class In, class T, bool clustered>
+template <class In, class T, int cluster>
 __device__ void batch_similarity(const Arguments<In>& args) {
   __shared__ Shared<T> shared;
   static_assert(sizeof(shared) <= 48 * 1024, "the static shared memory of a block on every chip");
   static_assert(kMaxRows <= kLanes * kSlots && kMaxRows <= kThreads);
-  constexpr int team_size = clustered ? kCluster : 1;
-  const int n = args.rows, rank = blockIdx.x % team_size, team = blockIdx.x / team_size;
+  const int n = args.rows, rank = blockIdx.x % cluster, team = blockIdx.x / cluster;
   const int64_t begin = rank * args.share, end = min(args.depth, begin + args.share);
   Raw<In> held[kSlots];
   load(args, begin, end, held);
   const int own = threadIdx.x;
-  if constexpr (clustered) {
-    if (own == kThreads - 1) expect_messages(n, shared);
+  if constexpr (cluster > 1) {
+    if (own == kThreads - 1) expect_messages<cluster>(n, shared);
     start_messages();
   }
   if (own < n) shared.label[own] = args.labels[own * args.label_stride];
-  dots<clustered>(args, begin, end, held, shared);
+  dots<cluster>(args, begin, end, held, shared);
   const T squared_eps = static_cast<T>(args.squared_eps);
-  if constexpr (clustered) add_over_cluster(n, squared_eps, shared);
+  if constexpr (cluster > 1) add_over_cluster<cluster>(n, squared_eps, shared);
   const bool has_rows = own / 32 * (32 / kLanes) < n;  // the warp: its lanes stay together
   Row<T> row{};
   if (has_rows) row = row_of(args, shared);
-  if constexpr (clustered) {
+  if constexpr (cluster > 1) {
     wait_for(shared.s_is_here);
   } else {
     __syncthreads();
@@ -505,22 +504,25 @@ __device__ void batch_similarity(const Arguments<In>& args) {
   }
 }
 
-template <class In, class T, bool clustered>
+template <class In, class T, int cluster>
 __global__ void __launch_bounds__(kThreads, 1) batch_similarity_kernel(const Arguments<In> args) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  if constexpr (clustered) {
+  if constexpr (cluster > 1) {
     __trap();  // never launched on a chip without clusters; if it were, an error and no numbers
   } else
 #endif
-    batch_similarity<In, T, clustered>(args);
+    batch_similarity<In, T, cluster>(args);
 }
 
 // How many clusters of the kernel the current device has room for at a time; 0 where it has no
-// clusters, or too few multiprocessors for eight blocks, as a small slice of a GPU.
+// clusters, or too few multiprocessors for so many blocks, as a small slice of a GPU.
 int ask_for_clusters(int device, const void* kernel, const cudaLaunchConfig_t& config) {
   int supported = 0, found = 0;
+  const auto not_portable = cudaFuncAttributeNonPortableClusterSizeAllowed;  // 16 blocks
   if (cudaDeviceGetAttribute(&supported, cudaDevAttrClusterLaunch, device) == cudaSuccess &&
-      (supported == 0 || cudaOccupancyMaxActiveClusters(&found, kernel, &config) == cudaSuccess)) {
+      (supported == 0 ||
+       (cudaFuncSetAttribute(kernel, not_portable, 1) == cudaSuccess &&
+        cudaOccupancyMaxActiveClusters(&found, kernel, &config) == cudaSuccess))) {
     return found;
   }
   cudaGetLastError();  // the plain form runs anywhere, and what is truly wrong its launch will tell
@@ -535,29 +537,37 @@ cudaError_t launch_as(const SmallBatch& batch, int device, void* stream) {
   constexpr int vector = kVector<T>;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = kCluster;
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(kCluster);
   config.blockDim = dim3(kThreads);
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &cluster;
   config.numAttrs = 1;
-  auto kernel = batch_similarity_kernel<In, T, true>;
-  static std::atomic<int> known[128];  // by device: 1 + the answer, since to ask takes microseconds
-  std::atomic<int>& answer = known[device % 128];
-  if (answer.load(std::memory_order_relaxed) == 0) {
-    const void* const asked_for = reinterpret_cast<const void*>(kernel);
-    answer.store(1 + ask_for_clusters(device, asked_for, config), std::memory_order_relaxed);
+  struct Form {
+    void (*kernel)(Arguments<In>);
+    int team_size;
+    std::atomic<int> known[128];  // by device: 1 + the clusters, since to ask takes microseconds
+  };
+  static Form forms[] = {{batch_similarity_kernel<In, T, 16>, 16, {}},
+                         {batch_similarity_kernel<In, T, 8>, 8, {}}};
+  auto kernel = batch_similarity_kernel<In, T, 1>;
+  int64_t team_size = 1, most = kMostBlocks;
+  for (Form& form : forms) {
+    cluster.val.clusterDim.x = form.team_size;
+    config.gridDim = dim3(form.team_size);
+    std::atomic<int>& answer = form.known[device % 128];
+    if (answer.load(std::memory_order_relaxed) == 0) {
+      const void* const asked_for = reinterpret_cast<const void*>(form.kernel);
+      answer.store(1 + ask_for_clusters(device, asked_for, config), std::memory_order_relaxed);
+    }
+    const int clusters = answer.load(std::memory_order_relaxed) - 1;
+    if (clusters == 0) continue;
+    kernel = form.kernel;
+    team_size = form.team_size;
+    most = std::min(clusters, kMostClusters);
+    break;
   }
-  const int clusters = answer.load(std::memory_order_relaxed) - 1;
-  int64_t team_size = kCluster, most = clusters < kMostClusters ? clusters : kMostClusters;
-  if (clusters == 0) {
-    kernel = batch_similarity_kernel<In, T, false>;
-    config.numAttrs = 0;
-    team_size = 1;
-    most = kMostBlocks;
-  }
+  if (team_size == 1) config.numAttrs = 0;
   const int64_t vectors = quotient_up(quotient_up(batch.depth, team_size), vector);
   const int64_t wanted = batch.gradient ? quotient_up(vectors * vector, kPart) : 1;
   const int64_t teams = wanted < most ? wanted : most;

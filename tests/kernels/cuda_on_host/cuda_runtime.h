@@ -63,6 +63,7 @@ T __shfl_xor_sync(unsigned, T value, int lane_mask) {
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration, cudaErrorInvalidClusterSize };
 enum cudaDeviceAttr { cudaDevAttrClusterLaunch };
+enum cudaFuncAttribute { cudaFuncAttributeNonPortableClusterSizeAllowed };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 using cudaStream_t = void*;
 
@@ -81,9 +82,11 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
-// Devices by their number modulo 4: without clusters; with room for many, for none, for one.
+// Devices by their number modulo 5: without clusters; with room for many, for none, for one; for many
+// of eight blocks.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t*);
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "the launch was refused"; }
 
