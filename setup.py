@@ -53,7 +53,7 @@ else:
     }
 
 NVCC_FLAGS = [
-    *("-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"),
+    *("-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc"),
     *(f"-gencode=arch=compute_{cc},code=sm_{cc}" for cc in (80, 90, 100)),
     "-gencode=arch=compute_100,code=compute_100",  # later chips compile this for themselves
 ]

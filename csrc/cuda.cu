@@ -1,16 +1,19 @@
 // batch_similarity on CUDA for small batches (N <= 64, the paper's N_b = 36): loss, row means and
 // gradient in one launch.
 //
-// A team of blocks forms S, N x N, in shared memory. Where eight blocks can be a cluster (Hopper
-// and later) they are the team: each multiplies out its share of the D columns, and the partial S
-// are added over distributed shared memory, in the blocks' order. Elsewhere a block is a team of
-// its own and multiplies out all columns. Several teams form the same S, so that the columns of the
-// gradient are spread over more multiprocessors: at this size that is cheaper than a second launch.
+// A team of blocks forms S, N x N, in shared memory. Where blocks can be a cluster (Hopper and
+// later), 16 or else eight are the team: each multiplies out its share of the D columns, and
+// messages between the blocks add the partial S, always in the same order. Elsewhere a block is a
+// team of its own and multiplies out all columns. Several teams form the same S, so that the
+// columns of the gradient are spread over more multiprocessors: at this size that is cheaper than a
+// second launch.
 //
 // Reads N D elements for each team and writes N D; N^2 D / 2 multiply-adds for S, for each team,
 // and N^2 D for the gradient; bound by latency. No atomics: the same bits from run to run.
+#include <cuda_messages.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <atomic>
 #include <type_traits>
 
@@ -21,12 +24,30 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
-constexpr int kCluster = 8;            // the largest that is portable
-constexpr int kPart = 32;              // columns of the gradient that a block had best write
+constexpr int kPart = 16;              // columns of the gradient that a block had best write
 constexpr int kMostClusters = 8;       // teams, however many columns: each reads all embeddings
 constexpr int kMostBlocks = 64;        // teams where there are no clusters
-constexpr int kLanes = kThreads / kMaxRows;  // of a warp, that have a row
-constexpr int kStride = kMaxRows + 4;  // of shared rows: whole 16-byte loads, fewer conflicts
+constexpr int kLanes = kThreads / kMaxRows;  // adjacent lanes that have a row
+constexpr int kSlots = 8;              // vectors, and elements of S, that a lane has of its row
+constexpr int kStride = kMaxRows + 4;  // of the weights: whole 16-byte loads
+constexpr int kMostTiles = kMaxRows / 4 * (kMaxRows / 4 + 1) / 2;  // 4 x 4, of the lower triangle
+
+// Columns of the accumulation type that are 16 bytes.
+template <class T>
+constexpr int kVector = 16 / sizeof(T);
+
+template <class T>
+struct alignas(16) Vector {
+  T of[kVector<T>];
+};
+
+// As many columns as a Vector has, as they lie in memory.
+template <class In>
+using Accumulation = std::conditional_t<std::is_same_v<In, double>, double, float>;
+template <class In>
+struct alignas(sizeof(In) * kVector<Accumulation<In>>) Raw {
+  In of[kVector<Accumulation<In>>];
+};
 
 template <class In>
 struct Arguments {
@@ -39,6 +60,8 @@ struct Arguments {
   int rows;
   int64_t depth;
   int64_t share, part;  // columns of which a block forms S; of those, columns of its gradient
+  int chunk, stride;    // vectors of a row in shared memory at a time; from row to row
+  bool vectors;         // whether a vector is a single aligned load from memory
   double margin, sigma, squared_eps, scale;
   bool is_signed, gradient;
   void *loss, *means, *grad;  // of the accumulation type
@@ -61,157 +84,227 @@ __device__ inline T sum_over(T x) {
   return x;
 }
 
-// Columns of the embeddings that are in shared memory at a time.
+// Vectors of the embeddings that are in shared memory at a time: a chunk of the columns.
 template <class T>
-constexpr int kChunk = sizeof(T) == 4 ? 64 : 16;
+constexpr int kRoom = (sizeof(T) == 4 ? 27 : 9) * kMaxRows;
 
 template <class T>
 struct Shared {
-  alignas(16) T chunk[kChunk<T>][kStride];  // transposed: [column][row]
-  alignas(16) T s[kMaxRows][kStride];       // S, then the weights
+  Vector<T> columns[kRoom<T>];  // [row][vector]
+  union {
+    struct {
+      alignas(16) T s[kMostTiles * 16];  // by tiles, those on the diagonal first
+      Vector<T> parts[kMostTiles * 16 / kVector<T>];  // [vector of s to add][block of the cluster]
+    };
+    alignas(16) T weights[kMaxRows][kStride];
+  };
+  uint64_t parts_are_here, s_is_here;  // barriers of a cluster's messages
   T inverse[kMaxRows];
   T per_positive[kMaxRows], per_negative[kMaxRows], loss[kMaxRows];
   int64_t label[kMaxRows];
 };
 
-template <class T>
-constexpr int kElements = kMaxRows * kChunk<T> / kThreads;  // of a chunk, for each thread
+// Where S_ij of n rows is in shared.s. A tile is there as a whole, on the diagonal too.
+__device__ inline int element(int n, int i, int j) {
+  const int high = max(i, j), low = min(i, j), top = high / 4, left = low / 4;
+  const int tile = top == left ? top : (n + 3) / 4 + top * (top - 1) / 2 + left;
+  return tile * 16 + high % 4 * 4 + low % 4;
+}
 
-// Calls visit(k, row, column) for each of a thread's elements. A warp has 8 columns of 4 rows:
-// whole 32-byte sectors of memory, and a bank of shared memory for each lane.
-template <class T, class Visit>
-__device__ inline void for_each_element(Visit visit) {
-  constexpr int across = kChunk<T> / 8;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+// Vectors of a chunk of columns [from, end).
+template <class In>
+__device__ inline int vectors_of(const Arguments<In>& args, int64_t from, int64_t end) {
+  constexpr int vector = kVector<Accumulation<In>>;
+  return static_cast<int>(
+      max(int64_t{0}, min(int64_t{args.chunk}, (end - from + vector - 1) / vector)));
+}
+
+// A chunk of the columns [from, end), zeros after `end`, on its way while the caller goes on. The
+// lanes of a row take adjacent vectors.
+template <class In>
+__device__ inline void load(const Arguments<In>& args, int64_t from, int64_t end,
+                            Raw<In> (&held)[kSlots]) {
+  constexpr int vector = kVector<Accumulation<In>>;
+  const int row = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  const int count = row < args.rows ? vectors_of(args, from, end) : 0;
+  const int64_t at = from + lane * vector;
+  const In* const source = args.embeddings + row * args.row_stride + at * args.column_stride;
+  if (args.vectors) {
 #pragma unroll
-  for (int k = 0; k < kElements<T>; ++k) {
-    const int patch = warp + k * kWarps;
-    visit(k, patch / across * 4 + lane / 8, patch % across * 8 + lane % 8);
+    for (int k = 0; k < kSlots; ++k) {
+      if (lane + k * kLanes >= count) continue;
+      held[k] = *reinterpret_cast<const Raw<In>*>(source + k * kLanes * vector);
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kSlots; ++k) {
+#pragma unroll
+      for (int c = 0; c < vector; ++c) {
+        const int ahead = k * kLanes * vector + c;
+        const bool inside = lane + k * kLanes < count && at + ahead < end;
+        held[k].of[c] = inside ? source[ahead * args.column_stride] : In{};
+      }
+    }
   }
 }
 
-// The columns [from, from + kChunk) of the embeddings; zeros from column `end` and row N on.
+// What `load` brought, `count` vectors of every row, into shared.columns.
 template <class In, class T>
-__device__ inline void load(const Arguments<In>& args, int64_t from, int64_t end,
-                            T (&elements)[kElements<T>]) {
-  for_each_element<T>([&](int k, int row, int column) {
-    const bool inside = row < args.rows && from + column < end;
-    const int64_t at = row * args.row_stride + (from + column) * args.column_stride;
-    elements[k] = inside ? static_cast<T>(widen(args.embeddings[at])) : T(0);
-  });
+__device__ inline void store(const Arguments<In>& args, int count, const Raw<In> (&held)[kSlots],
+                             Shared<T>& shared) {
+  const int row = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  if (row >= args.rows) return;
+#pragma unroll
+  for (int k = 0; k < kSlots; ++k) {
+    if (lane + k * kLanes >= count) continue;
+    Vector<T> wide;
+#pragma unroll
+    for (int c = 0; c < kVector<T>; ++c) wide.of[c] = widen(held[k].of[c]);
+    shared.columns[row * args.stride + lane + k * kLanes] = wide;
+  }
 }
 
-template <class T>
-__device__ inline void store(const T (&elements)[kElements<T>], Shared<T>& shared) {
-  for_each_element<T>([&](int k, int row, int column) { shared.chunk[column][row] = elements[k]; });
-}
-
-// Adds the 4 x 4 tiles of `groups` adjacent lanes. A lane's tile[0 .. 16 / groups) are then the sums
-// of the elements from group * 16 / groups on: each step exchanges halves, so few values are sent.
-template <int groups, int size = 16, class T>
-__device__ inline void add_over_groups(int group, T (&tile)[16]) {
+// Adds the values of `groups` lanes of a warp, `apart` from one to the next. A lane's values
+// [0, size / groups) are then the sums of those from group * size / groups on: each step exchanges
+// halves, so few values are sent.
+template <int groups, int apart, int size, class T, int all>
+__device__ inline void add_over_groups(int group, T (&values)[all]) {
   if constexpr (groups > 1) {
     const bool upper = group & groups / 2;
 #pragma unroll
     for (int k = 0; k < size / 2; ++k) {
-      const T sent = upper ? tile[k] : tile[k + size / 2];
-      const T own = upper ? tile[k + size / 2] : tile[k];
-      tile[k] = own + __shfl_xor_sync(0xffffffffu, sent, groups / 2);
+      const T sent = upper ? values[k] : values[k + size / 2];
+      const T own = upper ? values[k + size / 2] : values[k];
+      values[k] = own + __shfl_xor_sync(0xffffffffu, sent, groups / 2 * apart);
     }
-    add_over_groups<groups / 2, size / 2>(group, tile);
+    add_over_groups<groups / 2, apart, size / 2>(group, values);
   }
 }
 
-// Raw products of columns [begin, end) into shared.s, both triangles. `groups` adjacent lanes share
-// a 4 x 4 tile of the lower triangle: each takes every groups-th column.
-template <int groups, class In, class T>
-__device__ void dots(const Arguments<In>& args, int64_t begin, int64_t end, Shared<T>& shared) {
-  constexpr int chunk = kChunk<T>;
-  T next[kElements<T>];
-  load(args, begin, end, next);
-  const int n = args.rows, down = (n + 3) / 4;
+// Raw products of columns [begin, end), of which `held` has the first chunk, into shared.s or to
+// the blocks that add them. `groups` adjacent lanes share a 4 x 4 tile of the lower triangle: each
+// takes every groups-th vector.
+template <int groups, int cluster, class In, class T>
+__device__ void dots(const Arguments<In>& args, int64_t begin, int64_t end,
+                     Raw<In> (&held)[kSlots], Shared<T>& shared) {
+  const int down = (args.rows + 3) / 4;
   const int group = threadIdx.x % groups, tile = threadIdx.x / groups;
   const bool active = tile < down * (down + 1) / 2;
-  int top = 0;
-  while ((top + 1) * (top + 2) / 2 <= tile) ++top;
-  const int left = tile - top * (top + 1) / 2;
+  int top = tile, left = tile;
+  if (tile >= down) {
+    for (top = 1, left = tile - down; left >= top; ++top) left -= top;
+  }
+  const Vector<T>* const a = shared.columns + 4 * top * args.stride;
+  const Vector<T>* const b = shared.columns + 4 * left * args.stride;
+  const int64_t step = args.chunk * kVector<T>;
   T acc[16] = {};
-  for (int64_t from = begin; from < end; from += chunk) {
-    store(next, shared);
+  for (int64_t from = begin;; from += step) {
+    const int count = vectors_of(args, from, end);
+    store(args, count, held, shared);
     __syncthreads();
-    if (from + chunk < end) load(args, from + chunk, end, next);
+    if (from + step < end) load(args, from + step, end, held);
     if (active) {
-#pragma unroll(sizeof(T) == 4 ? 4 : 2)
-      for (int column = group; column < min(int64_t{chunk}, end - from); column += groups) {
-        T a[4], b[4];
+#pragma unroll 1
+      for (int v = group; v < count; v += groups) {
+        Vector<T> x[4], y[4];
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          a[k] = shared.chunk[column][4 * top + k];
-          b[k] = shared.chunk[column][4 * left + k];
+          x[k] = a[k * args.stride + v];
+          y[k] = b[k * args.stride + v];
         }
 #pragma unroll
-        for (int k = 0; k < 16; ++k) acc[k] += a[k / 4] * b[k % 4];
+        for (int c = 0; c < kVector<T>; ++c) {
+#pragma unroll
+          for (int k = 0; k < 16; ++k) acc[k] += x[k / 4].of[c] * y[k % 4].of[c];
+        }
       }
     }
+    if (from + step >= end) break;
     __syncthreads();
   }
-  add_over_groups<groups>(group, acc);
-  if (!active) return;
+  add_over_groups<groups, 1, 16>(group, acc);
+  constexpr int own = 16 / groups;
+  const int at = tile * 16 + group * own;
+  if constexpr (cluster > 1) {
+    wait_for_start();
+    if (!active) return;
+    constexpr int size = own < kVector<T> ? own : kVector<T>;
+    const int rank = static_cast<int>(blockIdx.x % cluster);
 #pragma unroll
-  for (int k = 0; k < 16 / groups; ++k) {
-    const int at = group * (16 / groups) + k;
-    const int row = 4 * top + at / 4, column = 4 * left + at % 4;
-    if (row < n && column <= row) {
-      shared.s[row][column] = acc[k];
-      shared.s[column][row] = acc[k];
+    for (int k = 0; k < own; k += size) {
+      const int vector = (at + k) / kVector<T>, to = vector % cluster;
+      Vector<T>& target = shared.parts[vector / cluster * cluster + rank];
+      send<size * sizeof(T)>(acc + k, target.of + (at + k) % kVector<T>, to, shared.parts_are_here);
     }
+  } else if (active) {
+#pragma unroll
+    for (int k = 0; k < own; ++k) shared.s[at + k] = acc[k];
   }
 }
 
 // Among as many lanes as there are threads for.
-template <class In, class T>
-__device__ void dots(const Arguments<In>& args, int64_t begin, int64_t end, Shared<T>& shared) {
+template <int cluster, class In, class T>
+__device__ void dots(const Arguments<In>& args, int64_t begin, int64_t end,
+                     Raw<In> (&held)[kSlots], Shared<T>& shared) {
   const int down = (args.rows + 3) / 4, tiles = down * (down + 1) / 2;
   if (8 * tiles <= kThreads) {
-    dots<8>(args, begin, end, shared);
+    dots<8, cluster>(args, begin, end, held, shared);
   } else if (4 * tiles <= kThreads) {
-    dots<4>(args, begin, end, shared);
+    dots<4, cluster>(args, begin, end, held, shared);
   } else {
-    dots<2>(args, begin, end, shared);
+    dots<2, cluster>(args, begin, end, held, shared);
   }
 }
 
-// Adds the cluster's partial S, in the order of its blocks, into every block's shared.s. A block
-// adds an eighth of the elements and writes them to all, so that little crosses between the blocks;
-// a thread has one element at most, and all its eight remote loads are under way together.
 template <class T>
-__device__ void add_over_cluster(int n, Shared<T>& shared) {
-  static_assert(kMaxRows * kMaxRows <= kCluster * kThreads);
-  const int per_block = (n * n + kCluster - 1) / kCluster;
-  const int thread = threadIdx.x;
-  const int at = static_cast<int>(__clusterRelativeBlockRank()) * per_block + thread;
-  const int row = at / n, column = at % n;
-  T* element[kCluster];  // in each block
+__device__ inline T inverse_norm(T squared, T squared_eps) {
+  return squared <= squared_eps ? T(0)
+         : isinf(squared)       ? static_cast<T>(NAN)  // 1 / inf = 0 would hide it
+                                : rsqrt(squared);
+}
+
+// Vectors of S.
+template <class T>
+__device__ inline int vectors_of_s(int n) {
+  const int down = (n + 3) / 4;
+  return down * (down + 1) / 2 * 16 / kVector<T>;
+}
+
+// What `dots` and `add_over_cluster` of the cluster's blocks send to this one.
+template <int cluster, class T>
+__device__ inline void expect_messages(int n, Shared<T>& shared) {
+  const int count = vectors_of_s<T>(n), rank = static_cast<int>(blockIdx.x % cluster);
+  const int to_add = max(0, count - rank + cluster - 1) / cluster;
+  expect(shared.parts_are_here, to_add * cluster * 16);
+  expect(shared.s_is_here, count * 16 + n * static_cast<int>(sizeof(T)));
+}
+
+// Adds the cluster's partial S and sends the sums, and 1 over the norms, to every block. A block
+// adds every 16th vector of 16 blocks, so that little crosses between them. 16 lanes have a vector:
+// each reads what one block has sent, and sends the sum to that block.
+template <int cluster, class T>
+__device__ void add_over_cluster(int n, T squared_eps, Shared<T>& shared) {
+  const int count = vectors_of_s<T>(n), lane = threadIdx.x % cluster;
+  const int rank = static_cast<int>(blockIdx.x % cluster);
+  // From the last warp on, since the first are busy with `row_of`. All lanes of a warp go through
+  // as many rounds, which shuffles need.
+  const int start = (kWarps - 1 - static_cast<int>(threadIdx.x) / 32) * 32;
+  if (start < count) wait_for(shared.parts_are_here);
+  for (int from = start; from < count; from += kThreads) {
+    const int first = from + threadIdx.x % 32 / cluster * cluster, at = first + rank;
+    Vector<T> sum{};
+    if (at < count) sum = shared.parts[first + lane];
 #pragma unroll
-  for (int rank = 0; rank < kCluster; ++rank) {
-    Shared<T>* const of_rank = static_cast<Shared<T>*>(__cluster_map_shared_rank(&shared, rank));
-    element[rank] = &of_rank->s[0][0] + row * kStride + column;
+    for (int c = 0; c < kVector<T>; ++c) sum.of[c] = sum_over<cluster>(sum.of[c]);
+    if (at < count) send<16>(&sum, shared.s + at * kVector<T>, lane, shared.s_is_here);
+    const int row = at * kVector<T> / 4, diagonal = row % 4 - at * kVector<T> % 4;
+    if (row >= n || diagonal < 0 || diagonal >= kVector<T>) continue;
+    T squared = sum.of[0];
+#pragma unroll
+    for (int c = 1; c < kVector<T>; ++c) squared = c == diagonal ? sum.of[c] : squared;
+    const T norm = inverse_norm(squared, squared_eps);
+    send<sizeof(T)>(&norm, shared.inverse + row, lane, shared.s_is_here);
   }
-  // What cooperative_groups calls; its header takes longer to compile than all that is here.
-  __cluster_barrier_arrive();
-  __cluster_barrier_wait();
-  if (thread < per_block && at < n * n) {
-    T partial[kCluster];
-#pragma unroll
-    for (int rank = 0; rank < kCluster; ++rank) partial[rank] = *element[rank];
-    T total = partial[0];
-#pragma unroll
-    for (int rank = 1; rank < kCluster; ++rank) total += partial[rank];
-#pragma unroll
-    for (int rank = 0; rank < kCluster; ++rank) *element[rank] = total;
-  }
-  __cluster_barrier_arrive();
-  __cluster_barrier_wait();
 }
 
 template <class T>
@@ -219,152 +312,175 @@ __device__ inline T phi_slope(T s, bool is_signed) {
   return is_signed ? (s < 0 ? -s : s) : s;  // half of phi'; s times it is phi
 }
 
-// Eq. 3 for every row: the means, h_i, and a_i over its counts. `kLanes` lanes have a row.
+// What a lane knows of its row before S is there; its columns are lane, lane + kLanes, ...
+template <class T>
+struct Row {
+  unsigned positives;            // bit k: whether column lane + k kLanes is a positive
+  T per_positive, per_negative;  // 1 over the counts of all columns; 0 where there are none
+  T upstream;
+  int at[kSlots];  // where the elements of S are in shared.s
+};
+
 template <class In, class T>
-__device__ void row_means(const Arguments<In>& args, bool writes, Shared<T>& shared) {
+__device__ Row<T> row_of(const Arguments<In>& args, const Shared<T>& shared) {
   const int i = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, n = args.rows;
-  T same = 0, other = 0;
+  Row<T> row{0, 0, 0, static_cast<T>(args.scale), {}};
   int positives = 0;
-  for (int j = lane; i < n && j < n; j += kLanes) {
-    const T s = shared.s[i][j] * shared.inverse[i] * shared.inverse[j];
-    const T phi = s * phi_slope(s, args.is_signed);
-    if (j == i) continue;
-    if (shared.label[j] == shared.label[i]) {
-      same += phi;
-      ++positives;
-    } else {
-      other += phi;
+  if (i < n) {
+    if (args.upstream != nullptr) {
+      row.upstream = static_cast<const T*>(args.upstream)[i * args.upstream_stride];
+    }
+#pragma unroll
+    for (int k = 0; k < kSlots; ++k) {
+      if (k * kLanes >= n) break;
+      const int j = lane + k * kLanes;
+      row.at[k] = element(n, i, j);
+      if (j < n && j != i && shared.label[j] == shared.label[i]) {
+        row.positives |= 1u << k;
+        ++positives;
+      }
     }
   }
-  same = sum_over<kLanes>(same);
-  other = sum_over<kLanes>(other);
   positives = sum_over<kLanes>(positives);
-  if (i >= n || lane != 0) return;
   const int negatives = n - 1 - positives;
-  const T positive = same / static_cast<T>(max(1, positives));
-  const T negative = other / static_cast<T>(max(1, negatives));
+  if (positives > 0) row.per_positive = T(1) / static_cast<T>(positives);
+  if (negatives > 0) row.per_negative = T(1) / static_cast<T>(negatives);
+  return row;
+}
+
+// Eq. 3 for every row: the means, h_i, and a_i over its counts. `s` becomes the lane's cosines.
+template <class In, class T>
+__device__ void row_means(const Arguments<In>& args, const Row<T>& row, bool writes,
+                          T (&s)[kSlots], Shared<T>& shared) {
+  const int i = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, n = args.rows;
+  T same = 0, other = 0;
+#pragma unroll
+  for (int k = 0; k < kSlots; ++k) {
+    if (k * kLanes >= n) break;
+    const int j = lane + k * kLanes;
+    if (i >= n || j >= n || j == i) continue;
+    s[k] = shared.s[row.at[k]] * shared.inverse[i] * shared.inverse[j];
+    const T phi = s[k] * phi_slope(s[k], args.is_signed);
+    (row.positives >> k & 1 ? same : other) += phi;
+  }
+  const T positive = sum_over<kLanes>(same) * row.per_positive;
+  const T negative = sum_over<kLanes>(other) * row.per_negative;
+  if (i >= n || lane != 0) return;
   const T sigma = static_cast<T>(args.sigma);
   const T h = static_cast<T>(args.margin) - positive + sigma * negative;
   const bool inactive = h <= 0;  // false for NaN, which counts as active
-  const T* upstream = static_cast<const T*>(args.upstream);
-  const T a = inactive              ? T(0)
-              : upstream == nullptr ? static_cast<T>(args.scale)
-                                    : upstream[i * args.upstream_stride];
+  const T a = inactive ? T(0) : row.upstream;
   shared.loss[i] = inactive ? T(0) : h;
-  shared.per_positive[i] = positives > 0 ? a / static_cast<T>(positives) : T(0);
-  shared.per_negative[i] = negatives > 0 ? sigma * a / static_cast<T>(negatives) : T(0);
+  shared.per_positive[i] = a * row.per_positive;
+  shared.per_negative[i] = sigma * a * row.per_negative;
   if (writes) {
     static_cast<T*>(args.means)[i] = positive;
     static_cast<T*>(args.means)[n + i] = negative;
   }
 }
 
-// shared.s becomes the matrix W of dL/df_i = sum_j W_ij f_j / |f_i|: w_ij phi'(s_ij) / |f_j|, on
-// the diagonal -sum_j w_ij phi'(s_ij) s_ij / |f_i|. Zeros fill the rows up to whole 16-byte loads.
+// The weights of dL/df_i = sum_j weights[j][i] f_j / |f_i|: w_ij phi'(s_ij) / |f_j|, on the
+// diagonal -sum_j w_ij phi'(s_ij) s_ij / |f_i|.
 template <class In, class T>
-__device__ void weigh(const Arguments<In>& args, Shared<T>& shared) {
-  const int i = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, n = args.rows;
+__device__ void weigh(const Arguments<In>& args, const Row<T>& row, const T (&s)[kSlots],
+                      Shared<T>& shared) {
+  const int j = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, n = args.rows;
   T along = 0;
-  for (int j = lane; i < n && j < n; j += kLanes) {
-    if (j == i) continue;
-    const T s = shared.s[i][j] * shared.inverse[i] * shared.inverse[j];
-    const T weight = shared.label[j] == shared.label[i]
-                         ? -(shared.per_positive[i] + shared.per_positive[j])
-                         : shared.per_negative[i] + shared.per_negative[j];
-    const T slope = 2 * weight * phi_slope(s, args.is_signed);
-    along += slope * s;
-    shared.s[i][j] = slope * shared.inverse[j];
+#pragma unroll
+  for (int k = 0; k < kSlots; ++k) {
+    if (k * kLanes >= n) break;
+    const int i = lane + k * kLanes;
+    if (j >= n || i >= n || i == j) continue;
+    const T weight = row.positives >> k & 1 ? -(shared.per_positive[i] + shared.per_positive[j])
+                                           : shared.per_negative[i] + shared.per_negative[j];
+    const T slope = 2 * weight * phi_slope(s[k], args.is_signed);
+    along += slope * s[k];
+    shared.weights[j][i] = slope * shared.inverse[j];
   }
   along = sum_over<kLanes>(along);
-  if (i >= n) return;
-  if (lane == 0) shared.s[i][i] = -along * shared.inverse[i];
-  if (lane < (-n & 3)) shared.s[i][n + lane] = 0;
+  if (j < n && lane == 0) shared.weights[j][j] = -along * shared.inverse[j];
 }
 
-// dL/df in columns [begin, end), of which shared.chunk has the first. A thread has 4 rows of 2
-// columns: 32 multiply-adds for every 6 loads of 16 bytes.
+// dL/df in columns [begin, end), of which `columns` has the vectors. A warp has 4 rows. Four lanes
+// share a vector of them: each takes every fourth embedding, and in the end has a row.
 template <class In, class T>
 __device__ void gradient(const Arguments<In>& args, int64_t begin, int64_t end,
-                         Shared<T>& shared) {
-  constexpr int chunk = kChunk<T>;
-  static_assert(chunk / 2 * (kMaxRows / 4) <= kThreads);
-  if (begin >= end) return;
-  const int n = args.rows;
-  const int across = (static_cast<int>(min(int64_t{chunk}, end - begin)) + 1) / 2;
-  const int top = threadIdx.x / across * 4, first = threadIdx.x % across;
-  for (int64_t from = begin; from < end; from += chunk) {
-    if (from > begin) {
-      T next[kElements<T>];
-      load(args, from, end, next);
-      __syncthreads();
-      store(next, shared);
-      __syncthreads();
-    }
-    if (top >= n) continue;
-    T acc[4][2] = {};
-    for (int j = 0; j < n; j += 4) {
-      T f[2][4];
+                         const Vector<T>* columns, const Shared<T>& shared) {
+  constexpr int vector = kVector<T>;
+  static_assert(kMaxRows <= 4 * kWarps);
+  const int n = args.rows, across = vectors_of(args, begin, end);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 8;
+  const int top = 4 * warp;
+  if (top >= n) return;
+  for (int from = 0; from < across; from += 8) {
+    const int v = from + lane % 8;
+    T acc[4 * vector] = {};
+    if (v < across) {
+#pragma unroll 4
+      for (int j = group; j < n; j += 4) {
+        const Vector<T> f = columns[j * args.stride + v];
+        T weight[4];
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        f[0][k] = shared.chunk[first][j + k];
-        f[1][k] = shared.chunk[first + across][j + k];
-      }
+        for (int r = 0; r < 4; ++r) weight[r] = shared.weights[j][top + r];
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const T weight = shared.s[top + r][j + k];
-          acc[r][0] += weight * f[0][k];
-          acc[r][1] += weight * f[1][k];
-        }
+        for (int k = 0; k < 4 * vector; ++k) acc[k] += weight[k / vector] * f.of[k % vector];
       }
     }
-    const int64_t d = from + first;
+    add_over_groups<4, 8, 4 * vector>(group, acc);
+    const int i = top + group;
+    if (v >= across || i >= n) continue;
+    const int64_t d = begin + v * vector;
+    T* const target = static_cast<T*>(args.grad) + i * args.depth + d;
+    Vector<T> scaled;
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      const int i = top + r;
-      if (i < n) {
-        T* const row = static_cast<T*>(args.grad) + i * args.depth;
-        if (d < end) row[d] = acc[r][0] * shared.inverse[i];
-        if (d + across < end) row[d + across] = acc[r][1] * shared.inverse[i];
+    for (int c = 0; c < vector; ++c) scaled.of[c] = acc[c] * shared.inverse[i];
+    if (args.vectors) {
+      *reinterpret_cast<Vector<T>*>(target) = scaled;
+    } else {
+#pragma unroll
+      for (int c = 0; c < vector; ++c) {
+        if (d + c < end) target[c] = scaled.of[c];
       }
     }
   }
 }
 
-template <class In, class T, bool clustered>
+template <class In, class T, int cluster>
 __device__ void batch_similarity(const Arguments<In>& args) {
   __shared__ Shared<T> shared;
   static_assert(sizeof(shared) <= 48 * 1024, "the static shared memory of a block on every chip");
-  constexpr int team_size = clustered ? kCluster : 1;
-  const int n = args.rows, rank = blockIdx.x % team_size, team = blockIdx.x / team_size;
+  static_assert(kMaxRows <= kLanes * kSlots && kMaxRows <= kThreads);
+  const int n = args.rows, rank = blockIdx.x % cluster, team = blockIdx.x / cluster;
   const int64_t begin = rank * args.share, end = min(args.depth, begin + args.share);
-  const int64_t first = begin + team * args.part, last = min(end, first + args.part);
-  static_assert(kMaxRows <= kThreads);
-  const int row = threadIdx.x;
-  const int64_t label = row < n ? args.labels[row * args.label_stride] : 0;  // arrives during dots
-  dots(args, begin, end, shared);
-  if (row < n) shared.label[row] = label;
-  if (args.gradient) {  // while the columns are in the first-level cache, which the barrier empties
-    T own[kElements<T>];
-    load(args, first, last, own);
-    store(own, shared);
+  Raw<In> held[kSlots];
+  load(args, begin, end, held);
+  const int own = threadIdx.x;
+  if constexpr (cluster > 1) {
+    if (own == kThreads - 1) expect_messages<cluster>(n, shared);
+    start_messages();
   }
-  if constexpr (clustered) {
-    add_over_cluster(n, shared);
+  if (own < n) shared.label[own] = args.labels[own * args.label_stride];
+  dots<cluster>(args, begin, end, held, shared);
+  const T squared_eps = static_cast<T>(args.squared_eps);
+  if constexpr (cluster > 1) add_over_cluster<cluster>(n, squared_eps, shared);
+  const bool has_rows = own / 32 * (32 / kLanes) < n;  // the warp: its lanes stay together
+  Row<T> row{};
+  if (has_rows) row = row_of(args, shared);
+  if constexpr (cluster > 1) {
+    wait_for(shared.s_is_here);
   } else {
     __syncthreads();
+    if (own < n) shared.inverse[own] = inverse_norm(shared.s[element(n, own, own)], squared_eps);
+    __syncthreads();
   }
-  if (row < n) {
-    const T squared = shared.s[row][row];
-    shared.inverse[row] = squared <= static_cast<T>(args.squared_eps) ? T(0)
-                          : isinf(squared) ? static_cast<T>(NAN)  // 1 / inf = 0 would hide it
-                                           : T(1) / sqrt(squared);
+  T s[kSlots];
+  if (has_rows) row_means(args, row, blockIdx.x == 0, s, shared);
+  __syncthreads();
+  if (args.gradient) {
+    if (has_rows) weigh(args, row, s, shared);
+    __syncthreads();
   }
-  __syncthreads();
-  row_means(args, blockIdx.x == 0, shared);
-  __syncthreads();
-  if (blockIdx.x == 0 && threadIdx.x / 32 == kWarps - 1) {  // which has the fewest weights
+  if (blockIdx.x == 0 && threadIdx.x / 32 == kWarps - 1) {  // which has the least of the gradient
     const int lane = threadIdx.x % 32;
     double total = 0;
     for (int i = lane; i < n; i += 32) total += static_cast<double>(shared.loss[i]);
@@ -372,29 +488,41 @@ __device__ void batch_similarity(const Arguments<In>& args) {
     total = sum_over<32>(total);
     if (lane == 0) *static_cast<T*>(args.loss) = static_cast<T>(scale * total);
   }
-  if (args.gradient) {
-    weigh(args, shared);
+  if (!args.gradient) return;
+  const int64_t first = begin + team * args.part, last = min(end, first + args.part);
+  const int64_t step = args.chunk * kVector<T>;
+  if (args.share <= step) {
+    gradient(args, first, last, shared.columns + team * args.part / kVector<T>, shared);
+    return;
+  }
+  for (int64_t from = first; from < last; from += step) {
+    load(args, from, last, held);
+    store(args, vectors_of(args, from, last), held, shared);
     __syncthreads();
-    gradient(args, first, last, shared);
+    gradient(args, from, last, shared.columns, shared);
+    if (from + step < last) __syncthreads();
   }
 }
 
-template <class In, class T, bool clustered>
+template <class In, class T, int cluster>
 __global__ void __launch_bounds__(kThreads, 1) batch_similarity_kernel(const Arguments<In> args) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  if constexpr (clustered) {
+  if constexpr (cluster > 1) {
     __trap();  // never launched on a chip without clusters; if it were, an error and no numbers
   } else
 #endif
-    batch_similarity<In, T, clustered>(args);
+    batch_similarity<In, T, cluster>(args);
 }
 
 // How many clusters of the kernel the current device has room for at a time; 0 where it has no
-// clusters, or too few multiprocessors for eight blocks, as a small slice of a GPU.
+// clusters, or too few multiprocessors for so many blocks, as a small slice of a GPU.
 int ask_for_clusters(int device, const void* kernel, const cudaLaunchConfig_t& config) {
   int supported = 0, found = 0;
+  const auto not_portable = cudaFuncAttributeNonPortableClusterSizeAllowed;  // 16 blocks
   if (cudaDeviceGetAttribute(&supported, cudaDevAttrClusterLaunch, device) == cudaSuccess &&
-      (supported == 0 || cudaOccupancyMaxActiveClusters(&found, kernel, &config) == cudaSuccess)) {
+      (supported == 0 ||
+       (cudaFuncSetAttribute(kernel, not_portable, 1) == cudaSuccess &&
+        cudaOccupancyMaxActiveClusters(&found, kernel, &config) == cudaSuccess))) {
     return found;
   }
   cudaGetLastError();  // the plain form runs anywhere, and what is truly wrong its launch will tell
@@ -405,36 +533,52 @@ int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class In>
 cudaError_t launch_as(const SmallBatch& batch, int device, void* stream) {
-  using T = std::conditional_t<std::is_same_v<In, double>, double, float>;
+  using T = Accumulation<In>;
+  constexpr int vector = kVector<T>;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = kCluster;
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(kCluster);
   config.blockDim = dim3(kThreads);
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &cluster;
   config.numAttrs = 1;
-  auto kernel = batch_similarity_kernel<In, T, true>;
-  static std::atomic<int> known[128];  // by device: 1 + the answer, since to ask takes microseconds
-  std::atomic<int>& answer = known[device % 128];
-  if (answer.load(std::memory_order_relaxed) == 0) {
-    const void* const asked_for = reinterpret_cast<const void*>(kernel);
-    answer.store(1 + ask_for_clusters(device, asked_for, config), std::memory_order_relaxed);
+  struct Form {
+    void (*kernel)(Arguments<In>);
+    int team_size;
+    std::atomic<int> known[128];  // by device: 1 + the clusters, since to ask takes microseconds
+  };
+  static Form forms[] = {{batch_similarity_kernel<In, T, 16>, 16, {}},
+                         {batch_similarity_kernel<In, T, 8>, 8, {}}};
+  auto kernel = batch_similarity_kernel<In, T, 1>;
+  int64_t team_size = 1, most = kMostBlocks;
+  for (Form& form : forms) {
+    cluster.val.clusterDim.x = form.team_size;
+    config.gridDim = dim3(form.team_size);
+    std::atomic<int>& answer = form.known[device % 128];
+    if (answer.load(std::memory_order_relaxed) == 0) {
+      const void* const asked_for = reinterpret_cast<const void*>(form.kernel);
+      answer.store(1 + ask_for_clusters(device, asked_for, config), std::memory_order_relaxed);
+    }
+    const int clusters = answer.load(std::memory_order_relaxed) - 1;
+    if (clusters == 0) continue;
+    kernel = form.kernel;
+    team_size = form.team_size;
+    most = std::min(clusters, kMostClusters);
+    break;
   }
-  const int clusters = answer.load(std::memory_order_relaxed) - 1;
-  int64_t team_size = kCluster, most = clusters < kMostClusters ? clusters : kMostClusters;
-  if (clusters == 0) {
-    kernel = batch_similarity_kernel<In, T, false>;
-    config.numAttrs = 0;
-    team_size = 1;
-    most = kMostBlocks;
-  }
-  const int64_t share = quotient_up(batch.depth, team_size);
-  const int64_t wanted = batch.gradient ? quotient_up(share, kPart) : 1;
+  if (team_size == 1) config.numAttrs = 0;
+  const int64_t vectors = quotient_up(quotient_up(batch.depth, team_size), vector);
+  const int64_t wanted = batch.gradient ? quotient_up(vectors * vector, kPart) : 1;
   const int64_t teams = wanted < most ? wanted : most;
   config.gridDim = dim3(static_cast<unsigned>(team_size * teams));
+  // An odd stride between rows has the fewest conflicts.
+  const int64_t room = kRoom<T> / (4 * quotient_up(batch.rows, 4));
+  const int64_t longest = (std::min<int64_t>(room, kSlots * kLanes) - 1) / 2 * 2 + 1;
+  const int64_t chunk = quotient_up(vectors, quotient_up(vectors, longest));
+  const auto address = reinterpret_cast<uintptr_t>(batch.embeddings);
+  const bool aligned = batch.column_stride == 1 && batch.row_stride % vector == 0 &&
+                       batch.depth % vector == 0 && address % sizeof(Raw<In>) == 0;
   const Arguments<In> args{
       static_cast<const In*>(batch.embeddings),
       batch.row_stride,
@@ -445,8 +589,11 @@ cudaError_t launch_as(const SmallBatch& batch, int device, void* stream) {
       batch.upstream_stride,
       static_cast<int>(batch.rows),
       batch.depth,
-      share,
-      quotient_up(share, teams),
+      vectors * vector,
+      quotient_up(vectors, teams) * vector,
+      static_cast<int>(chunk),
+      static_cast<int>(chunk | 1),
+      aligned,
       batch.margin,
       batch.sigma,
       batch.squared_eps,

@@ -44,13 +44,15 @@ using std::max;
 using std::min;
 using std::sqrt;
 
+template <class T>
+T rsqrt(T x) {
+  return 1 / sqrt(x);
+}
 inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 
 // `line` is the caller's: a test leaves out the barrier of one line, to see that it is missed.
 void __syncthreads(unsigned line = __builtin_LINE());
-inline void __cluster_barrier_arrive() {}
 void __cluster_barrier_wait(unsigned line = __builtin_LINE());
-unsigned __clusterRelativeBlockRank();
 void* __cluster_map_shared_rank(const void* own, unsigned rank);
 
 template <class T>
@@ -61,6 +63,7 @@ T __shfl_xor_sync(unsigned, T value, int lane_mask) {
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration, cudaErrorInvalidClusterSize };
 enum cudaDeviceAttr { cudaDevAttrClusterLaunch };
+enum cudaFuncAttribute { cudaFuncAttributeNonPortableClusterSizeAllowed };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 using cudaStream_t = void*;
 
@@ -79,9 +82,11 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
-// Devices by their number modulo 4: without clusters; with room for many, for none, for one.
+// Devices by their number modulo 5: without clusters; with room for many, for none, for one; for many
+// of eight blocks.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t*);
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "the launch was refused"; }
 
