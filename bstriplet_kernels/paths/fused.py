@@ -32,7 +32,7 @@ SMALL, TILES, PANELS = "triton small", "triton tiles", "triton panels"
 SMALL_ROWS = 64
 MAX_PARTS = 8
 """Among how many programs the columns of one tile of rows are shared out at most."""
-_USUAL_PROCESSORS = 132  # for predictions: an H100
+USUAL_PROCESSORS = 132  # for predictions: an H100
 _INTERPRETER_PROCESSORS = 6  # so that small inputs share columns out there too
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _FIRST_CAPABILITY = 8  # the first with bfloat16 and tf32 products
@@ -178,7 +178,7 @@ def _tiles_operations(
     for own, others in ((n, columns), (columns, n))[:sides]:
         flops += _tile_flops(own, others, d, blocks)
         programs = _tiles_of(own, blocks.n) * _tiles_of(d, blocks.v)
-        parts = _parts(programs, _tiles_of(others, blocks.m), _USUAL_PROCESSORS)
+        parts = _parts(programs, _tiles_of(others, blocks.m), USUAL_PROCESSORS)
         passes = 1 if parts == 1 else 2 * parts + 1  # each part written and read, the sum written
         moved += size + copies + own * d * accumulated * (passes + (2 if copied else 0))
         launches += 1 + (parts > 1) + (1 + sides if copied else 0)
@@ -324,6 +324,11 @@ def _sides(embeddings: Tensor, ref_emb: Tensor | None) -> tuple[Tensor, Tensor]:
     return embeddings.to(dtype), ref_emb.to(dtype)
 
 
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return _HAS_TRITON
+
+
 def missing() -> str | None:
     """What is not here that the kernels need: Triton, and a GPU or Triton's interpreter."""
     if not _HAS_TRITON:
@@ -360,10 +365,19 @@ def _tiles() -> ModuleType:
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     if device.type == "cpu":
         return _INTERPRETER_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block may take; in the interpreter as much as a Hopper GPU gives."""
+    if device.type == "cpu":
+        return 232_448
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 49_152))
 
 
 @functools.cache
@@ -521,7 +535,7 @@ def _tiled_row_sums(
     m = columns.shape[0]
     blocks = row_blocks(rows.dtype, _is_hopper(rows.device))
     row_tiles = _tiles_of(n, blocks.n)
-    parts = _parts(row_tiles, _tiles_of(m, blocks.m), _processors(rows.device))
+    parts = _parts(row_tiles, _tiles_of(m, blocks.m), processors(rows.device))
     sums = row_inverse.new_empty(2, parts, n)
     counts = rows.new_empty((parts, n), dtype=torch.int32)
     _tiles().row_sums[row_tiles, parts](
@@ -580,7 +594,7 @@ def _gradient(
     d = rows.shape[1]
     blocks = gradient_blocks(rows.dtype, _is_hopper(rows.device))
     row_tiles, slices = _tiles_of(n, blocks.n), _tiles_of(d, blocks.v)
-    parts = _parts(row_tiles * slices, _tiles_of(m, blocks.m), _processors(rows.device))
+    parts = _parts(row_tiles * slices, _tiles_of(m, blocks.m), processors(rows.device))
     partial = row_inverse.new_empty((parts, n, d))
     with _on_device_of(rows):
         _tiles().tile_gradient[row_tiles, slices, parts](
@@ -639,7 +653,7 @@ def _tiles_memory(work: Work) -> int:
     copies = work.vectors * d * itemsize if d != work.d else 0
     blocks = row_blocks(work.dtype, _is_hopper(device))
     row_tiles = _tiles_of(work.n, blocks.n)
-    parts = _parts(row_tiles, _tiles_of(work.columns, blocks.m), _processors(device))
+    parts = _parts(row_tiles, _tiles_of(work.columns, blocks.m), processors(device))
     forward = copies + parts * work.n * (2 * number + 4)
     if not work.wants_gradient:
         return forward
@@ -647,7 +661,7 @@ def _tiles_memory(work: Work) -> int:
 
     def gradient(n: int, m: int) -> int:
         programs = _tiles_of(n, blocks.n) * _tiles_of(d, blocks.v)
-        parts = _parts(programs, _tiles_of(m, blocks.m), _processors(device))
+        parts = _parts(programs, _tiles_of(m, blocks.m), processors(device))
         written = n * d * number * (1 if parts == 1 else parts + 1)
         return written + (n * work.d * number if copies else 0)
 

@@ -1,8 +1,8 @@
 """impl="gram": exact, in time linear in the batch, by second moments. Nothing is N x M.
 
-One mathematics (`second_moments`), three schedules: on the CPU, where sizes can be read,
-`gram_native` where the native library is, else `gram_host`; `gram_device` where reading them would
-stop a GPU.
+One mathematics (`second_moments`), four schedules. On the CPU, where sizes can be read,
+`gram_native` where the native library is, else `gram_host`. Where reading them would stop a GPU,
+`gram_triton` in a dozen launches, and `gram_device` in plain torch for what these do not take.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from ..cost import Operations, Work
 from ..spec import Path, Rows, Spec, State, reduce_losses, row_gradient
-from . import gram_device, gram_host, gram_native, native
+from . import gram_device, gram_host, gram_native, gram_triton, native
 from .second_moments import form_fraction, moment_fraction
 
 _BYTES_A_ROW = 96  # order, inverse norms, means, a and the vectors that make them
 
 
 def _schedule(embeddings: Tensor, ref_emb: Tensor | None) -> ModuleType:
-    """The module that serves this input."""
+    """The module that serves this input, where `gram_triton` does not."""
     if gram_native.takes(embeddings, ref_emb):
         return gram_native
     return gram_host if embeddings.is_cpu else gram_device
@@ -35,6 +35,8 @@ def forward(
     spec: Spec,
 ) -> tuple[Tensor, Rows, State]:
     """Moments of the columns, then two quadratic forms a row; see `second_moments`."""
+    if gram_triton.takes(embeddings, ref_emb):
+        return gram_triton.forward(embeddings, labels, spec)
     schedule = _schedule(embeddings, ref_emb)
     positive, negative, *state = schedule.forward(embeddings, ref_emb, labels, ref_labels, spec.eps)
     rows = Rows(positive, negative)
@@ -52,6 +54,8 @@ def backward(
     spec: Spec,
 ) -> tuple[Tensor, Tensor | None]:
     """One matrix a class where its rows share one weight, else two; see `second_moments`."""
+    if gram_triton.takes(embeddings, ref_emb):
+        return gram_triton.backward(grad_loss, embeddings, state, spec), None
     a = row_gradient(grad_loss.to(rows.positive.dtype), rows, spec)
     schedule = _schedule(embeddings, ref_emb)
     gradient, *ref_gradient = schedule.gradients(a, embeddings, ref_emb, list(state), spec.sigma)
@@ -70,6 +74,8 @@ def refuses(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str | Non
 def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
     """Of the schedule that will run; the columns' classes are those that have moments."""
     if work.device != "cpu":
+        if gram_triton.serves(work):
+            return gram_triton.operations(work, class_sizes)
         return gram_device.operations(work)
     n, d = max(work.n, work.columns), work.d
     counted = flops(n, d, class_sizes, work.reduction != "none", _by_native(work))
@@ -111,6 +117,8 @@ def traffic(n: int, d: int, itemsize: int = 4) -> int:
 def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
     """Peak bytes beyond the inputs, the gradient included, of the schedule that will run."""
     if work.device != "cpu":
+        if gram_triton.serves(work):
+            return gram_triton.extra_memory(work, class_sizes)
         return gram_device.extra_memory(work, class_sizes)
     return (gram_native if _by_native(work) else gram_host).extra_memory(work, class_sizes)
 

@@ -1,0 +1,345 @@
+"""The second-moment path on a GPU in thirteen launches (fifteen by row), whatever the labels are.
+
+Kernels are in `moment_kernels`. No shape depends on the labels and nothing is asked of the device:
+large classes are those of `smallest_moment(d)` members or more, and buffers have room for as many
+as there can be. Smaller classes meet in a band around the diagonal of S in class order. Sums have a
+fixed order: the same bits from run to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..cost import Operations, Work, round_up
+from ..spec import Rows, Spec, State
+from . import fused
+
+SCHEDULE = "gram triton"
+"""The schedule, by the name under which its measured speed stands."""
+MAX_DEPTH = 256
+_MULTIPLE = 64  # rows of a run are whole blocks
+_WHOLE_DEPTH = 128  # up to it a matrix is held as a whole where shared memory allows
+_WHOLE_BYTES = 200_000  # of shared memory, for two matrices and the rows that they multiply
+_TILE = 128  # rows and columns of a moment that one program adds up
+_MATRIX_ROWS = 16
+
+
+class Blocks(NamedTuple):
+    """How a kernel is cut: rows, columns of embeddings at a time; its warps and stages."""
+
+    rows: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# Measured on an H200.
+SPLIT_ROWS = Blocks(32, 0, 4, 1)
+CLASS_MOMENTS = Blocks(64, 0, 8, 3)
+ROW_MEANS = Blocks(128, 64, 8, 2)
+ROW_GRADIENTS = Blocks(128, 64, 8, 2)
+BAND_SUMS = Blocks(64, 64, 4, 3)
+BAND_GRADIENT = Blocks(64, 64, 4, 3)
+BAND_PARTS = 4
+"""Programs among which the blocks of a run are shared out."""
+TOTALS = Blocks(64, 32, 4, 1)
+"""Numbers of the total, and addends, at a time."""
+
+
+def takes(embeddings: Tensor, ref_emb: Tensor | None) -> bool:
+    """Whether the kernels serve this input."""
+    n, d = embeddings.shape
+    return (
+        ref_emb is None
+        and _has_kernels(n, d, embeddings.dtype)
+        and embeddings.device.type == "cuda"
+        and torch.version.hip is None
+        and fused.missing() is None
+        and fused.refuses(embeddings, ref_emb, Spec()) is None
+    )
+
+
+def serves(work: Work) -> bool:
+    """Whether `takes` will say so of this work on a GPU."""
+    return (
+        work.m is None
+        and _has_kernels(work.n, work.d, work.dtype)
+        and torch.version.hip is None
+        and fused.has_triton()
+    )
+
+
+def _has_kernels(n: int, d: int, dtype: torch.dtype) -> bool:
+    """No float64; and a class of more than half of the rows is to be a large one."""
+    return dtype != torch.float64 and d <= MAX_DEPTH and n >= 2 * smallest_moment(d)
+
+
+def padded(d: int) -> int:
+    """Columns of the kernels' matrices: a power of two, and what a product takes at least."""
+    return max(16, 1 << (d - 1).bit_length())
+
+
+def smallest_moment(d: int) -> int:
+    """Members from which a class has matrices of its own: these take little beside its rows."""
+    return max(128, 6 * padded(d))
+
+
+def class_count(n: int, d: int) -> int:
+    """Numbers of large classes: the first multiple of `smallest_moment` among a class's rows."""
+    return -(-n // smallest_moment(d)) + 1
+
+
+def run_length(n: int, processors: int) -> int:
+    """Rows of a run: one run for each processor."""
+    return round_up(-(-n // processors), _MULTIPLE)
+
+
+def splits(dtype: torch.dtype) -> bool:
+    """Whether numbers are two float16 parts: where torch may not multiply as tf32 does."""
+    return dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+
+
+class Matrices(NamedTuple):
+    """[count, D', D'] in two float16 parts (low is empty where there is one); scales of rows."""
+
+    high: Tensor
+    low: Tensor
+    scale: Tensor
+
+
+class Batch(NamedTuple):
+    """Rows in class order, N of D' numbers. State of the path.
+
+    high, low: unit rows times 2^8 in two float16 parts, [N, D'] (low is empty where there is one).
+    inverse: 1 / norm. order: the given index. first, last: where the row's class begins and ends.
+    """
+
+    high: Tensor
+    low: Tensor
+    inverse: Tensor
+    order: Tensor
+    first: Tensor
+    last: Tensor
+
+
+class Sums(NamedTuple):
+    """What runs of rows add up to: a slot for each run and class, all of it, small rows a run."""
+
+    slots: Tensor
+    total: Tensor
+    small_rows: Tensor
+
+
+class Launcher:
+    """The kernels, with what all of them are told of a batch."""
+
+    def __init__(self, n: int, d: int, split: bool, device: torch.device) -> None:
+        from . import moment_kernels
+
+        self.kernels: ModuleType = moment_kernels
+        self.n, self.d, self.depth, self.split = n, d, padded(d), split
+        self.least, self.classes = smallest_moment(d), class_count(n, d)
+        self.run = run_length(n, fused.processors(device))
+        self.runs = -(-n // self.run)
+        self.whole = fused.shared_memory(device) >= _WHOLE_BYTES and self.depth <= _WHOLE_DEPTH
+
+    def options(self, blocks: Blocks) -> dict[str, object]:
+        """Constants of a kernel that walks blocks of rows."""
+        return {
+            "DP": self.depth,
+            "BLOCK": blocks.rows,
+            "SPLIT": self.split,
+            "num_warps": blocks.warps,
+            "num_stages": blocks.stages,
+        }
+
+    def matrices(self, like: Tensor, count: int) -> Matrices:
+        """Room for so many."""
+        high = like.new_empty((count, self.depth, self.depth), dtype=torch.float16)
+        low = high.new_empty(high.shape if self.split else 0)
+        return Matrices(high, low, like.new_empty((count, self.depth), dtype=torch.float32))
+
+    def sort(self, embeddings: Tensor, labels: Tensor, eps: float) -> Batch:
+        """Rows in class order."""
+        n, new = self.n, embeddings.new_empty
+        labels, order = labels.sort(stable=True)
+        high = new((n, self.depth), dtype=torch.float16)
+        batch = Batch(
+            high,
+            high.new_empty(high.shape if self.split else 0),
+            new(n, dtype=torch.float32),
+            order,
+            new(n, dtype=torch.int32),
+            new(n, dtype=torch.int32),
+        )
+        blocks = SPLIT_ROWS._replace(rows=max(1, SPLIT_ROWS.rows * 128 // self.depth))
+        self.kernels.split_rows[(-(-n // blocks.rows),)](
+            embeddings, labels, *batch,
+            n, self.d, *embeddings.stride(), eps * eps, n.bit_length(), **self.options(blocks),
+        )  # fmt: skip
+        return batch
+
+    def sums(
+        self, batch: Batch, weights: Tensor | None, largest: Tensor | None, uniform: bool
+    ) -> Sums:
+        """Moments of the rows, or weighted ones."""
+        tile, depth, new = min(self.depth, _TILE), self.depth, batch.inverse.new_empty
+        slots = new(self.runs + self.classes, depth, depth)
+        totals = new((self.runs, depth, depth), dtype=torch.float64)
+        small_rows = new(self.runs, dtype=torch.int32)
+        self.kernels.class_moments[self.runs, (depth // tile) ** 2](
+            batch.high, batch.low, weights, largest, batch.order, batch.first, batch.last,
+            slots, totals, small_rows, self.n, self.run, self.least,
+            TILE=tile, UNIFORM=uniform, **self.options(CLASS_MOMENTS),
+        )  # fmt: skip
+        total = totals.new_empty(depth, depth)
+        self.kernels.add_totals[(depth * depth // TOTALS.rows,)](
+            totals, total, self.runs,
+            DP=depth, BLOCK=TOTALS.rows, DEPTH=TOTALS.depth, num_warps=TOTALS.warps,
+        )  # fmt: skip
+        return Sums(slots, total, small_rows)
+
+
+def forward(embeddings: Tensor, labels: Tensor, spec: Spec) -> tuple[Tensor, Rows, State]:
+    """The loss, the two means of Eq. 3, and what `backward` wants."""
+    n, d = embeddings.shape
+    new = embeddings.new_empty
+    launcher = Launcher(n, d, splits(embeddings.dtype), embeddings.device)
+    with fused._on_device_of(embeddings):
+        batch = launcher.sort(embeddings, labels, spec.eps)
+        sums = launcher.sums(batch, None, None, uniform=True)
+        own = launcher.matrices(embeddings, launcher.classes)
+        others = launcher.matrices(embeddings, launcher.classes + 1)
+        place = batch.first, batch.last
+        numbers = n, launcher.run, launcher.least
+        launcher.kernels.moment_matrices[launcher.classes + 1, launcher.depth // _MATRIX_ROWS](
+            sums.slots, sums.total, *place, *own, *others, *numbers,
+            DP=launcher.depth, ROWS=_MATRIX_ROWS, SPLIT=launcher.split, num_warps=4,
+        )  # fmt: skip
+        in_band = new(n, dtype=torch.float32)
+        launcher.kernels.band_sums[launcher.runs, BAND_PARTS](
+            batch.high, batch.low, *place, sums.small_rows, in_band, *numbers,
+            BLOCK_D=min(launcher.depth, BAND_SUMS.depth), **launcher.options(BAND_SUMS),
+        )  # fmt: skip
+        rows = Rows(new(n, dtype=torch.float32), new(n, dtype=torch.float32))
+        by_row = spec.reduction == "none"
+        losses = new(n if by_row else launcher.runs, dtype=torch.float32)
+        active = new(n, dtype=torch.bool)
+        launcher.kernels.row_means[(launcher.runs,)](
+            batch.high, batch.low, batch.order, *place, sums.small_rows, in_band, *own, *others,
+            active, *rows, losses, *numbers, launcher.classes,
+            spec.margin, spec.sigma, 1 / n if spec.reduction == "mean" else 1.0,
+            BLOCK_K=launcher.depth if launcher.whole else min(launcher.depth, ROW_MEANS.depth),
+            BY_ROW=by_row, **launcher.options(ROW_MEANS),
+        )  # fmt: skip
+    return losses if by_row else losses.sum(), rows, (*batch, active, *own, *others)
+
+
+def backward(grad_loss: Tensor, embeddings: Tensor, state: State, spec: Spec) -> Tensor:
+    """dL/d(embeddings), [N, D]."""
+    n, d = embeddings.shape
+    batch, active, matrices = Batch(*state[:6]), state[6], state[7:]
+    launcher = Launcher(n, d, batch.low.numel() > 0, embeddings.device)
+    uniform, scale = spec.reduction != "none", 1.0
+    if uniform:
+        weights, largest = active, grad_loss
+        scale = 1 / n if spec.reduction == "mean" else 1.0
+    else:
+        weights = torch.where(active, grad_loss.to(torch.float32), 0.0)
+        largest = torch.linalg.vector_norm(weights, float("inf"))
+    with fused._on_device_of(embeddings):
+        sums = launcher.sums(batch, weights, largest, uniform)
+        count, numbers = launcher.classes + 1, (n, launcher.run, launcher.least)
+        made = (*launcher.matrices(embeddings, count), *launcher.matrices(embeddings, count))
+        launcher.kernels.gradient_matrices[count, launcher.depth // _MATRIX_ROWS](
+            sums.slots, sums.total, batch.first, batch.last, *matrices, *made, *numbers, spec.sigma,
+            DP=launcher.depth, ROWS=_MATRIX_ROWS, SPLIT=launcher.split, UNIFORM=uniform,
+            num_warps=4,
+        )  # fmt: skip
+        small_rows = sums.small_rows
+        del sums  # slots make room for the gradient
+        gradient = embeddings.new_empty((n, d), dtype=torch.float32)
+        own = batch.high, batch.low, batch.order, batch.first, batch.last, small_rows
+        depth = min(launcher.depth, BAND_GRADIENT.depth)
+        launcher.kernels.band_gradient[launcher.runs, BAND_PARTS, -(-d // depth)](
+            *own, weights, largest, gradient, *numbers, d, d, spec.sigma,
+            BLOCK_D=depth, UNIFORM=uniform, **launcher.options(BAND_GRADIENT),
+        )  # fmt: skip
+        launcher.kernels.row_gradients[(launcher.runs,)](
+            *own, batch.inverse, weights, largest, *made, gradient,
+            *numbers, launcher.classes, d, d, scale,
+            BLOCK_K=launcher.depth if launcher.whole else min(launcher.depth, ROW_GRADIENTS.depth),
+            UNIFORM=uniform, **launcher.options(ROW_GRADIENTS),
+        )  # fmt: skip
+    return gradient
+
+
+def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
+    """FLOPs of products on tensor cores, three for each where numbers are split; bytes of all that
+    is read and written, the matrices of the classes that there are among it.
+
+    A sort counts as one launch.
+    """
+    n, d, each = work.n, padded(work.d), 2 * padded(work.d) ** 2
+    products = 3 if splits(work.dtype) else 1
+    large = [s for s in class_sizes if s >= smallest_moment(work.d)]
+    small = n - sum(large)
+    runs = -(-n // run_length(n, fused.USUAL_PROCESSORS))
+    stored = n * d * 2 * (2 if products == 3 else 1)
+    slots, matrix = runs + len(large), d * d * 4
+    totals = 2 * runs * d * d * 8  # written and read
+    pairs = _band_pairs(class_sizes, smallest_moment(work.d))
+    scalar = work.reduction != "none"
+    flops = products * (each * (n + 2 * sum(large) + small) + 2 * d * pairs)
+    bytes_ = (
+        n * work.d * work.dtype.itemsize + stored  # split
+        + 2 * stored + 2 * slots * matrix + totals + 2 * (2 * len(large) + 1) * matrix
+        + n * _ROW_BYTES
+    )  # fmt: skip
+    launches = 8 if scalar else 7
+    if not work.wants_gradient:
+        return Operations(flops, bytes_, launches, SCHEDULE)
+    flops += products * (each * (n + (1 if scalar else 2) * sum(large) + 2 * small) + 4 * d * pairs)
+    bytes_ += 2 * stored + 2 * slots * matrix + totals + 2 * (4 * len(large) + 2) * matrix
+    bytes_ += work.gradient_bytes + n * _ROW_BYTES_BACK + 3 * work.cast_bytes
+    launches += (5 if scalar else 8) + work.casts
+    return Operations(flops, bytes_, launches, SCHEDULE)
+
+
+_ROW_BYTES = 72  # labels, sorted; order, place of the class, norm, both means
+_ROW_BYTES_BACK = 16  # order, norm, whether it is active
+
+
+def _band_pairs(class_sizes: Sequence[int], least: int) -> int:
+    """Pairs of rows whose products the band forms, in whole blocks."""
+    block = BAND_SUMS.rows
+    return sum(s * (s + block) for s in class_sizes if 1 < s < least)
+
+
+def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
+    """Peak bytes beyond the inputs, the gradient included; the same whatever the classes are.
+
+    Rows in parts and the matrices of the forward are there throughout; beside them the backward has
+    its slots and new matrices, or these and the gradient.
+    """
+    n, d = work.n, padded(work.d)
+    split = splits(work.dtype)
+    part, matrix = (2 if split else 1) * 2, d * d
+    run = run_length(n, fused.USUAL_PROCESSORS)
+    runs, classes = -(-n // run), class_count(n, work.d)
+    rows = n * (d * part + _KEPT_BYTES)
+    slots = (runs + classes) * matrix * 4 + runs * matrix * 8
+    matrices = (2 * classes + 2) * (matrix * part + 4 * d)
+    sorting = n * 24
+    if not work.wants_gradient:
+        return rows + max(sorting, slots + matrices)
+    backward = 2 * matrices + max(slots, work.gradient_bytes + work.cast_bytes)
+    return rows + max(sorting, slots + matrices, backward)
+
+
+_KEPT_BYTES = 33  # order, first, last, norm, both means, the band, and whether it is active

@@ -1,0 +1,244 @@
+"""What is particular to the second moments of a GPU: in Triton's interpreter, or on a GPU.
+
+`test_triton.py` runs this file in a child that has the interpreter.
+"""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from launches import Launches, on_fake_gpu
+from oracle import Options, assert_as_exact_as_plain, batch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bstriplet_kernels import available_impls, bstriplet_loss, reference
+from bstriplet_kernels.cost import Work
+from bstriplet_kernels.paths import fused, gram_triton
+from bstriplet_kernels.spec import Spec
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+runs_here = pytest.mark.skipif(
+    "triton" not in available_impls(), reason="needs a GPU or TRITON_INTERPRET=1"
+)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Small batches then hold classes with and without matrices, in several runs."""
+    monkeypatch.setattr(gram_triton, "takes", lambda embeddings, ref_emb: True)
+    monkeypatch.setattr(gram_triton, "smallest_moment", lambda d: 6)
+    monkeypatch.setattr(gram_triton, "_MULTIPLE", 4)
+
+
+def sized(sizes, d, seed, dtype=torch.float32):
+    """Embeddings in classes of these sizes, shuffled; labels neither dense nor positive."""
+    n = sum(sizes)
+    x, _ = batch(n, d, 3, seed, dtype)
+    labels = torch.repeat_interleave(torch.arange(len(sizes)) * 7 - 11, torch.tensor(sizes))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return x.to(DEVICE), labels[order].to(DEVICE)
+
+
+def both_ways(x, labels, spec, upstream=None):
+    """(loss, positive, negative, gradient) by the kernels, and by the reference in float64."""
+    found = []
+    for forward in (gram_triton.forward, None):
+        if forward is None:
+            loss, rows = reference.forward(x.double(), None, labels, None, spec)
+        else:
+            loss, rows, state = forward(x, labels, spec)
+        up = torch.ones_like(loss) if upstream is None else upstream.to(loss)
+        if forward is None:
+            gradient = reference.gradient(up, x.double(), None, labels, None, spec)[0]
+        else:
+            gradient = gram_triton.backward(up, x, state, spec)
+        found.append((loss, *rows, gradient))
+    return found
+
+
+def assert_near(got, truth, tolerance):
+    """By the norm of what is compared."""
+    for g, t in zip(got, truth, strict=True):
+        assert (g - t).norm() <= tolerance * t.norm()
+
+
+@runs_here
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=2, max_size=9),
+    d=st.integers(1, 20),
+    seed=st.integers(0, 999),
+    options=st.builds(
+        Options,
+        margin=st.sampled_from([0.3, 0.9]),
+        eq3=st.sampled_from(["corrected", "printed"]),
+        reduction=st.sampled_from(["mean", "sum", "none"]),
+    ),
+    dtype=st.sampled_from(DTYPES),
+)
+@example(sizes=[7] * 8, d=9, seed=0, options=Options(0.3, reduction="none"), dtype=torch.float32)
+@example(sizes=[60, 1, 1], d=4, seed=0, options=Options(), dtype=torch.float32)
+@example(sizes=[5] * 9, d=5, seed=0, options=Options(margin=0.3), dtype=torch.float32)
+@example(sizes=[64], d=5, seed=0, options=Options(), dtype=torch.float32)
+@pytest.mark.usefixtures("small")
+def test_any_mixture_of_class_sizes(sizes, d, seed, options, dtype):
+    x, labels = sized(sizes, d, seed, dtype)
+    assert_as_exact_as_plain("gram", x, labels, options)
+
+
+@runs_here
+@pytest.mark.parametrize("d", [100, 200])
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "in parts"])
+@pytest.mark.usefixtures("small")
+def test_wide_embeddings(monkeypatch, d, whole):
+    """Matrices held as a whole, or multiplied in parts where shared memory is small."""
+    monkeypatch.setattr(fused, "shared_memory", lambda _: 232_448 if whole else 101_376)
+    x, labels = sized([60, 55, 3, 1], d, 0)
+    assert_as_exact_as_plain("gram", x, labels, Options(margin=0.5))
+
+
+@runs_here
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("sizes", [[90, 2], [45, 45], [30, 5, 5, 5, 30]])
+def test_others_do_not_cancel(sizes):
+    """T - T_c is a few roundings of T where a class holds most rows, or its rows are alike."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    centres = torch.randn(len(sizes), 16, generator=generator)
+    x = centres[labels] + 1e-2 * torch.randn(len(labels), 16, generator=generator)
+    x, labels = x.to(DEVICE), labels.to(DEVICE)
+    got, truth = both_ways(x, labels, Spec(margin=1.5))
+    large = torch.bincount(labels)[labels] >= 6
+    assert_near([v[large] for v in got[1:3]], [v[large] for v in truth[1:3]], 1e-6)
+    assert_near(got[:1], truth[:1], 1e-6)
+
+
+@runs_here
+@pytest.mark.usefixtures("small")
+def test_rows_of_any_norm():
+    x, labels = sized([40, 30, 4], 12, 0)
+    powers = torch.linspace(-10, 15, len(x), device=DEVICE)[:, None]
+    x = torch.nn.functional.normalize(x, dim=1) * 10**powers
+    x[5] = 0
+    got, truth = both_ways(x, labels, Spec())
+    assert_near(got[:3], truth[:3], 1e-6)
+    scale = x.double().norm(dim=1, keepdim=True)
+    assert_near([got[3] * scale], [truth[3] * scale], 2e-6)
+    assert (got[3][5] == 0).all()
+
+
+@runs_here
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
+@pytest.mark.parametrize("size", [20, 2], ids=["of a large class", "of a small class"])
+@pytest.mark.usefixtures("small")
+def test_a_bad_row_is_never_hidden(bad, size):
+    x, labels = sized([40, size], 4, 0)
+    x[(labels == labels.max()).nonzero()[0], 1] = bad
+    got, _ = both_ways(x, labels, Spec())
+    assert got[0].isnan()
+    assert got[3].isnan().all()
+
+
+@runs_here
+@pytest.mark.parametrize("upstream", [-3.0, 0.0, 1e-30, 1e30])
+@pytest.mark.usefixtures("small")
+def test_upstream_of_any_size_and_sign(upstream):
+    x, labels = sized([40, 30, 4], 8, 0)
+    got, truth = both_ways(x, labels, Spec(margin=0.4), torch.tensor(upstream))
+    assert_near([got[3].double()], [truth[3]], 2e-6)
+
+
+@runs_here
+@pytest.mark.usefixtures("small")
+def test_the_same_bits():
+    x, labels = sized([40, 33, 8, 3, 1, 1], 12, 5)
+    for reduction in ("mean", "none"):
+        runs = []
+        for _ in range(2):
+            leaf = x.clone().requires_grad_()
+            loss = bstriplet_loss(leaf, labels, impl="gram", reduction=reduction)
+            runs.append((loss.detach(), *torch.autograd.grad(loss.sum(), leaf)))
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@runs_here
+@pytest.mark.usefixtures("small")
+def test_tf32_is_one_product():
+    x, labels = sized([40, 33, 8, 3], 12, 5)
+    torch.set_float32_matmul_precision("high")
+    try:
+        _, _, state = gram_triton.forward(x, labels, Spec())
+        got, truth = both_ways(x, labels, Spec())
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert state[1].numel() == 0
+    assert_near(got, truth, 2e-3)
+
+
+class NotRun:
+    """Kernels that are counted, not run."""
+
+    def __init__(self):
+        self.launches = 0
+
+    def __getattr__(self, name):
+        return self
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *args, **kwargs):
+        self.launches += 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("n", "d"), [(4096, 128), (1 << 20, 128), (65536, 16), (8192, 256)])
+def test_predicted_launches_and_memory_are_those_made(monkeypatch, n, d, dtype, reduction):
+    """On fake tensors of a GPU: as many launches for any batch, three times the embeddings."""
+    kernels = NotRun()
+    make = gram_triton.Launcher.__init__
+
+    def counted(self, *args):
+        make(self, *args)
+        self.kernels = kernels
+
+    monkeypatch.setattr(gram_triton.Launcher, "__init__", counted)
+    monkeypatch.setattr(fused, "_on_device_of", lambda _: nullcontext())
+    monkeypatch.setattr(fused, "processors", lambda _: 132)
+    monkeypatch.setattr(fused, "shared_memory", lambda _: 232_448)
+    with FakeTensorMode(), Launches() as torchs:
+        x, labels = on_fake_gpu(n, d, dtype)
+        spec = Spec(reduction=reduction, wants_gradient=True)
+        loss, _, state = gram_triton.forward(x, labels, spec)
+        forward = torchs.launches + kernels.launches
+        gradient = gram_triton.backward(torch.empty_like(loss), x, state, spec)
+        gradient.to(dtype)  # as the caller does
+        both = torchs.launches + kernels.launches
+    work = Work(n, None, d, dtype, reduction, device="cuda")
+    assert gram_triton.serves(work)
+    got = gram_triton.operations(work, [n // 2] * 2)
+    assert (got.launches, got.schedule) == (both, gram_triton.SCHEDULE)
+    one = gram_triton.operations(work._replace(wants_gradient=False), [n // 2] * 2)
+    assert one.launches == forward
+    assert both <= 16
+    if dtype == torch.float32 and n >= 100 * d and d == 128 and n > 100_000:
+        assert gram_triton.extra_memory(work, [n]) <= 3 * work.embedding_bytes
+        assert got.bytes <= 4e9
+
+
+def test_what_it_does_not_take():
+    x = torch.empty(4096, 128, device="meta")
+    for refused in (x.double(), torch.empty(4096, 300, device="meta"), x[:1000], x):
+        assert not gram_triton.takes(refused, None)
+    work = Work(4096, None, 128, torch.float32, device="cuda")
+    assert gram_triton.serves(work)
+    for refused in (
+        work._replace(m=5),
+        work._replace(d=300),
+        work._replace(dtype=torch.float64),
+        work._replace(n=1000),
+    ):
+        assert not gram_triton.serves(refused)
