@@ -1,6 +1,6 @@
 """Images a second of the harness's training loop beside a plain one, in the style of timm's.
 
-    python -m bench.training_loop [--backbone NAME] [--steps 20] [--rounds 5]
+    python -m bench.training_loop [--backbone NAME ...] [--steps 20] [--rounds 5]
 
 Batches of 36 images of 128 x 128, CE + BST, Adam, the same network. The plain loop is a DataLoader
 of decoded tensors, a float conversion, the loss, backward, step, and a meter that reads the loss in
@@ -104,15 +104,11 @@ def some_images(config: TrainConfig, steps: int) -> Task:
     return replace(task, train=task.train.take(np.arange(steps * config.batch_size)))
 
 
-def main() -> None:
-    """Measure and write the rows."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backbone", default="mobilenetv3_small_100")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    config = TrainConfig(backbone=options.backbone, image_size=128, loss="ce+bst")
-    device, task = choose_device("auto"), some_images(config, options.steps)
+def images_per_second(
+    config: TrainConfig, device: torch.device, steps: int, rounds: int
+) -> dict[str, list[float]]:
+    """Of each loop, round for round."""
+    task = some_images(config, steps)
     loops = {
         "harness": harness(config, task, device),
         "plain": plain(replace(config, channels_last=False), task, device),
@@ -122,36 +118,57 @@ def main() -> None:
         eager = replace(config, cuda_graph="off")
         loops["harness, no CUDA graph"] = harness(eager, task, device)
     rates: dict[str, list[float]] = {name: [] for name in loops}
-    for turn in range(options.rounds + 1):
+    for turn in range(rounds + 1):
         for name, epoch in loops.items():
             start = time.perf_counter()
             epoch()
             if turn:
                 rates[name].append(len(task.train) / (time.perf_counter() - start))
+    return rates
+
+
+def rows_of(
+    config: TrainConfig, device: torch.device, rates: dict[str, list[float]], images: int
+) -> list[dict[str, object]]:
+    """A row for each loop; prints it."""
     shared = {
         "backbone": config.backbone,
         "batch_size": config.batch_size,
         "image_size": config.image_size,
-        "images": len(task.train),
-        "rounds": options.rounds,
+        "images": images,
         "threads": torch.get_num_threads(),
         "device": device_name(device.type),
         "commit": commit(),
         "versions": versions(),
     }
-    rows = []
+    rows: list[dict[str, object]] = []
     for name, found in rates.items():
         p20, _, _, p80 = quantiles(found, n=5, method="inclusive")
         middle = float(np.median(found))
-        print(f"{name:<24} {middle:7.1f} images/s ({p20:.1f} to {p80:.1f})")
+        print(f"{config.backbone} {name:<24} {middle:7.1f} images/s ({p20:.1f} to {p80:.1f})")
         rates_of = {"p20_images_s": p20, "p50_images_s": middle, "p80_images_s": p80}
-        rows.append(
-            {"loop": name, **shared, **{key: f"{rate:.1f}" for key, rate in rates_of.items()}}
-        )
-    path = Path(RESULTS) / "training_loop" / f"{device_slug(device.type)}.csv"
+        numbers = {key: f"{rate:.1f}" for key, rate in rates_of.items()}
+        rows.append({"loop": name, "rounds": len(found), **shared, **numbers})
+    return rows
+
+
+def main() -> None:
+    """Measure and write the rows, all of them after each backbone."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backbone", nargs="+", default=["mobilenetv3_small_100"])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--results", type=Path, default=Path(RESULTS))
+    options = parser.parse_args()
+    device, rows = choose_device("auto"), list[dict[str, object]]()
+    path = options.results / "training_loop" / f"{device_slug(device.type)}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = to_csv(FIELDS, [[row[name] for name in FIELDS] for row in rows])
-    write_atomic(path, table.encode())
+    for backbone in options.backbone:
+        config = TrainConfig(backbone=backbone, image_size=128, loss="ce+bst")
+        rates = images_per_second(config, device, options.steps, options.rounds)
+        rows += rows_of(config, device, rates, options.steps * config.batch_size)
+        table = to_csv(FIELDS, [[row[name] for name in FIELDS] for row in rows])
+        write_atomic(path, table.encode())
     print(path)
 
 
