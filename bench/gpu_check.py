@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from bstriplet_kernels import available_impls, bstriplet_loss
 from bstriplet_kernels.checks import make_spec
-from bstriplet_kernels.paths import PATHS
+from bstriplet_kernels.paths import PATHS, gram_triton
 from bstriplet_kernels.spec import Spec
 
 from .cases import DTYPES
@@ -37,7 +38,8 @@ TOLERANCE = {
 }
 SHAPES = ((2, 1), (17, 5), (36, 1280), (64, 70), (65, 128), (300, 257), (1000, 64))
 QUICK_SHAPES = ((36, 1280), (70, 33))
-WIDE, QUICK_WIDE = (1024, 2048), (300, 4096)  # where S goes through torch.mm in panels
+WIDE, QUICK_WIDE = (1024, 2048), (300, 4096)  # where S is multiplied in panels
+MANY, QUICK_MANY = ((2100, 128), (3500, 200), (6000, 33)), ((500, 16), (300, 16))  # for moments
 KERNELS = {"forward": 2, "backward": 1}  # at most, at N_b = 36 and D = 1280, in one launch
 _SMALL = ("native", "triton")  # the paths that serve that batch in one launch
 _SHOWN = 5  # failures of one check that are printed in full
@@ -96,8 +98,14 @@ class Tally:
 
 
 def fresh(n: int, d: int, classes: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
-    """Embeddings that lean towards their class, and labels; never the same twice."""
+    """Embeddings that lean towards their class, and labels; never the same twice.
+
+    From 2,000 rows on half of them are of classes with ten rows.
+    """
     labels = torch.randint(0, classes, (n,))
+    if n >= 2000:
+        labels = torch.where(torch.rand(n) < 0.5, labels, classes + torch.randint(0, n // 20, (n,)))
+        classes += n // 20
     x = torch.randn(classes, d)[labels] + torch.randn(n, d)
     return x.to(device, dtype), labels.to(device)
 
@@ -125,7 +133,7 @@ def is_exact(subject: Subject) -> str:
     judge = "cpu" if quick else device  # not in a sanitizer, which would look at its kernels too
     shapes = QUICK_SHAPES if quick else SHAPES
     if device == "cuda":  # left out on a CPU: too slow in the interpreter
-        shapes = (*shapes, QUICK_WIDE if quick else WIDE)
+        shapes = (*shapes, QUICK_WIDE if quick else WIDE, *(QUICK_MANY if quick else MANY))
     for (n, d), dtype, similarity, eq3, reduction, with_ref in itertools.product(
         shapes,
         subject.dtypes,
@@ -183,7 +191,7 @@ def _new_memory_poisoned(wanted: bool) -> Iterator[None]:
 def repeats_bits(subject: Subject) -> str:
     """The same bits, run after run."""
     tally = Tally()
-    shapes = ((36, 300), (500, 300), *([WIDE] if subject.device == "cuda" else []))
+    shapes = ((36, 300), (500, 300), *([WIDE, MANY[0]] if subject.device == "cuda" else []))
     for (n, d), dtype in itertools.product(shapes, (torch.float32, torch.bfloat16)):
         x, labels = fresh(n, d, 4, dtype, subject.device)
         if not tally.takes(subject, x, None, Spec()):
@@ -219,7 +227,8 @@ def compiles(subject: Subject) -> str:
 def never_waits(subject: Subject) -> str:
     """No host synchronisation, forward or backward."""
     impl, tally = subject.impl, Tally()
-    for (n, d), reduction in itertools.product(((36, 300), (500, 300), WIDE), ("mean", "none")):
+    shapes = ((36, 300), (500, 300), WIDE, MANY[0])
+    for (n, d), reduction in itertools.product(shapes, ("mean", "none")):
         x, labels = fresh(n, d, 4, torch.float32, subject.device)
         if not tally.takes(subject, x, None, Spec()):
             continue
@@ -236,7 +245,7 @@ def never_waits(subject: Subject) -> str:
 def is_capturable(subject: Subject) -> str:
     """Captured in a CUDA graph once, replayed on new inputs."""
     impl, tally = subject.impl, Tally()
-    for n, d in ((36, 300), (500, 300), WIDE):
+    for n, d in ((36, 300), (500, 300), WIDE, MANY[0]):
         x, labels = fresh(n, d, 4, torch.float32, subject.device)
         if not tally.takes(subject, x, None, Spec()):
             continue
@@ -287,6 +296,35 @@ def _kernels_of() -> torch.profiler.profile:
     return torch.profiler.profile(activities=[activities.CPU, activities.CUDA])
 
 
+def moments_do_not_drift(subject: Subject) -> str:
+    """A class of 100,000 rows: tensor cores truncate what they add up, always the same way."""
+    n, d = (2000, 32) if subject.quick else (100_000, 128)
+    x = 0.3 + torch.randn(n, d).to(subject.device)
+    labels = torch.zeros(n, dtype=torch.int64, device=subject.device)
+    if subject.impl != "gram":
+        return "no moments there"
+    if not gram_triton.takes(x, None):
+        raise AssertionError("this input is not for the kernels of moments")
+    state = gram_triton.forward(x, labels, Spec())[2]
+    high, low, scale = (part[0].double() for part in state[7:10])
+    moment = (high + low) * scale[:, None] * float(moment_kernels().UNIT.value)
+    unit = torch.nn.functional.normalize(x.double(), dim=1)
+    truth = unit.T @ unit
+    plain = (unit.float().T @ unit.float()).double()
+    worst, of_plain = (
+        ((m - truth).abs().max() / truth.abs().max()).item() for m in (moment, plain)
+    )
+    assert worst <= 1e-6, f"{worst:.1e} of the largest entry"
+    return f"{n} rows of one class: {worst:.1e} of the largest entry, torch {of_plain:.1e}"
+
+
+def moment_kernels() -> ModuleType:
+    """Imported late, since it needs Triton."""
+    from bstriplet_kernels.paths import moment_kernels as found
+
+    return found
+
+
 def minds_the_device(subject: Subject) -> str:
     """Tensors on the last GPU while the first is current."""
     last = f"cuda:{torch.cuda.device_count() - 1}"
@@ -316,6 +354,7 @@ CHECKS: dict[str, Check] = {
     "capture": is_capturable,
     "launches": launches_few,
     "device": minds_the_device,
+    "moments": moments_do_not_drift,
     "compile": compiles,
 }
 ANYWHERE = ("exact", "bits", "compile")

@@ -39,6 +39,10 @@ KERNELS = {
         "loss_and_gradient", "inverse_norms", "row_sums", "finish_rows", "tile_gradient",
         "panel_sums", "panel_weights",
     ),
+    "gram": (
+        "split_rows", "class_moments", "add_totals", "moment_matrices", "gradient_matrices",
+        "band_sums", "band_gradient", "row_means", "row_gradients",
+    ),
 }  # fmt: skip
 """What a sanitizer looks at: a path's own kernels, by a part of their names."""
 _UNCACHED = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1")  # each tensor then ends at its last byte
@@ -93,6 +97,7 @@ def first(python: str, device: str, results: Path) -> tuple[Step, ...]:
     """The first call: the cluster kernel, then Triton and the moments, then eight cases of each."""
     check = _checks(python, device)
     rest = ("bits", "waits", "capture", "launches", "device") if device == "cuda" else ("bits",)
+    moments = ("moments",) if device == "cuda" else ()
     run = _runs(python, device, results)
     return (
         *_brought(python, device),
@@ -113,7 +118,7 @@ def first(python: str, device: str, results: Path) -> tuple[Step, ...]:
             90,
             (
                 *_exact(check, "triton"), check("triton", *rest),
-                *_exact(check, "gram"), check("gram", *rest),
+                *_exact(check, "gram"), check("gram", *rest, *moments),
                 *_sanitized(python, device, "native"),
             ),
         ),
@@ -136,6 +141,7 @@ def second(python: str, device: str, results: Path) -> tuple[Step, ...]:
                 *(check(impl, "exact", dtype=dtype) for impl in impls for dtype in DTYPES[::3]),
                 *(check(impl, "compile") for impl in impls),
                 *_sanitized(python, device, "triton"),
+                *_sanitized(python, device, "gram"),
                 _tests(python),
             ),
         ),
@@ -203,7 +209,11 @@ def _sanitized(python: str, device: str, impl: str) -> tuple[Command, ...]:
     of_path = tuple(o for name in KERNELS[impl] for o in ("--kernel-name", f"kns={name}"))
     sanitizer = (*_SANITIZER.split(), *of_path, "--tool")
     return tuple(
-        Command(tool, (*prefix, *sanitizer, tool, *check.arguments, "--quick"), "compute-sanitizer")
+        Command(
+            f"{impl} {tool}",
+            (*prefix, *sanitizer, tool, *check.arguments, "--quick"),
+            "compute-sanitizer",
+        )
         for tool, prefix in (("racecheck", ()), ("memcheck", _UNCACHED))
     )
 

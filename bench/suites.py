@@ -287,25 +287,27 @@ def _crossover(device: str) -> tuple[Part, ...]:
 def _gpu_crossover() -> tuple[Part, ...]:
     """A coarser grid that reaches further, and in half precision too.
 
-    From 65 rows on impl="triton" has two schedules, which are timed apart. Each D and dtype means
-    new kernels, some seconds of compilation, and so does an N that 16 does not divide: three D in
-    float32, two in half precision, and N_b = 36 is in `paper`.
+    From 65 rows on impl="triton" has two schedules, which are timed apart; second moments have
+    kernels up to D = 256. Each D and dtype means new kernels, some seconds of compilation, and so
+    does an N that 16 does not divide: three D, and N_b = 36 is in `paper`.
     """
     small, large, classes = (16, 32, 64), (128, 512, 2048, 8192, 32768), (2, 8, 64)
 
     def grid(ns: tuple[int, ...]) -> Iterator[Case]:
-        for (i, n), (j, d) in product(enumerate(ns), enumerate((128, 512, 1280))):
+        for (i, n), (j, d) in product(enumerate(ns), enumerate((128, 256, 1280))):
             c = min(classes[(i + j) % 3], n // 2)
             yield Case(n, d, c)
-            if d != 512 and n in large:
+            if d <= 256 and n in large:
                 yield Case(n, d, c, "bfloat16")
 
     paired = tuple(case for case in grid(large) if case.n <= 2048)
     longer = tuple(case for case in grid(large) if case.n > 2048)
+    longest = tuple(Case(1 << 17, d, 8, t) for d, t in product((128, 256), ("float32", "bfloat16")))
     return (
         Part(tuple(grid(small)), _FAST),
         Part(paired, ("reference", "gram", "auto", SCHEDULE)),
         Part(longer, ("gram", "auto", SCHEDULE)),
+        Part(longest, ("gram", "auto")),
     )
 
 

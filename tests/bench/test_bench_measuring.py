@@ -446,7 +446,7 @@ def test_devices_are_never_mixed(tmp_path):
 def test_suites_are_sound(device):
     known = suites(device)
     assert set(DEFAULT) <= set(known) | {"threads"}
-    assert len(known["crossover"].cases) == (60 if device == "cpu" else 34)
+    assert len(known["crossover"].cases) == (60 if device == "cpu" else 38)
     for suite in known.values():
         assert len(set(suite.cases)) == len(suite.cases)
         assert all(case.device == device for case in suite.cases)

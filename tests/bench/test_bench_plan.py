@@ -13,7 +13,7 @@ from bench.cases import DTYPES, Case, Problem
 from bench.suites import suites
 from bstriplet_kernels import plan
 from bstriplet_kernels.cost import Constants, Operations
-from bstriplet_kernels.paths import PATHS, fused
+from bstriplet_kernels.paths import PATHS, fused, gram_triton
 
 MOST = 1.3
 """The time of a choice over that of the fastest path, at most, at any point of the grid."""
@@ -24,6 +24,7 @@ TRUE = {
     fused.TILES: Constants(6e-5, 4e-14, 3e-13, 6e-6, half=4e-15),
     fused.PANELS: Constants(6e-5, 2.2e-14, 3e-13, 5e-6, half=2e-15),
     "gram": Constants(1e-4, 2.5e-14, 3e-13, 5e-6, half=2.4e-14),
+    gram_triton.SCHEDULE: Constants(1e-4, 6e-15, 3e-13, 5e-6, half=5e-15),
     "reference": Constants(5e-5, 2.2e-14, 4e-13, 5e-6, half=2.1e-14),
 }
 """A GPU that never was: eager. A graph's replay has a fifth of its launches' time, and no call."""
@@ -77,7 +78,7 @@ def test_a_gpus_constants_are_found_again(fitted):
         counted = Operations(row.flops, row.bytes, row.launches)
         predicted = fitted[row.path].seconds(counted, DTYPES[row.dtype])
         assert predicted == pytest.approx(1e-3 * row.ms, rel=0.1)
-    for name in (fused.TILES, fused.PANELS, "gram"):
+    for name in (fused.TILES, fused.PANELS, gram_triton.SCHEDULE):
         assert fitted[name].flop == pytest.approx(TRUE[name].flop, rel=0.15)
         assert fitted[name].half == pytest.approx(TRUE[name].half, rel=0.15)
 
@@ -103,14 +104,15 @@ def test_the_plan_follows_the_constants_of_a_gpu(fitted):
     assert max(choices, key=lambda found: found[0])[0] <= 1.1
     chosen = set()
     for n, d, dtype in (
-        (36, 1280, torch.float32), (2048, 128, torch.float32), (8192, 1280, torch.float32),
-        (1 << 17, 32, torch.bfloat16), (8192, 1280, torch.bfloat16),
+        (36, 1280, torch.float32), (1000, 128, torch.float32), (8192, 1280, torch.float32),
+        (1 << 17, 32, torch.bfloat16), (8192, 1280, torch.bfloat16), (1 << 17, 300, torch.float32),
     ):  # fmt: skip
         work = plan.Work(n, None, d, dtype, device="cuda")
         takers = ("reference", "triton", "gram", *(["native"] if n <= 64 else []))
         path = plan.fastest(takers, work)
         chosen.add(PATHS[path].operations(work, [n]).schedule or path)
-    assert chosen == {"native", fused.TILES, fused.PANELS, "gram"}
+    schedules = fused.TILES, fused.PANELS, gram_triton.SCHEDULE
+    assert chosen == {"native", "gram", *schedules}
 
 
 def test_too_few_rows_of_half_precision_leave_one_rate(capsys):

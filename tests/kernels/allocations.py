@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from bstriplet_kernels import bstriplet_loss, plan
-from bstriplet_kernels.paths import gram, gram_device, native
+from bstriplet_kernels.paths import gram, gram_device, gram_triton, native
 
 
 class Case(NamedTuple):
@@ -98,6 +98,7 @@ def main():
         native._MISSING = "taken away"
     if schedule == "gram_device":
         gram._schedule = lambda *_: gram_device
+        gram_triton.serves = lambda _: False
     torch.set_num_threads(1)
     allocated(schedule, Case(8, 4, 2), allocator)  # what a first call brings along
     pairs = []

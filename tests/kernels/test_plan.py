@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bstriplet_kernels import available_impls, bstriplet_loss, checks, explain, plan
 from bstriplet_kernels.cost import Constants, Operations
-from bstriplet_kernels.paths import PATHS, fused, native
+from bstriplet_kernels.paths import PATHS, fused, gram_triton, native
 from bstriplet_kernels.spec import Spec
 
 
@@ -205,7 +205,8 @@ def test_launches_take_their_time(monkeypatch):
     """On a GPU a path of many launches is left to large batches; the CPU launches nothing."""
     slow = Constants(call=1e-5, flop=1e-11, byte=0, launch=1e-5)
     fast = Constants(call=1e-5, flop=1e-12, byte=0, launch=1e-5)
-    monkeypatch.setattr(plan, "CONSTANTS", {"cuda": {"reference": slow, "gram": fast}})
+    measured = {"reference": slow, "gram": fast, gram_triton.SCHEDULE: fast}
+    monkeypatch.setattr(plan, "CONSTANTS", {"cuda": measured})
     assert rule(256, 128, "reference", "gram") == "reference"
     assert rule(8192, 128, "reference", "gram") == "gram"
     operations = PATHS["reference"].operations(plan.Work(64, None, 32, torch.float32), [64])
