@@ -175,8 +175,9 @@ def _targets(device: str) -> tuple[Part, ...]:
         return (
             Part((Case(36, 1280, 3),), (*_NO_PEERS, _COMPILED_NAIVE)),
             Part((Case(4096, 512, 8, "bfloat16"), Case(4096, 128, 3)), _FAST_AND_BASELINE),
-            Part((few_classes,), (*_LINEAR, HALF), Budget(2.0)),
-            Part((many_classes, Case(1 << 20, 128, 10)), _LINEAR, Budget(2.0)),
+            Part((few_classes,), (*_LINEAR, HALF), Budget(1.0)),
+            Part((Case(1 << 16, 128, 10), many_classes), _LINEAR, Budget(1.0)),
+            Part((Case(1 << 20, 128, 10),), _LINEAR, Budget(1.0)),
             Part((Case(1024, 128, 3),), _NO_PEERS),
         )
     return (
