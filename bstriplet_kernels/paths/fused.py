@@ -275,22 +275,32 @@ def backward(
         spec = spec._replace(wants_gradient=True)
         gradient = state[0] if state else _loss_and_gradient(embeddings, labels, spec)[3]
         return gradient * grad_loss, None
-    pull, scale, *kept = state
     dtype = _sides(embeddings, ref_emb)[0].dtype
-    side = _side_of(kept[:4], dtype)
+    (n, d), m = embeddings.shape, None if ref_emb is None else ref_emb.shape[0]
     with _on_device_of(embeddings):
-        weights = Weights(pull, scale)
-        if spec.reduction == "none":
-            weights = pairs.weights_of(side, pull, grad_loss)
-        if ref_emb is None:
-            whole = (side, weights, side, weights, grad_loss, embeddings.shape, True, spec.signed)
-            return _gradient(*whole), None
-        other = _side_of(kept[4:], dtype)
-        none = Weights(pull.new_zeros(2, other.rows), weights.scale)
-        return (
-            _gradient(side, weights, other, none, grad_loss, embeddings.shape, False, spec.signed),
-            _gradient(other, none, side, weights, grad_loss, ref_emb.shape, False, spec.signed),
-        )
+        return _gradients(grad_loss, n, d, m, dtype, state, spec)
+
+
+def _gradients(
+    upstream: Tensor, n: int, d: int, m: int | None, dtype: torch.dtype, state: State, spec: Spec
+) -> tuple[Tensor, Tensor | None]:
+    """dL/df of rows [n, d], and of m columns where they are others, from what `_rows` kept."""
+    pull, scale, *kept = state
+    side, weights = _side_of(kept[:4], dtype), Weights(pull, scale)
+    if spec.reduction == "none":
+        weights = pairs.weights_of(side, pull, upstream)
+    way = pairs.by_panels if by_panels(n, m, d, dtype) else pairs.by_tiles
+    own = side, weights
+    if m is None:
+        partial = way(*own, *own, True, spec.signed)
+        return pairs.normalised(side, partial, weights.scale, upstream, (n, d)), None
+    columns = _side_of(kept[4:], dtype)
+    others = columns, Weights(pull.new_zeros(2, columns.rows), weights.scale)
+    partial = way(*own, *others, False, spec.signed)
+    gradient = pairs.normalised(side, partial, weights.scale, upstream, (n, d))
+    del partial
+    partial = way(*others, *own, False, spec.signed)
+    return gradient, pairs.normalised(columns, partial, weights.scale, upstream, (m, d))
 
 
 def _side_of(kept: Sequence[Tensor], dtype: torch.dtype) -> Side:
@@ -473,24 +483,6 @@ def _rows(
             num_warps=8,
         )
     return loss, Rows(positive, negative), (pull, scale, *side[:4], *(() if own else other[:4]))
-
-
-def _gradient(
-    side: Side,
-    weights: Weights,
-    other: Side,
-    other_weights: Weights,
-    upstream: Tensor,
-    shape: tuple[int, ...],
-    own: bool,
-    signed: bool,
-) -> Tensor:
-    """The gradient of a side's embeddings, [N, D] in the accumulation dtype."""
-    m = None if own else other.rows
-    panels = by_panels(shape[0], m, shape[1], side.dtype)
-    way = pairs.by_panels if panels else pairs.by_tiles
-    partial = way(side, weights, other, other_weights, own, signed)
-    return pairs.normalised(side, partial, weights.scale, upstream, shape)
 
 
 def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
