@@ -413,7 +413,9 @@ def by_panels(
     column_tiles = columns.rows // blocks.m
     for first, last in panels(rows.rows, step):
         row_tiles = (last - first) // blocks.n
-        tiles = row_tiles * (row_tiles + 1) // 2 if mirrored else row_tiles * column_tiles
+        tiles = row_tiles * column_tiles
+        if mirrored:
+            tiles = blocks.n // blocks.m * row_tiles * (row_tiles + 1) // 2
         kernels().tile_weights[(tiles,)](
             *_operands(rows, columns),
             row_weights.of_rows,

@@ -717,12 +717,13 @@ def tile_gradient(
 
 
 @triton.jit
-def _triangle(p):
-    """The p-th tile on or below the diagonal: (row, column), 0 <= column <= row."""
-    row = ((tl.sqrt(8.0 * p.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-    row = tl.where(row * (row + 1) // 2 > p, row - 1, row)
-    row = tl.where((row + 1) * (row + 2) // 2 <= p, row + 1, row)
-    return row, p - row * (row + 1) // 2
+def _triangle(p, SQUARE: tl.constexpr):
+    """The p-th tile (row, column) up to the diagonal, where SQUARE tiles in a row are a square."""
+    t = p // SQUARE
+    row = ((tl.sqrt(8.0 * t.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    row = tl.where(row * (row + 1) // 2 > t, row - 1, row)
+    row = tl.where((row + 1) * (row + 2) // 2 <= t, row + 1, row)
+    return row, p - SQUARE * (row * (row + 1) // 2)
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "first", "column_tiles", "signed"])
@@ -756,15 +757,15 @@ def tile_weights(
 ):
     """One tile of weights, as `_pair_weights`, for a panel of rows from `first` on.
 
-    MIRRORED: the panel is all of a symmetric S, and a tile below the diagonal is written on both of
-    its sides. A tile of inactive rows and columns is 0, and nothing is multiplied. 2 width FLOPs a
-    pair, times three with SPLIT; writes 2 bytes a pair, or 4. Bound by the products.
+    MIRRORED: the panel is all of a symmetric S, and a tile below the diagonal's is written on both
+    of its sides. A tile of inactive rows and columns is 0, and nothing is multiplied. 2 width FLOPs
+    a pair, times three with SPLIT; writes 2 bytes a pair, or 4. Bound by the products.
     """
     acc: tl.constexpr = row_weight.dtype.element_ty
     element: tl.constexpr = high.dtype.element_ty
     p = tl.program_id(0)
     if MIRRORED:
-        r, c = _triangle(p)
+        r, c = _triangle(p, BLOCK_N // BLOCK_M)
     else:
         r, c = p // column_tiles, p % column_tiles
     local = r * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -805,11 +806,11 @@ def tile_weights(
     if SPLIT:
         tl.store(low + at, w_low)
     if MIRRORED:  # noqa: SIM102 - this is known when compiling, the rest is not
-        if r != c:
-            at = (j.to(tl.int64) * columns)[:, None] + i[None, :]
-            tl.store(high + at, tl.trans(w))
+        if (c + 1) * BLOCK_M <= r * BLOCK_N:
+            at_mirror = (j.to(tl.int64) * columns)[:, None] + i[None, :]
+            tl.store(high + at_mirror, tl.trans(w))
             if SPLIT:
-                tl.store(low + at, tl.trans(w_low))
+                tl.store(low + at_mirror, tl.trans(w_low))
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "first"])
