@@ -4,7 +4,7 @@ Small (at most 64 rows, own columns, scalar loss): the forward's one kernel, two
 loss and dL/df for unit upstream gradient, and the backward is one multiply. Else: rows prepared
 once, their sums by tiles, one small kernel that finishes them; the backward forms tiles anew. S is
 never stored: weights are, in panels of bounded size, where D is large, by predicted time. See
-`pairs`.
+`pairs`. Prepared rows, as many bytes as the embeddings, are kept for the backward.
 
 Triton is imported when the first kernel runs.
 """
@@ -50,7 +50,7 @@ def small_blocks(n: int, dtype: torch.dtype, hopper: bool) -> Blocks:
     return Blocks(rows, rows, 128, 32, warps, 3)
 
 
-def sums_parts(dtype: torch.dtype) -> bool:
+def products_are_apart(dtype: torch.dtype) -> bool:
     """Whether the small schedule forms products in a launch of their own: of exact float32."""
     return dtype == torch.float32 and precision(dtype) == "tf32x3"
 
@@ -93,7 +93,7 @@ def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
 def _small_operations(work: Work) -> Operations:
     blocks = small_blocks(work.n, work.dtype, False)
     slices = _tiles_of(work.d, blocks.v) if work.wants_gradient else 1
-    steps, summed = _tiles_of(work.d, blocks.d), sums_parts(work.dtype)
+    steps, summed = _tiles_of(work.d, blocks.d), products_are_apart(work.dtype)
     pairs_ = 2 * blocks.n * blocks.n
     flops = pairs_ * steps * blocks.d * (4 if summed else slices)  # four products make an exact one
     moved = work.embedding_bytes + 2 * work.gradient_bytes
@@ -107,7 +107,11 @@ def _small_operations(work: Work) -> Operations:
 
 def _part_bytes(work: Work, blocks: Blocks) -> int:
     """Of the products of a batch, as `tiles.batch_products` writes them."""
-    return _tiles_of(work.d, blocks.d) * blocks.n * blocks.n * 4 if sums_parts(work.dtype) else 0
+    return (
+        _tiles_of(work.d, blocks.d) * blocks.n * blocks.n * 4
+        if products_are_apart(work.dtype)
+        else 0
+    )
 
 
 def by_panels(n: int, m: int | None, d: int, dtype: torch.dtype) -> bool:
@@ -383,7 +387,7 @@ def _loss_and_gradient(embeddings: Tensor, labels: Tensor, spec: Spec) -> tuple[
     rows = _empty_rows(embeddings, ())
     gradient = rows[0].new_empty(n if spec.wants_gradient else 0, d)
     blocks = small_blocks(n, embeddings.dtype, pairs.is_hopper(embeddings.device))
-    summed = sums_parts(embeddings.dtype)
+    summed = products_are_apart(embeddings.dtype)
     parts = _tiles_of(d, blocks.d) if summed else 0
     partial = rows[0].new_empty(parts, blocks.n, blocks.n)
     grid = (_tiles_of(d, blocks.v) if spec.wants_gradient else 1,)

@@ -34,8 +34,8 @@ PANEL_BYTES = 1 << 26
 MAX_PARTS = 16
 """Among how many programs the columns of one tile of rows are shared out at most."""
 MOST_HALVED_TILES = 256
-"""S is halved up to so many tiles of rows: beyond, the sums of each over its columns would grow to
-more memory than the embeddings take."""
+"""S is halved up to so many tiles of rows. Each writes sums for all columns up to its own: 2 KiB a
+row at most, 16,384 rows of 64 a tile."""
 _SCALE = 256.0  # of unit float32 rows, so that what rounding leaves is in float16's range
 _DEPTH = 64  # of one step of a product
 _WHOLE = 128  # up to this width a tile of S is one step
@@ -124,8 +124,10 @@ def _is_whole(width: int, dtype: torch.dtype) -> bool:
 
 
 def sum_blocks(width: int, dtype: torch.dtype, hopper: bool) -> Blocks:
-    """Of `tiles.tile_sums`. Several programs of four warps share a processor: while one adds up a
-    tile, another multiplies."""
+    """Of `tiles.tile_sums`.
+
+    Several programs of four warps share a processor: while one adds up a tile, another multiplies.
+    """
     if dtype == torch.float64:
         return Blocks(32, 32, min(width, 32), 0, 4, 2)
     if not hopper:
