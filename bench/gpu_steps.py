@@ -36,8 +36,9 @@ _SANITIZER = "compute-sanitizer --error-exitcode 1 --report-api-errors no"  # to
 KERNELS = {
     "native": ("batch_similarity_kernel",),
     "triton": (
-        "loss_and_gradient", "inverse_norms", "row_sums", "finish_rows", "tile_gradient",
-        "panel_sums", "panel_weights",
+        "batch_products", "loss_and_gradient", "prepare_rows", "tile_sums", "finish_rows",
+        "reduce_losses", "weigh_rows", "tile_gradient", "tile_weights", "weighted_rows",
+        "normalise_gradient",
     ),
     "gram": (
         "split_rows", "class_moments", "add_totals", "moment_matrices", "gradient_matrices",

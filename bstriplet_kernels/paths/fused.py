@@ -1,9 +1,10 @@
-"""impl="triton": one launch for a small batch, else tiles or panels; kernels are in `tiles`.
+"""impl="triton": one launch for a small batch, else tiles of S; kernels are in `tiles`.
 
-Small (at most 64 rows, own columns, scalar loss): the forward's one kernel gives loss and dL/df for
-unit upstream gradient, and the backward is one multiply. Else: norms, row sums by tiles, one small
-kernel that finishes them; the backward recomputes tiles. O(N) numbers are kept, N x M never stored.
-Where D is large the products of both go through `panels` instead, by predicted time.
+Small (at most 64 rows, own columns, scalar loss): the forward's one kernel, two in float32, gives
+loss and dL/df for unit upstream gradient, and the backward is one multiply. Else: rows prepared
+once, their sums by tiles, one small kernel that finishes them; the backward forms tiles anew. S is
+never stored: weights are, in panels of bounded size, where D is large, by predicted time. See
+`pairs`. Prepared rows, as many bytes as the embeddings, are kept for the backward.
 
 Triton is imported when the first kernel runs.
 """
@@ -15,7 +16,6 @@ import functools
 import importlib.util
 import os
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,57 +25,34 @@ from .._torch import in_memory
 from ..calibration import CONSTANTS
 from ..cost import Constants, Operations, Work, round_up
 from ..spec import Gradients, Path, Rows, Spec, State, accumulation_dtype
-from . import panels
+from . import pairs
+from .pairs import Blocks, Side, Weights, kernels
 
 SMALL, TILES, PANELS = "triton small", "triton tiles", "triton panels"
 """The schedules, by the names under which their measured speeds stand."""
 SMALL_ROWS = 64
-MAX_PARTS = 8
-"""Among how many programs the columns of one tile of rows are shared out at most."""
-USUAL_PROCESSORS = 132  # for predictions: an H100
-_INTERPRETER_PROCESSORS = 6  # so that small inputs share columns out there too
+_FINISHED = 32  # rows whose sums one program finishes
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _FIRST_CAPABILITY = 8  # the first with bfloat16 and tf32 products
 
 
-class Blocks(NamedTuple):
-    """How a kernel is cut: rows, columns, depth of one product, gradient columns; and its warps."""
-
-    n: int
-    m: int
-    d: int
-    v: int
-    warps: int
-    stages: int
-
-
 def small_blocks(n: int, dtype: torch.dtype, hopper: bool) -> Blocks:
-    """Of `tiles.loss_and_gradient`, for at most `SMALL_ROWS` rows.
+    """Of `tiles.loss_and_gradient`, and of `tiles.batch_products`, for at most `SMALL_ROWS` rows.
 
     As deep as registers allow. Hopper multiplies 64 rows from shared memory; other GPUs hold both
-    operands of a step in registers, where exact float32 ones take twice the room.
+    operands of a step in registers.
     """
     rows, warps = (32, 4) if n <= 32 else (64, 8)
     if dtype == torch.float64:
         return Blocks(rows, rows, 32, 32, warps, 2)
-    depth = 2048 // rows if dtype == torch.float32 and not hopper else 128
-    return Blocks(rows, rows, depth, 32, warps, 3)
-
-
-def row_blocks(dtype: torch.dtype, hopper: bool) -> Blocks:
-    """Of `tiles.row_sums`. Hopper's tensor cores take 64 rows for each four warps."""
-    if dtype == torch.float64:
-        return Blocks(32, 32, 32, 0, 4, 2)
-    return Blocks(128 if hopper else 64, 64, 32 if dtype == torch.float32 else 64, 0, 8, 3)
-
-
-def gradient_blocks(dtype: torch.dtype, hopper: bool) -> Blocks:
-    """Of `tiles.tile_gradient`."""
-    if dtype == torch.float64:
-        return Blocks(32, 32, 32, 32, 4, 2)
     if dtype == torch.float32:
-        return Blocks(64, 32, 32, 128, 8, 2)
-    return Blocks(128 if hopper else 64, 64, 64, 128, 8, 3)
+        return Blocks(rows, rows, 64 if hopper else 2048 // rows, 32, warps, 3)
+    return Blocks(rows, rows, 128, 32, warps, 3)
+
+
+def products_are_apart(dtype: torch.dtype) -> bool:
+    """Whether the small schedule forms products in a launch of their own: of exact float32."""
+    return dtype == torch.float32 and precision(dtype) == "tf32x3"
 
 
 class Rates(NamedTuple):
@@ -87,54 +64,68 @@ class Rates(NamedTuple):
     float64: float
 
 
-# Not measured: what an H100 may be expected to do. Where nothing is, they decide between tiles and
-# panels, and nothing else.
-_TILES = Rates(3.5e14, 1.6e14, 8e13, 3e13)
-_PRODUCTS = Rates(6e14, 3e14, 4.5e13, 5e13)
+# Of an H200, rounded; measured speeds come before them. They decide between tiles and panels, and
+# nothing else.
+_TILES = Rates(4e14, 4e14, 5e14, 2e13)
+_PANELS = Rates(3.9e14, 3.9e14, 4.6e14, 3e13)
 _BYTES_A_SECOND = 4e12  # panels lie in the second-level cache in part
 _LAUNCH_SECONDS = 3e-6
 
 
 def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
-    """Counted as launched, whole blocks and recomputed tiles included.
+    """Counted as launched on an H100, whole blocks and recomputed tiles included.
 
-    The blocks are those that suit any GPU, and columns are shared out as on an H100.
+    The three products of an exact float32 one are three. Of the small schedule the blocks are those
+    that suit any GPU.
     """
     n, m, d, dtype, reduction, wants_gradient, device = work
     if m is None and reduction != "none" and n <= SMALL_ROWS:
-        blocks = small_blocks(n, dtype, False)
-        slices = _tiles_of(d, blocks.v) if wants_gradient else 1
-        pairs = 2 * blocks.n * blocks.n
-        depth = _tiles_of(d, blocks.d) * blocks.d
-        gradient = slices * pairs * blocks.v if wants_gradient else 0
-        scaled = work.cast_bytes or work.gradient_bytes  # one launch multiplies and casts
-        bytes_ = work.embedding_bytes + 2 * work.gradient_bytes + scaled
-        flops, launches = slices * pairs * depth + gradient, 2 if wants_gradient else 1
-        found = Operations(flops, bytes_, launches, SMALL)
+        found = _small_operations(work)
     else:
-        of = _panels_operations if by_panels(n, m, d, dtype) else _tiles_operations
-        found = of(n, m, d, dtype, wants_gradient)
+        found = _pair_operations(n, m, d, dtype, wants_gradient, by_panels(n, m, d, dtype))
         casts = (1 if m is None else 2) if wants_gradient and work.casts else 0
-        found = found._replace(launches=found.launches + casts)
+        rows = reduction == "none"  # no reduction, but weights of each row's own
+        launches = found.launches + casts - (rows and not wants_gradient)
+        found = found._replace(launches=launches)
     return found._replace(launches=0) if device == "cpu" else found
+
+
+def _small_operations(work: Work) -> Operations:
+    blocks = small_blocks(work.n, work.dtype, False)
+    slices = _tiles_of(work.d, blocks.v) if work.wants_gradient else 1
+    steps, summed = _tiles_of(work.d, blocks.d), products_are_apart(work.dtype)
+    pairs_ = 2 * blocks.n * blocks.n
+    flops = pairs_ * steps * blocks.d * (4 if summed else slices)  # four products make an exact one
+    moved = work.embedding_bytes + 2 * work.gradient_bytes
+    if work.wants_gradient:
+        flops += slices * pairs_ * blocks.v
+        moved += work.cast_bytes or work.gradient_bytes  # one launch multiplies and casts
+    if summed:
+        moved += 2 * _part_bytes(work, blocks)
+    return Operations(flops, moved, 1 + summed + work.wants_gradient, SMALL)
+
+
+def _part_bytes(work: Work, blocks: Blocks) -> int:
+    """Of the products of a batch, as `tiles.batch_products` writes them."""
+    return (
+        _tiles_of(work.d, blocks.d) * blocks.n * blocks.n * 4
+        if products_are_apart(work.dtype)
+        else 0
+    )
 
 
 def by_panels(n: int, m: int | None, d: int, dtype: torch.dtype) -> bool:
     """Whether panels are predicted to be faster than tiles, forward and backward together."""
-    return _compare(n, m, d, dtype, _products_are_exact())
-
-
-def _products_are_exact() -> bool:
-    """Whether torch multiplies float32 as it is."""
-    return torch.get_float32_matmul_precision() == "highest"
+    return _compare(n, m, d, dtype, pairs.products_are_exact())
 
 
 @functools.lru_cache(maxsize=4096)
 def _compare(n: int, m: int | None, d: int, dtype: torch.dtype, exact: bool) -> bool:
-    tiles, panels_ = _speeds(dtype, exact)
-    return panels_.seconds(_panels_operations(n, m, d, dtype, True), dtype) < tiles.seconds(
-        _tiles_operations(n, m, d, dtype, True), dtype
+    tiles, panels = (
+        constants.seconds(_pair_operations(n, m, d, dtype, True, panels), dtype)
+        for constants, panels in zip(_speeds(dtype, exact), (False, True), strict=True)
     )
+    return panels < tiles
 
 
 def _speeds(dtype: torch.dtype, exact: bool) -> tuple[Constants, Constants]:
@@ -146,7 +137,7 @@ def _speeds(dtype: torch.dtype, exact: bool) -> tuple[Constants, Constants]:
             return found
         if dtype.itemsize < 4 and None not in (found[0].half, found[1].half):
             return found
-    return _assumed(_TILES, dtype, exact), _assumed(_PRODUCTS, dtype, exact)
+    return _assumed(_TILES, dtype, exact), _assumed(_PANELS, dtype, exact)
 
 
 def _assumed(rates: Rates, dtype: torch.dtype, exact: bool) -> Constants:
@@ -157,92 +148,101 @@ def _assumed(rates: Rates, dtype: torch.dtype, exact: bool) -> Constants:
     return Constants(0.0, 1 / rate, 1 / _BYTES_A_SECOND, _LAUNCH_SECONDS)
 
 
-def _tiles_operations(
-    n: int, m: int | None, d: int, dtype: torch.dtype, wants_gradient: bool
+class _Sizes(NamedTuple):
+    """Padded sizes of a side's rows, of its columns and of D; and a product's parts."""
+
+    rows: int
+    columns: int
+    width: int
+    split: bool
+
+    def halved(self, tile: int) -> int:
+        """Pairs in the tiles on and below the diagonal."""
+        tiles = self.rows // tile
+        return tile * tile * tiles * (tiles + 1) // 2
+
+    def flops(self, pairs_: int) -> int:
+        """Of a product of depth D' for so many pairs."""
+        return 2 * pairs_ * self.width * (3 if self.split else 1)
+
+
+def _sizes(n: int, m: int | None, d: int, dtype: torch.dtype) -> tuple[_Sizes, ...]:
+    """Of each side whose gradient is wanted."""
+    rows, columns = (round_up(size, pairs.ROWS) for size in (n, n if m is None else m))
+    width, split = pairs.padded_width(d), pairs.is_split(dtype)
+    sides = (_Sizes(rows, columns, width, split), _Sizes(columns, rows, width, split))
+    return sides[: 1 if m is None else 2]
+
+
+def _pair_operations(
+    n: int, m: int | None, d: int, dtype: torch.dtype, wants_gradient: bool, panels: bool
 ) -> Operations:
-    """Tiles of S, for the sums and for each side's gradient; unaligned rows are copied."""
-    sides = 1 if m is None else 2
-    columns = n if m is None else m
-    vectors = n if m is None else n + m
-    accumulated = max(4, dtype.itemsize)
-    copied = d % 16 != 0
-    size = vectors * round_up(d, 16) * dtype.itemsize
-    copies = 2 * size if copied else 0
-    flops = _tile_flops(n, columns, d, row_blocks(dtype, False))
-    moved = 2 * size + copies
-    launches = 2 + sides + (sides if copied else 0)
-    if not wants_gradient:
-        return Operations(flops, moved, launches, TILES)
-    blocks = gradient_blocks(dtype, False)
-    launches += sides - 1  # the columns' pull, which is 0
-    for own, others in ((n, columns), (columns, n))[:sides]:
-        flops += _tile_flops(own, others, d, blocks)
-        programs = _tiles_of(own, blocks.n) * _tiles_of(d, blocks.v)
-        parts = _parts(programs, _tiles_of(others, blocks.m), USUAL_PROCESSORS)
-        passes = 1 if parts == 1 else 2 * parts + 1  # each part written and read, the sum written
-        moved += size + copies + own * d * accumulated * (passes + (2 if copied else 0))
-        launches += 1 + (parts > 1) + (1 + sides if copied else 0)
-    return Operations(flops, moved, launches, TILES)
+    """Of a scalar loss by tiles or by panels, on the GPU that is usual."""
+    sides = _sizes(n, m, d, dtype)
+    accumulated, element = max(4, dtype.itemsize), pairs.operand_dtype(dtype).itemsize
+    element *= 2 if sides[0].split else 1
+    blocks = pairs.sum_blocks(sides[0].width, dtype, True)
+    halved = pairs.is_halved(sides[0].rows, m is None, blocks)
+    own = sides[0].halved(blocks.n) if halved else sides[0].rows * sides[0].columns
+    prepared = sum(side.rows * side.width * element for side in sides)
+    flops = sides[0].flops(own)
+    moved = (n if m is None else n + m) * d * dtype.itemsize + 2 * prepared
+    moved += 2 * _slot_bytes(sides[0], dtype, halved, pairs.USUAL_PROCESSORS, True)
+    launches = len(sides) + 3
+    for side, size in zip(sides, (n, m), strict=False) if wants_gradient else ():
+        pairs_ = side.rows * side.columns
+        parts = _gradient_parts(side, dtype, panels, pairs.USUAL_PROCESSORS, True)
+        moved += prepared + 2 * parts * side.rows * side.width * accumulated
+        moved += (size or 0) * d * accumulated
+        if panels:
+            step = pairs.panel_rows(side.rows, side.columns, dtype, side.split)
+            mirrored = m is None and step == side.rows
+            tile = pairs.weight_blocks(side.width, dtype, True).n
+            flops += side.flops(pairs_ + (side.halved(tile) if mirrored else pairs_))
+            moved += 2 * pairs_ * element
+            launches += 1 + 2 * _tiles_of(side.rows, step)
+        else:
+            slices = side.width // pairs.gradient_blocks(side.width, dtype, True).v
+            flops += side.flops(pairs_ * (slices + 1))
+            launches += 2
+    if wants_gradient:
+        launches += len(sides) - 1  # the weights of columns' losses, which are 0
+    return Operations(flops, moved, launches, PANELS if panels else TILES)
 
 
-def _panels_operations(
-    n: int, m: int | None, d: int, dtype: torch.dtype, wants_gradient: bool
-) -> Operations:
-    """Products of panels, and the sweeps that read and write them."""
-    sides = 1 if m is None else 2
-    columns = n if m is None else m
-    size = (n if m is None else n + m) * d * dtype.itemsize
-    accumulated = max(4, dtype.itemsize)
-    held = panels.pairs(n, columns, m is None)
-    half = dtype.itemsize < 4
-    count = _tiles_of(n, panels.panel_rows(n, columns))
-    total = Operations(
-        flops=2 * held * d,
-        bytes=3 * size + 2 * held * accumulated,
-        launches=4 + (9 if half else 7) * sides + 4 * count + (2 * (count - 1) if m is None else 0),
-        schedule=PANELS,
-    )
-    if not wants_gradient:
-        return total
-    weights = accumulated + 2 * dtype.itemsize
-    backward = sides * 2 * d * (held + n * columns)
-    swept = sides * held * (accumulated + weights)
-    if m is None:
-        launches = 20 + 4 * count + (3 + 2 * count if half else 0)
-    else:
-        count += _tiles_of(columns, panels.panel_rows(columns, n))
-        launches = 53 + 3 * count + (10 + count if half else 0)
-    if dtype == torch.float16:
-        launches += 15 * sides  # weights are brought into its range
-    if d % 16:
-        launches += sides  # padding is cut off
-    return Operations(
-        total.flops + backward,
-        total.bytes + (6 + 2 * sides) * size + swept,
-        total.launches + launches,
-        PANELS,
-    )
+def _slot_bytes(
+    side: _Sizes, dtype: torch.dtype, halved: bool, processors: int, hopper: bool
+) -> int:
+    """Of the partial sums that `pairs.row_sums` returns."""
+    blocks = pairs.sum_blocks(side.width, dtype, hopper)
+    tiles = side.rows // blocks.n
+    parts = pairs.sum_parts(tiles, side.columns // blocks.m, processors)
+    return 2 * side.rows * (parts + (tiles if halved else 0)) * max(4, dtype.itemsize)
 
 
-def _tile_flops(n: int, m: int, d: int, blocks: Blocks) -> int:
-    """2 D for each pair, and, where a gradient is formed, that again for each slice of it."""
-    pairs = 2 * _tiles_of(n, blocks.n) * blocks.n * _tiles_of(m, blocks.m) * blocks.m
-    depth = _tiles_of(d, blocks.d) * blocks.d
-    if blocks.v == 0:
-        return pairs * depth
-    return pairs * _tiles_of(d, blocks.v) * (depth + blocks.v)
+def _gradient_parts(
+    side: _Sizes, dtype: torch.dtype, panels: bool, processors: int, hopper: bool
+) -> int:
+    """In how many parts a side's gradient comes."""
+    if not panels:
+        blocks = pairs.gradient_blocks(side.width, dtype, hopper)
+        programs = side.rows // blocks.n * (side.width // blocks.v)
+        return pairs.parts(programs, side.columns // blocks.m, processors)
+    if not side.split:
+        return 1
+    step = pairs.panel_rows(side.rows, side.columns, dtype, True)
+    return pairs.product_parts(step, side.columns, side.width, hopper, processors)
 
 
-def precision(dtype: torch.dtype, small: bool = False) -> str:
-    """How Triton multiplies float32: by what torch's own products are allowed to do.
+def precision(dtype: torch.dtype) -> str:
+    """How the small schedule multiplies float32: by what torch's own products are allowed to do.
 
     Half-precision embeddings are multiplied as they are; the word is then for their weights, which
-    `tiles` raises to tf32 where the batch is large, and to float32 where it costs nothing.
+    cost nothing to multiply exactly.
     """
     if dtype == torch.float64 or torch.version.hip is not None:
         return "ieee"
-    exact = _products_are_exact()
-    return "tf32x3" if (exact if dtype == torch.float32 else small) else "tf32"
+    return "tf32" if dtype == torch.float32 and not pairs.products_are_exact() else "tf32x3"
 
 
 def forward(
@@ -258,21 +258,8 @@ def forward(
         loss, positive, negative, gradient = _loss_and_gradient(embeddings, labels, spec)
         state = Gradients((gradient,)) if spec.wants_gradient else ()
         return loss, Rows(positive, negative), state
-    rows, columns = _sides(embeddings, ref_emb)
-    inverse = _inverse_norms(rows, spec.eps)
-    others = () if ref_emb is None else (_inverse_norms(columns, spec.eps),)
-    inverses = (inverse, *others)
-    loss, positive, negative, pull = _rows(
-        rows,
-        columns,
-        labels,
-        labels if ref_labels is None else ref_labels,
-        inverse,
-        inverses[-1],
-        ref_emb is None,
-        spec,
-    )
-    return loss, Rows(positive, negative), (pull, *inverses)
+    with on_device_of(embeddings):
+        return _rows(*_sides(embeddings, ref_emb), labels, ref_labels, spec)
 
 
 def backward(
@@ -292,17 +279,37 @@ def backward(
         spec = spec._replace(wants_gradient=True)
         gradient = state[0] if state else _loss_and_gradient(embeddings, labels, spec)[3]
         return gradient * grad_loss, None
-    pull, inverse, *rest = state
-    f, columns = _sides(embeddings, ref_emb)
-    side = (f, labels, inverse, pull)
-    if ref_emb is None:
-        return _gradient(*side, *side, grad_loss, True, spec.signed), None
-    assert ref_labels is not None
-    other = (columns, ref_labels, rest[0], pull.new_zeros(2, ref_emb.shape[0]))
-    return (
-        _gradient(*side, *other, grad_loss, False, spec.signed),
-        _gradient(*other, *side, grad_loss, False, spec.signed),
-    )
+    dtype = _sides(embeddings, ref_emb)[0].dtype
+    (n, d), m = embeddings.shape, None if ref_emb is None else ref_emb.shape[0]
+    with on_device_of(embeddings):
+        return _gradients(grad_loss, n, d, m, dtype, state, spec)
+
+
+def _gradients(
+    upstream: Tensor, n: int, d: int, m: int | None, dtype: torch.dtype, state: State, spec: Spec
+) -> tuple[Tensor, Tensor | None]:
+    """dL/df of rows [n, d], and of m columns where they are others, from what `_rows` kept."""
+    pull, scale, *kept = state
+    side, weights = _side_of(kept[:4], dtype), Weights(pull, scale)
+    if spec.reduction == "none":
+        weights = pairs.weights_of(side, pull, upstream)
+    way = pairs.by_panels if by_panels(n, m, d, dtype) else pairs.by_tiles
+    own = side, weights
+    if m is None:
+        partial = way(*own, *own, True, spec.signed)
+        return pairs.normalised(side, partial, weights.scale, upstream, (n, d)), None
+    columns = _side_of(kept[4:], dtype)
+    others = columns, Weights(pull.new_zeros(2, columns.rows), weights.scale)
+    partial = way(*own, *others, False, spec.signed)
+    gradient = pairs.normalised(side, partial, weights.scale, upstream, (n, d))
+    del partial
+    partial = way(*others, *own, False, spec.signed)
+    return gradient, pairs.normalised(columns, partial, weights.scale, upstream, (m, d))
+
+
+def _side_of(kept: Sequence[Tensor], dtype: torch.dtype) -> Side:
+    high, low, scales, classes = kept
+    return Side(high, low, scales, classes, dtype)
 
 
 def _in_memory(*tensors: Any) -> Any:
@@ -357,56 +364,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "y", "yes", "t", "true", "on")
 
 
-@functools.cache
-def _tiles() -> ModuleType:
-    from . import tiles
-
-    return tiles
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    if device.type == "cpu":
-        return _INTERPRETER_PROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes that a block may take; in the interpreter as much as a Hopper GPU gives."""
-    if device.type == "cpu":
-        return 232_448
-    properties = torch.cuda.get_device_properties(device)
-    return int(getattr(properties, "shared_memory_per_block_optin", 49_152))
-
-
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    if device.type == "cpu" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device)[0] == 9
-
-
-def _aligned(embeddings: Tensor) -> Tensor:
-    """The same rows as tiles want them: see `tiles`. Most are already; else a padded copy."""
-    d = embeddings.shape[1]
-    row, column = embeddings.stride()
-    if column == 1 and row % 16 == 0 and d % 16 == 0 and embeddings.data_ptr() % 16 == 0:
-        return embeddings
-    return torch.nn.functional.pad(embeddings, (0, -d % 16)).contiguous()
-
-
-def _aligned_sides(rows: Tensor, columns: Tensor, own: bool) -> tuple[Tensor, Tensor]:
-    rows = _aligned(rows)
-    return rows, rows if own else _aligned(columns)
-
-
-def _parts(programs: int, column_tiles: int, processors: int) -> int:
-    """Among how many programs columns are shared out, so that few rows still fill the GPU."""
-    return max(1, min(MAX_PARTS, column_tiles, 2 * processors // programs))
-
-
-def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensor's."""
     if tensor.device.type == "cpu" or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
@@ -433,16 +391,32 @@ def _loss_and_gradient(embeddings: Tensor, labels: Tensor, spec: Spec) -> tuple[
     n, d = embeddings.shape
     rows = _empty_rows(embeddings, ())
     gradient = rows[0].new_empty(n if spec.wants_gradient else 0, d)
-    blocks = small_blocks(n, embeddings.dtype, _is_hopper(embeddings.device))
+    blocks = small_blocks(n, embeddings.dtype, pairs.is_hopper(embeddings.device))
+    summed = products_are_apart(embeddings.dtype)
+    parts = _tiles_of(d, blocks.d) if summed else 0
+    partial = rows[0].new_empty(parts, blocks.n, blocks.n)
     grid = (_tiles_of(d, blocks.v) if spec.wants_gradient else 1,)
-    with _on_device_of(embeddings):
-        _tiles().loss_and_gradient[grid](
+    with on_device_of(embeddings):
+        if summed:
+            kernels().batch_products[(parts,)](
+                embeddings,
+                partial,
+                n,
+                d,
+                *embeddings.stride(),
+                BLOCK_N=blocks.n,
+                BLOCK_D=blocks.d,
+                num_warps=blocks.warps,
+            )
+        kernels().loss_and_gradient[grid](
             embeddings,
             labels,
+            partial,
             *rows,
             gradient,
             n,
             d,
+            parts,
             *embeddings.stride(),
             labels.stride(0),
             spec.margin,
@@ -451,7 +425,8 @@ def _loss_and_gradient(embeddings: Tensor, labels: Tensor, spec: Spec) -> tuple[
             int(spec.signed),
             int(spec.reduction == "mean"),
             int(spec.wants_gradient),
-            PRECISION=precision(embeddings.dtype, small=True),
+            PRECISION=precision(embeddings.dtype),
+            SUMMED=summed,
             BLOCK_N=blocks.n,
             BLOCK_D=blocks.d,
             BLOCK_V=blocks.v,
@@ -461,230 +436,100 @@ def _loss_and_gradient(embeddings: Tensor, labels: Tensor, spec: Spec) -> tuple[
     return *rows, gradient
 
 
-def _inverse_norms(embeddings: Tensor, eps: float) -> Tensor:
-    """1 / n_i, [N]: 0 for a zero row, NaN where n_i^2 overflows."""
-    n, d = embeddings.shape
-    inverse = embeddings.new_empty(n, dtype=accumulation_dtype(embeddings))
-    with _on_device_of(embeddings):
-        _tiles().inverse_norms[(_tiles_of(n, 16),)](
-            embeddings, inverse, n, d, *embeddings.stride(), eps * eps, BLOCK_N=16, BLOCK_D=128
-        )
-    return inverse
-
-
 def _rows(
     rows: Tensor,
     columns: Tensor,
-    row_labels: Tensor,
-    column_labels: Tensor,
-    row_inverse: Tensor,
-    column_inverse: Tensor,
-    own: bool,
+    labels: Tensor,
+    ref_labels: Tensor | None,
     spec: Spec,
-) -> tuple[Tensor, ...]:
-    """(loss, positive, negative, pull [2, N]); `own`: the columns are the rows themselves."""
-    n = rows.shape[0]
-    finished = _empty_rows(rows, (n,) if spec.reduction == "none" else ())
-    pull = finished[0].new_empty(2, n)
-    with _on_device_of(rows):
-        if by_panels(n, None if own else columns.shape[0], rows.shape[1], rows.dtype):
-            side = panels.make_side(rows, row_labels, row_inverse)
-            other = side if own else panels.make_side(columns, column_labels, column_inverse)
-            *sums, counts = panels.row_sums(side, other, own, spec.signed)
-            partial = torch.stack(sums).unsqueeze(1), counts.to(torch.int32)[None]
-        else:
-            partial = _tiled_row_sums(
-                *_aligned_sides(rows, columns, own),
-                row_labels.contiguous(),
-                column_labels.contiguous(),
-                row_inverse,
-                column_inverse,
-                own,
-                spec.signed,
-            )
-        _tiles().finish_rows[(1,)](
-            *partial,
-            *finished,
-            pull,
-            n,
-            columns.shape[0],
-            partial[0].shape[1],
-            int(own),
-            spec.margin,
-            spec.sigma,
-            REDUCTION=spec.reduction,
-            MAX_PARTS=MAX_PARTS,
-            BLOCK_N=512,
-            num_warps=8,
-        )
-    return *finished, pull
-
-
-def _tiled_row_sums(
-    rows: Tensor,
-    columns: Tensor,
-    row_labels: Tensor,
-    column_labels: Tensor,
-    row_inverse: Tensor,
-    column_inverse: Tensor,
-    own: bool,
-    signed: bool,
-) -> tuple[Tensor, Tensor]:
-    """Partial sums of phi over P_i and Q_i, [2, parts, N], and |P_i|, [parts, N]."""
-    n, d = rows.shape
-    m = columns.shape[0]
-    blocks = row_blocks(rows.dtype, _is_hopper(rows.device))
-    row_tiles = _tiles_of(n, blocks.n)
-    parts = _parts(row_tiles, _tiles_of(m, blocks.m), processors(rows.device))
-    sums = row_inverse.new_empty(2, parts, n)
-    counts = rows.new_empty((parts, n), dtype=torch.int32)
-    _tiles().row_sums[row_tiles, parts](
-        rows,
-        columns,
-        row_labels,
-        column_labels,
-        row_inverse,
-        column_inverse,
-        sums,
-        counts,
+) -> tuple[Tensor, Rows, State]:
+    """The loss, Eq. 3's means, and what the backward needs: the rows' pulls and prepared sides."""
+    own = ref_labels is None
+    n, m = rows.shape[0], columns.shape[0]
+    side = pairs.prepare(rows, labels, ref_labels, spec.eps)
+    other = side if ref_labels is None else pairs.prepare(columns, ref_labels, None, spec.eps)
+    by_row, by_column, tile = pairs.row_sums(side, other, own, spec.signed)
+    row_loss, positive, negative = (by_row.new_empty(n) for _ in range(3))
+    pull, scale = by_row.new_empty(2, side.rows), by_row.new_empty(())
+    mean = int(spec.reduction == "mean")
+    kernels().finish_rows[(side.rows // _FINISHED,)](
+        by_row,
+        by_column,
+        side.classes[0],
+        other.classes[1],
+        row_loss,
+        positive,
+        negative,
+        pull,
         n,
         m,
-        d,
-        rows.stride(0),
-        columns.stride(0),
+        side.rows,
+        by_row.shape[1],
+        by_column.shape[1],
         int(own),
-        int(signed),
-        PRECISION=precision(rows.dtype),
-        BLOCK_N=blocks.n,
-        BLOCK_M=blocks.m,
-        BLOCK_D=blocks.d,
-        num_warps=blocks.warps,
-        num_stages=blocks.stages,
+        mean,
+        spec.margin,
+        spec.sigma,
+        PHI_SCALE=side.scale**-4,
+        TILE=tile,
+        BLOCK_N=_FINISHED,
+        BLOCK_T=16,
+        num_warps=4,
     )
-    return sums, counts
-
-
-def _gradient(
-    rows: Tensor,
-    row_labels: Tensor,
-    row_inverse: Tensor,
-    row_pull: Tensor,
-    columns: Tensor,
-    column_labels: Tensor,
-    column_inverse: Tensor,
-    column_pull: Tensor,
-    upstream: Tensor,
-    own: bool,
-    signed: bool,
-) -> Tensor:
-    """The gradient of `rows`, [N, D] in the accumulation dtype.
-
-    upstream: dL/dL or, for each row, dL/dl_i.
-    """
-    n, width = rows.shape
-    m = columns.shape[0]
-    if by_panels(n, None if own else m, width, rows.dtype):
-        with _on_device_of(rows):
-            side = panels.make_side(rows, row_labels, row_inverse)
-            other = side if own else panels.make_side(columns, column_labels, column_inverse)
-            pulls = _times(row_pull, upstream), _times(column_pull, upstream)
-            gradient = panels.gradient(side, pulls[0], other, pulls[1], own, signed)
-            return gradient[:, :width].contiguous()
-    rows, columns = _aligned_sides(rows, columns, own)
-    d = rows.shape[1]
-    blocks = gradient_blocks(rows.dtype, _is_hopper(rows.device))
-    row_tiles, slices = _tiles_of(n, blocks.n), _tiles_of(d, blocks.v)
-    parts = _parts(row_tiles * slices, _tiles_of(m, blocks.m), processors(rows.device))
-    partial = row_inverse.new_empty((parts, n, d))
-    with _on_device_of(rows):
-        _tiles().tile_gradient[row_tiles, slices, parts](
-            rows,
-            columns,
-            row_labels.contiguous(),
-            column_labels.contiguous(),
-            row_inverse,
-            column_inverse,
-            row_pull,
-            column_pull,
-            upstream,
-            partial,
+    loss = row_loss
+    if spec.reduction != "none":
+        loss = row_loss.new_empty(())
+        kernels().reduce_losses[(1,)](
+            row_loss,
+            pull,
+            loss,
+            scale,
             n,
-            m,
-            d,
-            rows.stride(0),
-            columns.stride(0),
-            upstream.stride(0) if upstream.dim() else 0,
-            int(own),
-            int(signed),
-            PRECISION=precision(rows.dtype),
-            BLOCK_N=blocks.n,
-            BLOCK_M=blocks.m,
-            BLOCK_D=blocks.d,
-            BLOCK_V=blocks.v,
-            num_warps=blocks.warps,
-            num_stages=blocks.stages,
+            side.rows,
+            mean,
+            LARGEST=pairs.largest_weight(side),
+            BLOCK_N=2048,
+            num_warps=8,
         )
-    gradient = partial[0] if parts == 1 else partial.sum(dim=0)
-    return gradient if width == d else gradient[:, :width].contiguous()
-
-
-def _times(pull: Tensor, upstream: Tensor) -> Tensor:
-    """Pull [2, N] times dL/dL, or dL/dl_i [N]; exactly 0 where it is 0. Zeros pull nothing."""
-    if upstream.dim() and upstream.shape[0] != pull.shape[1]:
-        return pull  # the side that has no losses of its own
-    return torch.where(pull == 0, 0.0, pull * upstream)
+    return loss, Rows(positive, negative), (pull, scale, *side[:4], *(() if own else other[:4]))
 
 
 def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
     """Peak bytes beyond the inputs, the gradient included: by one launch, tiles or panels."""
     n, number = work.n, work.accumulated
     if work.m is None and work.reduction != "none" and n <= SMALL_ROWS:
-        return (2 * n + 1) * number + work.gradient_bytes + work.cast_bytes
-    kept = (6 * n + 3 * (work.m or 0)) * number  # norms, means, pulls
-    of = _panels_memory if by_panels(n, work.m, work.d, work.dtype) else _tiles_memory
-    return kept + max(of(work), work.gradient_bytes + work.cast_bytes)
+        blocks = small_blocks(n, work.dtype, pairs.is_hopper(torch.device(work.device)))
+        forward = work.gradient_bytes + _part_bytes(work, blocks)
+        return (2 * n + 1) * number + max(forward, work.gradient_bytes + work.cast_bytes)
+    panels = by_panels(n, work.m, work.d, work.dtype)
+    return _pair_memory(work, panels)
 
 
-def _tiles_memory(work: Work) -> int:
-    """Copies of rows that tiles cannot read, and each program's part of sums and gradient."""
-    itemsize, number = work.dtype.itemsize, work.accumulated
+def _pair_memory(work: Work, panels: bool) -> int:
+    """Prepared rows of both sides, and partial sums, parts of a gradient or a panel of weights."""
+    dtype, number = work.dtype, work.accumulated
     device = torch.device(work.device)
-    d = round_up(work.d, 16)
-    copies = work.vectors * d * itemsize if d != work.d else 0
-    blocks = row_blocks(work.dtype, _is_hopper(device))
-    row_tiles = _tiles_of(work.n, blocks.n)
-    parts = _parts(row_tiles, _tiles_of(work.columns, blocks.m), processors(device))
-    forward = copies + parts * work.n * (2 * number + 4)
+    processors, hopper = pairs.processors(device), pairs.is_hopper(device)
+    sides = _sizes(work.n, work.m, work.d, dtype)
+    element = pairs.operand_dtype(dtype).itemsize * (2 if sides[0].split else 1)
+    blocks = pairs.sum_blocks(sides[0].width, dtype, hopper)
+    halved = pairs.is_halved(sides[0].rows, work.m is None, blocks)
+    kept = sum(side.rows * (side.width * element + 2 * (number + 4)) for side in sides)
+    kept += 5 * work.n * number
+    forward = _slot_bytes(sides[0], dtype, halved, processors, hopper)
     if not work.wants_gradient:
-        return forward
-    blocks = gradient_blocks(work.dtype, _is_hopper(device))
-
-    def gradient(n: int, m: int) -> int:
-        programs = _tiles_of(n, blocks.n) * _tiles_of(d, blocks.v)
-        parts = _parts(programs, _tiles_of(m, blocks.m), processors(device))
-        written = n * d * number * (1 if parts == 1 else parts + 1)
-        return written + (n * work.d * number if copies else 0)
-
-    backward = gradient(work.n, work.columns)
-    if work.m is not None:  # the gradient of the rows waits for that of the columns
-        backward = max(backward, work.n * work.d * number + gradient(work.m, work.n))
-    return max(forward, copies + backward)
-
-
-def _panels_memory(work: Work) -> int:
-    """Scaled rows of both sides, panels of S, a side's gradient, its unit rows and their product.
-
-    One panel is still there when the next is made; half weights stand beside the panel.
-    """
-    itemsize, number = work.dtype.itemsize, work.accumulated
-    n, m, d = (round_up(size, 16) for size in (work.n, work.columns, work.d))
-    scaled = (n if work.m is None else n + m) * d * itemsize
-    rows = min(panels.panel_rows(work.n, work.columns), n)
-    panel = rows * m * (number + (itemsize if work.casts else 0)) * (1 if rows == n else 2)
-    if not work.wants_gradient:
-        return 2 * scaled + panel
-    waiting = 0 if work.m is None else work.n * work.d * number
-    return scaled + panel + waiting + 3 * max(n, m) * d * number
+        return kept + forward
+    backward, waiting = 0, 2 * sum(side.rows for side in sides) * number
+    for side, size in zip(sides, (work.n, work.columns), strict=False):
+        parts = _gradient_parts(side, dtype, panels, processors, hopper)
+        panel = 0
+        if panels:
+            step = pairs.panel_rows(side.rows, side.columns, dtype, side.split)
+            panel = step * side.columns * element
+        partial, gradient = parts * side.rows * side.width * number, size * work.d * number
+        backward = max(backward, waiting + partial + max(panel, gradient))
+        waiting += gradient
+    return kept + max(forward, backward, waiting + work.cast_bytes)
 
 
 PATH = Path(forward, backward, operations, extra_memory, missing, refuses)

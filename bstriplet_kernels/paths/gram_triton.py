@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..cost import Operations, Work, round_up
 from ..spec import Rows, Spec, State
-from . import fused
+from . import fused, pairs
 
 SCHEDULE = "gram triton"
 """The schedule, by the name under which its measured speed stands."""
@@ -144,9 +144,9 @@ class Launcher:
         self.kernels: ModuleType = moment_kernels
         self.n, self.d, self.depth, self.split = n, d, padded(d), split
         self.least, self.classes = smallest_moment(d), class_count(n, d)
-        self.run = run_length(n, fused.processors(device))
+        self.run = run_length(n, pairs.processors(device))
         self.runs = -(-n // self.run)
-        self.whole = fused.shared_memory(device) >= _WHOLE_BYTES and self.depth <= _WHOLE_DEPTH
+        self.whole = pairs.shared_memory(device) >= _WHOLE_BYTES and self.depth <= _WHOLE_DEPTH
 
     def options(self, blocks: Blocks) -> dict[str, object]:
         """Constants of a kernel that walks blocks of rows."""
@@ -210,7 +210,7 @@ def forward(embeddings: Tensor, labels: Tensor, spec: Spec) -> tuple[Tensor, Row
     n, d = embeddings.shape
     new = embeddings.new_empty
     launcher = Launcher(n, d, splits(embeddings.dtype), embeddings.device)
-    with fused._on_device_of(embeddings):
+    with fused.on_device_of(embeddings):
         batch = launcher.sort(embeddings, labels, spec.eps)
         sums = launcher.sums(batch, None, None, uniform=True)
         own = launcher.matrices(embeddings, launcher.classes)
@@ -252,7 +252,7 @@ def backward(grad_loss: Tensor, embeddings: Tensor, state: State, spec: Spec) ->
     else:
         weights = torch.where(active, grad_loss.to(torch.float32), 0.0)
         largest = torch.linalg.vector_norm(weights, float("inf"))
-    with fused._on_device_of(embeddings):
+    with fused.on_device_of(embeddings):
         sums = launcher.sums(batch, weights, largest, uniform)
         count, numbers = launcher.classes + 1, (n, launcher.run, launcher.least)
         made = (*launcher.matrices(embeddings, count), *launcher.matrices(embeddings, count))
@@ -289,7 +289,7 @@ def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
     products = 3 if splits(work.dtype) else 1
     large = [s for s in class_sizes if s >= smallest_moment(work.d)]
     small = n - sum(large)
-    runs = -(-n // run_length(n, fused.USUAL_PROCESSORS))
+    runs = -(-n // run_length(n, pairs.USUAL_PROCESSORS))
     stored = n * d * 2 * (2 if products == 3 else 1)
     slots, matrix = runs + len(large), d * d * 4
     totals = 2 * runs * d * d * 8  # written and read
@@ -330,7 +330,7 @@ def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
     n, d = work.n, padded(work.d)
     split = splits(work.dtype)
     part, matrix = (2 if split else 1) * 2, d * d
-    run = run_length(n, fused.USUAL_PROCESSORS)
+    run = run_length(n, pairs.USUAL_PROCESSORS)
     runs, classes = -(-n // run), class_count(n, work.d)
     rows = n * (d * part + _KEPT_BYTES)
     slots = (runs + classes) * matrix * 4 + runs * matrix * 8

@@ -1,14 +1,18 @@
-"""Triton kernels of impl="triton"; `fused` launches them. Importing this module needs triton.
+"""Triton kernels of impl="triton"; `fused` and `pairs` launch them. Importing this needs triton.
 
 Index names follow DESIGN: i runs over rows, j over the columns they are compared with (the rows
 themselves, `own`, or `ref_emb`), k over the embedding's dimension. Every address is formed in 64
 bits. Kernels are compiled once for a dtype and a block shape: n and m are never specialised on, so
-a ragged batch compiles nothing. Where rows are loaded again and again (`row_sums`,
-`tile_gradient`), they are contiguous, start at multiples of 16 elements and are as long: loads then
-take 16 bytes and few registers.
+a ragged batch compiles nothing.
 
-Products take embeddings as they are stored, never normalised: s_ij = (f_i . f_j) / (n_i n_j).
-Half-precision products are exact in the float32 accumulator; float32 ones follow PRECISION.
+`loss_and_gradient` takes a small batch as it is stored. All other kernels take what `prepare_rows`
+made of it: rows of one scale, padded with zeros to whole blocks, so that no operand is masked; and
+each row's class as a 32-bit number, that of the first column with its label.
+
+Tensor cores cut the running sum of a product towards 0 after each few steps. The errors of a long
+sum all have one sign, and grow with its length. Where float32 is to be exact (SPLIT), operands are
+sums of two float16 numbers, a step of a product begins at zero with its smallest parts, and
+ordinary additions put steps together.
 """
 
 import triton
@@ -58,36 +62,57 @@ def _phi(s, signed):
 
 
 @triton.jit
-def _weight_operand(w, element: tl.constexpr, PRECISION: tl.constexpr):
-    """Weights in the dtype in which they meet embeddings stored as `element`.
+def _share(count, parts, part):
+    """[first, last) of `count` tiles for one of `parts` programs."""
+    each = tl.cdiv(count, parts)
+    return part * each, tl.minimum((part + 1) * each, count)
 
-    bfloat16 keeps float32's range, so bfloat16 weights do. float16 does not: its embeddings are
-    raised to float32 (tf32 holds every float16 exactly). Rounding happens here, visibly, so that
-    the projection can be computed from the very weights that are multiplied.
+
+@triton.jit(do_not_specialize=["n"])
+def batch_products(
+    embeddings,
+    partial,
+    n,
+    d,
+    stride_n,
+    stride_d,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """partial[p] = the products of a batch of at most BLOCK_N float32 rows over BLOCK_D of D.
+
+    f = high + middle + low, three bfloat16 numbers, which have float32's range whatever the norms:
+    f f^T = high high^T + middle middle^T + X + X^T with X = (middle + low) high^T. Reads n BLOCK_D
+    elements, 4 products of 2 n^2 BLOCK_D FLOPs. Bound by latency: hence one step each.
     """
-    if element == tl.bfloat16:
-        w = _operand(w.to(tl.bfloat16))
-    elif PRECISION == "tf32" and element != tl.float64:
-        w = (w.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-    return w
+    acc: tl.constexpr = partial.dtype.element_ty
+    i = tl.arange(0, BLOCK_N)
+    k = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    f = _load_block(embeddings, i, k, n, d, stride_n, stride_d)
+    high = f.to(tl.bfloat16)
+    middle = (f - high.to(acc)).to(tl.bfloat16)
+    low = _operand((f - high.to(acc) - middle.to(acc)).to(tl.bfloat16))
+    high, middle = _operand(high), _operand(middle)
+    products = tl.dot(middle, tl.trans(middle), out_dtype=acc)
+    products = tl.dot(high, tl.trans(high), products, out_dtype=acc)
+    cross = tl.dot(low, tl.trans(high), out_dtype=acc)
+    cross = tl.dot(middle, tl.trans(high), cross, out_dtype=acc)
+    at = tl.program_id(0) * BLOCK_N * BLOCK_N + i[:, None] * BLOCK_N + i[None, :]
+    tl.store(partial + at, products + (cross + tl.trans(cross)))
 
 
-@triton.jit
-def _tf32(x):
-    """float32 rounded to the nearest tf32, half-way cases away from 0."""
-    return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
-
-
-@triton.jit(do_not_specialize=["n", "signed", "mean", "wants_gradient"])
+@triton.jit(do_not_specialize=["n", "parts", "signed", "mean", "wants_gradient"])
 def loss_and_gradient(
     embeddings,
     labels,
+    partial,
     loss,
     positive,
     negative,
     gradient,
     n,
     d,
+    parts,
     stride_n,
     stride_d,
     stride_label,
@@ -98,6 +123,7 @@ def loss_and_gradient(
     mean,
     wants_gradient,
     PRECISION: tl.constexpr,
+    SUMMED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -108,28 +134,26 @@ def loss_and_gradient(
     and writes the columns [p BLOCK_V, (p + 1) BLOCK_V) of the gradient for unit upstream gradient
     (2 n^2 BLOCK_V FLOPs). Program 0 also writes the loss and the two means of Eq. 3. S costs less
     than one synchronisation between programs would. Bound by launch and by the latency of the loop
-    over D: at n = 36 the embeddings lie in L2. Hence few deep steps over D and narrow slices: ten
-    steps and forty programs at D = 1,280.
+    over D: at n = 36 the embeddings lie in L2. Hence few deep steps over D and narrow slices.
 
-    Exact float32 products are of f = high + low, two tf32 numbers: S = high high^T + X + X^T with
-    X = low high^T, two products where Triton's "tf32x3" takes three. low low^T is below 2^-22.
+    SUMMED: products come in `parts` from `batch_products`, since the step of an exact float32
+    product takes 3 us on an H200, six times a half-precision one, and each of these programs would
+    take all of them one after another.
     """
     acc: tl.constexpr = loss.dtype.element_ty
-    split: tl.constexpr = PRECISION == "tf32x3" and embeddings.dtype.element_ty == tl.float32
     i = tl.arange(0, BLOCK_N)
     raw = tl.zeros((BLOCK_N, BLOCK_N), dtype=acc)
-    cross = tl.zeros((BLOCK_N, BLOCK_N), dtype=acc)
-    for start in range(0, d, BLOCK_D):
-        k = start + tl.arange(0, BLOCK_D)
-        f = _operand(_load_block(embeddings, i, k, n, d, stride_n, stride_d))
-        if split:
-            high = _tf32(f)
-            raw = tl.dot(high, tl.trans(high), raw, input_precision="tf32", out_dtype=acc)
-            cross = tl.dot(f - high, tl.trans(high), cross, input_precision="tf32", out_dtype=acc)
-        else:
+    if SUMMED:
+        at = i[:, None] * BLOCK_N + i[None, :]
+        for first in range(0, parts, 4):
+            for p in tl.static_range(4):
+                address = partial + (first + p) * BLOCK_N * BLOCK_N + at
+                raw += tl.load(address, mask=(first + p < parts) & (at >= 0), other=0.0)
+    else:
+        for start in range(0, d, BLOCK_D):
+            k = start + tl.arange(0, BLOCK_D)
+            f = _operand(_load_block(embeddings, i, k, n, d, stride_n, stride_d))
             raw = tl.dot(f, tl.trans(f), raw, input_precision=PRECISION, out_dtype=acc)
-    if split:
-        raw += cross + tl.trans(cross)
 
     label = _load_vector(labels, i, n, stride_label)
     same = label[:, None] == label[None, :]
@@ -161,8 +185,9 @@ def loss_and_gradient(
         q = tl.where(inactive, 0.0, sigma * scale / tl.maximum(n_negative, 1.0))
         w = tl.where(same, p[:, None] + p[None, :], q[:, None] + q[None, :])
         w = tl.where(pair, w * _phi_slope(s, signed), 0.0)
-        along = tl.sum(w * s, axis=1) * inverse
-        w = tl.where(off_diagonal, w * inverse[None, :], -along[:, None])
+        w = w * inverse[None, :]
+        along = tl.sum(w * raw, axis=1) * inverse * inverse  # of these very weights
+        w = tl.where(off_diagonal, w, -along[:, None])
         k = part * BLOCK_V + tl.arange(0, BLOCK_V)
         f = _load_block(embeddings, i, k, n, d, stride_n, stride_d).to(acc)
         v = tl.dot(w, f, input_precision=PRECISION, out_dtype=acc) * inverse[:, None]
@@ -170,380 +195,721 @@ def loss_and_gradient(
         tl.store(out, v, mask=(i < n)[:, None] & (k < d)[None, :])
 
 
-@triton.jit(do_not_specialize=["n"])
-def inverse_norms(
+@triton.jit
+def _bits_of_power(inverse):
+    """(rest, power): their product is `inverse`, power is one of two and 1/2 <= rest < 1."""
+    if inverse.dtype == tl.float64:
+        bits = inverse.to(tl.int64, bitcast=True)
+        power = ((((bits >> 52) & 2047) + 1) << 52).to(tl.float64, bitcast=True)
+        rest = ((bits & 0x000FFFFFFFFFFFFF) | (1022 << 52)).to(tl.float64, bitcast=True)
+    else:
+        bits = inverse.to(tl.int32, bitcast=True)
+        power = ((((bits >> 23) & 255) + 1) << 23).to(tl.float32, bitcast=True)
+        rest = ((bits & 0x007FFFFF) | (126 << 23)).to(tl.float32, bitcast=True)
+    is_number = (inverse != 0) & (inverse == inverse)
+    return tl.where(is_number, rest, inverse), tl.where(is_number, power, inverse)
+
+
+@triton.jit
+def _first_of_class(label, column_labels, i, n, m, BLOCK_M: tl.constexpr):
+    """The first column with the label of each row, m where there is none; looks no further."""
+    first = tl.zeros_like(i) + m
+    start = 0
+    is_missing = 1
+    while (is_missing != 0) & (start < m):
+        j = start + tl.arange(0, BLOCK_M)
+        same = (label[:, None] == _load_vector(column_labels, j, m)[None, :]) & (j < m)[None, :]
+        first = tl.minimum(first, tl.min(tl.where(same, j[None, :], m), axis=1))
+        is_missing = tl.max(((first == m) & (i < n)).to(tl.int32), axis=0)
+        start += BLOCK_M
+    return first
+
+
+@triton.jit(do_not_specialize=["n", "m"])
+def prepare_rows(
     embeddings,
-    inverse,
+    labels,
+    column_labels,
+    high,
+    low,
+    rest,
+    power,
+    classes,
+    counts,
     n,
+    m,
     d,
+    width,
     stride_n,
     stride_d,
     squared_eps: tl.float64,
+    SCALE: tl.constexpr,
+    UNIT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """1 / n_i of BLOCK_N rows: reads n d elements once, writes n. Bound by memory."""
-    acc: tl.constexpr = inverse.dtype.element_ty
+    """BLOCK_N rows at one scale, and their classes among the columns: see `pairs.Side`.
+
+    UNIT: f_i / n_i times SCALE, as high + low with SPLIT. Else f_i times the power of two next to
+    1 / n_i, which rounds nothing. Beyond n rows are 0, and so are elements beyond d. Reads n d
+    elements twice, from a cache the second time. COLUMNS: the rows are the columns, and the first
+    of each class counts its members; that and the search for it read labels, 8 bytes each.
+    """
+    acc: tl.constexpr = power.dtype.element_ty
     i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    label = _load_vector(labels, i, n)
+    first = _first_of_class(label, column_labels, i, n, m, BLOCK_M)
+    tl.store(classes + i, tl.where(i < n, first, -1))
+    if COLUMNS:
+        is_first = (first == i) & (i < n)
+        if tl.max(is_first.to(tl.int32), axis=0) > 0:
+            count = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
+            for start in range(0, m, BLOCK_M):
+                j = start + tl.arange(0, BLOCK_M)
+                same = label[:, None] == _load_vector(column_labels, j, m)[None, :]
+                count += (same & (j < m)[None, :]).to(tl.int32)
+            tl.store(counts + i, tl.sum(count, axis=1), mask=is_first)
     squared = tl.zeros((BLOCK_N, BLOCK_D), dtype=acc)
     for start in range(0, d, BLOCK_D):
         k = start + tl.arange(0, BLOCK_D)
         f = _load_block(embeddings, i, k, n, d, stride_n, stride_d).to(acc)
         squared += f * f
-    total = tl.sum(squared, axis=1)
-    tl.store(inverse + i, _inverse_norm(total, tl.full((), squared_eps, acc)), mask=i < n)
+    scale = _inverse_norm(tl.sum(squared, axis=1), tl.full((), squared_eps, acc))
+    if not UNIT:
+        remaining, scale = _bits_of_power(scale)
+        tl.store(rest + i, remaining)
+    tl.store(power + i, scale)
+    at = (i.to(tl.int64) * width)[:, None]
+    for start in range(0, width, BLOCK_D):
+        k = start + tl.arange(0, BLOCK_D)
+        f = _load_block(embeddings, i, k, n, d, stride_n, stride_d).to(acc)
+        f = f * scale[:, None] * SCALE
+        rounded = f.to(high.dtype.element_ty)
+        tl.store(high + at + k[None, :], rounded, mask=(k < width)[None, :])
+        if SPLIT:
+            rounded = (f - rounded.to(acc)).to(high.dtype.element_ty)
+            tl.store(low + at + k[None, :], rounded, mask=(k < width)[None, :])
 
 
 @triton.jit
-def _projections(
-    rows,
-    columns,
-    row_inverse,
-    i,
-    j,
-    n,
-    m,
-    d,
-    stride,
-    column_stride,
-    PRECISION: tl.constexpr,
+def _products(a, a_low, b, b_low, acc: tl.constexpr, SPLIT: tl.constexpr):
+    """a b from zero; split: of a + a_low and b + b_low, but for a_low b_low."""
+    if SPLIT:
+        total = tl.dot(a_low, b, out_dtype=acc)
+        total = tl.dot(a, b_low, total, out_dtype=acc)
+        total = tl.dot(a, b, total, out_dtype=acc)
+    else:
+        total = tl.dot(a, b, input_precision="ieee", out_dtype=acc)
+    return total
+
+
+@triton.jit
+def _load_rows(high, low, at, k, SPLIT: tl.constexpr):
+    """A block of prepared rows that begin at `at`, and of what their rounding left."""
+    address = at[:, None] + k[None, :]
+    a = _operand(tl.load(high + address))
+    a_low = a
+    if SPLIT:
+        a_low = tl.load(low + address)
+    return a, a_low
+
+
+@triton.jit
+def _similarity(
+    row_high,
+    row_low,
+    column_high,
+    column_low,
+    at_row,
+    at_column,
+    depth,
+    acc: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """(f_i . f_j) / n_i as a [len(i), len(j)] block: s_ij but for the column's norm."""
-    acc: tl.constexpr = row_inverse.dtype
-    raw = tl.zeros((i.shape[0], j.shape[0]), dtype=acc)
-    for start in range(0, d, BLOCK_D):
+    """Products of prepared rows and columns that begin there, over `depth` of their elements."""
+    total = tl.zeros((at_row.shape[0], at_column.shape[0]), dtype=acc)
+    for start in range(0, depth, BLOCK_D):
         k = start + tl.arange(0, BLOCK_D)
-        f_i = _operand(_load_block(rows, i, k, n, d, stride))
-        f_j = _operand(_load_block(columns, j, k, m, d, column_stride))
-        raw = tl.dot(f_i, tl.trans(f_j), raw, input_precision=PRECISION, out_dtype=acc)
-    return raw * row_inverse[:, None]
+        a, a_low = _load_rows(row_high, row_low, at_row, k, SPLIT)
+        b, b_low = _load_rows(column_high, column_low, at_column, k, SPLIT)
+        if SPLIT:
+            total += _products(a, a_low, tl.trans(b), tl.trans(b_low), acc, SPLIT)
+        else:
+            total = tl.dot(a, tl.trans(b), total, input_precision="ieee", out_dtype=acc)
+    return total
 
 
-@triton.jit
-def _share(count, parts, part):
-    """[first, last) of `count` tiles for one of `parts` programs."""
-    each = tl.cdiv(count, parts)
-    return part * each, tl.minimum((part + 1) * each, count)
-
-
-@triton.jit(do_not_specialize=["n", "m", "own", "signed"])
-def row_sums(
-    rows,
-    columns,
-    row_labels,
-    column_labels,
-    row_inverse,
-    column_inverse,
-    sums,
-    counts,
-    n,
-    m,
-    d,
-    stride,
-    column_stride,
-    own,
+@triton.jit(do_not_specialize=["row_tiles", "column_tiles", "signed"])
+def tile_sums(
+    row_high,
+    row_low,
+    column_high,
+    column_low,
+    row_rest,
+    column_rest,
+    row_classes,
+    column_classes,
+    by_row,
+    by_column,
+    width,
+    row_tiles,
+    column_tiles,
     signed,
-    PRECISION: tl.constexpr,
+    OWN: tl.constexpr,
+    HALVED: tl.constexpr,
+    UNIT: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
-    """Sums of phi(s_ij) over P_i and over Q_i, and |P_i|, for BLOCK_N rows and a share of columns.
+    """Sums of phi over P_i and over Q_i for BLOCK_N rows and a share of the columns.
 
-    Program (r, p) walks the p-th share of the column tiles and writes sums[0, p, i], sums[1, p, i]
-    and counts[p, i]: 2 n m d FLOPs in all, nothing of size n m is stored. Bound by the products.
+    Program (r, p) walks the p-th share of the tiles of its rows, of those below the diagonal where
+    S is HALVED, and writes by_row[0, p, i] and by_row[1, p, i]. HALVED: the sums of each tile over
+    its rows count for its columns, by_column[0, r, j] and by_column[1, r, j]. WHOLE: BLOCK_D is the
+    width, and rows are loaded once. At a scale of c sums are c^4 times what they stand for. 2 n m d
+    FLOPs, or half of that, times three with SPLIT. Bound by the products.
     """
-    acc: tl.constexpr = row_inverse.dtype.element_ty
+    acc: tl.constexpr = by_row.dtype.element_ty
+    r = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows of a triangle first
     part = tl.program_id(1)
-    parts = tl.num_programs(1)
-    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    label_i = _load_vector(row_labels, i, n)
-    inverse_i = _load_vector(row_inverse, i, n)
+    i = r * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_D)
+    tiles = column_tiles
+    if HALVED:
+        tiles = (r + 1) * (BLOCK_N // BLOCK_M)
+    class_i = tl.load(row_classes + i)
+    if not UNIT:
+        rest_i = tl.load(row_rest + i)[:, None]
+    at_row = i.to(tl.int64) * width
+    if WHOLE:
+        a, a_low = _load_rows(row_high, row_low, at_row, k, SPLIT)
     positive = tl.zeros((BLOCK_N,), dtype=acc)
     negative = tl.zeros((BLOCK_N,), dtype=acc)
-    count = tl.zeros((BLOCK_N,), dtype=tl.int32)
-    first, last = _share(tl.cdiv(m, BLOCK_M), parts, part)
-    for tile in range(first, last):
-        j = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        projection = _projections(
-            rows,
-            columns,
-            inverse_i,
-            i,
-            j,
-            n,
-            m,
-            d,
-            stride,
-            column_stride,
-            PRECISION,
-            BLOCK_D,
-        )
-        phi = _phi(projection * _load_vector(column_inverse, j, m)[None, :], signed)
-        same = label_i[:, None] == _load_vector(column_labels, j, m)[None, :]
-        pair = (j < m)[None, :] & ((own == 0) | (i[:, None] != j[None, :]))
-        positive += tl.sum(tl.where(pair & same, phi, 0.0), axis=1)
-        negative += tl.sum(tl.where(pair & ~same, phi, 0.0), axis=1)
-        count += tl.sum((pair & same).to(tl.int32), axis=1)
-    at = part.to(tl.int64) * n + i
-    tl.store(sums + at, positive, mask=i < n)
-    tl.store(sums + parts.to(tl.int64) * n + at, negative, mask=i < n)
-    tl.store(counts + at, count, mask=i < n)
+    rows = row_tiles.to(tl.int64) * BLOCK_N
+    begin, end = _share(tiles, tl.num_programs(1), part)
+    for c in range(begin, end):
+        j = c * BLOCK_M + tl.arange(0, BLOCK_M)
+        at_column = j.to(tl.int64) * width
+        if WHOLE:
+            b, b_low = _load_rows(column_high, column_low, at_column, k, SPLIT)
+            s = _products(a, a_low, tl.trans(b), tl.trans(b_low), acc, SPLIT)
+        else:
+            s = _similarity(
+                row_high,
+                row_low,
+                column_high,
+                column_low,
+                at_row,
+                at_column,
+                width,
+                acc,
+                SPLIT,
+                BLOCK_D,
+            )
+        if not UNIT:
+            s = s * rest_i * tl.load(column_rest + j)[None, :]
+        if HALVED:
+            s = tl.where(i[:, None] > j[None, :], s, 0.0)
+        elif OWN:
+            s = tl.where(i[:, None] != j[None, :], s, 0.0)
+        phi = _phi(s, signed)
+        same = class_i[:, None] == tl.load(column_classes + j)[None, :]
+        of_same = tl.where(same, phi, 0.0)
+        of_other = phi - of_same
+        positive += tl.sum(of_same, axis=1)
+        negative += tl.sum(of_other, axis=1)
+        if HALVED:
+            out = by_column + r * rows + j
+            tl.store(out, tl.sum(of_same, axis=0))
+            tl.store(out + row_tiles * rows, tl.sum(of_other, axis=0))
+    out = by_row + part * rows + i
+    tl.store(out, positive)
+    tl.store(out + tl.num_programs(1) * rows, negative)
 
 
-@triton.jit(do_not_specialize=["n", "m", "parts", "own"])
+@triton.jit
+def _add_slots(total, slots, rows, i, first, last, BLOCK_T: tl.constexpr):
+    """total[t, i] + slots[t, i] + slots[t + BLOCK_T, i] + ... for first <= t < last."""
+    for start in range(first, last, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        at = (t.to(tl.int64) * rows)[:, None] + i[None, :]
+        total += tl.load(slots + at, mask=(t < last)[:, None], other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["n", "m", "rows", "parts", "tiles", "own", "mean"])
 def finish_rows(
-    sums,
-    counts,
-    loss,
+    by_row,
+    by_column,
+    classes,
+    column_counts,
+    row_loss,
     positive,
     negative,
     pull,
     n,
     m,
+    rows,
     parts,
+    tiles,
     own,
+    mean,
     margin: tl.float64,
     sigma,
-    REDUCTION: tl.constexpr,
-    MAX_PARTS: tl.constexpr,
+    PHI_SCALE: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Eq. 3's means and the hinge of BLOCK_N rows, from the sums of `tile_sums` in a fixed order.
+
+    tiles: the tiles of rows that wrote `by_column`, each for the columns up to its own rows; or 0.
+    pull[0, i] and pull[1, i] are what row i's pairs weigh in dL/dS for dL/dl_i = 1: -1/N_i+ and
+    sigma/N_i-, over N for the mean, 0 where h_i <= 0 and beyond n. Bound by memory.
+    """
+    acc: tl.constexpr = by_row.dtype.element_ty
+    scale = tl.where(mean != 0, 1.0 / n.to(acc), 1.0)
+    start = tl.program_id(0) * BLOCK_N
+    i = start + tl.arange(0, BLOCK_N)
+    rows = rows.to(tl.int64)
+    of_same = tl.zeros((BLOCK_T, BLOCK_N), dtype=acc)
+    of_other = tl.zeros((BLOCK_T, BLOCK_N), dtype=acc)
+    of_same = _add_slots(of_same, by_row, rows, i, 0, parts, BLOCK_T)
+    of_other = _add_slots(of_other, by_row + parts * rows, rows, i, 0, parts, BLOCK_T)
+    first = start // TILE
+    of_same = _add_slots(of_same, by_column, rows, i, first, tiles, BLOCK_T)
+    of_other = _add_slots(of_other, by_column + tiles * rows, rows, i, first, tiles, BLOCK_T)
+    inside = i < n
+    of_class = tl.load(classes + i)
+    n_positive = tl.load(column_counts + of_class, mask=inside & (of_class < m), other=own) - own
+    n_negative = tl.maximum(m - own - n_positive, 1).to(acc)
+    n_positive = tl.maximum(n_positive, 1).to(acc)
+    positive_mean = tl.sum(of_same, axis=0) * PHI_SCALE / n_positive
+    negative_mean = tl.sum(of_other, axis=0) * PHI_SCALE / n_negative
+    h = tl.full((), margin, acc) - positive_mean + sigma * negative_mean
+    inactive = (h <= 0) | (i >= n)
+    tl.store(row_loss + i, tl.where(inactive, 0.0, h), mask=inside)
+    tl.store(positive + i, positive_mean, mask=inside)
+    tl.store(negative + i, negative_mean, mask=inside)
+    tl.store(pull + i, tl.where(inactive, 0.0, -scale / n_positive))
+    tl.store(pull + rows + i, tl.where(inactive, 0.0, sigma * scale / n_negative))
+
+
+@triton.jit
+def _store_scale(scale, largest, LARGEST: tl.constexpr):
+    """The power of two that has max(largest) between 2^(LARGEST - 1) and 2^LARGEST."""
+    bits = tl.max(largest[None, :], axis=1).to(tl.float32).to(tl.int32, bitcast=True)
+    exponent = tl.minimum(tl.maximum((bits >> 23) - 126, -90), 120)  # so that it is normal
+    power = ((LARGEST - exponent + 127) << 23).to(tl.float32, bitcast=True)
+    tl.store(scale + tl.arange(0, 1), power.to(largest.dtype))
+
+
+@triton.jit(do_not_specialize=["n", "rows", "mean"])
+def reduce_losses(
+    row_loss,
+    pull,
+    loss,
+    scale,
+    n,
+    rows,
+    mean,
+    LARGEST: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Eq. 3's means, the hinge and the reduction, from the partial sums of `row_sums`.
+    """The sum of all rows' losses, or their mean, and the scale of weights in half precision.
 
-    One program walks all rows, so that the sum over rows has one order: reads 3 parts n numbers,
-    writes 4 n. pull[0, i] and pull[1, i] are what row i's pairs weigh in dL/dS for dL/dl_i = 1:
-    -1/N_i+ and sigma/N_i-, over N for the mean, 0 where h_i <= 0.
+    By one program: one order of the sum. Reads 3 n numbers. Bound by latency.
     """
-    acc: tl.constexpr = sums.dtype.element_ty
-    scale = 1.0 / n.to(acc) if REDUCTION == "mean" else 1.0
-    part = tl.arange(0, MAX_PARTS)
+    acc: tl.constexpr = row_loss.dtype.element_ty
     total = tl.zeros((BLOCK_N,), dtype=acc)
+    largest = tl.zeros((BLOCK_N,), dtype=acc)
     for start in range(0, n, BLOCK_N):
         i = start + tl.arange(0, BLOCK_N)
-        at = part[:, None].to(tl.int64) * n + i[None, :]
-        mask = (part < parts)[:, None] & (i < n)[None, :]
-        n_positive = tl.sum(tl.load(counts + at, mask=mask, other=0), axis=0)
-        n_negative = m - own - n_positive
-        n_positive = tl.maximum(n_positive, 1).to(acc)
-        n_negative = tl.maximum(n_negative, 1).to(acc)
-        positive_mean = tl.sum(tl.load(sums + at, mask=mask, other=0.0), axis=0) / n_positive
-        at += parts.to(tl.int64) * n
-        negative_mean = tl.sum(tl.load(sums + at, mask=mask, other=0.0), axis=0) / n_negative
-        h = tl.full((), margin, acc) - positive_mean + sigma * negative_mean
-        inactive = (h <= 0) | (i >= n)
-        row_loss = tl.where(inactive, 0.0, h)
-        total += row_loss
-        if REDUCTION == "none":
-            tl.store(loss + i, row_loss, mask=i < n)
-        tl.store(positive + i, positive_mean, mask=i < n)
-        tl.store(negative + i, negative_mean, mask=i < n)
-        tl.store(pull + i, tl.where(inactive, 0.0, -scale / n_positive), mask=i < n)
-        at_negative = n.to(tl.int64) + i
-        tl.store(
-            pull + at_negative, tl.where(inactive, 0.0, sigma * scale / n_negative), mask=i < n
-        )
-    if REDUCTION != "none":
-        tl.store(loss, tl.sum(total, axis=0) * scale)
+        total += _load_vector(row_loss, i, n)
+        largest = tl.maximum(largest, tl.abs(_load_vector(pull, i, n)))
+        largest = tl.maximum(largest, tl.abs(_load_vector(pull + rows.to(tl.int64), i, n)))
+    # summed as a row of a matrix: Triton 3.6 cannot lay out the sum of a vector on Blackwell
+    total = tl.sum(total[None, :], axis=1) * tl.where(mean != 0, 1.0 / n.to(acc), 1.0)
+    tl.store(loss + tl.arange(0, 1), total)
+    _store_scale(scale, largest, LARGEST)
+
+
+@triton.jit(do_not_specialize=["n", "rows", "upstream_stride"])
+def weigh_rows(
+    pull,
+    upstream,
+    weight,
+    scale,
+    n,
+    rows,
+    upstream_stride,
+    LARGEST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Pulls times what comes from upstream for each row, exactly 0 where they are, and the scale.
+
+    pull, weight: [2, rows]. By one program, because of the maximum. Bound by latency.
+    """
+    acc: tl.constexpr = pull.dtype.element_ty
+    largest = tl.zeros((BLOCK_N,), dtype=acc)
+    for start in range(0, rows, BLOCK_N):
+        i = start + tl.arange(0, BLOCK_N)
+        p, q = _load_vector(pull, i, n), _load_vector(pull + rows.to(tl.int64), i, n)
+        address = upstream + i.to(tl.int64) * upstream_stride
+        g = tl.load(address, mask=(p != 0) | (q != 0), other=0)
+        tl.store(weight + i, p * g, mask=i < rows)
+        tl.store(weight + rows.to(tl.int64) + i, q * g, mask=i < rows)
+        largest = tl.maximum(largest, tl.maximum(tl.abs(p * g), tl.abs(q * g)))
+    _store_scale(scale, largest, LARGEST)
 
 
 @triton.jit
-def _load_pull(pull, upstream, i, n, stride):
-    """Row i's weight on its positives and on its negatives, exactly 0 where it is inactive."""
-    p = _load_vector(pull, i, n)
-    q = _load_vector(pull + n.to(tl.int64), i, n)
-    g = tl.load(upstream + i.to(tl.int64) * stride, mask=(p != 0) | (q != 0), other=0)
-    return p * g, q * g
+def _load_weights(weight, factor, i, rows):
+    """What row i weighs on its positives and on its negatives, times a factor."""
+    return tl.load(weight + i) * factor, tl.load(weight + rows.to(tl.int64) + i) * factor
 
 
 @triton.jit
-def _any_active(pull, i, n):
-    """1 where a row of the tile has h_i > 0, else 0."""
-    p = _load_vector(pull, i, n)
-    q = _load_vector(pull + n.to(tl.int64), i, n)
-    return tl.max(((p != 0) | (q != 0)).to(tl.int32), axis=0)
+def _pair_weights(
+    s,
+    rest_i,
+    class_i,
+    p_i,
+    q_i,
+    p_j,
+    q_j,
+    column_rest,
+    column_classes,
+    i,
+    j,
+    signed,
+    OWN: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """w_ij phi'(s_ij) rest_i rest_j from products of prepared rows, in both directions of a pair.
+
+    UNIT, at a scale of c: c^2 w_ij phi'(s_ij).
+    """
+    same = class_i[:, None] == tl.load(column_classes + j)[None, :]
+    w = tl.where(same, p_i[:, None] + p_j[None, :], q_i[:, None] + q_j[None, :])
+    if UNIT:
+        w = w * _phi_slope(s, signed)
+    else:
+        rest = rest_i[:, None] * tl.load(column_rest + j)[None, :]
+        w = w * _phi_slope(s * rest, signed) * rest
+    if OWN:
+        w = tl.where(i[:, None] != j[None, :], w, 0.0)
+    return w
 
 
-@triton.jit(do_not_specialize=["n", "m", "own", "signed", "upstream_stride"])
+@triton.jit
+def _split(w, element: tl.constexpr, acc: tl.constexpr, SPLIT: tl.constexpr):
+    """w as `element`, and with SPLIT what the rounding left."""
+    rounded = w.to(element)
+    left = rounded
+    if SPLIT:
+        left = (w - rounded.to(acc)).to(element)
+    return rounded, left
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "column_tiles", "signed"])
 def tile_gradient(
+    row_high,
+    row_low,
+    column_high,
+    column_low,
+    row_rest,
+    column_rest,
+    row_classes,
+    column_classes,
+    row_weight,
+    column_weight,
+    scale,
+    partial,
     rows,
     columns,
-    row_labels,
-    column_labels,
-    row_inverse,
-    column_inverse,
-    row_pull,
-    column_pull,
-    upstream,
-    gradient,
-    n,
-    m,
-    d,
-    stride,
-    column_stride,
-    upstream_stride,
-    own,
+    width,
+    column_tiles,
     signed,
-    PRECISION: tl.constexpr,
+    OWN: tl.constexpr,
+    UNIT: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
-    """BLOCK_V columns of dL/df_i for BLOCK_N rows, from a share of the columns j.
+    """BLOCK_V columns of v_i = sum of w_ij phi'(s_ij) f^_j for BLOCK_N rows and a share of the j.
 
-    Program (r, c, p) recomputes the tiles of S (2 d FLOPs a pair) and multiplies their weights with
-    f_j (2 BLOCK_V a pair). The normalisation's backward, (v_i - (v_i . f^_i) f^_i) / n_i, is linear
-    in v, so each program ends with its own: v_i . f^_i is a row sum of the same tiles. A tile
-    between rows and columns that are all inactive is exactly 0 and is passed over. Writes
-    gradient[p, i, k]. Bound by the products.
+    Program (r, c, p) forms tiles of S (2 d FLOPs a pair) and multiplies their weights with f_j (2
+    BLOCK_V a pair), all times three with SPLIT; writes partial[p, i, k]. WHOLE: BLOCK_D and BLOCK_V
+    are the width, and what is loaded of f_j serves both products. `normalise_gradient` adds up the
+    parts. Bound by the products.
     """
-    acc: tl.constexpr = row_inverse.dtype.element_ty
-    element: tl.constexpr = rows.dtype.element_ty
+    acc: tl.constexpr = partial.dtype.element_ty
+    element: tl.constexpr = row_high.dtype.element_ty
     part = tl.program_id(2)
     i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    label_i = _load_vector(row_labels, i, n)
-    inverse_i = _load_vector(row_inverse, i, n)
-    p_i, q_i = _load_pull(row_pull, upstream, i, n, upstream_stride)
-    row_active = _any_active(row_pull, i, n)
+    factor = tl.load(scale)
+    p_i, q_i = _load_weights(row_weight, factor, i, rows)
+    class_i = tl.load(row_classes + i)
+    rest_i = p_i
+    if not UNIT:
+        rest_i = tl.load(row_rest + i)
+    at_row = i.to(tl.int64) * width
+    if WHOLE:
+        a, a_low = _load_rows(row_high, row_low, at_row, k, SPLIT)
     v = tl.zeros((BLOCK_N, BLOCK_V), dtype=acc)
-    along = tl.zeros((BLOCK_N,), dtype=acc)
-    first, last = _share(tl.cdiv(m, BLOCK_M), tl.num_programs(2), part)
-    for tile in range(first, last):
+    begin, end = _share(column_tiles, tl.num_programs(2), part)
+    for tile in range(begin, end):
         j = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        if row_active + _any_active(column_pull, j, m) > 0:
-            projection = _projections(
-                rows,
-                columns,
-                inverse_i,
-                i,
-                j,
-                n,
-                m,
-                d,
-                stride,
-                column_stride,
-                PRECISION,
+        at_column = j.to(tl.int64) * width
+        if WHOLE:
+            b, b_low = _load_rows(column_high, column_low, at_column, k, SPLIT)
+            s = _products(a, a_low, tl.trans(b), tl.trans(b_low), acc, SPLIT)
+        else:
+            s = _similarity(
+                row_high,
+                row_low,
+                column_high,
+                column_low,
+                at_row,
+                at_column,
+                width,
+                acc,
+                SPLIT,
                 BLOCK_D,
             )
-            inverse_j = _load_vector(column_inverse, j, m)[None, :]
-            label_j = _load_vector(column_labels, j, m)
-            p_j, q_j = _load_pull(column_pull, upstream, j, m, upstream_stride)
-            same = label_i[:, None] == label_j[None, :]
-            pair = (j < m)[None, :] & ((own == 0) | (i[:, None] != j[None, :]))
-            w = tl.where(same, p_i[:, None] + p_j[None, :], q_i[:, None] + q_j[None, :])
-            w = w * _phi_slope(projection * inverse_j, signed) * inverse_j
-            w = _weight_operand(tl.where(pair, w, 0.0), element, PRECISION)
-            along += tl.sum(w.to(acc) * projection, axis=1)
-            f_j = _load_block(columns, j, k, m, d, column_stride).to(w.dtype)
-            v = tl.dot(w, f_j, v, input_precision=PRECISION, out_dtype=acc)
-    f_i = _load_block(rows, i, k, n, d, stride).to(acc)
-    v = (v - f_i * (along * inverse_i)[:, None]) * inverse_i[:, None]
-    out = gradient + (part.to(tl.int64) * n + i[:, None]) * d + k[None, :]
-    tl.store(out, v, mask=(i < n)[:, None] & (k < d)[None, :])
+            b, b_low = _load_rows(column_high, column_low, at_column, k, SPLIT)
+        p_j, q_j = _load_weights(column_weight, factor, j, columns)
+        w = _pair_weights(
+            s,
+            rest_i,
+            class_i,
+            p_i,
+            q_i,
+            p_j,
+            q_j,
+            column_rest,
+            column_classes,
+            i,
+            j,
+            signed,
+            OWN,
+            UNIT,
+        )
+        w, w_low = _split(w, element, acc, SPLIT)
+        if SPLIT:
+            v += _products(w, w_low, b, b_low, acc, SPLIT)
+        else:
+            v = tl.dot(_operand(w), b, v, input_precision="ieee", out_dtype=acc)
+    out = partial + ((part.to(tl.int64) * rows + i) * width)[:, None] + k[None, :]
+    tl.store(out, v)
 
 
 @triton.jit
-def _scaled_panel(raw, row_rest, column_rest, i, j, n, m, stride):
-    """s_ij as a [len(i), len(j)] block of a panel, 0 beyond it."""
-    s = _load_block(raw, i, j, n, m, stride)
-    return s * _load_vector(row_rest, i, n)[:, None] * _load_vector(column_rest, j, m)[None, :]
+def _triangle(p, SQUARE: tl.constexpr):
+    """The p-th tile (row, column) up to the diagonal, where SQUARE tiles in a row are a square."""
+    t = p // SQUARE
+    row = ((tl.sqrt(8.0 * t.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    row = tl.where(row * (row + 1) // 2 > t, row - 1, row)
+    row = tl.where((row + 1) * (row + 2) // 2 <= t, row + 1, row)
+    return row, p - SQUARE * (row * (row + 1) // 2)
 
 
-@triton.jit
-def _store_sums(sums, channel, tile, tiles, total, i, n):
-    """sums[channel, tile, i] = total."""
-    at = (channel * tiles + tile).to(tl.int64) * n + i
-    tl.store(sums + at, total, mask=i < n)
-
-
-@triton.jit(do_not_specialize=["n", "m", "own", "signed"])
-def panel_sums(
-    raw,
-    row_labels,
-    column_labels,
+@triton.jit(do_not_specialize=["rows", "columns", "first", "column_tiles", "signed"])
+def tile_weights(
+    row_high,
+    row_low,
+    column_high,
+    column_low,
     row_rest,
     column_rest,
-    by_row,
-    by_column,
-    n,
-    m,
-    stride,
-    own,
+    row_classes,
+    column_classes,
+    row_weight,
+    column_weight,
+    scale,
+    high,
+    low,
+    rows,
+    columns,
+    width,
+    first,
+    column_tiles,
     signed,
+    OWN: tl.constexpr,
+    MIRRORED: tl.constexpr,
+    UNIT: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """Sums over one tile of a panel [n, m] of S: of phi(s_ij) over P_i and Q_i, and |P_i|.
+    """One tile of weights, as `_pair_weights`, for a panel of rows from `first` on.
 
-    Program (r, c) writes by_row[:, c, i], its sums over columns, and, where the panel begins at its
-    own diagonal block, by_column[:, r, j], its sums over rows. Reads the panel once: bound by
-    memory, or by the second-level cache where the panel is in it.
+    MIRRORED: the panel is all of a symmetric S, and a tile below the diagonal's is written on both
+    of its sides. A tile of inactive rows and columns is 0, and nothing is multiplied. 2 width FLOPs
+    a pair, times three with SPLIT; writes 2 bytes a pair, or 4. Bound by the products.
     """
-    acc: tl.constexpr = raw.dtype.element_ty
-    row_tile, column_tile = tl.program_id(0), tl.program_id(1)
-    i = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    j = column_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    phi = _phi(_scaled_panel(raw, row_rest, column_rest, i, j, n, m, stride), signed)
-    same = _load_vector(row_labels, i, n)[:, None] == _load_vector(column_labels, j, m)[None, :]
-    pair = (i < n)[:, None] & (j < m)[None, :] & ((own == 0) | (i[:, None] != j[None, :]))
-    positive = tl.where(pair & same, phi, 0.0)
-    negative = tl.where(pair & ~same, phi, 0.0)
-    count = (pair & same).to(acc)
-    tiles = tl.num_programs(1)
-    _store_sums(by_row, 0, column_tile, tiles, tl.sum(positive, axis=1), i, n)
-    _store_sums(by_row, 1, column_tile, tiles, tl.sum(negative, axis=1), i, n)
-    _store_sums(by_row, 2, column_tile, tiles, tl.sum(count, axis=1), i, n)
-    if own != 0:
-        tiles = tl.num_programs(0)
-        _store_sums(by_column, 0, row_tile, tiles, tl.sum(positive, axis=0), j, m)
-        _store_sums(by_column, 1, row_tile, tiles, tl.sum(negative, axis=0), j, m)
-        _store_sums(by_column, 2, row_tile, tiles, tl.sum(count, axis=0), j, m)
-
-
-@triton.jit(do_not_specialize=["n", "m", "height", "row_stride", "column_stride", "own", "signed"])
-def panel_weights(
-    raw,
-    weights,
-    row_labels,
-    column_labels,
-    row_rest,
-    column_rest,
-    row_pull,
-    column_pull,
-    n,
-    m,
-    height,
-    stride,
-    row_stride,
-    column_stride,
-    own,
-    signed,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """w_ij phi'(s_ij) by which scaled rows are multiplied, in both directions of a pair.
-
-    One tile of a panel [height, stride], of which [n, m] are pairs and the rest is written as 0.
-    `weights` may be `raw` itself. A tile of inactive rows and columns is written without being
-    read. Reads and writes the panel once: bound by memory, or the second-level cache.
-    """
-    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    j = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    p_i, q_i = _load_vector(row_pull, i, n), _load_vector(row_pull + row_stride, i, n)
-    p_j, q_j = _load_vector(column_pull, j, m), _load_vector(column_pull + column_stride, j, m)
+    acc: tl.constexpr = row_weight.dtype.element_ty
+    element: tl.constexpr = high.dtype.element_ty
+    p = tl.program_id(0)
+    if MIRRORED:
+        r, c = _triangle(p, BLOCK_N // BLOCK_M)
+    else:
+        r, c = p // column_tiles, p % column_tiles
+    local = r * BLOCK_N + tl.arange(0, BLOCK_N)
+    i = first + local
+    j = c * BLOCK_M + tl.arange(0, BLOCK_M)
+    factor = tl.load(scale)
+    p_i, q_i = _load_weights(row_weight, factor, i, rows)
+    p_j, q_j = _load_weights(column_weight, factor, j, columns)
     active = tl.max(((p_i != 0) | (q_i != 0)).to(tl.int32), axis=0)
     active += tl.max(((p_j != 0) | (q_j != 0)).to(tl.int32), axis=0)
-    w = tl.zeros((BLOCK_N, BLOCK_M), dtype=raw.dtype.element_ty)
-    if active > 0:
-        s = _scaled_panel(raw, row_rest, column_rest, i, j, n, m, stride)
-        same = _load_vector(row_labels, i, n)[:, None] == _load_vector(column_labels, j, m)[None, :]
-        pair = (i < n)[:, None] & (j < m)[None, :] & ((own == 0) | (i[:, None] != j[None, :]))
-        w = tl.where(same, p_i[:, None] + p_j[None, :], q_i[:, None] + q_j[None, :])
-        w = w * _phi_slope(s, signed)
-        w = w * _load_vector(row_rest, i, n)[:, None] * _load_vector(column_rest, j, m)[None, :]
-        w = tl.where(pair, w, 0.0)
-    out = weights + i[:, None].to(tl.int64) * stride + j[None, :]
-    tl.store(out, w, mask=(i < height)[:, None] & (j < stride)[None, :])
+    depth = tl.where(active > 0, width, 0)
+    at_row, at_column = i.to(tl.int64) * width, j.to(tl.int64) * width
+    s = _similarity(
+        row_high, row_low, column_high, column_low, at_row, at_column, depth, acc, SPLIT, BLOCK_D
+    )
+    rest_i = p_i
+    if not UNIT:
+        rest_i = tl.load(row_rest + i)
+    w = _pair_weights(
+        s,
+        rest_i,
+        tl.load(row_classes + i),
+        p_i,
+        q_i,
+        p_j,
+        q_j,
+        column_rest,
+        column_classes,
+        i,
+        j,
+        signed,
+        OWN,
+        UNIT,
+    )
+    w, w_low = _split(w, element, acc, SPLIT)
+    at = (local.to(tl.int64) * columns)[:, None] + j[None, :]
+    tl.store(high + at, w)
+    if SPLIT:
+        tl.store(low + at, w_low)
+    if MIRRORED:  # noqa: SIM102 - this is known when compiling, the rest is not
+        if (c + 1) * BLOCK_M <= r * BLOCK_N:
+            at_mirror = (j.to(tl.int64) * columns)[:, None] + i[None, :]
+            tl.store(high + at_mirror, tl.trans(w))
+            if SPLIT:
+                tl.store(low + at_mirror, tl.trans(w_low))
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "first"])
+def weighted_rows(
+    weights_high,
+    weights_low,
+    column_high,
+    column_low,
+    partial,
+    rows,
+    columns,
+    width,
+    first,
+    SPLIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """partial[p, first + i, k]: the sum over the p-th share of j of weights[i, j] f_j[k].
+
+    Where torch's product would keep one running sum over all j in a tensor core. 2 d FLOPs a pair,
+    times three with SPLIT. Bound by the products.
+    """
+    acc: tl.constexpr = partial.dtype.element_ty
+    local = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    part = tl.program_id(2)
+    total = tl.zeros((BLOCK_N, BLOCK_V), dtype=acc)
+    begin, end = _share(columns // BLOCK_M, tl.num_programs(2), part)
+    for tile in range(begin, end):
+        j = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        w, w_low = _load_rows(weights_high, weights_low, local.to(tl.int64) * columns, j, SPLIT)
+        f, f_low = _load_rows(column_high, column_low, j.to(tl.int64) * width, k, SPLIT)
+        total += _products(w, w_low, f, f_low, acc, SPLIT)
+    out = partial + ((part.to(tl.int64) * rows + first + local) * width)[:, None] + k[None, :]
+    tl.store(out, total)
+
+
+@triton.jit
+def _direction(
+    partial, high, low, at, k, inside, part_stride, parts, acc: tl.constexpr, SPLIT: tl.constexpr
+):
+    """v_i, its parts added in order, and the prepared row."""
+    u = tl.load(high + at + k, mask=inside, other=0.0).to(acc)
+    if SPLIT:
+        u += tl.load(low + at + k, mask=inside, other=0.0).to(acc)
+    v = tl.load(partial + at + k, mask=inside, other=0.0)
+    for part in range(1, parts):
+        v += tl.load(partial + part * part_stride + at + k, mask=inside, other=0.0)
+    return v, u
+
+
+@triton.jit(do_not_specialize=["n", "rows", "parts", "one_upstream"])
+def normalise_gradient(
+    partial,
+    high,
+    low,
+    rest,
+    power,
+    scale,
+    upstream,
+    gradient,
+    n,
+    d,
+    width,
+    rows,
+    parts,
+    one_upstream,
+    SCALE: tl.constexpr,
+    UNIT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dL/df_i = (v_i - (v_i . f^_i) f^_i) / n_i of BLOCK_N rows: the normalisation's backward.
+
+    partial[p, i, k] adds up to v_i times SCALE^3 `scale`, and times rest_i where rows are not UNIT;
+    one_upstream: what comes from upstream, one number for all, is still to be multiplied in.
+    Reads it and the rows twice, from a cache the second time; writes n d numbers. Bound by memory.
+    """
+    acc: tl.constexpr = partial.dtype.element_ty
+    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    at = (i.to(tl.int64) * width)[:, None]
+    part_stride = rows.to(tl.int64) * width
+    factor = (tl.load(power + i) / tl.load(scale) / (SCALE * SCALE * SCALE))[:, None]
+    factor = factor * tl.where(one_upstream != 0, tl.load(upstream), 1.0)
+    to_unit = tl.full((BLOCK_N, 1), 1.0 / SCALE, acc)
+    if not UNIT:
+        to_unit = tl.load(rest + i)[:, None]
+    along = tl.zeros((BLOCK_N, BLOCK_D), dtype=acc)
+    for start in range(0, width, BLOCK_D):
+        k = start + tl.arange(0, BLOCK_D)[None, :]
+        v, u = _direction(partial, high, low, at, k, k < width, part_stride, parts, acc, SPLIT)
+        along += v * (u * to_unit)
+    along = tl.sum(along, axis=1)[:, None]
+    to = (i.to(tl.int64) * d)[:, None]
+    for start in range(0, width, BLOCK_D):
+        k = start + tl.arange(0, BLOCK_D)[None, :]
+        v, u = _direction(partial, high, low, at, k, k < width, part_stride, parts, acc, SPLIT)
+        v = v - along * (u * to_unit)
+        v = tl.where(v == 0, 0.0, v * factor)  # inactive rows, whatever comes from upstream
+        tl.store(gradient + to + k, v, mask=(i < n)[:, None] & (k < d))

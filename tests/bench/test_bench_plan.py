@@ -21,8 +21,8 @@ MOST = 1.3
 TRUE = {
     "native": Constants(3e-5, 5e-13, 1e-12, 5e-6),
     fused.SMALL: Constants(3e-5, 1e-12, 1e-12, 7e-6),
-    fused.TILES: Constants(6e-5, 4e-14, 3e-13, 6e-6, half=4e-15),
-    fused.PANELS: Constants(6e-5, 2.2e-14, 3e-13, 5e-6, half=2e-15),
+    fused.TILES: Constants(6e-5, 2e-15, 3e-13, 5e-6, half=4e-15),
+    fused.PANELS: Constants(6e-5, 2.2e-15, 3e-13, 5e-6, half=2e-15),
     "gram": Constants(1e-4, 2.5e-14, 3e-13, 5e-6, half=2.4e-14),
     gram_triton.SCHEDULE: Constants(1e-4, 6e-15, 3e-13, 5e-6, half=5e-15),
     "reference": Constants(5e-5, 2.2e-14, 4e-13, 5e-6, half=2.1e-14),

@@ -104,7 +104,9 @@ def test_gpu_targets_look_at_both_modes(made_up_rows):
     assert "times faster than the naive form, graph replay" in found
     assert found["milliseconds (on an H200), graph replay"].is_met is None
     rows = [replace(row, device="NVIDIA H200") for row in rows]
-    assert {v.claim: v for v in targets.verdicts(rows)}["milliseconds (on an H200), graph replay"].figure > 0
+    assert {v.claim: v for v in targets.verdicts(rows)}[
+        "milliseconds (on an H200), graph replay"
+    ].figure > 0
 
 
 def test_section_sets_devices_side_by_side(folder, monkeypatch):

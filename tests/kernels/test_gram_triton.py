@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bstriplet_kernels import available_impls, bstriplet_loss, reference
 from bstriplet_kernels.cost import Work
-from bstriplet_kernels.paths import fused, gram_triton
+from bstriplet_kernels.paths import fused, gram_triton, pairs
 from bstriplet_kernels.spec import Spec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -94,7 +94,7 @@ def test_any_mixture_of_class_sizes(sizes, d, seed, options, dtype):
 @pytest.mark.usefixtures("small")
 def test_wide_embeddings(monkeypatch, d, whole):
     """Matrices held as a whole, or multiplied in parts where shared memory is small."""
-    monkeypatch.setattr(fused, "shared_memory", lambda _: 232_448 if whole else 101_376)
+    monkeypatch.setattr(pairs, "shared_memory", lambda _: 232_448 if whole else 101_376)
     x, labels = sized([60, 55, 3, 1], d, 0)
     assert_as_exact_as_plain("gram", x, labels, Options(margin=0.5))
 
@@ -206,9 +206,9 @@ def test_predicted_launches_and_memory_are_those_made(monkeypatch, n, d, dtype, 
         self.kernels = kernels
 
     monkeypatch.setattr(gram_triton.Launcher, "__init__", counted)
-    monkeypatch.setattr(fused, "_on_device_of", lambda _: nullcontext())
-    monkeypatch.setattr(fused, "processors", lambda _: 132)
-    monkeypatch.setattr(fused, "shared_memory", lambda _: 232_448)
+    monkeypatch.setattr(fused, "on_device_of", lambda _: nullcontext())
+    monkeypatch.setattr(pairs, "processors", lambda _: 132)
+    monkeypatch.setattr(pairs, "shared_memory", lambda _: 232_448)
     with FakeTensorMode(), Launches() as torchs:
         x, labels = on_fake_gpu(n, d, dtype)
         spec = Spec(reduction=reduction, wants_gradient=True)
