@@ -293,9 +293,9 @@ def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
     stored = n * d * 2 * (2 if products == 3 else 1)
     slots, matrix = runs + len(large), d * d * 4
     totals = 2 * runs * d * d * 8  # written and read
-    pairs = _band_pairs(class_sizes, smallest_moment(work.d))
+    in_band = _band_pairs(class_sizes, smallest_moment(work.d))
     scalar = work.reduction != "none"
-    flops = products * (each * (n + 2 * sum(large) + small) + 2 * d * pairs)
+    flops = products * (each * (n + 2 * sum(large) + small) + 2 * d * in_band)
     bytes_ = (
         n * work.d * work.dtype.itemsize + stored  # split
         + 2 * stored + 2 * slots * matrix + totals + 2 * (2 * len(large) + 1) * matrix
@@ -304,7 +304,9 @@ def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
     launches = 8 if scalar else 7
     if not work.wants_gradient:
         return Operations(flops, bytes_, launches, SCHEDULE)
-    flops += products * (each * (n + (1 if scalar else 2) * sum(large) + 2 * small) + 4 * d * pairs)
+    flops += products * (
+        each * (n + (1 if scalar else 2) * sum(large) + 2 * small) + 4 * d * in_band
+    )
     bytes_ += 2 * stored + 2 * slots * matrix + totals + 2 * (4 * len(large) + 2) * matrix
     bytes_ += work.gradient_bytes + n * _ROW_BYTES_BACK + 3 * work.cast_bytes
     launches += (5 if scalar else 8) + work.casts

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from bstriplet_kernels import bstriplet_loss, plan
-from bstriplet_kernels.paths import gram, gram_device, native, pairs
+from bstriplet_kernels.paths import gram, gram_device, gram_triton, native, pairs
 
 
 class Case(NamedTuple):
