@@ -113,7 +113,7 @@ def test_launches_on_the_device_of_the_tensor(monkeypatch):
         torch.cuda, "device", lambda device: entered.append(device) or nullcontext()
     )
     for index in (0, 1):
-        with fused._on_device_of(SimpleNamespace(device=torch.device("cuda", index))):
+        with fused.on_device_of(SimpleNamespace(device=torch.device("cuda", index))):
             pass
     assert entered == [torch.device("cuda", 1)]
 
