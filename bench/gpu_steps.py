@@ -50,6 +50,7 @@ _UNCACHED = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1")  # each tensor then ends
 _FEW_THREADS = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
 """For commands side by side; a suite of timings runs alone, with all threads."""
 INCOMPLETE = 124  # what bench.run returns where its limit left cases out
+BACKBONES = ("mobilenetv3_small_100", "efficientnet_b1", "shufflenet_v2", "peleenet")
 TESTS = (
     "tests/kernels/test_triton.py",
     "tests/kernels/test_native.py::test_cuda_agrees_with_the_reference",
@@ -136,20 +137,19 @@ def second(python: str, device: str, results: Path) -> tuple[Step, ...]:
         *_brought(python, device),
         Step(
             "what was mended is right",
-            45,
             60,
+            75,
             (
                 *(check(impl, "exact", dtype=dtype) for impl in impls for dtype in DTYPES[::3]),
                 *(check(impl, "compile") for impl in impls),
-                *_sanitized(python, device, "triton"),
-                *_sanitized(python, device, "gram"),
-                _tests(python),
+                *(tool for impl in impls for tool in _sanitized(python, device, impl)),
             ),
         ),
-        Step("targets", 55, 70, (run(60, "targets"),)),
-        Step("crossover", 90, 105, (run(95, "crossover"),)),
-        Step("sweep", 65, 80, (run(70, "sweep"),)),
-        Step("what is missing", 25, 60, (run(50, "--missing", "sweep", "targets", "paper"),)),
+        Step("targets", 45, 60, (run(55, "targets"),)),
+        Step("crossover", 65, 95, (run(90, "crossover"),)),
+        *_loops(python, device, results),
+        Step("what is missing", 50, 75, (run(70, "--missing", "sweep", "targets", "paper"),)),
+        Step("tests", 25, 60, (_tests(python),)),
     )
 
 
@@ -217,6 +217,15 @@ def _sanitized(python: str, device: str, impl: str) -> tuple[Command, ...]:
         )
         for tool, prefix in (("racecheck", ()), ("memcheck", _UNCACHED))
     )
+
+
+def _loops(python: str, device: str, results: Path) -> tuple[Step, ...]:
+    """Images a second of a training step of each backbone; on a GPU."""
+    if device != "cuda":
+        return ()
+    options = ("--steps", "10", "--rounds", "3", "--results", str(results))
+    loops = _module(python, "bench.training_loop", "--backbone", *BACKBONES, *options)
+    return (Step("training loops", 35, 50, (loops,)),)
 
 
 def _tests(python: str) -> Command:

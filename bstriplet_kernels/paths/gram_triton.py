@@ -27,6 +27,7 @@ _WHOLE_DEPTH = 128  # up to it a matrix is held as a whole where shared memory a
 _WHOLE_BYTES = 200_000  # of shared memory, for two matrices and the rows that they multiply
 _TILE = 128  # rows and columns of a moment that one program adds up
 _MATRIX_ROWS = 16
+_BLOCK_NUMBERS = 16_384  # of a block of rows at most: what registers hold
 
 
 class Blocks(NamedTuple):
@@ -152,7 +153,7 @@ class Launcher:
         """Constants of a kernel that walks blocks of rows."""
         return {
             "DP": self.depth,
-            "BLOCK": blocks.rows,
+            "BLOCK": min(blocks.rows, _BLOCK_NUMBERS // self.depth),
             "SPLIT": self.split,
             "num_warps": blocks.warps,
             "num_stages": blocks.stages,

@@ -809,8 +809,8 @@ def row_gradients(
                 b_scale = tl.load(back_scale + number.to(tl.int64) * DP + c)
                 if DP == BLOCK_K:
                     bh, bl = _load_square(back_high, back_low, number, DP, SPLIT)
-                for at in tl.range(start, stop, BLOCK, num_stages=1):
-                    r = at + tl.arange(0, BLOCK)
+                for at in range(start, stop, BLOCK // 2):  # beside both matrices there is less room
+                    r = at + tl.arange(0, BLOCK // 2)
                     inside = r < stop
                     members = _members(first, last, r, inside)
                     inside = inside & ((members < least) | (of_small == 0))
