@@ -745,6 +745,8 @@ def row_gradients(
     (4 D^2 without SPLIT), or one where UNIFORM and all of a class's rows in the run are active.
     Reads and writes a row once.
     """
+    # of rows beside two whole matrices, for which shared memory has less room
+    FEWER: tl.constexpr = BLOCK // 2 if DP == BLOCK_K else BLOCK
     begin, end = _run(run, n)
     c = tl.arange(0, DP)
     factor = (tl.load(largest) * scale).to(tl.float32)
@@ -809,8 +811,8 @@ def row_gradients(
                 b_scale = tl.load(back_scale + number.to(tl.int64) * DP + c)
                 if DP == BLOCK_K:
                     bh, bl = _load_square(back_high, back_low, number, DP, SPLIT)
-                for at in range(start, stop, BLOCK // 2):  # beside both matrices there is less room
-                    r = at + tl.arange(0, BLOCK // 2)
+                for at in range(start, stop, FEWER):
+                    r = at + tl.arange(0, FEWER)
                     inside = r < stop
                     members = _members(first, last, r, inside)
                     inside = inside & ((members < least) | (of_small == 0))
