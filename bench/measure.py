@@ -150,14 +150,14 @@ def _examine(
 ) -> str | None:
     """One call, counted, its memory measured, its result judged; why it is refused, or None.
 
-    Small cases are warm before; the time of large ones dwarfs what is cold. Every call has the
-    limit for itself.
+    Small cases are warm before, and all on a GPU, where kernels are compiled by a first call; the
+    time of large ones on a processor dwarfs what is cold. Every call has the limit for itself.
     """
     provider, case = candidate.provider, problem.case
     candidate.step = step = provider.make(problem)
     is_compiled = provider.group == COMPILED
     operations = Operations()
-    if case.n < _LARGE_N or is_compiled:
+    if case.n < _LARGE_N or is_compiled or case.device == "cuda":
         step(problem.x, problem.labels)
     seconds = 0.0
 
