@@ -6,6 +6,7 @@ The README's performance section, which sets the devices side by side, and a pag
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -15,8 +16,8 @@ from . import table, targets
 from .cases import FORWARD, FORWARD_BACKWARD
 from .figures import SWEEPS, milliseconds, step_shares
 from .machine import ROOT
-from .providers import COMPILED
-from .table import EAGER, RESULTS, Row
+from .providers import COMPILED, MOMENT_PRODUCTS, PAIR_PRODUCTS
+from .table import EAGER, GRAPH, RESULTS, Row
 from .targets import Verdict
 
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
@@ -103,8 +104,10 @@ def page(folder: Path) -> str:
     lines += _verdict_table([rows])
     lines += _provider_table(rows)
     lines += _sweep_table(rows)
+    lines += _replay_table(rows)
     lines += _hinge_table(rows)
     lines += _step_lines(rows)
+    lines += _loop_table(RESULTS / "training_loop" / f"{folder.name}.csv")
     for name, caption in _PICTURES.items():
         if (folder / f"{name}.png").exists():
             lines += [f"![{caption}]({name}.png)", ""]
@@ -227,6 +230,54 @@ def _sweep_table(rows: Sequence[Row]) -> list[str]:
         header = ("N", "auto", "path", "naive", "eager", "fastest peer", "auto: peak extra memory")
         lines += [f"D = {d:,}, ten classes:", "", *_table(header, cells)]
     return lines
+
+
+def _replay_table(rows: Sequence[Row]) -> list[str]:
+    """Ours and what stands beside it on a GPU, each as a loop calls it and in a CUDA graph."""
+    at = [row for row in rows if row.suite == "targets" and row.group != COMPILED]
+    if not any(row.mode == GRAPH for row in at):
+        return []
+    cells = []
+    for n, d, c, dtype in dict.fromkeys((row.n, row.d, row.c, row.dtype) for row in at):
+        here = {
+            (row.provider, row.mode): row
+            for row in at
+            if (row.n, row.d, row.c, row.dtype) == (n, d, c, dtype)
+        }
+        auto = here.get(("auto", GRAPH))
+        cells.append((
+            f"{n:,} x {d:,}, C = {c:,}{'' if dtype == 'float32' else f', {dtype}'}",
+            auto.path if auto else _MINUS, _time(auto), _time(here.get(("auto", EAGER))),
+            _time(here.get(("naive", EAGER))), _time(here.get(("eager", GRAPH))),
+            _time(here.get((PAIR_PRODUCTS, GRAPH))), _time(here.get((MOMENT_PRODUCTS, GRAPH))),
+            _size(auto),
+        ))  # fmt: skip
+    header = (
+        *("work", "path", "auto, graph replay", "auto, eager", "naive, eager"),
+        *("eager torch, graph replay", "products of pairs alone", "products of moments alone"),
+        "auto: peak extra memory",
+    )
+    return ["As a training loop calls it, and in a CUDA graph:", "", *_table(header, cells)]
+
+
+def _loop_table(path: Path) -> list[str]:
+    """Images a second of whole training loops on this device, where they were measured."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    loops = list(dict.fromkeys(row["loop"] for row in rows))
+    cells = []
+    for backbone in dict.fromkeys(row["backbone"] for row in rows):
+        rates = {row["loop"]: row for row in rows if row["backbone"] == backbone}
+        cells.append((
+            backbone,
+            *(f"{float(rates[loop]['p50_images_s']):,.0f}" if loop in rates else _MINUS
+              for loop in loops),
+        ))  # fmt: skip
+    size, batch = rows[0]["image_size"], rows[0]["batch_size"]
+    title = f"Training, CE + BST, batches of {batch} images of {size} x {size}, images a second:"
+    return [title, "", *_table(("backbone", *loops), cells)]
 
 
 def _hinge_table(rows: Sequence[Row]) -> list[str]:
