@@ -3,7 +3,8 @@
 python bench/triton_resources.py            print the table and write results/compile/…csv
 python bench/triton_resources.py --check    print it, write nothing, fail on a spill or a misfit
 
-One row for each configuration that `bstriplet_kernels.paths.fused` launches: registers a thread,
+One row for each configuration that `bstriplet_kernels.paths.fused` launches, and for the widest of
+those of `gram_triton`: registers a thread,
 bytes a thread that spill to memory, shared memory a block, barriers in one step of the innermost
 loop that multiplies (NVIDIA only) and the matrix instructions. Spills are ptxas' stack bytes on
 NVIDIA and spilled vector registers, in bytes, on AMD.
@@ -30,7 +31,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bstriplet_kernels.paths import fused, pairs, tiles
+from bstriplet_kernels.paths import fused, gram_triton, moment_kernels, pairs, tiles
 
 RESULTS = Path(__file__).parent / "results" / "compile" / "triton_resources.csv"
 PRODUCT = r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\.\S*?(m\d+n\d+k\d+|kind::\w+)\S*"
@@ -48,10 +49,29 @@ INTEGERS = (
 DOUBLES = ("margin", "squared_eps")
 INT64_POINTERS = ("labels", "column_labels")
 INT32_POINTERS = ("classes", "counts", "row_classes", "column_classes", "column_counts")
+MOMENTS = {
+    **dict.fromkeys(("n", "run", "runs", "least", "classes", "d", "stride", "steps"), "i32"),
+    **dict.fromkeys(("labels", "order"), "*i64"),
+    **dict.fromkeys(("first", "last", "small_rows"), "*i32"),
+    **dict.fromkeys(("totals", "total"), "*fp64"),
+    **dict.fromkeys(("weights", "active"), "*i1"),
+    **dict.fromkeys(("margin", "scale", "squared_eps"), "fp64"),
+    "sigma": "fp32",
+}
+"""Arguments of the kernels of moments; other names are float16 parts, or float32."""
 EMBEDDINGS = ("embeddings",)
 OPERANDS = ("high", "low", *(f"{side}_{part}" for side in ("row", "column", "weights")
                              for part in ("high", "low")))  # fmt: skip
 ALIGNED = ("d", "width", *EMBEDDINGS)
+SPILLS = {
+    "class_moments": 600,
+    "row_means": 1400,
+    "row_gradients": 2400,
+    "band_sums": 120,
+    "band_gradient": 450,
+}
+"""Bytes a thread that kernels of moments may spill: matrices on their way to shared memory, once
+for all rows of a run, and what is done with a sum when it is complete."""
 WIDTHS = (16, 128, 192, 512)
 """Padded D for which blocks differ."""
 
@@ -87,22 +107,50 @@ class Configuration(NamedTuple):
 def configurations(target: Target) -> list[Configuration]:
     """All that `fused` can launch on a target."""
     finishing = {"PHI_SCALE": 1.0, "TILE": 128, "BLOCK_N": 32, "BLOCK_T": 16}
-    return [
-        configuration
-        for dtype in TRITON_NAMES
-        for configuration in (
-            *_of_small(dtype, target),
-            *(each for width in WIDTHS for each in _of_pairs(dtype, width, target)),
-        )
-    ] + [
-        configuration
-        for dtype in (torch.float32, torch.float64)
-        for configuration in (
-            Configuration("finish_rows", dtype, finishing),
-            Configuration("reduce_losses", dtype, {"LARGEST": 13, "BLOCK_N": 2048}, 8),
-            Configuration("weigh_rows", dtype, {"LARGEST": 13, "BLOCK_N": 2048}, 8),
-        )
-    ]
+    return (
+        [
+            configuration
+            for dtype in TRITON_NAMES
+            for configuration in (
+                *_of_small(dtype, target),
+                *(each for width in WIDTHS for each in _of_pairs(dtype, width, target)),
+            )
+        ]
+        + [
+            configuration
+            for dtype in (torch.float32, torch.float64)
+            for configuration in (
+                Configuration("finish_rows", dtype, finishing),
+                Configuration("reduce_losses", dtype, {"LARGEST": 13, "BLOCK_N": 2048}, 8),
+                Configuration("weigh_rows", dtype, {"LARGEST": 13, "BLOCK_N": 2048}, 8),
+            )
+        ]
+        + _of_moments(target)
+    )
+
+
+def _of_moments(target: Target) -> list[Configuration]:
+    """Of a backward with a scalar loss; AMD GPUs have another schedule."""
+    if target.gpu.backend == "hip":
+        return []
+    cuts = gram_triton.HOPPER if target.hopper else gram_triton.OTHERS
+    found = []
+    for depth, dtype in ((128, torch.float32), (256, torch.float32), (128, torch.float16)):
+        held = target.hopper and depth <= gram_triton.WHOLE_DEPTH
+        shape = {"DP": depth, "SPLIT": dtype == torch.float32, "UNIFORM": True, "BY_ROW": False}
+        shape |= {"TILE": min(depth, 128), "ROWS": 16, "DEPTH": gram_triton.TOTALS.depth}
+        for kernel, blocks in (
+            ("split_rows", gram_triton.SPLIT_ROWS),
+            ("add_totals", gram_triton.TOTALS),
+            ("moment_matrices", gram_triton.TOTALS),
+            ("gradient_matrices", gram_triton.TOTALS),
+            *cuts._asdict().items(),
+        ):
+            rows = min(blocks.rows, gram_triton.BLOCK_NUMBERS // depth)
+            cut = {"BLOCK": rows, "BLOCK_D": min(depth, blocks.depth)}
+            cut["BLOCK_K"] = depth if held else min(depth, blocks.depth)
+            found.append(Configuration(kernel, dtype, shape | cut, blocks.warps, blocks.stages))
+    return found
 
 
 def _precisions(dtype: torch.dtype, target: Target) -> list[str]:
@@ -189,7 +237,7 @@ def _shape(blocks: pairs.Blocks) -> dict[str, Any]:
 def compile_one(name: str, configuration: Configuration) -> dict[str, Any]:
     """The row of the table of one configuration on one target."""
     target = TARGETS[name]
-    parameters = getattr(tiles, configuration.kernel).arg_names
+    parameters = _kernel(configuration).arg_names
     constants = {k: v for k, v in configuration.constants.items() if k in parameters}
     source = _source(configuration, constants)
     options = {"num_warps": configuration.warps, "num_stages": configuration.stages}
@@ -206,6 +254,11 @@ def compile_one(name: str, configuration: Configuration) -> dict[str, Any]:
             kind.lower() for kind in ("HALVED", "MIRRORED", "WHOLE") if constants.get(kind)
         ),
         **{f"block_{x.lower()}": constants.get(f"BLOCK_{x}", "") for x in ("N", "M", "D", "V")},
+        **(
+            {"block_n": constants.get("BLOCK", ""), "block_v": constants["DP"]}
+            if "DP" in constants
+            else {}
+        ),
         "warps": configuration.warps,
         "stages": configuration.stages,
         "target": name,
@@ -217,9 +270,14 @@ def compile_one(name: str, configuration: Configuration) -> dict[str, Any]:
     }
 
 
+def _kernel(configuration: Configuration) -> Any:
+    module = moment_kernels if "DP" in configuration.constants else tiles
+    return getattr(module, configuration.kernel)
+
+
 def _source(configuration: Configuration, constants: dict[str, Any]) -> ASTSource:
     """What the just-in-time compiler would make of the launcher's arguments."""
-    kernel = getattr(tiles, configuration.kernel)
+    kernel = _kernel(configuration)
     element = TRITON_NAMES[configuration.dtype]
     accumulator = "fp64" if element == "fp64" else "fp32"
     aligned = configuration.layout == "aligned"
@@ -229,6 +287,8 @@ def _source(configuration: Configuration, constants: dict[str, Any]) -> ASTSourc
             signature[name] = "constexpr"
         elif aligned and name in ("stride_d", "stride_label"):
             signature[name], constants[name] = "constexpr", 1
+        elif "DP" in constants and name in MOMENTS:
+            signature[name] = MOMENTS[name]
         elif name in INTEGERS or "stride" in name:
             signature[name] = "i32"
         elif name in DOUBLES:
@@ -239,6 +299,8 @@ def _source(configuration: Configuration, constants: dict[str, Any]) -> ASTSourc
             signature[name] = "*i64"
         elif name in INT32_POINTERS:
             signature[name] = "*i32"
+        elif "DP" in constants and name.endswith(("high", "low")):
+            signature[name] = "*fp16"
         elif name in OPERANDS:
             signature[name] = "*" + TRITON_NAMES[pairs.operand_dtype(configuration.dtype)]
         else:
@@ -316,7 +378,8 @@ def faults(rows: list[dict[str, Any]]) -> list[str]:
         f"{row['shared_bytes']} bytes of shared memory "
         f"(at most {TARGETS[row['target']].shared_limit})"
         for row in rows
-        if row["spilled_bytes"] > 8 or row["shared_bytes"] > TARGETS[row["target"]].shared_limit
+        if row["spilled_bytes"] > SPILLS.get(row["kernel"], 8)
+        or row["shared_bytes"] > TARGETS[row["target"]].shared_limit
     ]
 
 

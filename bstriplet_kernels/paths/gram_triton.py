@@ -23,11 +23,10 @@ SCHEDULE = "gram triton"
 """The schedule, by the name under which its measured speed stands."""
 MAX_DEPTH = 256
 _MULTIPLE = 64  # rows of a run are whole blocks
-_WHOLE_DEPTH = 128  # up to it a matrix is held as a whole where shared memory allows
-_WHOLE_BYTES = 200_000  # of shared memory, for two matrices and the rows that they multiply
+WHOLE_DEPTH = 128  # up to it Hopper holds two matrices, and a block of rows, as a whole
 _TILE = 128  # rows and columns of a moment that one program adds up
 _MATRIX_ROWS = 16
-_BLOCK_NUMBERS = 16_384  # of a block of rows at most: what registers hold
+BLOCK_NUMBERS = 16_384  # of a block of rows at most: what registers hold
 
 
 class Blocks(NamedTuple):
@@ -39,13 +38,33 @@ class Blocks(NamedTuple):
     stages: int
 
 
+class Cuts(NamedTuple):
+    """The blocks of each kernel that multiplies."""
+
+    class_moments: Blocks
+    row_means: Blocks
+    row_gradients: Blocks
+    band_sums: Blocks
+    band_gradient: Blocks
+
+
 # Measured on an H200.
+HOPPER = Cuts(
+    class_moments=Blocks(64, 0, 8, 3),
+    row_means=Blocks(128, 64, 8, 2),
+    row_gradients=Blocks(128, 64, 8, 2),
+    band_sums=Blocks(64, 64, 4, 3),
+    band_gradient=Blocks(64, 64, 4, 3),
+)
+OTHERS = Cuts(
+    class_moments=Blocks(32, 0, 8, 2),
+    row_means=Blocks(64, 32, 8, 2),
+    row_gradients=Blocks(64, 32, 8, 2),
+    band_sums=Blocks(64, 64, 4, 2),
+    band_gradient=Blocks(64, 64, 4, 2),
+)
+"""For the 99 KB that a program may take on most GPUs."""
 SPLIT_ROWS = Blocks(32, 0, 4, 1)
-CLASS_MOMENTS = Blocks(64, 0, 8, 3)
-ROW_MEANS = Blocks(128, 64, 8, 2)
-ROW_GRADIENTS = Blocks(128, 64, 8, 2)
-BAND_SUMS = Blocks(64, 64, 4, 3)
-BAND_GRADIENT = Blocks(64, 64, 4, 3)
 BAND_PARTS = 4
 """Programs among which the blocks of a run are shared out."""
 TOTALS = Blocks(64, 32, 4, 1)
@@ -147,17 +166,23 @@ class Launcher:
         self.least, self.classes = smallest_moment(d), class_count(n, d)
         self.run = run_length(n, pairs.processors(device))
         self.runs = -(-n // self.run)
-        self.whole = pairs.shared_memory(device) >= _WHOLE_BYTES and self.depth <= _WHOLE_DEPTH
+        hopper = pairs.is_hopper(device)
+        self.cuts = HOPPER if hopper else OTHERS
+        self.whole = hopper and self.depth <= WHOLE_DEPTH
 
     def options(self, blocks: Blocks) -> dict[str, object]:
         """Constants of a kernel that walks blocks of rows."""
         return {
             "DP": self.depth,
-            "BLOCK": min(blocks.rows, _BLOCK_NUMBERS // self.depth),
+            "BLOCK": min(blocks.rows, BLOCK_NUMBERS // self.depth),
             "SPLIT": self.split,
             "num_warps": blocks.warps,
             "num_stages": blocks.stages,
         }
+
+    def at_once(self, blocks: Blocks) -> int:
+        """Columns of matrices multiplied at a time: all where these are held as a whole."""
+        return self.depth if self.whole else min(self.depth, blocks.depth)
 
     def matrices(self, like: Tensor, count: int) -> Matrices:
         """Room for so many."""
@@ -196,7 +221,7 @@ class Launcher:
         self.kernels.class_moments[self.runs, (depth // tile) ** 2](
             batch.high, batch.low, weights, largest, batch.order, batch.first, batch.last,
             slots, totals, small_rows, self.n, self.run, self.least,
-            TILE=tile, UNIFORM=uniform, **self.options(CLASS_MOMENTS),
+            TILE=tile, UNIFORM=uniform, **self.options(self.cuts.class_moments),
         )  # fmt: skip
         total = totals.new_empty(depth, depth)
         self.kernels.add_totals[(depth * depth // TOTALS.rows,)](
@@ -225,7 +250,8 @@ def forward(embeddings: Tensor, labels: Tensor, spec: Spec) -> tuple[Tensor, Row
         in_band = new(n, dtype=torch.float32)
         launcher.kernels.band_sums[launcher.runs, BAND_PARTS](
             batch.high, batch.low, *place, sums.small_rows, in_band, *numbers,
-            BLOCK_D=min(launcher.depth, BAND_SUMS.depth), **launcher.options(BAND_SUMS),
+            BLOCK_D=min(launcher.depth, launcher.cuts.band_sums.depth),
+            **launcher.options(launcher.cuts.band_sums),
         )  # fmt: skip
         rows = Rows(new(n, dtype=torch.float32), new(n, dtype=torch.float32))
         by_row = spec.reduction == "none"
@@ -235,8 +261,8 @@ def forward(embeddings: Tensor, labels: Tensor, spec: Spec) -> tuple[Tensor, Row
             batch.high, batch.low, batch.order, *place, sums.small_rows, in_band, *own, *others,
             active, *rows, losses, *numbers, launcher.classes,
             spec.margin, spec.sigma, 1 / n if spec.reduction == "mean" else 1.0,
-            BLOCK_K=launcher.depth if launcher.whole else min(launcher.depth, ROW_MEANS.depth),
-            BY_ROW=by_row, **launcher.options(ROW_MEANS),
+            BLOCK_K=launcher.at_once(launcher.cuts.row_means),
+            BY_ROW=by_row, **launcher.options(launcher.cuts.row_means),
         )  # fmt: skip
     return losses if by_row else losses.sum(), rows, (*batch, active, *own, *others)
 
@@ -266,16 +292,16 @@ def backward(grad_loss: Tensor, embeddings: Tensor, state: State, spec: Spec) ->
         del sums  # slots make room for the gradient
         gradient = embeddings.new_empty((n, d), dtype=torch.float32)
         own = batch.high, batch.low, batch.order, batch.first, batch.last, small_rows
-        depth = min(launcher.depth, BAND_GRADIENT.depth)
+        depth = min(launcher.depth, launcher.cuts.band_gradient.depth)
         launcher.kernels.band_gradient[launcher.runs, BAND_PARTS, -(-d // depth)](
             *own, weights, largest, gradient, *numbers, d, d, spec.sigma,
-            BLOCK_D=depth, UNIFORM=uniform, **launcher.options(BAND_GRADIENT),
+            BLOCK_D=depth, UNIFORM=uniform, **launcher.options(launcher.cuts.band_gradient),
         )  # fmt: skip
         launcher.kernels.row_gradients[(launcher.runs,)](
             *own, batch.inverse, weights, largest, *made, gradient,
             *numbers, launcher.classes, d, d, scale,
-            BLOCK_K=launcher.depth if launcher.whole else min(launcher.depth, ROW_GRADIENTS.depth),
-            UNIFORM=uniform, **launcher.options(ROW_GRADIENTS),
+            BLOCK_K=launcher.at_once(launcher.cuts.row_gradients),
+            UNIFORM=uniform, **launcher.options(launcher.cuts.row_gradients),
         )  # fmt: skip
     return gradient
 
@@ -320,7 +346,7 @@ _ROW_BYTES_BACK = 16  # order, norm, whether it is active
 
 def _band_pairs(class_sizes: Sequence[int], least: int) -> int:
     """Pairs of rows whose products the band forms, in whole blocks."""
-    block = BAND_SUMS.rows
+    block = HOPPER.band_sums.rows
     return sum(s * (s + block) for s in class_sizes if 1 < s < least)
 
 

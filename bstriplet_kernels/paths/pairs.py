@@ -202,15 +202,6 @@ def processors(device: torch.device) -> int:
 
 
 @functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes that a program may take; in the interpreter as many as a Hopper GPU gives."""
-    if device.type == "cpu":
-        return 232_448
-    properties = torch.cuda.get_device_properties(device)
-    return int(getattr(properties, "shared_memory_per_block_optin", 49_152))
-
-
-@functools.cache
 def is_hopper(device: torch.device) -> bool:
     """Whether tensor cores read their operands from shared memory, as blocks assume there."""
     if device.type == "cpu" or torch.version.hip is not None:

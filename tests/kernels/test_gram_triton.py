@@ -93,8 +93,8 @@ def test_any_mixture_of_class_sizes(sizes, d, seed, options, dtype):
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "in parts"])
 @pytest.mark.usefixtures("small")
 def test_wide_embeddings(monkeypatch, d, whole):
-    """Matrices held as a whole, or multiplied in parts where shared memory is small."""
-    monkeypatch.setattr(pairs, "shared_memory", lambda _: 232_448 if whole else 101_376)
+    """Matrices held as a whole, as on Hopper, or multiplied in parts."""
+    monkeypatch.setattr(pairs, "is_hopper", lambda _: whole)
     x, labels = sized([60, 55, 3, 1], d, 0)
     assert_as_exact_as_plain("gram", x, labels, Options(margin=0.5))
 
@@ -208,7 +208,7 @@ def test_predicted_launches_and_memory_are_those_made(monkeypatch, n, d, dtype, 
     monkeypatch.setattr(gram_triton.Launcher, "__init__", counted)
     monkeypatch.setattr(fused, "on_device_of", lambda _: nullcontext())
     monkeypatch.setattr(pairs, "processors", lambda _: 132)
-    monkeypatch.setattr(pairs, "shared_memory", lambda _: 232_448)
+    monkeypatch.setattr(pairs, "is_hopper", lambda _: True)
     with FakeTensorMode(), Launches() as torchs:
         x, labels = on_fake_gpu(n, d, dtype)
         spec = Spec(reduction=reduction, wants_gradient=True)
