@@ -70,7 +70,8 @@ void wait(Barrier& barrier, size_t count, Last last) {
   barrier.waiting.clear();
 }
 
-// Shared memory is this library's thread_local storage. It holds NaN until the kernel writes it.
+// Shared memory is this library's thread_local storage. It holds NaN until the kernel writes it; when
+// a block has ended, other objects may come to lie there.
 void poison_shared_memory() {
   anchor = 0;  // so that the storage is there
   dl_iterate_phdr(
@@ -111,6 +112,7 @@ void run_block(Block& own) {
     if (fibre.started) fail("a barrier that not every thread comes to");
     munmap(fibre.stack, kStack);
   }
+  poison_shared_memory();
   own.cluster.barrier.arrive_and_drop();  // a block that has ended is not waited for
 }
 
