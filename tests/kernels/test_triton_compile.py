@@ -58,20 +58,24 @@ def specialisations():
     """Printed by a child: names of sizes that a kernel would be compiled anew for."""
     from triton.runtime.jit import JITFunction
 
-    from bstriplet_kernels.paths import tiles
+    from bstriplet_kernels.paths import moment_kernels, tiles
 
-    kernels = [
-        kernel
-        for name, kernel in vars(tiles).items()
-        if isinstance(kernel, JITFunction) and not name.startswith("_")
-    ]
-    assert len(kernels) == 11
     ragged = {"n", "m", "rows", "columns", "row_tiles", "column_tiles", "parts", "tiles", "first"}
     ragged |= {"own", "signed", "mean", "wants_gradient", "upstream_stride", "one_upstream"}
-    for kernel in kernels:
-        for parameter in kernel.params:
-            if parameter.name in ragged and not parameter.do_not_specialize:
-                print(kernel.__name__, parameter.name)
+    of_moments = {"n", "run", "runs", "least", "classes", "steps"}
+    for module, names, count in ((tiles, ragged, 11), (moment_kernels, of_moments, 9)):
+        kernels = [
+            kernel
+            for name, kernel in vars(module).items()
+            if isinstance(kernel, JITFunction)
+            and not name.startswith("_")
+            and kernel.fn.__module__ == module.__name__
+        ]
+        assert len(kernels) == count, kernels
+        for kernel in kernels:
+            for parameter in kernel.params:
+                if parameter.name in names and not parameter.do_not_specialize:
+                    print(kernel.__name__, parameter.name)
 
 
 def test_a_ragged_batch_compiles_nothing():
