@@ -39,7 +39,7 @@ TOLERANCE = {
 SHAPES = ((2, 1), (17, 5), (36, 1280), (64, 70), (65, 128), (300, 257), (1000, 64))
 QUICK_SHAPES = ((36, 1280), (70, 33))
 WIDE, QUICK_WIDE = (1024, 2048), (300, 4096)  # where S is multiplied in panels
-MANY, QUICK_MANY = ((2100, 128), (3000, 100)), ((500, 16), (300, 16))  # for second moments
+MANY, QUICK_MANY = ((7000, 128), (5000, 100)), ((500, 16), (300, 16))  # for second moments
 KERNELS = {"forward": 2, "backward": 1}  # at most, at N_b = 36 and D = 1280, in one launch
 _SMALL = ("native", "triton")  # the paths that serve that batch in one launch
 _SHOWN = 5  # failures of one check that are printed in full

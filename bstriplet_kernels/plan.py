@@ -33,7 +33,7 @@ _MOMENTS_FROM = {"native": 1 << 14, "triton": 1 << 14, "reference": 1 << 12}
 many columns N must have at least for second moments to be taken instead."""
 _MOMENTS_FROM_D, _MOMENTS_FROM_D_IN_HALF = 4, 16
 """How many times D it must be too: moments take 10-15 N D^2 multiply-adds, pairs 2-3 N^2 D. Triton
-multiplies half-precision pairs as they are, several times as fast as moments, which are float32."""
+multiplies half-precision pairs as they are, several times as fast as moments in float32."""
 _MOST_PAIRS = 1 << 28
 """N x M from which the reference is left to inputs that nothing else takes: its matrices, eight of
 them, take 8 GiB here."""
@@ -214,8 +214,8 @@ def _by_rule(takers: Sequence[str], work: Work) -> tuple[str, str]:
     """The path where nothing is measured, and why, in words.
 
     Up to 64 rows the native kernel, else Triton's, needs one launch. Above that Triton multiplies
-    pairs on tensor cores in a few launches and keeps O(N), where second moments need some hundred
-    launches: these pay where N is large, and large against D. Where neither kernel runs the
+    pairs on tensor cores in a few launches, where second moments take more of them, some hundred
+    without Triton: these pay where N is large, and large against D. Where neither kernel runs the
     reference's N x M matrices cross memory thirty times, so that moments pay much sooner.
     """
     takers = _contenders(takers, work)

@@ -2,7 +2,7 @@
 
 One mathematics (`second_moments`), four schedules. On the CPU, where sizes can be read,
 `gram_native` where the native library is, else `gram_host`. Where reading them would stop a GPU,
-`gram_triton` in a dozen launches, and `gram_device` in plain torch for what these do not take.
+`gram_triton` in thirteen launches, and `gram_device` in plain torch for what these do not take.
 """
 
 from __future__ import annotations

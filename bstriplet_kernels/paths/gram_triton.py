@@ -21,7 +21,7 @@ from . import fused, pairs
 
 SCHEDULE = "gram triton"
 """The schedule, by the name under which its measured speed stands."""
-MAX_DEPTH = 256
+MAX_DEPTH, MOST_ROWS = 256, 1 << 30
 _MULTIPLE = 64  # rows of a run are whole blocks
 WHOLE_DEPTH = 128  # up to it Hopper holds two matrices, and a block of rows, as a whole
 _TILE = 128  # rows and columns of a moment that one program adds up
@@ -95,8 +95,9 @@ def serves(work: Work) -> bool:
 
 
 def _has_kernels(n: int, d: int, dtype: torch.dtype) -> bool:
-    """No float64; and a class of more than half of the rows is to be a large one."""
-    return dtype != torch.float64 and d <= MAX_DEPTH and n >= 2 * smallest_moment(d)
+    """No float64; a class of more than half of the rows is large; rows have 32-bit numbers."""
+    least = 2 * smallest_moment(d)
+    return dtype != torch.float64 and d <= MAX_DEPTH and least <= n <= MOST_ROWS
 
 
 def padded(d: int) -> int:
@@ -110,8 +111,8 @@ def smallest_moment(d: int) -> int:
 
 
 def class_count(n: int, d: int) -> int:
-    """Numbers of large classes: the first multiple of `smallest_moment` among a class's rows."""
-    return -(-n // smallest_moment(d)) + 1
+    """More than any number of a large class, which is a multiple of `smallest_moment` over it."""
+    return -(-n // smallest_moment(d))
 
 
 def run_length(n: int, processors: int) -> int:
@@ -120,8 +121,10 @@ def run_length(n: int, processors: int) -> int:
 
 
 def splits(dtype: torch.dtype) -> bool:
-    """Whether numbers are two float16 parts: where torch may not multiply as tf32 does."""
-    return dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    """Whether numbers are two float16 parts: one has fewer digits than float16's own rule allows,
+    but more than bfloat16's, and as many as tf32, where torch may multiply float32 so.
+    """
+    return dtype == torch.float16 or (dtype == torch.float32 and pairs.products_are_exact())
 
 
 class Matrices(NamedTuple):
@@ -148,7 +151,9 @@ class Batch(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What runs of rows add up to: a slot for each run and class, all of it, small rows a run."""
+    """What runs of rows add up to: a slot for each run and class, all of it, and how many rows of
+    each run are of small classes.
+    """
 
     slots: Tensor
     total: Tensor
@@ -320,6 +325,7 @@ def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
     stored = n * d * 2 * (2 if products == 3 else 1)
     slots, matrix = runs + len(large), d * d * 4
     totals = 2 * runs * d * d * 8  # written and read
+    slices = -(-d // HOPPER.band_gradient.depth)  # the band of S is formed anew for each
     in_band = _band_pairs(class_sizes, smallest_moment(work.d))
     scalar = work.reduction != "none"
     flops = products * (each * (n + 2 * sum(large) + small) + 2 * d * in_band)
@@ -332,7 +338,7 @@ def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
     if not work.wants_gradient:
         return Operations(flops, bytes_, launches, SCHEDULE)
     flops += products * (
-        each * (n + (1 if scalar else 2) * sum(large) + 2 * small) + 4 * d * in_band
+        each * (n + (1 if scalar else 2) * sum(large) + 2 * small) + 2 * d * (slices + 1) * in_band
     )
     bytes_ += 2 * stored + 2 * slots * matrix + totals + 2 * (4 * len(large) + 2) * matrix
     bytes_ += work.gradient_bytes + n * _ROW_BYTES_BACK + 3 * work.cast_bytes
@@ -353,22 +359,22 @@ def _band_pairs(class_sizes: Sequence[int], least: int) -> int:
 def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
     """Peak bytes beyond the inputs, the gradient included; the same whatever the classes are.
 
-    Rows in parts and the matrices of the forward are there throughout; beside them the backward has
-    its slots and new matrices, or these and the gradient.
+    Rows in parts and the matrices of the forward are there throughout. Beside them the backward has
+    slots, and totals or its own matrices; then these and the gradient; then that as it is cast.
     """
     n, d = work.n, padded(work.d)
-    split = splits(work.dtype)
-    part, matrix = (2 if split else 1) * 2, d * d
-    run = run_length(n, pairs.USUAL_PROCESSORS)
-    runs, classes = -(-n // run), class_count(n, work.d)
-    rows = n * (d * part + _KEPT_BYTES)
-    slots = (runs + classes) * matrix * 4 + runs * matrix * 8
-    matrices = (2 * classes + 2) * (matrix * part + 4 * d)
-    sorting = n * 24
+    part, matrix = 4 if splits(work.dtype) else 2, d * d
+    on_gpu = torch.cuda.is_available()
+    processors = pairs.processors(torch.device("cuda")) if on_gpu else pairs.USUAL_PROCESSORS
+    runs, classes = -(-n // run_length(n, processors)), class_count(n, work.d)
+    kept = n * (d * part + _KEPT_BYTES + (8 if work.reduction == "none" else 0))
+    slots, totals = (runs + classes) * matrix * 4, runs * matrix * 8
+    matrices, made = ((2 * classes + extra) * (matrix * part + 4 * d) for extra in (1, 2))
+    forward = max(slots + totals, slots + matrices + 4 * n)
     if not work.wants_gradient:
-        return rows + max(sorting, slots + matrices)
-    backward = 2 * matrices + max(slots, work.gradient_bytes + work.cast_bytes)
-    return rows + max(sorting, slots + matrices, backward)
+        return kept + forward
+    of_gradient = work.gradient_bytes + max(made, work.cast_bytes)
+    return kept + max(forward, matrices + slots + max(totals, made), matrices + of_gradient)
 
 
-_KEPT_BYTES = 33  # order, first, last, norm, both means, the band, and whether it is active
+_KEPT_BYTES = 29  # order, place of the class, norm, both means, and whether the row is active

@@ -136,7 +136,7 @@ def split_rows(
         less = less | (middle < 0)
         below = tl.where(less, tl.maximum(middle, below), below)
         begin = tl.where(less, begin, middle)
-        middle = (end + above + 1) // 2
+        middle = end + (above - end + 1) // 2
         more = tl.load(labels + middle, mask=inside & (middle < n), other=0) > label
         more = more | (middle >= n)
         above = tl.where(more, tl.minimum(middle, above), above)
@@ -159,7 +159,10 @@ def split_rows(
 
 @triton.jit
 def _weight(weights, largest, order, r, mask, UNIFORM: tl.constexpr):
-    """a_i of rows in class order over the largest: where UNIFORM, 1 for the active ones, else 0."""
+    """a_i over the largest; where UNIFORM 1 for active rows, else 0. Rows in class order.
+
+    What is below 2^-20 of the largest loses digits.
+    """
     if weights is None:
         return mask.to(tl.float32)
     elif UNIFORM:
@@ -704,7 +707,8 @@ def _store_gradient(v, uh, ul, r, out, mask, written, inverse, factor, SPLIT: tl
     """dL/df = (v - (v . u) u) / |f|, times `factor`."""
     u = _whole(uh, ul, SPLIT) * (1 / UNIT)
     v -= tl.sum(v * u, axis=1)[:, None] * u
-    v *= (tl.load(inverse + r, mask=mask, other=0.0) * factor)[:, None]
+    v *= tl.load(inverse + r, mask=mask, other=0.0)[:, None]
+    v = tl.where(v == 0, 0.0, v * factor)  # an infinite upstream of rows that are all inactive
     tl.store(out, v, mask=written)
 
 
@@ -743,7 +747,7 @@ def row_gradients(
 
     `gradient` holds what `band_gradient` found for small rows. Two products, 12 D^2 FLOPs a row
     (4 D^2 without SPLIT), or one where UNIFORM and all of a class's rows in the run are active.
-    Reads and writes a row once.
+    Reads and writes a row once where matrices are held as a whole.
     """
     # of rows beside two whole matrices, for which shared memory has less room
     FEWER: tl.constexpr = BLOCK // 2 if DP == BLOCK_K else BLOCK

@@ -105,8 +105,11 @@ class Side(NamedTuple):
 
 
 def products_are_exact() -> bool:
-    """Whether torch multiplies float32 as it is."""
-    return torch.get_float32_matmul_precision() == "highest"
+    """Whether torch multiplies float32 on a GPU as it is, by whichever of its settings was used.
+
+    `torch.get_float32_matmul_precision` raises where the newer one was.
+    """
+    return torch.backends.cuda.matmul.fp32_precision != "tf32"
 
 
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -3,6 +3,7 @@
 `test_triton.py` runs this file in a child that has the interpreter.
 """
 
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from launches import Launches, on_fake_gpu
 from oracle import Options, assert_as_exact_as_plain, batch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bstriplet_kernels import available_impls, bstriplet_loss, reference
 from bstriplet_kernels.cost import Work
@@ -116,6 +119,60 @@ def test_others_do_not_cancel(sizes):
 
 
 @runs_here
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("small")
+def test_rows_that_lie_close_together(dtype):
+    """What matrices make of such a row is almost all along it, and projected away."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.repeat_interleave(torch.arange(5), torch.tensor([30, 5, 5, 5, 30]))
+    centres = torch.randn(5, 16, generator=generator)
+    x = centres[labels] + 0.03 * torch.randn(len(labels), 16, generator=generator)
+    options = Options(margin=1.0)
+    assert_as_exact_as_plain("gram", x.to(DEVICE, dtype), labels.to(DEVICE), options)
+
+
+@runs_here
+@pytest.mark.parametrize("processors", [2, 40])
+def test_runs_of_many_blocks_and_many_runs(monkeypatch, processors):
+    monkeypatch.setattr(gram_triton, "takes", lambda embeddings, ref_emb: True)
+    monkeypatch.setattr(gram_triton, "_MULTIPLE", 4)
+    monkeypatch.setattr(pairs, "processors", lambda _: processors)
+    sizes = [500, 300, *[100] * 4] if processors == 2 else [150, 130, 40, 20, 20]
+    x, labels = sized(sizes, 8, 0)
+    for margin, reduction in ((0.9, "mean"), (0.15, "mean"), (0.15, "none")):
+        spec = Spec(margin=margin, reduction=reduction)
+        got, truth = both_ways(x, labels, spec)
+        assert_near(got, truth, 1e-6)
+
+
+@runs_here
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.usefixtures("small")
+def test_inactive_rows_have_no_gradient_whatever_comes_from_upstream(reduction):
+    x, labels = sized([40, 30, 4], 8, 0)
+    loss, _, state = gram_triton.forward(x, labels, Spec(margin=-1.5, reduction=reduction))
+    upstream = torch.full_like(loss, torch.inf)
+    spec = Spec(margin=-1.5, reduction=reduction)
+    assert (gram_triton.backward(upstream, x, state, spec) == 0).all()
+
+
+@runs_here
+@pytest.mark.usefixtures("small")
+def test_the_backward_multiplies_as_its_forward_did():
+    x, labels = sized([40, 33, 8, 3], 12, 5)
+    loss, _, state = gram_triton.forward(x, labels, Spec())
+    gradients = [gram_triton.backward(torch.ones_like(loss), x, state, Spec())]
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert not gram_triton.splits(torch.float32)
+        gradients.append(gram_triton.backward(torch.ones_like(loss), x, state, Spec()))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert torch.equal(*gradients)
+
+
+@runs_here
 @pytest.mark.usefixtures("small")
 def test_rows_of_any_norm():
     x, labels = sized([40, 30, 4], 12, 0)
@@ -177,6 +234,32 @@ def test_tf32_is_one_product():
     assert_near(got, truth, 2e-3)
 
 
+class Peak(TorchDispatchMode):
+    """Bytes of the storages that are alive, now and at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = self.most = 0
+        self.alive = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self.alive:
+                    self.alive.add(key)
+                    self.held += size
+                    self.most = max(self.most, self.held)
+                    weakref.finalize(storage, self.forget, key, size)
+        return out
+
+    def forget(self, key, size):
+        self.alive.discard(key)
+        self.held -= size
+
+
 class NotRun:
     """Kernels that are counted, not run."""
 
@@ -209,13 +292,14 @@ def test_predicted_launches_and_memory_are_those_made(monkeypatch, n, d, dtype, 
     monkeypatch.setattr(fused, "on_device_of", lambda _: nullcontext())
     monkeypatch.setattr(pairs, "processors", lambda _: 132)
     monkeypatch.setattr(pairs, "is_hopper", lambda _: True)
-    with FakeTensorMode(), Launches() as torchs:
+    with FakeTensorMode(), Launches() as torchs, Peak() as peak:
         x, labels = on_fake_gpu(n, d, dtype)
+        given = peak.held
         spec = Spec(reduction=reduction, wants_gradient=True)
         loss, _, state = gram_triton.forward(x, labels, spec)
         forward = torchs.launches + kernels.launches
         gradient = gram_triton.backward(torch.empty_like(loss), x, state, spec)
-        gradient.to(dtype)  # as the caller does
+        gradient = gradient.to(dtype)  # as the caller does
         both = torchs.launches + kernels.launches
     work = Work(n, None, d, dtype, reduction, device="cuda")
     assert gram_triton.serves(work)
@@ -224,6 +308,10 @@ def test_predicted_launches_and_memory_are_those_made(monkeypatch, n, d, dtype, 
     one = gram_triton.operations(work._replace(wants_gradient=False), [n // 2] * 2)
     assert one.launches == forward
     assert both <= 16
+    explained = gram_triton.extra_memory(work, [n // 2] * 2)
+    assert explained == pytest.approx(peak.most - given, rel=0.05)
+    each = 2 * d * d * n * (3 if gram_triton.splits(dtype) else 1)
+    assert (one.flops, got.flops) == (3 * each, (5 if reduction == "mean" else 6) * each)
     if dtype == torch.float32 and n >= 100 * d and d == 128 and n > 100_000:
         assert gram_triton.extra_memory(work, [n]) <= 3 * work.embedding_bytes
         assert got.bytes <= 4e9
