@@ -101,7 +101,7 @@ def test_launches_have_a_constant_where_they_vary():
 def test_the_plan_follows_the_constants_of_a_gpu(fitted):
     choices = targets.planned_choices(gpu_rows(0), "cuda")
     assert len(choices) == len(suites("cuda")["crossover"].cases)
-    assert max(choices, key=lambda found: found[0])[0] <= 1.1
+    assert max(choices, key=lambda found: found[0])[0] <= MOST  # for three classes, it assumes
     chosen = set()
     for n, d, dtype in (
         (36, 1280, torch.float32), (1000, 128, torch.float32), (8192, 1280, torch.float32),

@@ -161,15 +161,21 @@ void send(const void* what, size_t bytes, void* to, unsigned rank, uint64_t* bar
   remaining -= bytes;
 }
 
+// Other blocks have their turn when no thread of this one can go on: what it sends too early is then
+// seen, whatever the machine is busy with.
 void wait_for(const uint64_t* barrier) {
   Fibre* const own = block->running;
+  ++block->listening;
   while (*barrier != 0) {
-    block->cluster.turn.unlock();
-    std::this_thread::yield();
-    block->cluster.turn.lock();
+    if (block->ready.size() < block->listening) {
+      block->cluster.turn.unlock();
+      std::this_thread::yield();
+      block->cluster.turn.lock();
+    }
     block->ready.push_back(own);
     leave(*own);
   }
+  --block->listening;
 }
 
 const dim3& thread_index() { return block->running->index; }

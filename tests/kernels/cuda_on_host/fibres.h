@@ -49,6 +49,7 @@ struct Block {
   unsigned rank;
   std::vector<Fibre> fibres;
   std::deque<Fibre*> ready;
+  size_t listening = 0;  // for messages that are yet to come
   std::vector<Barrier> warps;
   Barrier threads;
   unsigned cluster_phase = 0;
