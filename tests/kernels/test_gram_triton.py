@@ -92,8 +92,7 @@ def test_any_mixture_of_class_sizes(sizes, d, seed, options, dtype):
 
 
 @runs_here
-@pytest.mark.parametrize("d", [100, 200])
-@pytest.mark.parametrize("whole", [True, False], ids=["whole", "in parts"])
+@pytest.mark.parametrize(("d", "whole"), [(100, True), (100, False), (200, True)])
 @pytest.mark.usefixtures("small")
 def test_wide_embeddings(monkeypatch, d, whole):
     """Matrices held as a whole, as on Hopper, or multiplied in parts."""
