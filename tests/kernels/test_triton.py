@@ -52,16 +52,22 @@ def schedule(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.skipif(fused.interpreted(), reason="already there")
-def test_in_the_interpreter():
-    pytest.importorskip("triton")
-    chosen = [
-        *("test_triton.py", "test_gram_triton.py", "test_operators.py", "test_tensors.py"),
-        "test_tracers.py",
+CHOSEN = {
+    "pairs": ["test_triton.py"],
+    "moments": ["test_gram_triton.py"],
+    "operators": [
+        *("test_operators.py", "test_tensors.py", "test_tracers.py"),
         "test_properties.py::test_as_exact_as_plain_torch_in_the_same_dtype",
         "test_properties.py::test_reference_embeddings_are_as_exact",
         "test_properties.py::test_nan_and_infinity_are_never_hidden",
-    ]
+    ],
+}
+
+
+@pytest.mark.skipif(fused.interpreted(), reason="already there")
+@pytest.mark.parametrize("chosen", CHOSEN.values(), ids=CHOSEN)
+def test_in_the_interpreter(chosen):
+    pytest.importorskip("triton")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
         + ["-k", "triton and not every_output"]  # whose numerical derivatives take a minute here
