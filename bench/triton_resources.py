@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import csv
+import functools
 import itertools
 import os
 import re
@@ -64,14 +65,15 @@ OPERANDS = ("high", "low", *(f"{side}_{part}" for side in ("row", "column", "wei
                              for part in ("high", "low")))  # fmt: skip
 ALIGNED = ("d", "width", *EMBEDDINGS)
 SPILLS = {
+    "half_tile_sums": 200,
     "class_moments": 600,
     "row_means": 1400,
     "row_gradients": 2400,
     "band_sums": 120,
     "band_gradient": 450,
 }
-"""Bytes a thread that kernels of moments may spill: matrices on their way to shared memory, once
-for all rows of a run, and what is done with a sum when it is complete."""
+"""Bytes a thread that kernels may spill: matrices on their way to shared memory, once for all rows
+of a run, and what is done with a sum when it is complete."""
 WIDTHS = (16, 128, 192, 512)
 """Padded D for which blocks differ."""
 
@@ -106,7 +108,7 @@ class Configuration(NamedTuple):
 
 def configurations(target: Target) -> list[Configuration]:
     """All that `fused` can launch on a target."""
-    finishing = {"PHI_SCALE": 1.0, "TILE": 128, "BLOCK_N": 32, "BLOCK_T": 16}
+    finishing = {"PHI_SCALE": 1.0, "BLOCK_N": 32, "BLOCK_T": 16}
     return (
         [
             configuration
@@ -203,6 +205,7 @@ def _of_form(dtype: torch.dtype, width: int, split: bool, target: Target) -> lis
     form = {"UNIT": dtype.itemsize >= 4, "SPLIT": split}
     scale = {"SCALE": 256.0 if dtype == torch.float32 else 1.0}
     scaled = {**form, **scale, **_shape(pairs.row_blocks(width))}
+    kept = ({"MIRRORED": True, "KEPT": True},) if dtype.itemsize == 2 else ()
     found = [
         Configuration(
             "prepare_rows",
@@ -212,12 +215,17 @@ def _of_form(dtype: torch.dtype, width: int, split: bool, target: Target) -> lis
         Configuration("normalise_gradient", dtype, scaled),
     ]
     for kernel, cut, kinds in (
-        ("tile_sums", pairs.sum_blocks, ({"HALVED": True}, {"HALVED": False})),
+        ("tile_sums", pairs.sum_blocks, ({},)),
+        *(
+            ("half_tile_sums", functools.partial(pairs.half_blocks, rows), ({}, *kept))
+            for rows in (1024, 4096)
+        ),
         ("tile_gradient", pairs.gradient_blocks, ({},)),
         ("tile_weights", pairs.weight_blocks, ({"MIRRORED": True}, {"MIRRORED": False})),
+        ("tile_weights", functools.partial(pairs.weight_blocks, kept=True), kept),
     ):
         blocks = cut(width, dtype, target.hopper)
-        constants = {"OWN": True, **form, **_shape(blocks)}
+        constants = {"OWN": True, "SIGNED": False, "KEPT": False, **form, **_shape(blocks)}
         constants["WHOLE"] = blocks.d == width and blocks.v in (0, width)
         found += [
             Configuration(kernel, dtype, constants | kind, blocks.warps, blocks.stages)
@@ -251,7 +259,7 @@ def compile_one(name: str, configuration: Configuration) -> dict[str, Any]:
         "precision": constants.get("PRECISION", "split" if constants.get("SPLIT") else ""),
         "layout": configuration.layout,
         "kind": " ".join(
-            kind.lower() for kind in ("HALVED", "MIRRORED", "WHOLE") if constants.get(kind)
+            kind.lower() for kind in ("MIRRORED", "KEPT", "WHOLE") if constants.get(kind)
         ),
         **{f"block_{x.lower()}": constants.get(f"BLOCK_{x}", "") for x in ("N", "M", "D", "V")},
         **(
@@ -299,7 +307,7 @@ def _source(configuration: Configuration, constants: dict[str, Any]) -> ASTSourc
             signature[name] = "*i64"
         elif name in INT32_POINTERS:
             signature[name] = "*i32"
-        elif "DP" in constants and name.endswith(("high", "low")):
+        elif ("DP" in constants and name.endswith(("high", "low"))) or name == "similarities":
             signature[name] = "*fp16"
         elif name in OPERANDS:
             signature[name] = "*" + TRITON_NAMES[pairs.operand_dtype(configuration.dtype)]

@@ -31,6 +31,7 @@ from .pairs import Blocks, Side, Weights, kernels
 SMALL, TILES, PANELS = "triton small", "triton tiles", "triton panels"
 """The schedules, by the names under which their measured speeds stand."""
 SMALL_ROWS = 64
+_HALF_BYTES = 2  # of a similarity that is kept
 _FINISHED = 32  # rows whose sums one program finishes
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _FIRST_CAPABILITY = 8  # the first with bfloat16 and tf32 products
@@ -181,13 +182,12 @@ def _pair_operations(
     sides = _sizes(n, m, d, dtype)
     accumulated, element = max(4, dtype.itemsize), pairs.operand_dtype(dtype).itemsize
     element *= 2 if sides[0].split else 1
-    blocks = pairs.sum_blocks(sides[0].width, dtype, True)
-    halved = pairs.is_halved(sides[0].rows, m is None, blocks)
-    own = sides[0].halved(blocks.n) if halved else sides[0].rows * sides[0].columns
+    tiles = _half_tiles(sides[0], m is None, dtype, True)
+    own = sides[0].halved(sides[0].rows // tiles) if tiles else sides[0].rows * sides[0].columns
     prepared = sum(side.rows * side.width * element for side in sides)
     flops = sides[0].flops(own)
     moved = (n if m is None else n + m) * d * dtype.itemsize + 2 * prepared
-    moved += 2 * _slot_bytes(sides[0], dtype, halved, pairs.USUAL_PROCESSORS, True)
+    moved += 2 * _slot_bytes(sides[0], dtype, tiles, pairs.USUAL_PROCESSORS, True)
     launches = len(sides) + 3
     for side, size in zip(sides, (n, m), strict=False) if wants_gradient else ():
         pairs_ = side.rows * side.columns
@@ -198,7 +198,11 @@ def _pair_operations(
             step = pairs.panel_rows(side.rows, side.columns, dtype, side.split)
             mirrored = m is None and step == side.rows
             tile = pairs.weight_blocks(side.width, dtype, True).n
-            flops += side.flops(pairs_ + (side.halved(tile) if mirrored else pairs_))
+            flops += side.flops(pairs_)
+            if pairs.keeps_similarities(side.rows, m is None, dtype):
+                moved += 2 * side.halved(tile) * _HALF_BYTES  # written and read
+            else:
+                flops += side.flops(side.halved(tile) if mirrored else pairs_)
             moved += 2 * pairs_ * element
             launches += 1 + 2 * _tiles_of(side.rows, step)
         else:
@@ -210,14 +214,17 @@ def _pair_operations(
     return Operations(flops, moved, launches, PANELS if panels else TILES)
 
 
+def _half_tiles(side: _Sizes, own: bool, dtype: torch.dtype, hopper: bool) -> int:
+    return pairs.half_tiles(side.rows, own, side.width, dtype, hopper)
+
+
 def _slot_bytes(
-    side: _Sizes, dtype: torch.dtype, halved: bool, processors: int, hopper: bool
+    side: _Sizes, dtype: torch.dtype, half_tiles: int, processors: int, hopper: bool
 ) -> int:
-    """Of the partial sums that `pairs.row_sums` returns."""
+    """Of the partial sums of rows, of half of S or of all."""
     blocks = pairs.sum_blocks(side.width, dtype, hopper)
-    tiles = side.rows // blocks.n
-    parts = pairs.sum_parts(tiles, side.columns // blocks.m, processors)
-    return 2 * side.rows * (parts + (tiles if halved else 0)) * max(4, dtype.itemsize)
+    parts = half_tiles or pairs.parts(side.rows // blocks.n, side.columns // blocks.m, processors)
+    return 2 * side.rows * parts * max(4, dtype.itemsize)
 
 
 def _gradient_parts(
@@ -293,10 +300,11 @@ def _gradients(
     side, weights = _side_of(kept[:4], dtype), Weights(pull, scale)
     if spec.reduction == "none":
         weights = pairs.weights_of(side, pull, upstream)
-    way = pairs.by_panels if by_panels(n, m, d, dtype) else pairs.by_tiles
+    similarities = kept[4:] if m is None else ()
+    way = pairs.by_panels if similarities or by_panels(n, m, d, dtype) else pairs.by_tiles
     own = side, weights
     if m is None:
-        partial = way(*own, *own, True, spec.signed)
+        partial = way(*own, *own, True, spec.signed, *similarities)
         return pairs.normalised(side, partial, weights.scale, upstream, (n, d)), None
     columns = _side_of(kept[4:], dtype)
     others = columns, Weights(pull.new_zeros(2, columns.rows), weights.scale)
@@ -448,13 +456,18 @@ def _rows(
     n, m = rows.shape[0], columns.shape[0]
     side = pairs.prepare(rows, labels, ref_labels, spec.eps)
     other = side if ref_labels is None else pairs.prepare(columns, ref_labels, None, spec.eps)
-    by_row, by_column, tile = pairs.row_sums(side, other, own, spec.signed)
-    row_loss, positive, negative = (by_row.new_empty(n) for _ in range(3))
-    pull, scale = by_row.new_empty(2, side.rows), by_row.new_empty(())
+    kept = spec.wants_gradient and pairs.keeps_similarities(side.rows, own, side.dtype)
+    kept = kept and by_panels(n, None, rows.shape[1], side.dtype)
+    hopper = pairs.is_hopper(side.high.device)
+    if pairs.half_tiles(side.rows, own, side.width, side.dtype, hopper):
+        slots, similarities = pairs.own_row_sums(side, spec.signed, kept)
+    else:
+        slots = pairs.row_sums(side, other, own, spec.signed)
+    row_loss, positive, negative = (slots.new_empty(n) for _ in range(3))
+    pull, scale = slots.new_empty(2, side.rows), slots.new_empty(())
     mean = int(spec.reduction == "mean")
     kernels().finish_rows[(side.rows // _FINISHED,)](
-        by_row,
-        by_column,
+        slots,
         side.classes[0],
         other.classes[1],
         row_loss,
@@ -463,15 +476,12 @@ def _rows(
         pull,
         n,
         m,
-        side.rows,
-        by_row.shape[1],
-        by_column.shape[1],
+        slots.shape[1],
         int(own),
         mean,
         spec.margin,
         spec.sigma,
         PHI_SCALE=side.scale**-4,
-        TILE=tile,
         BLOCK_N=_FINISHED,
         BLOCK_T=16,
         num_warps=4,
@@ -491,7 +501,8 @@ def _rows(
             BLOCK_N=2048,
             num_warps=8,
         )
-    return loss, Rows(positive, negative), (pull, scale, *side[:4], *(() if own else other[:4]))
+    more = (similarities,) if kept else () if own else other[:4]
+    return loss, Rows(positive, negative), (pull, scale, *side[:4], *more)
 
 
 def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
@@ -512,13 +523,14 @@ def _pair_memory(work: Work, panels: bool) -> int:
     processors, hopper = pairs.processors(device), pairs.is_hopper(device)
     sides = _sizes(work.n, work.m, work.d, dtype)
     element = pairs.operand_dtype(dtype).itemsize * (2 if sides[0].split else 1)
-    blocks = pairs.sum_blocks(sides[0].width, dtype, hopper)
-    halved = pairs.is_halved(sides[0].rows, work.m is None, blocks)
+    tiles = _half_tiles(sides[0], work.m is None, dtype, hopper)
     kept = sum(side.rows * (side.width * element + 2 * (number + 4)) for side in sides)
     kept += 5 * work.n * number
-    forward = _slot_bytes(sides[0], dtype, halved, processors, hopper)
+    forward = _slot_bytes(sides[0], dtype, tiles, processors, hopper)
     if not work.wants_gradient:
         return kept + forward
+    if panels and pairs.keeps_similarities(sides[0].rows, work.m is None, dtype):
+        kept += sides[0].rows ** 2 * _HALF_BYTES
     backward, waiting = 0, 2 * sum(side.rows for side in sides) * number
     for side, size in zip(sides, (work.n, work.columns), strict=False):
         parts = _gradient_parts(side, dtype, panels, processors, hopper)

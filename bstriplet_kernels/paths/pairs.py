@@ -4,7 +4,8 @@ Both sides are prepared once: rows of one scale, in the dtype in which they are 
 of S then needs no norms and no masks. The forward turns tiles into sums of rows. The backward forms
 S anew and goes one of two ways: `by_tiles` multiplies each tile of weights with its columns at once
 and stores nothing of size N x M, at the price of S anew for each slice of D; `by_panels` writes
-weights in half precision, a bounded panel at a time, and one product serves all of D.
+weights in half precision, a bounded panel at a time, and one product serves all of D. Where half
+precision is enough and all of S fits a panel, the forward keeps it, and nothing is formed anew.
 
 float32 is multiplied as high + low, two float16 numbers that hold 22 bits of rows of one scale:
 three products, exact to float32's own rounding, on units that take half precision. Where torch is
@@ -34,11 +35,12 @@ PANEL_BYTES = 1 << 26
 MAX_PARTS = 16
 """Among how many programs the columns of one tile of rows are shared out at most."""
 MOST_HALVED_TILES = 256
-"""S is halved up to so many tiles of rows. Each writes sums for all columns up to its own: 2 KiB a
-row at most, 16,384 rows of 64 a tile."""
+"""S is halved up to so many tiles of rows, since each row has a sum from each tile: 2 KiB a row at
+most."""
 _SCALE = 256.0  # of unit float32 rows, so that what rounding leaves is in float16's range
 _DEPTH = 64  # of one step of a product
 _WHOLE = 128  # up to this width a tile of S is one step
+_MANY_ROWS = 2048  # from which large tiles of half of S are enough programs
 _LARGEST_WEIGHT = 13  # as a power of two: four of them are below float16's largest number
 _INTERPRETER_PROCESSORS = 6  # so that small inputs share columns out there too
 USUAL_PROCESSORS = 132  # for predictions: an H100
@@ -140,6 +142,19 @@ def sum_blocks(width: int, dtype: torch.dtype, hopper: bool) -> Blocks:
     return Blocks(64, 64, _DEPTH, 0, 4, 3 if dtype == torch.float32 else 4)
 
 
+def half_blocks(rows: int, width: int, dtype: torch.dtype, hopper: bool) -> Blocks:
+    """Of `tiles.half_tile_sums`: squares, the larger the fewer times a row is read."""
+    if dtype == torch.float64:
+        return Blocks(32, 32, min(width, 16), 0, 4, 2)
+    if not hopper:
+        return Blocks(64, 64, min(width, 32), 0, 4, 2)
+    if dtype.itemsize == 2 and rows >= _MANY_ROWS:
+        return Blocks(128, 128, min(width, _DEPTH), 0, 4, 2)
+    if width <= _WHOLE:
+        return Blocks(64, 64, width, 0, 4, 1)
+    return Blocks(64, 64, _DEPTH, 0, 4, 3)
+
+
 def gradient_blocks(width: int, dtype: torch.dtype, hopper: bool) -> Blocks:
     """Of `tiles.tile_gradient`."""
     if dtype == torch.float64:
@@ -150,8 +165,10 @@ def gradient_blocks(width: int, dtype: torch.dtype, hopper: bool) -> Blocks:
     return Blocks(64, 32, depth, _slice(width) if hopper else min(width, _DEPTH), 4, 2)
 
 
-def weight_blocks(width: int, dtype: torch.dtype, hopper: bool) -> Blocks:
-    """Of `tiles.tile_weights`."""
+def weight_blocks(width: int, dtype: torch.dtype, hopper: bool, kept: bool = False) -> Blocks:
+    """Of `tiles.tile_weights`; kept: from S as the forward kept it."""
+    if kept:
+        return Blocks(32, 32, 0, 0, 2, 1)
     if dtype == torch.float64:
         return Blocks(32, 32, min(width, 32), 0, 4, 2)
     if not hopper:
@@ -178,14 +195,9 @@ def _slice(width: int) -> int:
     return _WHOLE if width % _WHOLE == 0 else min(width, _DEPTH)
 
 
-def parts(programs: int, tiles: int, processors: int, each: int = 2) -> int:
-    """Among how many programs tiles of columns are shared out: `each` for each processor."""
-    return max(1, min(MAX_PARTS, tiles, each * processors // programs))
-
-
-def sum_parts(row_tiles: int, column_tiles: int, processors: int) -> int:
-    """As `parts` for sums: tiles of half of S are shares of unequal size, hence many of them."""
-    return parts(row_tiles, column_tiles, processors, each=16)
+def parts(programs: int, tiles: int, processors: int) -> int:
+    """Among how many programs tiles of columns are shared out: two for each processor."""
+    return max(1, min(MAX_PARTS, tiles, 2 * processors // programs))
 
 
 @functools.cache
@@ -254,33 +266,31 @@ def prepare(embeddings: Tensor, labels: Tensor, column_labels: Tensor | None, ep
     return side
 
 
-def is_halved(rows: int, own: bool, blocks: Blocks) -> bool:
-    """Whether sums are taken of half of S, and serve both rows of a pair."""
-    return own and rows // blocks.n <= MOST_HALVED_TILES
+def half_tiles(rows: int, own: bool, width: int, dtype: torch.dtype, hopper: bool) -> int:
+    """How many tiles wide S is where sums are taken of half of it; else 0."""
+    tiles = rows // half_blocks(rows, width, dtype, hopper).n
+    return tiles if own and tiles <= MOST_HALVED_TILES else 0
 
 
-def row_sums(rows: Side, columns: Side, own: bool, signed: bool) -> tuple[Tensor, Tensor, int]:
-    """Sums of phi over P_i and Q_i, times scale^4, to be added up, and the height of a tile.
+def keeps_similarities(rows: int, own: bool, dtype: torch.dtype) -> bool:
+    """Whether S of N' rows may be kept in half precision for a backward by panels."""
+    return own and dtype.itemsize == 2 and rows * rows * 2 <= PANEL_BYTES
 
-    [2, parts, N'], each of some of a row's columns; and [2, tiles, N'], each of what one tile of
-    rows gives to the columns up to its own: [2, 0, N'] where S is not halved.
-    """
-    blocks = sum_blocks(rows.width, rows.dtype, is_hopper(rows.high.device))
+
+def row_sums(rows: Side, columns: Side, own: bool, signed: bool) -> Tensor:
+    """Sums of phi over P_i and Q_i, times scale^4: [2, parts, N'], to be added up."""
+    device = rows.high.device
+    blocks = sum_blocks(rows.width, rows.dtype, is_hopper(device))
     row_tiles, column_tiles = rows.rows // blocks.n, columns.rows // blocks.m
-    halved = is_halved(rows.rows, own, blocks)
-    shares = sum_parts(row_tiles, column_tiles, processors(rows.high.device))
-    by_row = rows.scales.new_empty(2, shares, rows.rows)
-    by_column = rows.scales.new_empty(2, row_tiles if halved else 0, rows.rows)
+    shares = parts(row_tiles, column_tiles, processors(device))
+    slots = rows.scales.new_empty(2, shares, rows.rows)
     kernels().tile_sums[row_tiles, shares](
         *_operands(rows, columns),
-        by_row,
-        by_column,
+        slots,
         rows.width,
-        row_tiles,
         column_tiles,
         int(signed),
         OWN=own,
-        HALVED=halved,
         **rows.form,
         BLOCK_N=blocks.n,
         BLOCK_M=blocks.m,
@@ -289,7 +299,36 @@ def row_sums(rows: Side, columns: Side, own: bool, signed: bool) -> tuple[Tensor
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )
-    return by_row, by_column, blocks.n
+    return slots
+
+
+def own_row_sums(side: Side, signed: bool, kept: bool) -> tuple[Tensor, Tensor]:
+    """As `row_sums` of rows with themselves, from half of S; and S in float16, [N', N'].
+
+    kept: whether it is wanted; it is written up to the diagonal's tiles. Else it is empty.
+    """
+    blocks = half_blocks(side.rows, side.width, side.dtype, is_hopper(side.high.device))
+    tiles = side.rows // blocks.n
+    slots = side.scales.new_empty(2, tiles, side.rows)
+    similarities = side.high.new_empty((side.rows,) * 2 if kept else 0, dtype=torch.float16)
+    kernels().half_tile_sums[(tiles * (tiles + 1) // 2,)](
+        side.high,
+        side.low,
+        side.scales[0],
+        side.classes[0],
+        slots,
+        similarities,
+        tiles,
+        side.width,
+        SIGNED=signed,
+        **side.form,
+        KEPT=kept,
+        BLOCK_N=blocks.n,
+        BLOCK_D=blocks.d,
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+    )
+    return slots, similarities
 
 
 def _operands(rows: Side, columns: Side) -> tuple[Tensor, ...]:
@@ -360,8 +399,6 @@ def by_tiles(
         row_weights.of_rows,
         *column_weights,
         partial,
-        rows.rows,
-        columns.rows,
         rows.width,
         column_tiles,
         int(signed),
@@ -402,12 +439,13 @@ def by_panels(
     column_weights: Weights,
     own: bool,
     signed: bool,
+    similarities: Tensor | None = None,
 ) -> Tensor:
-    """As `by_tiles`, through panels of weights."""
-    device = rows.high.device
+    """As `by_tiles`, through panels of weights; similarities: S, where the forward kept it."""
+    device, kept = rows.high.device, similarities is not None
     hopper = is_hopper(device)
     step = panel_rows(rows.rows, columns.rows, rows.dtype, rows.is_split)
-    blocks = weight_blocks(rows.width, rows.dtype, hopper)
+    blocks = weight_blocks(rows.width, rows.dtype, hopper, kept)
     high = rows.high.new_empty(step, columns.rows)
     low = torch.empty_like(high) if rows.is_split else rows.low
     shares = 1
@@ -425,16 +463,17 @@ def by_panels(
             *_operands(rows, columns),
             row_weights.of_rows,
             *column_weights,
+            similarities,
             high,
             low,
             rows.rows,
-            columns.rows,
             rows.width,
             first,
             column_tiles,
             int(signed),
             OWN=own,
             MIRRORED=mirrored,
+            KEPT=kept,
             **rows.form,
             BLOCK_N=blocks.n,
             BLOCK_M=blocks.m,
@@ -464,7 +503,7 @@ def _add_products(partial: Tensor, high: Tensor, low: Tensor, columns: Side, fir
         columns.low,
         partial,
         partial.shape[1],
-        columns.rows,
+        columns.rows // blocks.m,
         columns.width,
         first,
         SPLIT=True,

@@ -343,7 +343,18 @@ def _similarity(
     return total
 
 
-@triton.jit(do_not_specialize=["row_tiles", "column_tiles", "signed"])
+@triton.jit
+def _phi_of_pairs(s, row_classes, column_classes, i, j, signed, OWN: tl.constexpr):
+    """phi(s_ij) of pairs of one class, and of the others; a row is no pair with itself."""
+    if OWN:
+        s = tl.where(i[:, None] != j[None, :], s, 0.0)
+    phi = _phi(s, signed)
+    same = tl.load(row_classes + i)[:, None] == tl.load(column_classes + j)[None, :]
+    of_same = tl.where(same, phi, 0.0)
+    return of_same, phi - of_same
+
+
+@triton.jit(do_not_specialize=["column_tiles", "signed"])
 def tile_sums(
     row_high,
     row_low,
@@ -353,14 +364,11 @@ def tile_sums(
     column_rest,
     row_classes,
     column_classes,
-    by_row,
-    by_column,
+    slots,
     width,
-    row_tiles,
     column_tiles,
     signed,
     OWN: tl.constexpr,
-    HALVED: tl.constexpr,
     UNIT: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -370,21 +378,14 @@ def tile_sums(
 ):
     """Sums of phi over P_i and over Q_i for BLOCK_N rows and a share of the columns.
 
-    Program (r, p) walks the p-th share of the tiles of its rows, of those below the diagonal where
-    S is HALVED, and writes by_row[0, p, i] and by_row[1, p, i]. HALVED: the sums of each tile over
-    its rows count for its columns, by_column[0, r, j] and by_column[1, r, j]. WHOLE: BLOCK_D is the
-    width, and rows are loaded once. At a scale of c sums are c^4 times what they stand for. 2 n m d
-    FLOPs, or half of that, times three with SPLIT. Bound by the products.
+    Program (r, p) walks the p-th share of the columns' tiles and writes slots[0, p, i] and
+    slots[1, p, i]. WHOLE: BLOCK_D is the width, and rows are loaded once. At a scale of c sums are
+    c^4 times what they stand for. 2 n m d FLOPs, times three with SPLIT. Bound by the products.
     """
-    acc: tl.constexpr = by_row.dtype.element_ty
-    r = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows of a triangle first
+    acc: tl.constexpr = slots.dtype.element_ty
     part = tl.program_id(1)
-    i = r * BLOCK_N + tl.arange(0, BLOCK_N)
+    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_D)
-    tiles = column_tiles
-    if HALVED:
-        tiles = (r + 1) * (BLOCK_N // BLOCK_M)
-    class_i = tl.load(row_classes + i)
     if not UNIT:
         rest_i = tl.load(row_rest + i)[:, None]
     at_row = i.to(tl.int64) * width
@@ -392,8 +393,7 @@ def tile_sums(
         a, a_low = _load_rows(row_high, row_low, at_row, k, SPLIT)
     positive = tl.zeros((BLOCK_N,), dtype=acc)
     negative = tl.zeros((BLOCK_N,), dtype=acc)
-    rows = row_tiles.to(tl.int64) * BLOCK_N
-    begin, end = _share(tiles, tl.num_programs(1), part)
+    begin, end = _share(column_tiles, tl.num_programs(1), part)
     for c in range(begin, end):
         j = c * BLOCK_M + tl.arange(0, BLOCK_M)
         at_column = j.to(tl.int64) * width
@@ -415,39 +415,94 @@ def tile_sums(
             )
         if not UNIT:
             s = s * rest_i * tl.load(column_rest + j)[None, :]
-        if HALVED:
-            s = tl.where(i[:, None] > j[None, :], s, 0.0)
-        elif OWN:
-            s = tl.where(i[:, None] != j[None, :], s, 0.0)
-        phi = _phi(s, signed)
-        same = class_i[:, None] == tl.load(column_classes + j)[None, :]
-        of_same = tl.where(same, phi, 0.0)
-        of_other = phi - of_same
+        of_same, of_other = _phi_of_pairs(s, row_classes, column_classes, i, j, signed, OWN)
         positive += tl.sum(of_same, axis=1)
         negative += tl.sum(of_other, axis=1)
-        if HALVED:
-            out = by_column + r * rows + j
-            tl.store(out, tl.sum(of_same, axis=0))
-            tl.store(out + row_tiles * rows, tl.sum(of_other, axis=0))
-    out = by_row + part * rows + i
+    rows = tl.num_programs(0).to(tl.int64) * BLOCK_N
+    out = slots + part * rows + i
     tl.store(out, positive)
     tl.store(out + tl.num_programs(1) * rows, negative)
 
 
 @triton.jit
-def _add_slots(total, slots, rows, i, first, last, BLOCK_T: tl.constexpr):
-    """total[t, i] + slots[t, i] + slots[t + BLOCK_T, i] + ... for first <= t < last."""
-    for start in range(first, last, BLOCK_T):
+def _tile(matrix, row, column, stride, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Where a tile of a matrix begins, and its elements from there, in 32 bits."""
+    begin = matrix + row.to(tl.int64) * stride + column
+    return begin, tl.arange(0, BLOCK_N)[:, None] * stride + tl.arange(0, BLOCK_M)[None, :]
+
+
+@triton.jit
+def _triangle(p):
+    """The p-th tile (row, column) up to the diagonal."""
+    row = ((tl.sqrt(8.0 * p.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    row = tl.where(row * (row + 1) // 2 > p, row - 1, row)
+    row = tl.where((row + 1) * (row + 2) // 2 <= p, row + 1, row)
+    return row, p - row * (row + 1) // 2
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def half_tile_sums(
+    row_high,
+    row_low,
+    row_rest,
+    row_classes,
+    slots,
+    similarities,
+    tiles,
+    width,
+    SIGNED: tl.constexpr,
+    UNIT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    KEPT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """As `tile_sums` where the rows are the columns: of half of S, a tile a program.
+
+    The tile of rows r and columns c gives its sums over columns to rows, slots[0, c, i] and
+    slots[1, c, i], and its sums over rows to columns, slots[0, r, j] and slots[1, r, j]. KEPT: the
+    tile is written too, for `tile_weights`. n^2 d FLOPs, times three with SPLIT. Bound by the
+    products, and by what the second-level cache delivers.
+    """
+    acc: tl.constexpr = slots.dtype.element_ty
+    r, c = _triangle(tl.program_id(0))
+    rows = tiles * BLOCK_N
+    i = r * BLOCK_N + tl.arange(0, BLOCK_N)
+    j = c * BLOCK_N + tl.arange(0, BLOCK_N)
+    at_row, at_column = i.to(tl.int64) * width, j.to(tl.int64) * width
+    s = _similarity(
+        row_high, row_low, row_high, row_low, at_row, at_column, width, acc, SPLIT, BLOCK_D
+    )
+    if not UNIT:
+        s = s * tl.load(row_rest + i)[:, None] * tl.load(row_rest + j)[None, :]
+    if KEPT:
+        tile, at = _tile(similarities, r * BLOCK_N, c * BLOCK_N, rows, BLOCK_N, BLOCK_N)
+        tl.store(tile + at, s.to(similarities.dtype.element_ty))
+    of_same, of_other = _phi_of_pairs(s, row_classes, row_classes, i, j, SIGNED, True)
+    plane = tiles.to(tl.int64) * rows
+    out = slots + c * rows + i
+    tl.store(out, tl.sum(of_same, axis=1))
+    tl.store(out + plane, tl.sum(of_other, axis=1))
+    is_other = (r != c) & (j >= 0)
+    out = slots + r * rows + j
+    tl.store(out, tl.sum(of_same, axis=0), mask=is_other)
+    tl.store(out + plane, tl.sum(of_other, axis=0), mask=is_other)
+
+
+@triton.jit
+def _add_slots(slots, rows, i, parts, BLOCK_T: tl.constexpr):
+    """The sum over t < parts of slots[t, i], in a fixed order."""
+    total = tl.zeros((BLOCK_T, i.shape[0]), dtype=slots.dtype.element_ty)
+    for start in range(0, parts, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         at = (t.to(tl.int64) * rows)[:, None] + i[None, :]
-        total += tl.load(slots + at, mask=(t < last)[:, None], other=0.0)
-    return total
+        total += tl.load(slots + at, mask=(t < parts)[:, None], other=0.0)
+    return tl.sum(total, axis=0)
 
 
-@triton.jit(do_not_specialize=["n", "m", "rows", "parts", "tiles", "own", "mean"])
+@triton.jit(do_not_specialize=["n", "m", "parts", "own", "mean"])
 def finish_rows(
-    by_row,
-    by_column,
+    slots,
     classes,
     column_counts,
     row_loss,
@@ -456,43 +511,33 @@ def finish_rows(
     pull,
     n,
     m,
-    rows,
     parts,
-    tiles,
     own,
     mean,
     margin: tl.float64,
     sigma,
     PHI_SCALE: tl.constexpr,
-    TILE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Eq. 3's means and the hinge of BLOCK_N rows, from the sums of `tile_sums` in a fixed order.
+    """Eq. 3's means and the hinge of BLOCK_N rows, from slots [2, parts, rows] of their sums.
 
-    tiles: the tiles of rows that wrote `by_column`, each for the columns up to its own rows; or 0.
     pull[0, i] and pull[1, i] are what row i's pairs weigh in dL/dS for dL/dl_i = 1: -1/N_i+ and
     sigma/N_i-, over N for the mean, 0 where h_i <= 0 and beyond n. Bound by memory.
     """
-    acc: tl.constexpr = by_row.dtype.element_ty
+    acc: tl.constexpr = slots.dtype.element_ty
     scale = tl.where(mean != 0, 1.0 / n.to(acc), 1.0)
-    start = tl.program_id(0) * BLOCK_N
-    i = start + tl.arange(0, BLOCK_N)
-    rows = rows.to(tl.int64)
-    of_same = tl.zeros((BLOCK_T, BLOCK_N), dtype=acc)
-    of_other = tl.zeros((BLOCK_T, BLOCK_N), dtype=acc)
-    of_same = _add_slots(of_same, by_row, rows, i, 0, parts, BLOCK_T)
-    of_other = _add_slots(of_other, by_row + parts * rows, rows, i, 0, parts, BLOCK_T)
-    first = start // TILE
-    of_same = _add_slots(of_same, by_column, rows, i, first, tiles, BLOCK_T)
-    of_other = _add_slots(of_other, by_column + tiles * rows, rows, i, first, tiles, BLOCK_T)
+    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.num_programs(0).to(tl.int64) * BLOCK_N
+    of_same = _add_slots(slots, rows, i, parts, BLOCK_T)
+    of_other = _add_slots(slots + parts * rows, rows, i, parts, BLOCK_T)
     inside = i < n
     of_class = tl.load(classes + i)
     n_positive = tl.load(column_counts + of_class, mask=inside & (of_class < m), other=own) - own
     n_negative = tl.maximum(m - own - n_positive, 1).to(acc)
     n_positive = tl.maximum(n_positive, 1).to(acc)
-    positive_mean = tl.sum(of_same, axis=0) * PHI_SCALE / n_positive
-    negative_mean = tl.sum(of_other, axis=0) * PHI_SCALE / n_negative
+    positive_mean = of_same * PHI_SCALE / n_positive
+    negative_mean = of_other * PHI_SCALE / n_negative
     h = tl.full((), margin, acc) - positive_mean + sigma * negative_mean
     inactive = (h <= 0) | (i >= n)
     tl.store(row_loss + i, tl.where(inactive, 0.0, h), mask=inside)
@@ -592,10 +637,11 @@ def _pair_weights(
     signed,
     OWN: tl.constexpr,
     UNIT: tl.constexpr,
+    KEPT: tl.constexpr = False,
 ):
     """w_ij phi'(s_ij) rest_i rest_j from products of prepared rows, in both directions of a pair.
 
-    UNIT, at a scale of c: c^2 w_ij phi'(s_ij).
+    UNIT, at a scale of c: c^2 w_ij phi'(s_ij). KEPT: s is of unit rows, and of others than UNIT.
     """
     same = class_i[:, None] == tl.load(column_classes + j)[None, :]
     w = tl.where(same, p_i[:, None] + p_j[None, :], q_i[:, None] + q_j[None, :])
@@ -603,7 +649,9 @@ def _pair_weights(
         w = w * _phi_slope(s, signed)
     else:
         rest = rest_i[:, None] * tl.load(column_rest + j)[None, :]
-        w = w * _phi_slope(s * rest, signed) * rest
+        if not KEPT:
+            s = s * rest
+        w = w * _phi_slope(s, signed) * rest
     if OWN:
         w = tl.where(i[:, None] != j[None, :], w, 0.0)
     return w
@@ -619,7 +667,7 @@ def _split(w, element: tl.constexpr, acc: tl.constexpr, SPLIT: tl.constexpr):
     return rounded, left
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "column_tiles", "signed"])
+@triton.jit(do_not_specialize=["column_tiles", "signed"])
 def tile_gradient(
     row_high,
     row_low,
@@ -633,8 +681,6 @@ def tile_gradient(
     column_weight,
     scale,
     partial,
-    rows,
-    columns,
     width,
     column_tiles,
     signed,
@@ -657,6 +703,7 @@ def tile_gradient(
     acc: tl.constexpr = partial.dtype.element_ty
     element: tl.constexpr = row_high.dtype.element_ty
     part = tl.program_id(2)
+    rows, columns = tl.num_programs(0) * BLOCK_N, column_tiles * BLOCK_M
     i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     factor = tl.load(scale)
@@ -716,17 +763,7 @@ def tile_gradient(
     tl.store(out, v)
 
 
-@triton.jit
-def _triangle(p, SQUARE: tl.constexpr):
-    """The p-th tile (row, column) up to the diagonal, where SQUARE tiles in a row are a square."""
-    t = p // SQUARE
-    row = ((tl.sqrt(8.0 * t.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-    row = tl.where(row * (row + 1) // 2 > t, row - 1, row)
-    row = tl.where((row + 1) * (row + 2) // 2 <= t, row + 1, row)
-    return row, p - SQUARE * (row * (row + 1) // 2)
-
-
-@triton.jit(do_not_specialize=["rows", "columns", "first", "column_tiles", "signed"])
+@triton.jit(do_not_specialize=["rows", "first", "column_tiles", "signed"])
 def tile_weights(
     row_high,
     row_low,
@@ -739,16 +776,17 @@ def tile_weights(
     row_weight,
     column_weight,
     scale,
+    similarities,
     high,
     low,
     rows,
-    columns,
     width,
     first,
     column_tiles,
     signed,
     OWN: tl.constexpr,
     MIRRORED: tl.constexpr,
+    KEPT: tl.constexpr,
     UNIT: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -759,28 +797,42 @@ def tile_weights(
 
     MIRRORED: the panel is all of a symmetric S, and a tile below the diagonal's is written on both
     of its sides. A tile of inactive rows and columns is 0, and nothing is multiplied. 2 width FLOPs
-    a pair, times three with SPLIT; writes 2 bytes a pair, or 4. Bound by the products.
+    a pair, times three with SPLIT; writes 2 bytes a pair, or 4. Bound by the products. KEPT: S is
+    read as `tile_sums` wrote it, 1 byte a pair, and bounds it by memory.
     """
     acc: tl.constexpr = row_weight.dtype.element_ty
     element: tl.constexpr = high.dtype.element_ty
     p = tl.program_id(0)
-    if MIRRORED:
-        r, c = _triangle(p, BLOCK_N // BLOCK_M)
+    columns = column_tiles * BLOCK_M  # so that the compiler knows a factor of this stride
+    if MIRRORED:  # blocks are square
+        r, c = _triangle(p)
     else:
         r, c = p // column_tiles, p % column_tiles
-    local = r * BLOCK_N + tl.arange(0, BLOCK_N)
-    i = first + local
+    i = first + r * BLOCK_N + tl.arange(0, BLOCK_N)
     j = c * BLOCK_M + tl.arange(0, BLOCK_M)
     factor = tl.load(scale)
     p_i, q_i = _load_weights(row_weight, factor, i, rows)
     p_j, q_j = _load_weights(column_weight, factor, j, columns)
     active = tl.max(((p_i != 0) | (q_i != 0)).to(tl.int32), axis=0)
     active += tl.max(((p_j != 0) | (q_j != 0)).to(tl.int32), axis=0)
-    depth = tl.where(active > 0, width, 0)
-    at_row, at_column = i.to(tl.int64) * width, j.to(tl.int64) * width
-    s = _similarity(
-        row_high, row_low, column_high, column_low, at_row, at_column, depth, acc, SPLIT, BLOCK_D
-    )
+    if KEPT:
+        tile, at = _tile(similarities, r * BLOCK_N, c * BLOCK_M, columns, BLOCK_N, BLOCK_M)
+        s = tl.load(tile + at, mask=(at >= 0) & (active > 0), other=0.0).to(acc)
+    else:
+        depth = tl.where(active > 0, width, 0)
+        at_row, at_column = i.to(tl.int64) * width, j.to(tl.int64) * width
+        s = _similarity(
+            row_high,
+            row_low,
+            column_high,
+            column_low,
+            at_row,
+            at_column,
+            depth,
+            acc,
+            SPLIT,
+            BLOCK_D,
+        )
     rest_i = p_i
     if not UNIT:
         rest_i = tl.load(row_rest + i)
@@ -799,21 +851,24 @@ def tile_weights(
         signed,
         OWN,
         UNIT,
+        KEPT,
     )
     w, w_low = _split(w, element, acc, SPLIT)
-    at = (local.to(tl.int64) * columns)[:, None] + j[None, :]
-    tl.store(high + at, w)
+    tile, at = _tile(high, r * BLOCK_N, c * BLOCK_M, columns, BLOCK_N, BLOCK_M)
+    tl.store(tile + at, w)
     if SPLIT:
-        tl.store(low + at, w_low)
+        tile, at = _tile(low, r * BLOCK_N, c * BLOCK_M, columns, BLOCK_N, BLOCK_M)
+        tl.store(tile + at, w_low)
     if MIRRORED:  # noqa: SIM102 - this is known when compiling, the rest is not
-        if (c + 1) * BLOCK_M <= r * BLOCK_N:
-            at_mirror = (j.to(tl.int64) * columns)[:, None] + i[None, :]
-            tl.store(high + at_mirror, tl.trans(w))
+        if r != c:
+            tile, at = _tile(high, c * BLOCK_M, r * BLOCK_N, columns, BLOCK_M, BLOCK_N)
+            tl.store(tile + at, tl.trans(w))
             if SPLIT:
-                tl.store(low + at_mirror, tl.trans(w_low))
+                tile, at = _tile(low, c * BLOCK_M, r * BLOCK_N, columns, BLOCK_M, BLOCK_N)
+                tl.store(tile + at, tl.trans(w_low))
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "first"])
+@triton.jit(do_not_specialize=["rows", "column_tiles", "first"])
 def weighted_rows(
     weights_high,
     weights_low,
@@ -821,7 +876,7 @@ def weighted_rows(
     column_low,
     partial,
     rows,
-    columns,
+    column_tiles,
     width,
     first,
     SPLIT: tl.constexpr,
@@ -838,8 +893,9 @@ def weighted_rows(
     local = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     part = tl.program_id(2)
+    columns = column_tiles * BLOCK_M  # so that the compiler knows a factor of this stride
     total = tl.zeros((BLOCK_N, BLOCK_V), dtype=acc)
-    begin, end = _share(columns // BLOCK_M, tl.num_programs(2), part)
+    begin, end = _share(column_tiles, tl.num_programs(2), part)
     for tile in range(begin, end):
         j = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         w, w_low = _load_rows(weights_high, weights_low, local.to(tl.int64) * columns, j, SPLIT)

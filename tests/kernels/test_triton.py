@@ -231,9 +231,9 @@ def test_one_launch_and_tiles_say_the_same(similarity):
     torch.testing.assert_close(gradient, tiled / len(x))
 
 
-TILED = ("prepare_rows", "tile_sums", "finish_rows", "weigh_rows", "tile_gradient")
+TILED = ("prepare_rows", "half_tile_sums", "finish_rows", "weigh_rows", "tile_gradient")
 TILED += ("normalise_gradient",)
-KERNELS = (*TILED, "reduce_losses", "tile_weights", "weighted_rows")
+KERNELS = (*TILED, "tile_sums", "reduce_losses", "tile_weights", "weighted_rows")
 KERNELS += ("batch_products", "loss_and_gradient")
 
 
@@ -272,7 +272,7 @@ class Counted:
 @pytest.mark.parametrize("parts", [1, 3, 8])
 def test_columns_shared_out_among_programs_give_the_same(monkeypatch, schedule, parts):
     x, labels = batch(150, 20, 4, 0, torch.float32)
-    monkeypatch.setattr(pairs, "parts", lambda *_, each=2: parts)
+    monkeypatch.setattr(pairs, "parts", lambda *_: parts)
     assert_as_exact_as_plain("triton", *on_device(x, labels), Options())
 
 
@@ -467,14 +467,15 @@ def counted(n, m, d, dtype=torch.float32, wants_gradient=True):
 
 
 def test_panels_are_taken_where_d_is_large():
-    for dtype, products in ((torch.float32, 3), (torch.bfloat16, 1)):
+    # half precision keeps S, and multiplies half of it once where float32 does all of it in all
+    for dtype, products in ((torch.float32, 3), (torch.bfloat16, 0.75)):
         assert not fused.by_panels(4096, None, 128, dtype)
         assert fused.by_panels(4096, None, 2048, dtype)
         wide = counted(4096, None, 2048, dtype)
         least = products * 2 * 2 * 4096 * 4096 * 2048
         assert least < wide.flops <= 1.3 * least
         of_s = counted(4096, 4096, 2048, dtype, wants_gradient=False).flops
-        assert of_s == products * 2 * 4096 * 4096 * 2048
+        assert of_s == (3 if dtype == torch.float32 else 1) * 2 * 4096 * 4096 * 2048
         assert counted(4096, None, 2048, dtype, wants_gradient=False).flops <= 0.52 * of_s
 
 
