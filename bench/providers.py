@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bstriplet_kernels import available_impls, bstriplet_loss
-from bstriplet_kernels.paths import fused
+from bstriplet_kernels.paths import triton as fused
 from bstriplet_kernels.reference import naive_loss
 
 from . import floors

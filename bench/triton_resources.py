@@ -32,7 +32,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bstriplet_kernels.paths import fused, gram_triton, moment_kernels, pairs, tiles
+from bstriplet_kernels.paths import gram_triton, moment_kernels
+from bstriplet_kernels.paths import triton as fused
+from bstriplet_kernels.paths.triton import pair_kernels as tiles
+from bstriplet_kernels.paths.triton import pairs
 
 RESULTS = Path(__file__).parent / "results" / "compile" / "triton_resources.csv"
 PRODUCT = r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\.\S*?(m\d+n\d+k\d+|kind::\w+)\S*"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from ..spec import Path
-from . import fused, gram, native, plain
+from . import gram, native, plain, triton
 
 PATHS: dict[str, Path] = {
     "reference": plain.PATH,
-    "triton": fused.PATH,
+    "triton": triton.PATH,
     "native": native.PATH,
     "gram": gram.PATH,
 }

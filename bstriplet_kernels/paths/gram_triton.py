@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..cost import Operations, Work, round_up
 from ..spec import Rows, Spec, State
-from . import fused, pairs
+from . import triton as fused
+from .triton import pairs
 
 SCHEDULE = "gram triton"
 """The schedule, by the name under which its measured speed stands."""

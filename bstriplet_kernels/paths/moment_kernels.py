@@ -14,7 +14,7 @@ multiple of `least` in between.
 import triton
 import triton.language as tl
 
-from .tiles import _inverse_norm
+from .triton.pair_kernels import _inverse_norm
 
 UNIT = tl.constexpr(256.0)  # unit rows are stored times this, matrices' rows up to it
 

@@ -29,7 +29,8 @@ from bench.gate import Errors
 from bench.measure import Job
 from bench.suites import DEFAULT, suites
 from bench.worker import Lost
-from bstriplet_kernels.paths import PATHS, fused
+from bstriplet_kernels.paths import PATHS
+from bstriplet_kernels.paths import triton as fused
 
 PROCESS_S = 8.0  # Python, torch, the CUDA context, cuBLAS
 COMPILE_S = 25.0  # torch.compile of a loss and its gradient, nothing cached

@@ -8,7 +8,7 @@ import torch
 
 from bench import gpu_check
 from bench.gpu_check import Subject
-from bstriplet_kernels.paths import fused
+from bstriplet_kernels.paths import triton as fused
 
 FLOAT32 = (torch.float32,)
 

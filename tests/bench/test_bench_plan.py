@@ -13,7 +13,8 @@ from bench.cases import DTYPES, Case, Problem
 from bench.suites import suites
 from bstriplet_kernels import plan
 from bstriplet_kernels.cost import Constants, Operations
-from bstriplet_kernels.paths import PATHS, fused, gram_triton
+from bstriplet_kernels.paths import PATHS, gram_triton
+from bstriplet_kernels.paths import triton as fused
 
 MOST = 1.3
 """The time of a choice over that of the fastest path, at most, at any point of the grid."""

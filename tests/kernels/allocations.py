@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 
 from bstriplet_kernels import bstriplet_loss, plan
-from bstriplet_kernels.paths import gram, gram_device, gram_triton, native, pairs
+from bstriplet_kernels.paths import gram, gram_device, gram_triton, native
+from bstriplet_kernels.paths.triton import pairs
 
 
 class Case(NamedTuple):

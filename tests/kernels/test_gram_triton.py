@@ -18,7 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 from bstriplet_kernels import available_impls, bstriplet_loss, reference
 from bstriplet_kernels.cost import Work
-from bstriplet_kernels.paths import fused, gram_triton, pairs
+from bstriplet_kernels.paths import gram_triton
+from bstriplet_kernels.paths import triton as fused
+from bstriplet_kernels.paths.triton import pairs
 from bstriplet_kernels.spec import Spec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bstriplet_kernels import available_impls, bstriplet_loss, checks, explain, plan
 from bstriplet_kernels.cost import Constants, Operations
-from bstriplet_kernels.paths import PATHS, fused, gram_triton, native
+from bstriplet_kernels.paths import PATHS, gram_triton, native
+from bstriplet_kernels.paths import triton as fused
 from bstriplet_kernels.spec import Spec
 
 

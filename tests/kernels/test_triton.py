@@ -21,7 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bstriplet_kernels import autograd, available_impls, bstriplet_loss
 from bstriplet_kernels.cost import Work
-from bstriplet_kernels.paths import fused, pairs
+from bstriplet_kernels.paths import triton as fused
+from bstriplet_kernels.paths.triton import pairs
 from bstriplet_kernels.spec import Gradients, Spec
 
 HERE = Path(__file__).parent

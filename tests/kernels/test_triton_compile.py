@@ -58,7 +58,8 @@ def specialisations():
     """Printed by a child: names of sizes that a kernel would be compiled anew for."""
     from triton.runtime.jit import JITFunction
 
-    from bstriplet_kernels.paths import moment_kernels, tiles
+    from bstriplet_kernels.paths import moment_kernels
+    from bstriplet_kernels.paths.triton import pair_kernels as tiles
 
     ragged = {"n", "m", "rows", "columns", "row_tiles", "column_tiles", "parts", "tiles", "first"}
     ragged |= {"own", "signed", "mean", "wants_gradient", "upstream_stride", "one_upstream"}

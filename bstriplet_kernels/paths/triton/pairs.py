@@ -23,8 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..cost import round_up
-from ..spec import accumulation_dtype
+from ...cost import round_up
+from ...spec import accumulation_dtype
 
 ROWS = 128
 """Prepared rows are padded with zeros to a multiple of this: the largest tile."""
@@ -203,7 +203,7 @@ def parts(programs: int, tiles: int, processors: int) -> int:
 @functools.cache
 def kernels() -> ModuleType:
     """`tiles`, imported when its first kernel runs."""
-    from . import tiles
+    from . import pair_kernels as tiles
 
     return tiles
 

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._torch import in_memory
-from ..calibration import CONSTANTS
-from ..cost import Constants, Operations, Work, round_up
-from ..spec import Gradients, Path, Rows, Spec, State, accumulation_dtype
+from ..._torch import in_memory
+from ...calibration import CONSTANTS
+from ...cost import Constants, Operations, Work, round_up
+from ...spec import Gradients, Path, Rows, Spec, State, accumulation_dtype
 from . import pairs
 from .pairs import Blocks, Side, Weights, kernels
 
