@@ -36,9 +36,9 @@ _SANITIZER = "compute-sanitizer --error-exitcode 1 --report-api-errors no"  # to
 KERNELS = {
     "native": ("batch_similarity_kernel",),
     "triton": (
-        "batch_products", "loss_and_gradient", "prepare_rows", "tile_sums", "finish_rows",
-        "reduce_losses", "weigh_rows", "tile_gradient", "tile_weights", "weighted_rows",
-        "normalise_gradient",
+        "batch_products", "loss_and_gradient", "prepare_rows", "tile_sums", "half_tile_sums",
+        "finish_rows", "reduce_losses", "weigh_rows", "tile_gradient", "tile_weights",
+        "weighted_rows", "normalise_gradient",
     ),
     "gram": (
         "split_rows", "class_moments", "add_totals", "moment_matrices", "gradient_matrices",

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bstriplet_kernels import available_impls, bstriplet_loss
-from bstriplet_kernels.paths import triton as fused
+from bstriplet_kernels.paths.triton import cost as triton_cost
 from bstriplet_kernels.reference import naive_loss
 
 from . import floors
@@ -187,7 +187,10 @@ def _schedules() -> tuple[Provider, ...]:
     """Tiles and panels of impl="triton", each where the path itself may take the other."""
     if "triton" not in available_impls():
         return ()
-    return tuple(Provider(n, SCHEDULE, partial(_scheduled, n)) for n in (fused.TILES, fused.PANELS))
+    return tuple(
+        Provider(n, SCHEDULE, partial(_scheduled, n))
+        for n in (triton_cost.TILES, triton_cost.PANELS)
+    )
 
 
 def _scheduled(name: str, problem: Problem) -> Step:
@@ -203,13 +206,13 @@ def _scheduled(name: str, problem: Problem) -> Step:
 @contextmanager
 def forced(name: str) -> Iterator[None]:
     """While entered, impl="triton" runs and counts this schedule; other names change nothing."""
-    chosen = fused.by_panels
-    if name in (fused.TILES, fused.PANELS):
-        fused.by_panels = lambda *shape: name == fused.PANELS
+    chosen = triton_cost.by_panels
+    if name in (triton_cost.TILES, triton_cost.PANELS):
+        triton_cost.by_panels = lambda *shape: name == triton_cost.PANELS
     try:
         yield
     finally:
-        fused.by_panels = chosen
+        triton_cost.by_panels = chosen
 
 
 def _on_half(problem: Problem) -> Step:

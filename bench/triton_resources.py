@@ -3,7 +3,7 @@
 python bench/triton_resources.py            print the table and write results/compile/…csv
 python bench/triton_resources.py --check    print it, write nothing, fail on a spill or a misfit
 
-One row for each configuration that `bstriplet_kernels.paths.fused` launches, and for the widest of
+One row for each configuration that `bstriplet_kernels.paths.triton` launches, and for the widest of
 those of `gram_triton`: registers a thread,
 bytes a thread that spill to memory, shared memory a block, barriers in one step of the innermost
 loop that multiplies (NVIDIA only) and the matrix instructions. Spills are ptxas' stack bytes on
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import csv
-import functools
 import itertools
 import os
 import re
@@ -33,9 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bstriplet_kernels.paths import gram_triton, moment_kernels
-from bstriplet_kernels.paths import triton as fused
-from bstriplet_kernels.paths.triton import pair_kernels as tiles
-from bstriplet_kernels.paths.triton import pairs
+from bstriplet_kernels.paths.triton import blocks, pair_kernels, pairs, small, small_kernels
 
 RESULTS = Path(__file__).parent / "results" / "compile" / "triton_resources.csv"
 PRODUCT = r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\.\S*?(m\d+n\d+k\d+|kind::\w+)\S*"
@@ -47,12 +44,12 @@ TRITON_NAMES = {
     torch.bfloat16: "bf16",
 }
 INTEGERS = (
-    *("n", "m", "d", "width", "rows", "columns", "row_tiles", "column_tiles", "parts", "tiles"),
-    *("first", "own", "signed", "mean", "wants_gradient", "one_upstream"),
+    *("n", "m", "d", "width", "n_rows", "column_rows", "row_tiles", "column_tiles", "parts"),
+    *("tiles", "first", "own", "signed", "mean", "wants_gradient", "one_upstream"),
 )
 DOUBLES = ("margin", "squared_eps")
 INT64_POINTERS = ("labels", "column_labels")
-INT32_POINTERS = ("classes", "counts", "row_classes", "column_classes", "column_counts")
+SIDES = ("side", "rows", "columns")
 MOMENTS = {
     **dict.fromkeys(("n", "run", "runs", "least", "classes", "d", "stride", "steps"), "i32"),
     **dict.fromkeys(("labels", "order"), "*i64"),
@@ -64,8 +61,6 @@ MOMENTS = {
 }
 """Arguments of the kernels of moments; other names are float16 parts, or float32."""
 EMBEDDINGS = ("embeddings",)
-OPERANDS = ("high", "low", *(f"{side}_{part}" for side in ("row", "column", "weights")
-                             for part in ("high", "low")))  # fmt: skip
 ALIGNED = ("d", "width", *EMBEDDINGS)
 SPILLS = {
     "half_tile_sums": 200,
@@ -110,7 +105,7 @@ class Configuration(NamedTuple):
 
 
 def configurations(target: Target) -> list[Configuration]:
-    """All that `fused` can launch on a target."""
+    """All that can be launched on a target."""
     finishing = {"PHI_SCALE": 1.0, "BLOCK_N": 32, "BLOCK_T": 16}
     return (
         [
@@ -144,17 +139,17 @@ def _of_moments(target: Target) -> list[Configuration]:
         held = target.hopper and depth <= gram_triton.WHOLE_DEPTH
         shape = {"DP": depth, "SPLIT": dtype == torch.float32, "UNIFORM": True, "BY_ROW": False}
         shape |= {"TILE": min(depth, 128), "ROWS": 16, "DEPTH": gram_triton.TOTALS.depth}
-        for kernel, blocks in (
+        for kernel, cut in (
             ("split_rows", gram_triton.SPLIT_ROWS),
             ("add_totals", gram_triton.TOTALS),
             ("moment_matrices", gram_triton.TOTALS),
             ("gradient_matrices", gram_triton.TOTALS),
             *cuts._asdict().items(),
         ):
-            rows = min(blocks.rows, gram_triton.BLOCK_NUMBERS // depth)
-            cut = {"BLOCK": rows, "BLOCK_D": min(depth, blocks.depth)}
-            cut["BLOCK_K"] = depth if held else min(depth, blocks.depth)
-            found.append(Configuration(kernel, dtype, shape | cut, blocks.warps, blocks.stages))
+            rows = min(cut.rows, gram_triton.BLOCK_NUMBERS // depth)
+            sizes = {"BLOCK": rows, "BLOCK_D": min(depth, cut.depth)}
+            sizes["BLOCK_K"] = depth if held else min(depth, cut.depth)
+            found.append(Configuration(kernel, dtype, shape | sizes, cut.warps, cut.stages))
     return found
 
 
@@ -167,7 +162,7 @@ def _precisions(dtype: torch.dtype, target: Target) -> list[str]:
         found = set()
         for allowed in ("highest", "high"):
             torch.set_float32_matmul_precision(allowed)
-            found.add(fused.precision(dtype))
+            found.add(small.precision(dtype))
         return sorted(found)
     finally:
         torch.set_float32_matmul_precision(before)
@@ -176,10 +171,11 @@ def _precisions(dtype: torch.dtype, target: Target) -> list[str]:
 def _of_small(dtype: torch.dtype, target: Target) -> list[Configuration]:
     found = []
     for n, layout in itertools.product((32, 64), ("aligned", "strided")):
-        blocks = fused.small_blocks(n, dtype, target.hopper)
+        cut = small.blocks_of(n, dtype, target.hopper)
         if dtype == torch.float32 and target.gpu.backend == "cuda":
-            shape = _shape(blocks)
-            found.append(Configuration("batch_products", dtype, shape, blocks.warps, layout=layout))
+            found.append(
+                Configuration("batch_products", dtype, cut.constants, cut.warps, layout=layout)
+            )
         found += [
             Configuration(
                 "loss_and_gradient",
@@ -187,10 +183,10 @@ def _of_small(dtype: torch.dtype, target: Target) -> list[Configuration]:
                 {
                     "PRECISION": precision,
                     "SUMMED": precision == "tf32x3" and dtype == torch.float32,
-                    **_shape(blocks),
+                    **cut.constants,
                 },
-                blocks.warps,
-                blocks.stages,
+                cut.warps,
+                cut.stages,
                 layout,
             )
             for precision in _precisions(dtype, target)
@@ -201,13 +197,13 @@ def _of_small(dtype: torch.dtype, target: Target) -> list[Configuration]:
 def _of_pairs(dtype: torch.dtype, width: int, target: Target) -> list[Configuration]:
     """Kernels over pairs of rows, for both of torch's settings where these differ."""
     splits = (True, False) if dtype == torch.float32 else (False,)
-    return [each for split in splits for each in _of_form(dtype, width, split, target)]
+    forms = (blocks.Form(dtype, width, split, 132, target.hopper) for split in splits)
+    return [each for form in forms for each in _of_form(form)]
 
 
-def _of_form(dtype: torch.dtype, width: int, split: bool, target: Target) -> list[Configuration]:
-    form = {"UNIT": dtype.itemsize >= 4, "SPLIT": split}
-    scale = {"SCALE": 256.0 if dtype == torch.float32 else 1.0}
-    scaled = {**form, **scale, **_shape(pairs.row_blocks(width))}
+def _of_form(form: blocks.Form) -> list[Configuration]:
+    dtype = form.dtype
+    scaled = {**form.constants, "SCALE": form.scale, **blocks.row_blocks(form).constants}
     kept = ({"MIRRORED": True, "KEPT": True},) if dtype.itemsize == 2 else ()
     found = [
         Configuration(
@@ -218,31 +214,25 @@ def _of_form(dtype: torch.dtype, width: int, split: bool, target: Target) -> lis
         Configuration("normalise_gradient", dtype, scaled),
     ]
     for kernel, cut, kinds in (
-        ("tile_sums", pairs.sum_blocks, ({},)),
-        *(
-            ("half_tile_sums", functools.partial(pairs.half_blocks, rows), ({}, *kept))
-            for rows in (1024, 4096)
-        ),
-        ("tile_gradient", pairs.gradient_blocks, ({},)),
-        ("tile_weights", pairs.weight_blocks, ({"MIRRORED": True}, {"MIRRORED": False})),
-        ("tile_weights", functools.partial(pairs.weight_blocks, kept=True), kept),
+        ("tile_sums", blocks.sum_blocks(form), ({},)),
+        ("half_tile_sums", blocks.half_blocks(form, 1024), ({}, *kept)),
+        ("half_tile_sums", blocks.half_blocks(form, 4096), ({}, *kept)),
+        ("tile_gradient", blocks.gradient_blocks(form), ({},)),
+        ("tile_weights", blocks.weight_blocks(form), ({"MIRRORED": True}, {"MIRRORED": False})),
+        ("tile_weights", blocks.weight_blocks(form, kept=True), kept),
     ):
-        blocks = cut(width, dtype, target.hopper)
-        constants = {"OWN": True, "SIGNED": False, "KEPT": False, **form, **_shape(blocks)}
-        constants["WHOLE"] = blocks.d == width and blocks.v in (0, width)
-        found += [
-            Configuration(kernel, dtype, constants | kind, blocks.warps, blocks.stages)
-            for kind in kinds
-        ]
-    if split:
-        blocks = pairs.product_blocks(width, target.hopper)
-        constants = {"SPLIT": True, **_shape(blocks)}
-        found.append(Configuration("weighted_rows", dtype, constants, blocks.warps, blocks.stages))
+        constants = {"OWN": True, "SIGNED": False, "KEPT": False}
+        constants |= form.constants | cut.constants
+        constants["WHOLE"] = cut.d == form.width and cut.v in (0, form.width)
+        for kind in kinds:
+            each = Configuration(kernel, dtype, constants | kind, cut.warps, cut.stages)
+            if each not in found:
+                found.append(each)
+    if form.split:
+        cut = blocks.product_blocks(form)
+        constants = {"SPLIT": True, **cut.constants}
+        found.append(Configuration("weighted_rows", dtype, constants, cut.warps, cut.stages))
     return found
-
-
-def _shape(blocks: pairs.Blocks) -> dict[str, Any]:
-    return {f"BLOCK_{name.upper()}": getattr(blocks, name) for name in ("n", "m", "d", "v")}
 
 
 def compile_one(name: str, configuration: Configuration) -> dict[str, Any]:
@@ -282,8 +272,12 @@ def compile_one(name: str, configuration: Configuration) -> dict[str, Any]:
 
 
 def _kernel(configuration: Configuration) -> Any:
-    module = moment_kernels if "DP" in configuration.constants else tiles
-    return getattr(module, configuration.kernel)
+    modules = (
+        (moment_kernels,) if "DP" in configuration.constants else (pair_kernels, small_kernels)
+    )
+    return next(
+        getattr(m, configuration.kernel) for m in modules if hasattr(m, configuration.kernel)
+    )
 
 
 def _source(configuration: Configuration, constants: dict[str, Any]) -> ASTSource:
@@ -292,7 +286,7 @@ def _source(configuration: Configuration, constants: dict[str, Any]) -> ASTSourc
     element = TRITON_NAMES[configuration.dtype]
     accumulator = "fp64" if element == "fp64" else "fp32"
     aligned = configuration.layout == "aligned"
-    signature: dict[str, str] = {}
+    signature: dict[str, Any] = {}
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
@@ -300,6 +294,13 @@ def _source(configuration: Configuration, constants: dict[str, Any]) -> ASTSourc
             signature[name], constants[name] = "constexpr", 1
         elif "DP" in constants and name in MOMENTS:
             signature[name] = MOMENTS[name]
+        elif name in SIDES:
+            signature[name] = pairs.Side(operand := _operand(configuration), operand,
+                                         f"*{accumulator}", "*i32")  # fmt: skip
+        elif name == "panel":
+            signature[name] = pairs.Panel(*[_operand(configuration)] * 2)
+        elif name in ("row_weights", "column_weights"):
+            signature[name] = pairs.Weights(*[f"*{accumulator}"] * 2)
         elif name in INTEGERS or "stride" in name:
             signature[name] = "i32"
         elif name in DOUBLES:
@@ -308,23 +309,27 @@ def _source(configuration: Configuration, constants: dict[str, Any]) -> ASTSourc
             signature[name] = "fp32"
         elif name in INT64_POINTERS:
             signature[name] = "*i64"
-        elif name in INT32_POINTERS:
-            signature[name] = "*i32"
         elif ("DP" in constants and name.endswith(("high", "low"))) or name == "similarities":
             signature[name] = "*fp16"
-        elif name in OPERANDS:
-            signature[name] = "*" + TRITON_NAMES[pairs.operand_dtype(configuration.dtype)]
         else:
             signature[name] = "*" + (element if name in EMBEDDINGS else accumulator)
-    attributes = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(kernel.arg_names)
-        if signature[name] != "constexpr"
-        and (signature[name][0] == "*" if name not in ALIGNED else aligned)
-    }
+    divisible = [["tt.divisibility", 16]]
+    attributes: dict[tuple[int, ...], Any] = {}
+    for index, name in enumerate(kernel.arg_names):
+        kind = signature[name]
+        if isinstance(kind, tuple):
+            attributes |= {(index, part): divisible for part in range(len(kind))}
+        elif kind != "constexpr" and (kind[0] == "*" if name not in ALIGNED else aligned):
+            attributes[(index,)] = divisible
     if aligned and "stride_n" in kernel.arg_names:
-        attributes[(kernel.arg_names.index("stride_n"),)] = [["tt.divisibility", 16]]
+        attributes[(kernel.arg_names.index("stride_n"),)] = divisible
     return ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+
+
+def _operand(configuration: Configuration) -> str:
+    """The pointer to prepared rows."""
+    is_float32 = configuration.dtype == torch.float32
+    return "*fp16" if is_float32 else "*" + TRITON_NAMES[configuration.dtype]
 
 
 def _nvidia_usage(kernel: Any) -> tuple[int, int, list[str]]:

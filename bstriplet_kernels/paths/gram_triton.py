@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ..cost import Operations, Work, round_up
 from ..spec import Rows, Spec, State
-from . import triton as fused
-from .triton import pairs
+from . import gpu
 
 SCHEDULE = "gram triton"
 """The schedule, by the name under which its measured speed stands."""
@@ -80,8 +79,8 @@ def takes(embeddings: Tensor, ref_emb: Tensor | None) -> bool:
         and _has_kernels(n, d, embeddings.dtype)
         and embeddings.device.type == "cuda"
         and torch.version.hip is None
-        and fused.missing() is None
-        and fused.refuses(embeddings, ref_emb, Spec()) is None
+        and gpu.missing() is None
+        and gpu.refuses(embeddings.device) is None
     )
 
 
@@ -91,7 +90,7 @@ def serves(work: Work) -> bool:
         work.m is None
         and _has_kernels(work.n, work.d, work.dtype)
         and torch.version.hip is None
-        and fused.has_triton()
+        and gpu.has_triton()
     )
 
 
@@ -125,7 +124,7 @@ def splits(dtype: torch.dtype) -> bool:
     """Whether numbers are two float16 parts: one has fewer digits than float16's own rule allows,
     but more than bfloat16's, and as many as tf32, where torch may multiply float32 so.
     """
-    return dtype == torch.float16 or (dtype == torch.float32 and pairs.products_are_exact())
+    return dtype == torch.float16 or (dtype == torch.float32 and gpu.products_are_exact())
 
 
 class Matrices(NamedTuple):
@@ -170,9 +169,9 @@ class Launcher:
         self.kernels: ModuleType = moment_kernels
         self.n, self.d, self.depth, self.split = n, d, padded(d), split
         self.least, self.classes = smallest_moment(d), class_count(n, d)
-        self.run = run_length(n, pairs.processors(device))
+        self.run = run_length(n, gpu.processors(device))
         self.runs = -(-n // self.run)
-        hopper = pairs.is_hopper(device)
+        hopper = gpu.is_hopper(device)
         self.cuts = HOPPER if hopper else OTHERS
         self.whole = hopper and self.depth <= WHOLE_DEPTH
 
@@ -242,7 +241,7 @@ def forward(embeddings: Tensor, labels: Tensor, spec: Spec) -> tuple[Tensor, Row
     n, d = embeddings.shape
     new = embeddings.new_empty
     launcher = Launcher(n, d, splits(embeddings.dtype), embeddings.device)
-    with fused.on_device_of(embeddings):
+    with gpu.current(embeddings):
         batch = launcher.sort(embeddings, labels, spec.eps)
         sums = launcher.sums(batch, None, None, uniform=True)
         own = launcher.matrices(embeddings, launcher.classes)
@@ -285,7 +284,7 @@ def backward(grad_loss: Tensor, embeddings: Tensor, state: State, spec: Spec) ->
     else:
         weights = torch.where(active, grad_loss.to(torch.float32), 0.0)
         largest = torch.linalg.vector_norm(weights, float("inf"))
-    with fused.on_device_of(embeddings):
+    with gpu.current(embeddings):
         sums = launcher.sums(batch, weights, largest, uniform)
         count, numbers = launcher.classes + 1, (n, launcher.run, launcher.least)
         made = (*launcher.matrices(embeddings, count), *launcher.matrices(embeddings, count))
@@ -322,7 +321,7 @@ def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
     products = 3 if splits(work.dtype) else 1
     large = [s for s in class_sizes if s >= smallest_moment(work.d)]
     small = n - sum(large)
-    runs = -(-n // run_length(n, pairs.USUAL_PROCESSORS))
+    runs = -(-n // run_length(n, gpu.USUAL_PROCESSORS))
     stored = n * d * 2 * (2 if products == 3 else 1)
     slots, matrix = runs + len(large), d * d * 4
     totals = 2 * runs * d * d * 8  # written and read
@@ -366,7 +365,7 @@ def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
     n, d = work.n, padded(work.d)
     part, matrix = 4 if splits(work.dtype) else 2, d * d
     on_gpu = torch.cuda.is_available()
-    processors = pairs.processors(torch.device("cuda")) if on_gpu else pairs.USUAL_PROCESSORS
+    processors = gpu.processors(torch.device("cuda")) if on_gpu else gpu.USUAL_PROCESSORS
     runs, classes = -(-n // run_length(n, processors)), class_count(n, work.d)
     kept = n * (d * part + _KEPT_BYTES + (8 if work.reduction == "none" else 0))
     slots, totals = (runs + classes) * matrix * 4, runs * matrix * 8

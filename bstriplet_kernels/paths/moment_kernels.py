@@ -14,7 +14,7 @@ multiple of `least` in between.
 import triton
 import triton.language as tl
 
-from .triton.pair_kernels import _inverse_norm
+from .triton.formulas import inverse_norm
 
 UNIT = tl.constexpr(256.0)  # unit rows are stored times this, matrices' rows up to it
 
@@ -148,7 +148,7 @@ def split_rows(
     k = tl.arange(0, DP)
     address = embeddings + i[:, None] * stride_n + k[None, :].to(tl.int64) * stride_d
     f = tl.load(address, mask=inside[:, None] & (k < d)[None, :], other=0.0).to(tl.float32)
-    one_over_norm = _inverse_norm(tl.sum(f * f, axis=1), tl.full((), squared_eps, tl.float32))
+    one_over_norm = inverse_norm(tl.sum(f * f, axis=1), tl.full((), squared_eps, tl.float32))
     tl.store(inverse + r, one_over_norm, mask=inside)
     uh, ul = _split(f * one_over_norm[:, None] * UNIT)
     at = r[:, None].to(tl.int64) * DP + k[None, :]

@@ -8,7 +8,7 @@ import torch
 
 from bench import gpu_check
 from bench.gpu_check import Subject
-from bstriplet_kernels.paths import triton as fused
+from bstriplet_kernels.paths.triton import cost
 
 FLOAT32 = (torch.float32,)
 
@@ -113,9 +113,9 @@ def test_a_check_that_is_stopped_between_its_cases_says_so(monkeypatch, capsys):
 @pytest.mark.parametrize("shape", [gpu_check.WIDE, gpu_check.QUICK_WIDE])
 def test_the_wide_shapes_go_through_panels(shape):
     n, d = shape
-    assert fused.by_panels(n, None, d, torch.float32)
+    assert cost.by_panels(n, None, d, torch.float32)
     assert not any(
-        fused.by_panels(n, None, d, torch.float32)
+        cost.by_panels(n, None, d, torch.float32)
         for n, d in (*gpu_check.SHAPES, *gpu_check.QUICK_SHAPES)
     )
 

@@ -113,7 +113,7 @@ def main():
         gram._schedule = lambda *_: gram_device
         gram_triton.serves = lambda _: False
     if schedule == "triton":
-        pairs.normalised = collected(pairs.normalised)
+        pairs._normalised = collected(pairs._normalised)
     torch.set_num_threads(1)
     allocated(schedule, Case(8, 4, 2), allocator)  # what a first call brings along
     found = []

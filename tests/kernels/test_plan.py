@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bstriplet_kernels import available_impls, bstriplet_loss, checks, explain, plan
 from bstriplet_kernels.cost import Constants, Operations
 from bstriplet_kernels.paths import PATHS, gram_triton, native
-from bstriplet_kernels.paths import triton as fused
+from bstriplet_kernels.paths.triton import cost as triton_cost
 from bstriplet_kernels.spec import Spec
 
 
@@ -225,22 +225,26 @@ def test_half_precision_has_its_own_rate():
 def test_schedules_of_one_path_are_predicted_apart(monkeypatch):
     """Tiles and panels of impl="triton"; measured speeds choose between them."""
     tiles, panels = Constants(1e-5, 1e-13, 0), Constants(2e-4, 1e-14, 0)
-    measured = {"cuda": {fused.TILES: tiles, fused.PANELS: panels, "gram": Constants(1, 0, 0)}}
+    measured = {
+        "cuda": {triton_cost.TILES: tiles, triton_cost.PANELS: panels, "gram": Constants(1, 0, 0)}
+    }
     monkeypatch.setattr(plan, "CONSTANTS", measured)
-    monkeypatch.setattr(fused, "CONSTANTS", measured)
-    fused._compare.cache_clear()
+    monkeypatch.setattr(triton_cost, "CONSTANTS", measured)
+    triton_cost._compare.cache_clear()
     for n, d, constants, schedule in (
-        (128, 128, tiles, fused.TILES), (8192, 128, panels, fused.PANELS),
+        (128, 128, tiles, triton_cost.TILES), (8192, 128, panels, triton_cost.PANELS),
     ):  # fmt: skip
         work = plan.Work(n, None, d, torch.float32, device="cuda")
         counted = PATHS["triton"].operations(work, [n])
         assert counted.schedule == schedule
         seconds = plan._predicted(("triton",), work, [n])
         assert seconds == {"triton": constants.seconds(counted, torch.float32)}
-    assert fused._speeds(torch.float32, True) == (tiles, panels)
+    assert triton_cost._speeds(torch.float32, True) == (tiles, panels)
     for dtype, exact in ((torch.float32, False), (torch.float64, True), (torch.bfloat16, True)):
-        assert fused._speeds(dtype, exact)[0].launch == fused._LAUNCH_SECONDS  # as assumed
-    fused._compare.cache_clear()
+        assert (
+            triton_cost._speeds(dtype, exact)[0].launch == triton_cost._LAUNCH_SECONDS
+        )  # as assumed
+    triton_cost._compare.cache_clear()
 
 
 def launches(impl, n, m, d, dtype, gradient):

@@ -4,7 +4,6 @@ Kernels need a GPU or Triton's interpreter, which must be chosen before Triton i
 there is neither, one test runs this file, and the properties of every path, in a child that has it.
 """
 
-import itertools
 import mmap
 import os
 import subprocess
@@ -21,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bstriplet_kernels import autograd, available_impls, bstriplet_loss
 from bstriplet_kernels.cost import Work
-from bstriplet_kernels.paths import triton as fused
-from bstriplet_kernels.paths.triton import pairs
+from bstriplet_kernels.paths import PATHS, gpu
+from bstriplet_kernels.paths.triton import blocks, cost, pairs, small
 from bstriplet_kernels.spec import Gradients, Spec
 
 HERE = Path(__file__).parent
@@ -31,7 +30,7 @@ runs_here = pytest.mark.skipif(
     "triton" not in available_impls(), reason="needs a GPU or TRITON_INTERPRET=1"
 )
 interpreted = pytest.mark.skipif(
-    not (fused.interpreted() and "triton" in available_impls()), reason="needs TRITON_INTERPRET=1"
+    not (gpu.interpreted() and "triton" in available_impls()), reason="needs TRITON_INTERPRET=1"
 )
 
 
@@ -48,8 +47,8 @@ def gradient_of(x, labels, **options):
 @pytest.fixture(params=["tiles", "panels"])
 def schedule(request, monkeypatch):
     """Both ways to go where one launch does not do, whatever is predicted; the smallest panels."""
-    monkeypatch.setattr(fused, "by_panels", lambda *shape: request.param == "panels")
-    monkeypatch.setattr(pairs, "PANEL_BYTES", 1)
+    monkeypatch.setattr(cost, "by_panels", lambda *shape: request.param == "panels")
+    monkeypatch.setattr(blocks, "PANEL_BYTES", 1)
     return request.param
 
 
@@ -65,7 +64,7 @@ CHOSEN = {
 }
 
 
-@pytest.mark.skipif(fused.interpreted(), reason="already there")
+@pytest.mark.skipif(gpu.interpreted(), reason="already there")
 @pytest.mark.parametrize("chosen", CHOSEN.values(), ids=CHOSEN)
 def test_in_the_interpreter(chosen):
     pytest.importorskip("triton")
@@ -90,15 +89,15 @@ def test_says_what_is_missing_and_how_to_get_it(monkeypatch):
     x = torch.ones(2, 2)
     with pytest.raises(RuntimeError, match=r"needs a GPU .*TRITON_INTERPRET=1"):
         bstriplet_loss(x, torch.arange(2), impl="triton")
-    monkeypatch.setattr(fused, "_HAS_TRITON", False)
+    monkeypatch.setattr(gpu, "_HAS_TRITON", False)
     with pytest.raises(RuntimeError, match=r"Triton is not installed .*pip install triton"):
         bstriplet_loss(x, torch.arange(2), impl="triton")
 
 
 def test_refuses_tensors_where_no_kernel_runs(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert "the embeddings are on cpu" in fused.refuses(torch.ones(2, 2), None, Spec())
-    assert "on meta" in fused.refuses(torch.ones(2, 2, device="meta"), None, Spec())
+    assert "the embeddings are on cpu" in PATHS["triton"].refuses(torch.ones(2, 2), None, Spec())
+    assert "on meta" in PATHS["triton"].refuses(torch.ones(2, 2, device="meta"), None, Spec())
 
 
 def test_refuses_gpus_before_tensor_cores_for_float32(monkeypatch):
@@ -106,11 +105,11 @@ def test_refuses_gpus_before_tensor_cores_for_float32(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     for major, is_refused in ((7, True), (8, False), (9, False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, of=major: (of, 0))
-        assert bool(fused.refuses(on_gpu, None, Spec())) is is_refused
-        assert pairs.is_hopper.__wrapped__(on_gpu.device) is (major == 9)
+        assert bool(PATHS["triton"].refuses(on_gpu, None, Spec())) is is_refused
+        assert gpu.is_hopper.__wrapped__(on_gpu.device) is (major == 9)
     monkeypatch.setattr(torch.version, "hip", "6.0")
-    assert fused.refuses(on_gpu, None, Spec()) is None
-    assert {fused.precision(dtype) for dtype in (torch.float32, torch.float16)} == {"ieee"}
+    assert PATHS["triton"].refuses(on_gpu, None, Spec()) is None
+    assert {small.precision(dtype) for dtype in (torch.float32, torch.float16)} == {"ieee"}
 
 
 def test_launches_on_the_device_of_the_tensor(monkeypatch):
@@ -120,7 +119,7 @@ def test_launches_on_the_device_of_the_tensor(monkeypatch):
         torch.cuda, "device", lambda device: entered.append(device) or nullcontext()
     )
     for index in (0, 1):
-        with fused.on_device_of(SimpleNamespace(device=torch.device("cuda", index))):
+        with gpu.current(SimpleNamespace(device=torch.device("cuda", index))):
             pass
     assert entered == [torch.device("cuda", 1)]
 
@@ -206,10 +205,10 @@ def rounded_products():
 
 @pytest.mark.skipif(torch.version.hip is not None, reason="AMD multiplies float32 as it is")
 def test_one_launch_multiplies_as_torch_may(rounded_products):
-    words = [fused.precision(dtype) for dtype in TOLERANCE]
+    words = [small.precision(dtype) for dtype in TOLERANCE]
     assert words == ["ieee", "tf32", "tf32x3", "tf32x3"]
     torch.set_float32_matmul_precision("highest")
-    assert fused.precision(torch.float32) == "tf32x3"
+    assert small.precision(torch.float32) == "tf32x3"
 
 
 @runs_here
@@ -225,7 +224,7 @@ def test_one_product_where_torch_may_round(schedule, rounded_products):
 @runs_here
 @pytest.mark.parametrize("similarity", ["square", "signed_square"])
 def test_one_launch_and_tiles_say_the_same(similarity):
-    x, labels = on_device(*batch(fused.SMALL_ROWS, 37, 4, 0))
+    x, labels = on_device(*batch(small.ROWS, 37, 4, 0))
     loss, gradient = gradient_of(x, labels, similarity=similarity)
     rows, tiled = gradient_of(x, labels, similarity=similarity, reduction="none")
     torch.testing.assert_close(loss, rows.mean())
@@ -235,16 +234,21 @@ def test_one_launch_and_tiles_say_the_same(similarity):
 TILED = ("prepare_rows", "half_tile_sums", "finish_rows", "weigh_rows", "tile_gradient")
 TILED += ("normalise_gradient",)
 KERNELS = (*TILED, "tile_sums", "reduce_losses", "tile_weights", "weighted_rows")
-KERNELS += ("batch_products", "loss_and_gradient")
+SMALL = ("batch_products", "loss_and_gradient")
+
+
+def kernels():
+    """Each kernel's module and name."""
+    yield from ((pairs.kernels(), name) for name in KERNELS)
+    yield from ((small.kernels(), name) for name in SMALL)
 
 
 @runs_here
 def test_one_launch_where_the_batch_is_small_and_two_in_float32(monkeypatch):
     calls = []
-    launched = pairs.kernels()
-    for name in KERNELS:
-        kernel = getattr(launched, name)
-        monkeypatch.setattr(launched, name, Counted(kernel, name, calls))
+    for module, name in kernels():
+        kernel = getattr(module, name)
+        monkeypatch.setattr(module, name, Counted(kernel, name, calls))
     x, labels = on_device(*batch(36, 40, 3, 0))
     gradient_of(x, labels)
     assert calls == ["loss_and_gradient"]
@@ -273,7 +277,8 @@ class Counted:
 @pytest.mark.parametrize("parts", [1, 3, 8])
 def test_columns_shared_out_among_programs_give_the_same(monkeypatch, schedule, parts):
     x, labels = batch(150, 20, 4, 0, torch.float32)
-    monkeypatch.setattr(pairs, "parts", lambda *_: parts)
+    for module in (blocks, pairs):
+        monkeypatch.setattr(module, "parts", lambda *_: parts)
     assert_as_exact_as_plain("triton", *on_device(x, labels), Options())
 
 
@@ -289,9 +294,9 @@ def test_a_tile_of_weights_without_an_active_row_is_not_multiplied(monkeypatch, 
         "create_dot",
         lambda *arguments: products.append(1) or plain(*arguments),
     )
-    monkeypatch.setattr(fused, "by_panels", lambda *shape: True)
-    blocks = pairs.weight_blocks(16, torch.float64, False)
-    n = 4 * pairs.ROWS
+    monkeypatch.setattr(cost, "by_panels", lambda *shape: True)
+    cut = blocks.weight_blocks(blocks.form_of(16, torch.float64, False, torch.device("cpu")))
+    n = 4 * blocks.ROWS
     labels = torch.zeros(n, dtype=torch.int64)
     x = torch.zeros(n, 16, dtype=torch.float64)
     x[:, 0] = 1  # one class, one direction: h_i = margin - 1 < 0 for every row
@@ -304,14 +309,14 @@ def test_a_tile_of_weights_without_an_active_row_is_not_multiplied(monkeypatch, 
     products.clear()
     loss, gradient = gradient_of(x, labels, reduction=reduction)
     assert gradient[:2].any()
-    assert len(products) - forward_only == n // blocks.n  # the first column of a symmetric panel
+    assert len(products) - forward_only == n // cut.n  # the first column of a symmetric panel
     assert_as_exact_as_plain("triton", x, labels, Options(reduction=reduction))
 
 
 @runs_here
 @pytest.mark.parametrize("most", [0, 128])
 def test_halved_sums_are_those_of_all_pairs(monkeypatch, most):
-    monkeypatch.setattr(pairs, "MOST_HALVED_TILES", most)
+    monkeypatch.setattr(blocks, "MOST_HALVED_TILES", most)
     for dtype in (torch.float64, torch.float32):
         assert_as_exact_as_plain("triton", *on_device(*batch(300, 9, 4, 0, dtype)), Options())
 
@@ -397,8 +402,8 @@ def test_float16_gradient_survives_a_loss_scale(schedule, n):
 @pytest.mark.parametrize(("n", "m", "d"), [(150, 90, 133), (65, 200, 1)])
 @pytest.mark.parametrize("panel_bytes", [1, 1 << 25])
 def test_panels_are_as_exact_as_plain(monkeypatch, dtype, options, with_ref, n, m, d, panel_bytes):
-    monkeypatch.setattr(fused, "by_panels", lambda *shape: True)
-    monkeypatch.setattr(pairs, "PANEL_BYTES", panel_bytes)
+    monkeypatch.setattr(cost, "by_panels", lambda *shape: True)
+    monkeypatch.setattr(blocks, "PANEL_BYTES", panel_bytes)
     x, labels = on_device(*batch(n, d, 4, n, dtype))
     ref = on_device(*batch(m, d, 5, m, dtype)) if with_ref else ()
     assert_as_exact_as_plain("triton", x, labels, options, *ref)
@@ -439,39 +444,39 @@ def test_the_same_bits_again(schedule, dtype):
 @runs_here
 def test_pairs_read_no_value_of_a_tensor(monkeypatch):
     """A fake tensor has no values: reading one, as a synchronisation would, raises."""
-    for name in KERNELS:
-        monkeypatch.setattr(pairs.kernels(), name, NotRun())
+    for module, name in kernels():
+        monkeypatch.setattr(module, name, NotRun())
     for by_panels in (False, True):
-        monkeypatch.setattr(fused, "by_panels", lambda *shape, found=by_panels: found)
+        monkeypatch.setattr(cost, "by_panels", lambda *shape, found=by_panels: found)
         for dtype in TOLERANCE:
             with FakeTensorMode():
                 x, labels = torch.empty(200, 24, dtype=dtype), torch.empty(200, dtype=torch.int64)
-                loss, rows, state = fused.forward(x, None, labels, None, Spec())
-                gradient, _ = fused.backward(loss, x, None, labels, None, rows, state, Spec())
+                loss, rows, state = PATHS["triton"].forward(x, None, labels, None, Spec())
+                gradient, _ = PATHS["triton"].backward(
+                    loss, x, None, labels, None, rows, state, Spec()
+                )
             assert gradient.shape == x.shape
 
 
 def test_panels_are_of_bounded_size():
     for n, m in ((5120, 5120), (128, 128), (1 << 20, 1 << 20), (3072, 1 << 17)):
         for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2), (torch.float64, 8)):
-            step = pairs.panel_rows(n, m, dtype, dtype == torch.float32)
-            assert step % pairs.ROWS == 0
-            assert step * m * size <= max(pairs.PANEL_BYTES, pairs.ROWS * m * size)
-            cut = list(pairs.panels(n, step))
-            assert (cut[0][0], cut[-1][1]) == (0, n)
-            assert all(a[1] == b[0] for a, b in itertools.pairwise(cut))
+            form = blocks.form_of(128, dtype, dtype == torch.float32)
+            step = blocks.panel_rows(form, n, m)
+            assert step % blocks.ROWS == 0
+            assert step * m * size <= max(blocks.PANEL_BYTES, blocks.ROWS * m * size)
 
 
 def counted(n, m, d, dtype=torch.float32, wants_gradient=True):
     """Of a scalar loss on a GPU."""
-    return fused.operations(Work(n, m, d, dtype, "mean", wants_gradient, "cuda"), [n])
+    return PATHS["triton"].operations(Work(n, m, d, dtype, "mean", wants_gradient, "cuda"), [n])
 
 
 def test_panels_are_taken_where_d_is_large():
     # half precision keeps S, and multiplies half of it once where float32 does all of it in all
     for dtype, products in ((torch.float32, 3), (torch.bfloat16, 0.75)):
-        assert not fused.by_panels(4096, None, 128, dtype)
-        assert fused.by_panels(4096, None, 2048, dtype)
+        assert not cost.by_panels(4096, None, 128, dtype)
+        assert cost.by_panels(4096, None, 2048, dtype)
         wide = counted(4096, None, 2048, dtype)
         least = products * 2 * 2 * 4096 * 4096 * 2048
         assert least < wide.flops <= 1.3 * least
@@ -518,19 +523,19 @@ class NotRun:
 def test_predicted_launches_are_those_made(monkeypatch, n, m, d, by_panels, dtype):
     """On fake tensors of a GPU with an H100's processors."""
     kernel = NotRun()
-    for name in KERNELS:
-        monkeypatch.setattr(pairs.kernels(), name, kernel)
-    monkeypatch.setattr(fused, "by_panels", lambda *_: by_panels)
-    monkeypatch.setattr(fused, "on_device_of", lambda _: nullcontext())
-    monkeypatch.setattr(pairs, "processors", lambda _: 132)
-    monkeypatch.setattr(pairs, "is_hopper", lambda _: True)
+    for module, name in kernels():
+        monkeypatch.setattr(module, name, kernel)
+    monkeypatch.setattr(cost, "by_panels", lambda *_: by_panels)
+    monkeypatch.setattr(gpu, "current", lambda _: nullcontext())
+    monkeypatch.setattr(gpu, "processors", lambda _: 132)
+    monkeypatch.setattr(gpu, "is_hopper", lambda _: True)
     with FakeTensorMode():
         x, labels = on_fake_gpu(n, d, dtype)
         others = (None, None) if m is None else on_fake_gpu(m, d, dtype)
         both = x, others[0], labels, others[1]
         spec = Spec(wants_gradient=True)
         with Launches() as forward:
-            loss, rows, state = fused.forward(*both, spec)
+            loss, rows, state = PATHS["triton"].forward(*both, spec)
         launches = forward.launches + kernel.launches
         assert counted(n, m, d, dtype, wants_gradient=False).launches == launches
         upstream = torch.empty_like(loss)
@@ -538,7 +543,7 @@ def test_predicted_launches_are_those_made(monkeypatch, n, m, d, by_panels, dtyp
             if type(state) is Gradients:
                 autograd._scaled(state[0], upstream, dtype)
             else:
-                for gradient in fused.backward(upstream, *both, rows, state, spec):
+                for gradient in PATHS["triton"].backward(upstream, *both, rows, state, spec):
                     _ = None if gradient is None else gradient.to(dtype)  # as the caller does
     launches = forward.launches + backward.launches + kernel.launches
     assert counted(n, m, d, dtype).launches == launches

@@ -59,12 +59,24 @@ def specialisations():
     from triton.runtime.jit import JITFunction
 
     from bstriplet_kernels.paths import moment_kernels
-    from bstriplet_kernels.paths.triton import pair_kernels as tiles
+    from bstriplet_kernels.paths.triton import pair_kernels, small_kernels
 
-    ragged = {"n", "m", "rows", "columns", "row_tiles", "column_tiles", "parts", "tiles", "first"}
-    ragged |= {"own", "signed", "mean", "wants_gradient", "upstream_stride", "one_upstream"}
+    ragged = {"n", "m", "n_rows", "column_rows", "row_tiles", "column_tiles", "parts", "tiles"}
+    ragged |= {
+        "first",
+        "own",
+        "signed",
+        "mean",
+        "wants_gradient",
+        "upstream_stride",
+        "one_upstream",
+    }
     of_moments = {"n", "run", "runs", "least", "classes", "steps"}
-    for module, names, count in ((tiles, ragged, 11), (moment_kernels, of_moments, 9)):
+    for module, names, count in (
+        (small_kernels, ragged, 2),
+        (pair_kernels, ragged, 10),
+        (moment_kernels, of_moments, 9),
+    ):
         kernels = [
             kernel
             for name, kernel in vars(module).items()

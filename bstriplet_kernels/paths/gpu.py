@@ -1,0 +1,86 @@
+"""What paths ask of the GPU that they run on, and whether Triton can run its kernels there."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+USUAL_PROCESSORS = 132
+"""For predictions: an H100's."""
+_INTERPRETER_PROCESSORS = 6  # so that small inputs are shared out among programs there too
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_FIRST_CAPABILITY = 8  # the first with bfloat16 and tf32 products
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many multiprocessors a GPU has; on the CPU, for Triton's interpreter, a few."""
+    if device.type == "cpu":
+        return _INTERPRETER_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def of_type(kind: str) -> torch.device | None:
+    """The current device of that type, or None where there is none: then the usual GPU is meant."""
+    return torch.device(kind) if kind == "cpu" or torch.cuda.is_available() else None
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether tensor cores read their operands from shared memory, as blocks assume there."""
+    if device.type == "cpu" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+def products_are_exact() -> bool:
+    """Whether torch multiplies float32 on a GPU as it is, by whichever of its settings was used.
+
+    `torch.get_float32_matmul_precision` raises where the newer one was.
+    """
+    return torch.backends.cuda.matmul.fp32_precision != "tf32"
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return _HAS_TRITON
+
+
+def missing() -> str | None:
+    """What is not here that Triton's kernels need: Triton, and a GPU or Triton's interpreter."""
+    if not _HAS_TRITON:
+        return "Triton is not installed (on Linux: pip install triton; on Windows: triton-windows)"
+    if not (torch.cuda.is_available() or interpreted()):
+        return "it needs a GPU (on a CPU, TRITON_INTERPRET=1 runs the kernels slowly, for tests)"
+    return None
+
+
+def refuses(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot run on a device, or None."""
+    if device.type == "cpu" and interpreted():
+        return None
+    if device.type != "cuda":
+        return f"its kernels run on GPUs, and the embeddings are on {device}"
+    if torch.version.hip is not None:
+        return None
+    if torch.cuda.get_device_capability(device)[0] < _FIRST_CAPABILITY:
+        return f"its kernels need compute capability {_FIRST_CAPABILITY}.0 or later"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels on the CPU, in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "y", "yes", "t", "true", "on")
+
+
+def current(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Make the tensor's device the current one, on which Triton launches."""
+    if tensor.device.type == "cpu" or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)

@@ -1,0 +1,207 @@
+"""What `pairs` costs by tiles and by panels, and which of the two is faster."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from ...calibration import CONSTANTS
+from ...cost import Constants, Operations, Work, round_up
+from .. import gpu
+from . import blocks
+
+TILES, PANELS = "triton tiles", "triton panels"
+"""The schedules, by the names under which their measured speeds stand."""
+_HALF_BYTES = 2  # of a similarity that is kept
+
+
+class Rates(NamedTuple):
+    """FLOPs a second of products, by the precision of the operands."""
+
+    half: float
+    tf32: float
+    float32: float
+    float64: float
+
+
+# Of an H200, rounded; measured speeds come before them. They decide between tiles and panels, and
+# nothing else.
+_TILES = Rates(4e14, 4e14, 5e14, 2e13)
+_PANELS = Rates(3.9e14, 3.9e14, 4.6e14, 3e13)
+_BYTES_A_SECOND = 4e12  # panels lie in the second-level cache in part
+_LAUNCH_SECONDS = 3e-6
+
+
+def by_panels(n: int, m: int | None, d: int, dtype: torch.dtype) -> bool:
+    """Whether panels are predicted to be faster than tiles, forward and backward together."""
+    return _compare(n, m, d, dtype, gpu.products_are_exact())
+
+
+@functools.lru_cache(maxsize=4096)
+def _compare(n: int, m: int | None, d: int, dtype: torch.dtype, exact: bool) -> bool:
+    work = Work(n, m, d, dtype)
+    tiles, panels = (
+        constants.seconds(_operations(work, panels), dtype)
+        for constants, panels in zip(_speeds(dtype, exact), (False, True), strict=True)
+    )
+    return panels < tiles
+
+
+def _speeds(dtype: torch.dtype, exact: bool) -> tuple[Constants, Constants]:
+    """Of tiles and of panels: measured, where both were in this precision, else assumed."""
+    measured = CONSTANTS.get("cuda", {})
+    if TILES in measured and PANELS in measured:
+        found = measured[TILES], measured[PANELS]
+        if dtype == torch.float32 and exact:
+            return found
+        if dtype.itemsize < 4 and None not in (found[0].half, found[1].half):
+            return found
+    return _assumed(_TILES, dtype, exact), _assumed(_PANELS, dtype, exact)
+
+
+def _assumed(rates: Rates, dtype: torch.dtype, exact: bool) -> Constants:
+    if dtype == torch.float32:
+        rate = rates.float32 if exact else rates.tf32
+    else:
+        rate = rates.float64 if dtype == torch.float64 else rates.half
+    return Constants(0.0, 1 / rate, 1 / _BYTES_A_SECOND, _LAUNCH_SECONDS)
+
+
+def operations(work: Work) -> Operations:
+    """Counted as launched on an H100, whole blocks and recomputed tiles included.
+
+    The three products of an exact float32 one are three.
+    """
+    found = _operations(work, by_panels(work.n, work.m, work.d, work.dtype))
+    casts = (1 if work.m is None else 2) if work.wants_gradient and work.casts else 0
+    by_row = work.reduction == "none"  # no reduction, but weights of each row's own
+    launches = found.launches + casts - (by_row and not work.wants_gradient)
+    return found._replace(launches=launches)
+
+
+class _Sizes(NamedTuple):
+    """A side's padded rows and columns, and how they are multiplied."""
+
+    rows: int
+    columns: int
+    own: bool
+    form: blocks.Form
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a row and a column."""
+        return self.rows * self.columns
+
+    def halved(self, tile: int) -> int:
+        """Pairs in the tiles on and below the diagonal."""
+        tiles = self.rows // tile
+        return tile * tile * tiles * (tiles + 1) // 2
+
+    def flops(self, count: int) -> int:
+        """Of a product of depth D' for so many pairs."""
+        return 2 * count * self.form.width * (3 if self.form.split else 1)
+
+    @property
+    def element(self) -> int:
+        """Bytes of a number of prepared rows, and of a weight."""
+        return self.form.operand.itemsize * (2 if self.form.split else 1)
+
+    @property
+    def half_tiles(self) -> int:
+        """See `blocks.half_tiles`."""
+        return blocks.half_tiles(self.form, self.rows, self.own)
+
+    @property
+    def keeps_similarities(self) -> bool:
+        """See `blocks.keeps_similarities`."""
+        return blocks.keeps_similarities(self.form, self.rows, self.own)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of the partial sums of rows, of half of S or of all."""
+        cut = blocks.sum_blocks(self.form)
+        tiles = self.rows // cut.n, self.columns // cut.m
+        parts = self.half_tiles or blocks.parts(*tiles, self.form.processors)
+        return 2 * self.rows * parts * max(4, self.form.dtype.itemsize)
+
+    @property
+    def panel_rows(self) -> int:
+        """See `blocks.panel_rows`."""
+        return blocks.panel_rows(self.form, self.rows, self.columns)
+
+    def gradient_parts(self, panels: bool) -> int:
+        """In how many parts the side's gradient comes."""
+        if panels:
+            return blocks.product_parts(self.form, self.panel_rows, self.columns)
+        cut = blocks.gradient_blocks(self.form)
+        programs = self.rows // cut.n * (self.form.width // cut.v)
+        return blocks.parts(programs, self.columns // cut.m, self.form.processors)
+
+
+def _sides(work: Work, device: torch.device | None = None) -> tuple[_Sizes, ...]:
+    """Each side whose gradient is wanted."""
+    form = blocks.form_of(work.d, work.dtype, blocks.is_split(work.dtype), device)
+    rows, columns = (round_up(size, blocks.ROWS) for size in (work.n, work.columns))
+    if work.m is None:
+        return (_Sizes(rows, columns, True, form),)
+    return _Sizes(rows, columns, False, form), _Sizes(columns, rows, False, form)
+
+
+def _operations(work: Work, panels: bool) -> Operations:
+    """Of a scalar loss by tiles or by panels, on the GPU that is usual."""
+    sides = _sides(work)
+    first = sides[0]
+    sizes, accumulated = (work.n, work.m), work.accumulated
+    prepared = sum(side.rows * side.form.width * side.element for side in sides)
+    tiles = first.half_tiles
+    flops = first.flops(first.halved(first.rows // tiles) if tiles else first.pairs)
+    moved = work.embedding_bytes + 2 * prepared + 2 * first.slot_bytes
+    launches = len(sides) + 3
+    for side, size in zip(sides, sizes, strict=False) if work.wants_gradient else ():
+        parts = side.gradient_parts(panels)
+        moved += prepared + 2 * parts * side.rows * side.form.width * accumulated
+        moved += (size or 0) * work.d * accumulated
+        if panels:
+            tile = blocks.weight_blocks(side.form).n
+            flops += side.flops(side.pairs)
+            if side.keeps_similarities:
+                moved += 2 * side.halved(tile) * _HALF_BYTES  # written and read
+            elif side.own and side.panel_rows == side.rows:
+                flops += side.flops(side.halved(tile))
+            else:
+                flops += side.flops(side.pairs)
+            moved += 2 * side.pairs * side.element
+            launches += 1 + 2 * -(-side.rows // side.panel_rows)
+        else:
+            slices = side.form.width // blocks.gradient_blocks(side.form).v
+            flops += side.flops(side.pairs * (slices + 1))
+            launches += 2
+    if work.wants_gradient:
+        launches += len(sides) - 1  # the weights of columns' losses, which are 0
+    return Operations(flops, moved, launches, PANELS if panels else TILES)
+
+
+def extra_memory(work: Work, device: torch.device | None) -> int:
+    """Peak bytes beyond the inputs, the gradient included, by the way that is taken.
+
+    Prepared rows of both sides, and partial sums, parts of a gradient or a panel of weights.
+    """
+    panels = by_panels(work.n, work.m, work.d, work.dtype)
+    sides, number = _sides(work, device), work.accumulated
+    first = sides[0]
+    kept = sum(s.rows * (s.form.width * s.element + 2 * (number + 4)) for s in sides)
+    kept += 5 * work.n * number
+    if not work.wants_gradient:
+        return kept + first.slot_bytes
+    if panels and first.keeps_similarities:
+        kept += first.pairs * _HALF_BYTES
+    backward, waiting = 0, 2 * sum(side.rows for side in sides) * number
+    for side, size in zip(sides, (work.n, work.columns), strict=False):
+        parts = side.gradient_parts(panels)
+        panel = side.panel_rows * side.columns * side.element if panels else 0
+        partial, gradient = parts * side.rows * side.form.width * number, size * work.d * number
+        backward = max(backward, waiting + partial + max(panel, gradient))
+        waiting += gradient
+    return kept + max(first.slot_bytes, backward, waiting + work.cast_bytes)

@@ -1,0 +1,122 @@
+"""The loss and its gradient for at most 64 rows, in one launch, in float32 in two.
+
+Kernels are in `small_kernels`. The gradient is for an upstream of 1: the backward is one multiply.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ...cost import Operations, Work
+from ...spec import Rows, Spec, accumulation_dtype
+from .. import gpu
+from .blocks import Blocks
+
+SCHEDULE = "triton small"
+"""The schedule, by the name under which its measured speed stands."""
+ROWS = 64
+"""Rows of a batch at most."""
+
+
+def takes(n: int, m: int | None, reduction: str) -> bool:
+    """Whether a batch of n rows against m columns (None: themselves) is for these kernels."""
+    return m is None and reduction != "none" and n <= ROWS
+
+
+def blocks_of(n: int, dtype: torch.dtype, hopper: bool) -> Blocks:
+    """Blocks of `loss_and_gradient`, and of `batch_products`.
+
+    As deep as registers allow. Hopper multiplies 64 rows from shared memory; other GPUs hold both
+    operands of a step in registers.
+    """
+    rows, warps = (32, 4) if n <= 32 else (64, 8)
+    if dtype == torch.float64:
+        return Blocks(rows, rows, 32, 32, warps, 2)
+    if dtype == torch.float32:
+        return Blocks(rows, rows, 64 if hopper else 2048 // rows, 32, warps, 3)
+    return Blocks(rows, rows, 128, 32, warps, 3)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 is multiplied: by what torch's own products are allowed to do.
+
+    Half-precision embeddings are multiplied as they are; the word is then for their weights, which
+    cost nothing to multiply exactly.
+    """
+    if dtype == torch.float64 or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if dtype == torch.float32 and not gpu.products_are_exact() else "tf32x3"
+
+
+def products_are_apart(dtype: torch.dtype) -> bool:
+    """Whether products are formed in a launch of their own: exact float32 ones."""
+    return dtype == torch.float32 and precision(dtype) == "tf32x3"
+
+
+@functools.cache
+def kernels() -> ModuleType:
+    """`small_kernels`, imported when its first kernel runs."""
+    from . import small_kernels
+
+    return small_kernels
+
+
+def forward(embeddings: Tensor, labels: Tensor, spec: Spec) -> tuple[Tensor, Rows, Tensor]:
+    """The loss, Eq. 3's means, and dL/df [N, D] for an upstream of 1, or [0, D]."""
+    (n, d), dtype = embeddings.shape, accumulation_dtype(embeddings)
+    loss = embeddings.new_empty((), dtype=dtype)
+    rows = Rows(loss.new_empty(n), loss.new_empty(n))
+    gradient = loss.new_empty(n if spec.wants_gradient else 0, d)
+    blocks = blocks_of(n, embeddings.dtype, gpu.is_hopper(embeddings.device))
+    summed = products_are_apart(embeddings.dtype)
+    parts = -(-d // blocks.d) if summed else 0
+    partial = loss.new_empty(parts, blocks.n, blocks.n)
+    if summed:
+        kernels().batch_products[(parts,)](
+            embeddings, partial, n, d, *embeddings.stride(),
+            BLOCK_N=blocks.n, BLOCK_D=blocks.d, num_warps=blocks.warps,
+        )  # fmt: skip
+    kernels().loss_and_gradient[(-(-d // blocks.v) if spec.wants_gradient else 1,)](
+        embeddings, labels, partial, loss, *rows, gradient,
+        n, d, parts, *embeddings.stride(), labels.stride(0),
+        spec.margin, spec.eps * spec.eps, spec.sigma, int(spec.signed),
+        int(spec.reduction == "mean"), int(spec.wants_gradient),
+        PRECISION=precision(embeddings.dtype), SUMMED=summed,
+        **blocks.options("BLOCK_N", "BLOCK_D", "BLOCK_V"),
+    )  # fmt: skip
+    return loss, rows, gradient
+
+
+def operations(work: Work) -> Operations:
+    """Counted as launched, with blocks that suit any GPU; an exact product is four."""
+    blocks = blocks_of(work.n, work.dtype, False)
+    slices = -(-work.d // blocks.v) if work.wants_gradient else 1
+    steps, summed = -(-work.d // blocks.d), products_are_apart(work.dtype)
+    pairs = 2 * blocks.n * blocks.n
+    flops = pairs * steps * blocks.d * (4 if summed else slices)
+    moved = work.embedding_bytes + 2 * work.gradient_bytes
+    if work.wants_gradient:
+        flops += slices * pairs * blocks.v
+        moved += work.cast_bytes or work.gradient_bytes  # one launch multiplies and casts
+    if summed:
+        moved += 2 * _product_bytes(work, blocks)
+    return Operations(flops, moved, 1 + summed + work.wants_gradient, SCHEDULE)
+
+
+def extra_memory(work: Work, hopper: bool) -> int:
+    """Peak bytes beyond the inputs, the gradient included."""
+    forward = work.gradient_bytes
+    forward += _product_bytes(work, blocks_of(work.n, work.dtype, hopper))
+    backward = work.gradient_bytes + work.cast_bytes
+    return (2 * work.n + 1) * work.accumulated + max(forward, backward)
+
+
+def _product_bytes(work: Work, blocks: Blocks) -> int:
+    """Bytes of the products of a batch, as `batch_products` writes them."""
+    if not products_are_apart(work.dtype):
+        return 0
+    return -(-work.d // blocks.d) * blocks.n * blocks.n * 4
