@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # For a machine with a GPU that may be at hand for minutes: bench/gpu.sh first|second [FOLDER]
-# `first` checks and times every path within 260 s, `second` runs the suites within 300 s; FOLDER
+# `first` checks and times every path within 260 s, `second` runs the suites within 400 s; FOLDER
 # (runs/gpu) gets a log, the results and one archive of all. bench/README.md says what to bring.
 # Needs a Python with torch >= 2.11; DEVICE=cpu rehearses it in Triton's interpreter. The exit status
 # is the number of commands that failed.

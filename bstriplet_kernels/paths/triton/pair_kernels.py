@@ -520,11 +520,12 @@ def tile_gradient(
     for tile in range(begin, end):
         j = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         at_column = j.to(tl.int64) * width
-        b, b_low = _load_parts(columns, at_column, k, SPLIT)
         if WHOLE:
+            b, b_low = _load_parts(columns, at_column, k, SPLIT)
             s = _products(a, a_low, tl.trans(b), tl.trans(b_low), acc, SPLIT)
         else:
             s = _similarity(rows, columns, at_row, at_column, width, acc, SPLIT, BLOCK_D)
+            b, b_low = _load_parts(columns, at_column, k, SPLIT)
         of_column = _load_weights(column_weights, j, n_columns)
         w = _pair_weights(s, rows, columns, of_row, of_column, i, j, signed, OWN, UNIT, False)
         w, w_low = _split(w, element, acc, SPLIT)
