@@ -209,7 +209,7 @@ def _of_form(form: blocks.Form) -> list[Configuration]:
         Configuration(
             "prepare_rows",
             dtype,
-            scaled | {"BLOCK_N": pairs.PREPARED, "BLOCK_M": 256, "COLUMNS": True},
+            scaled | {"BLOCK_N": pairs.PREPARED, "BLOCK_M": pairs.LABELS, "COLUMNS": True},
         ),
         Configuration("normalise_gradient", dtype, scaled),
     ]

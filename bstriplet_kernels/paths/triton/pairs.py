@@ -45,6 +45,8 @@ from .blocks import (
 
 PREPARED = 8
 """Rows that one program prepares."""
+LABELS = 256
+"""Labels that such a program looks at at a time."""
 FINISHED = 32
 """Rows whose sums one program finishes."""
 _LARGEST_WEIGHT = 13  # as a power of two: four of them are below float16's largest number
@@ -199,7 +201,7 @@ def _prepare(
         embeddings, labels, column_labels, side,
         n, column_labels.shape[0], d, form.width, *embeddings.stride(), eps * eps,
         SCALE=form.scale, **form.constants, COLUMNS=are_columns,
-        BLOCK_N=PREPARED, BLOCK_M=256, BLOCK_D=row_blocks(form).d, num_warps=4,
+        BLOCK_N=PREPARED, BLOCK_M=LABELS, BLOCK_D=row_blocks(form).d, num_warps=4,
     )  # fmt: skip
     return side
 
