@@ -215,6 +215,7 @@ def _of_form(form: blocks.Form) -> list[Configuration]:
     ]
     for kernel, cut, kinds in (
         ("tile_sums", blocks.sum_blocks(form), ({},)),
+        ("half_tile_sums", blocks.half_blocks(form, 256), ({}, *kept)),
         ("half_tile_sums", blocks.half_blocks(form, 1024), ({}, *kept)),
         ("half_tile_sums", blocks.half_blocks(form, 4096), ({}, *kept)),
         ("tile_gradient", blocks.gradient_blocks(form), ({},)),

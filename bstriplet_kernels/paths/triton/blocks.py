@@ -22,7 +22,7 @@ most."""
 _SCALE = 256.0  # of unit float32 rows, so that what rounding leaves is in float16's range
 _DEPTH = 64  # of one step of a product
 _WHOLE = 128  # up to this width a tile of S is one step
-_MANY_ROWS = 2048  # from which large tiles of half of S are enough programs
+_FEW_ROWS, _MANY_ROWS = 512, 2048  # up to and from which tiles of half of S are small and large
 
 
 class Form(NamedTuple):
@@ -127,6 +127,8 @@ def half_blocks(form: Form, rows: int) -> Blocks:
         return Blocks(64, 64, min(form.width, 32), 0, 4, 2)
     if form.dtype.itemsize == 2 and rows >= _MANY_ROWS:
         return Blocks(128, 128, min(form.width, _DEPTH), 0, 4, 2)
+    if rows <= _FEW_ROWS:
+        return Blocks(32, 32, min(form.width, _DEPTH), 0, 4, 3)
     if form.is_whole:
         return Blocks(64, 64, form.width, 0, 4, 1)
     return Blocks(64, 64, _DEPTH, 0, 4, 3)

@@ -45,7 +45,7 @@ from .blocks import (
 
 PREPARED = 8
 """Rows that one program prepares."""
-LABELS = 256
+LABELS = 1024
 """Labels that such a program looks at at a time."""
 FINISHED = 32
 """Rows whose sums one program finishes."""
