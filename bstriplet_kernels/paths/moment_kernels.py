@@ -14,9 +14,17 @@ multiple of `least` in between.
 import triton
 import triton.language as tl
 
-from .tiles import _inverse_norm
-
 UNIT = tl.constexpr(256.0)  # unit rows are stored times this, matrices' rows up to it
+
+
+@triton.jit
+def _norm(squared, squared_eps):
+    """|f| from |f|^2, rounded to nearest; inf for a zero row, NaN where |f|^2 overflowed.
+
+    The approximate rsqrt is 2e-7 off, and v - (v . u) u would keep twice that share of v along u.
+    """
+    norm = tl.where(squared <= squared_eps, float("inf"), tl.sqrt_rn(squared))
+    return tl.where(squared == float("inf"), float("nan"), norm)
 
 
 @triton.jit
@@ -148,9 +156,9 @@ def split_rows(
     k = tl.arange(0, DP)
     address = embeddings + i[:, None] * stride_n + k[None, :].to(tl.int64) * stride_d
     f = tl.load(address, mask=inside[:, None] & (k < d)[None, :], other=0.0).to(tl.float32)
-    one_over_norm = _inverse_norm(tl.sum(f * f, axis=1), tl.full((), squared_eps, tl.float32))
-    tl.store(inverse + r, one_over_norm, mask=inside)
-    uh, ul = _split(f * one_over_norm[:, None] * UNIT)
+    norm = _norm(tl.sum(f * f, axis=1), tl.full((), squared_eps, tl.float32))
+    tl.store(inverse + r, tl.div_rn(1.0, norm), mask=inside)
+    uh, ul = _split(tl.div_rn(f, norm[:, None]) * UNIT)
     at = r[:, None].to(tl.int64) * DP + k[None, :]
     tl.store(high + at, uh, mask=inside[:, None])
     if SPLIT:

@@ -84,6 +84,7 @@ def assert_near(got, truth, tolerance):
 @example(sizes=[7] * 8, d=9, seed=0, options=Options(0.3, reduction="none"), dtype=torch.float32)
 @example(sizes=[60, 1, 1], d=4, seed=0, options=Options(), dtype=torch.float32)
 @example(sizes=[5] * 9, d=5, seed=0, options=Options(margin=0.3), dtype=torch.float32)
+@example(sizes=[36, 1], d=1, seed=0, options=Options(), dtype=torch.float32)
 @example(sizes=[64], d=5, seed=0, options=Options(), dtype=torch.float32)
 @pytest.mark.usefixtures("small")
 def test_any_mixture_of_class_sizes(sizes, d, seed, options, dtype):
