@@ -31,7 +31,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bstriplet_kernels.paths import fused, gram_triton, moment_kernels, pairs, tiles
+from bstriplet_kernels.paths import (
+    fused,
+    gram_triton,
+    moment_kernels,
+    pairs,
+    tiles,
+    wide_moment_kernels,
+)
 
 RESULTS = Path(__file__).parent / "results" / "compile" / "triton_resources.csv"
 PRODUCT = r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\.\S*?(m\d+n\d+k\d+|kind::\w+)\S*"
@@ -64,10 +71,11 @@ OPERANDS = ("high", "low", *(f"{side}_{part}" for side in ("row", "column", "wei
                              for part in ("high", "low")))  # fmt: skip
 ALIGNED = ("d", "width", *EMBEDDINGS)
 SPILLS = {
+    "gradient_matrices": 300,
     "class_moments": 600,
     "row_means": 1400,
     "row_gradients": 2400,
-    "band_sums": 120,
+    "band_sums": 140,
     "band_gradient": 450,
 }
 """Bytes a thread that kernels of moments may spill: matrices on their way to shared memory, once
@@ -133,23 +141,40 @@ def _of_moments(target: Target) -> list[Configuration]:
     """Of a backward with a scalar loss; AMD GPUs have another schedule."""
     if target.gpu.backend == "hip":
         return []
-    cuts = gram_triton.HOPPER if target.hopper else gram_triton.OTHERS
+    return [
+        configuration
+        for depth in (128, 256, 512)
+        for dtype in (torch.float32, torch.float16)
+        if depth != 256 or dtype == torch.float32
+        for configuration in _of_depth(depth, dtype, target)
+    ]
+
+
+def _of_depth(depth: int, dtype: torch.dtype, target: Target) -> list[Configuration]:
+    """Kernels of moments for embeddings of so many columns; half precision as one part."""
+    wide, hopper = gram_triton.is_wide(depth), target.hopper
+    if wide:
+        cuts = gram_triton.WIDE_HOPPER if hopper else gram_triton.WIDE_OTHERS
+    else:
+        cuts = gram_triton.HOPPER if hopper else gram_triton.OTHERS
+    tile = min(depth, 128)
+    shape = {"DP": depth, "SPLIT": dtype == torch.float32, "UNIFORM": True, "BY_ROW": False}
+    shape |= {"TILE": tile, "HALVED": wide, "WIDE": wide, "WIDTH": tile if wide else depth}
+    shape |= {"SCALED": 64, "ROWS": 16, "DEPTH": gram_triton.TOTALS.depth}
+    shape["SIZE"] = gram_triton.matrix_numbers(depth)
+    held = hopper and depth <= gram_triton.WHOLE_DEPTH
     found = []
-    for depth, dtype in ((128, torch.float32), (256, torch.float32), (128, torch.float16)):
-        held = target.hopper and depth <= gram_triton.WHOLE_DEPTH
-        shape = {"DP": depth, "SPLIT": dtype == torch.float32, "UNIFORM": True, "BY_ROW": False}
-        shape |= {"TILE": min(depth, 128), "ROWS": 16, "DEPTH": gram_triton.TOTALS.depth}
-        for kernel, blocks in (
-            ("split_rows", gram_triton.SPLIT_ROWS),
-            ("add_totals", gram_triton.TOTALS),
-            ("moment_matrices", gram_triton.TOTALS),
-            ("gradient_matrices", gram_triton.TOTALS),
-            *cuts._asdict().items(),
-        ):
-            rows = min(blocks.rows, gram_triton.BLOCK_NUMBERS // depth)
-            cut = {"BLOCK": rows, "BLOCK_D": min(depth, blocks.depth)}
-            cut["BLOCK_K"] = depth if held else min(depth, blocks.depth)
-            found.append(Configuration(kernel, dtype, shape | cut, blocks.warps, blocks.stages))
+    for kernel, blocks in (
+        ("split_rows", gram_triton.SPLIT_ROWS),
+        ("add_totals", gram_triton.TOTALS),
+        ("moment_matrices", gram_triton.TOTALS._replace(warps=8 if wide else 4)),
+        ("gradient_matrices", gram_triton.TOTALS._replace(warps=8 if wide else 4)),
+        *cuts._asdict().items(),
+    ):
+        rows = blocks.rows if wide else min(blocks.rows, gram_triton.BLOCK_NUMBERS // depth)
+        cut = {"BLOCK": rows, "BLOCK_D": min(64, blocks.depth), "BLOCK_V": blocks.depth}
+        cut["BLOCK_K"] = depth if held else min(depth, blocks.depth)
+        found.append(Configuration(kernel, dtype, shape | cut, blocks.warps, blocks.stages))
     return found
 
 
@@ -255,8 +280,8 @@ def compile_one(name: str, configuration: Configuration) -> dict[str, Any]:
         ),
         **{f"block_{x.lower()}": constants.get(f"BLOCK_{x}", "") for x in ("N", "M", "D", "V")},
         **(
-            {"block_n": constants.get("BLOCK", ""), "block_v": constants["DP"]}
-            if "DP" in constants
+            {"block_n": constants.get("BLOCK", ""), "block_v": configuration.constants["DP"]}
+            if "DP" in configuration.constants
             else {}
         ),
         "warps": configuration.warps,
@@ -271,7 +296,10 @@ def compile_one(name: str, configuration: Configuration) -> dict[str, Any]:
 
 
 def _kernel(configuration: Configuration) -> Any:
-    module = moment_kernels if "DP" in configuration.constants else tiles
+    """Kernels of moments have a padded D among their constants."""
+    module: Any = moment_kernels if "DP" in configuration.constants else tiles
+    if configuration.constants.get("WIDE") and hasattr(wide_moment_kernels, configuration.kernel):
+        module = wide_moment_kernels
     return getattr(module, configuration.kernel)
 
 
@@ -281,13 +309,14 @@ def _source(configuration: Configuration, constants: dict[str, Any]) -> ASTSourc
     element = TRITON_NAMES[configuration.dtype]
     accumulator = "fp64" if element == "fp64" else "fp32"
     aligned = configuration.layout == "aligned"
+    of_moments = "DP" in configuration.constants
     signature: dict[str, str] = {}
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
         elif aligned and name in ("stride_d", "stride_label"):
             signature[name], constants[name] = "constexpr", 1
-        elif "DP" in constants and name in MOMENTS:
+        elif of_moments and name in MOMENTS:
             signature[name] = MOMENTS[name]
         elif name in INTEGERS or "stride" in name:
             signature[name] = "i32"
@@ -299,7 +328,7 @@ def _source(configuration: Configuration, constants: dict[str, Any]) -> ASTSourc
             signature[name] = "*i64"
         elif name in INT32_POINTERS:
             signature[name] = "*i32"
-        elif "DP" in constants and name.endswith(("high", "low")):
+        elif of_moments and name.endswith(("high", "low")):
             signature[name] = "*fp16"
         elif name in OPERANDS:
             signature[name] = "*" + TRITON_NAMES[pairs.operand_dtype(configuration.dtype)]

@@ -1,6 +1,7 @@
 """The second-moment path on a GPU in thirteen launches (fifteen by row), whatever the labels are.
 
-Kernels are in `moment_kernels`. No shape depends on the labels and nothing is asked of the device:
+Kernels are in `moment_kernels`; those that meet whole matrices are others where embeddings are
+wide, in `wide_moment_kernels`. No shape depends on the labels and nothing is asked of the device:
 large classes are those of `smallest_moment(d)` members or more, and buffers have room for as many
 as there can be. Smaller classes meet in a band around the diagonal of S in class order. Sums have a
 fixed order: the same bits from run to run.
@@ -21,11 +22,16 @@ from . import fused, pairs
 
 SCHEDULE = "gram triton"
 """The schedule, by the name under which its measured speed stands."""
-MAX_DEPTH, MOST_ROWS = 256, 1 << 30
+MAX_DEPTH, MOST_ROWS = 2048, 1 << 30
+NARROW_DEPTH = 256
+"""Up to it registers hold rows as a whole; wider ones have kernels of their own."""
 _MULTIPLE = 64  # rows of a run are whole blocks
 WHOLE_DEPTH = 128  # up to it Hopper holds two matrices, and a block of rows, as a whole
 _TILE = 128  # rows and columns of a moment that one program adds up
 _MATRIX_ROWS = 16
+_SCALED = 64  # columns of a block of a wide matrix that shares one scale
+_LONGEST_RUN = 16_384  # rows of a wide run: as many float32 sums, over the rows of a block
+_MOST_RUNS, _MOST_ROUNDS = 40, 8  # of wide runs, and of the programs that share their matrices out
 BLOCK_NUMBERS = 16_384  # of a block of rows at most: what registers hold
 
 
@@ -39,7 +45,7 @@ class Blocks(NamedTuple):
 
 
 class Cuts(NamedTuple):
-    """The blocks of each kernel that multiplies."""
+    """The blocks of each kernel that multiplies; the last depth is of columns of the gradient."""
 
     class_moments: Blocks
     row_means: Blocks
@@ -64,6 +70,20 @@ OTHERS = Cuts(
     band_gradient=Blocks(64, 64, 4, 2),
 )
 """For the 99 KB that a program may take on most GPUs."""
+WIDE_HOPPER = Cuts(
+    class_moments=Blocks(64, 0, 8, 3),
+    row_means=Blocks(128, 64, 8, 3),
+    row_gradients=Blocks(128, 64, 8, 3),
+    band_sums=Blocks(64, 64, 4, 3),
+    band_gradient=Blocks(64, 128, 8, 3),
+)
+WIDE_OTHERS = Cuts(
+    class_moments=Blocks(32, 0, 8, 2),
+    row_means=Blocks(64, 32, 8, 3),
+    row_gradients=Blocks(64, 32, 8, 3),
+    band_sums=Blocks(64, 64, 4, 2),
+    band_gradient=Blocks(64, 128, 8, 2),
+)
 SPLIT_ROWS = Blocks(32, 0, 4, 1)
 BAND_PARTS = 4
 """Programs among which the blocks of a run are shared out."""
@@ -100,9 +120,22 @@ def _has_kernels(n: int, d: int, dtype: torch.dtype) -> bool:
     return dtype != torch.float64 and d <= MAX_DEPTH and least <= n <= MOST_ROWS
 
 
+def is_wide(d: int) -> bool:
+    """Whether no program holds a row, or a matrix, as a whole."""
+    return d > NARROW_DEPTH
+
+
 def padded(d: int) -> int:
-    """Columns of the kernels' matrices: a power of two, and what a product takes at least."""
-    return max(16, 1 << (d - 1).bit_length())
+    """Columns of the kernels' matrices: whole tiles of wide ones, else a power of two, and what a
+    product takes at least.
+    """
+    return round_up(d, _TILE) if is_wide(d) else max(16, 1 << (d - 1).bit_length())
+
+
+def matrix_numbers(d: int) -> int:
+    """Numbers of a moment that are added up: of wide ones down to the diagonal tiles."""
+    parts = padded(d) // _TILE
+    return parts * (parts + 1) // 2 * _TILE**2 if is_wide(d) else padded(d) ** 2
 
 
 def smallest_moment(d: int) -> int:
@@ -115,9 +148,16 @@ def class_count(n: int, d: int) -> int:
     return -(-n // smallest_moment(d))
 
 
-def run_length(n: int, processors: int) -> int:
-    """Rows of a run: one run for each processor."""
-    return round_up(-(-n // processors), _MULTIPLE)
+def run_length(n: int, d: int, processors: int) -> int:
+    """Rows of a run: one run for each processor. Programs share wide matrices out, so that fewer
+    runs do, as many as fill the processors' last round.
+    """
+    if not is_wide(d):
+        return round_up(-(-n // processors), _MULTIPLE)
+    tiles = matrix_numbers(d) // _TILE**2
+    rounds = max(1, min(_MOST_ROUNDS, _MOST_RUNS * tiles // processors))
+    runs = max(1, rounds * processors // tiles)
+    return round_up(max(4 * _MULTIPLE, min(-(-n // runs), _LONGEST_RUN)), _MULTIPLE)
 
 
 def splits(dtype: torch.dtype) -> bool:
@@ -128,7 +168,9 @@ def splits(dtype: torch.dtype) -> bool:
 
 
 class Matrices(NamedTuple):
-    """[count, D', D'] in two float16 parts (low is empty where there is one); scales of rows."""
+    """[count, D', D'] in two float16 parts (low is empty where there is one); scales of rows, or of
+    blocks of a wide matrix.
+    """
 
     high: Tensor
     low: Tensor
@@ -164,36 +206,44 @@ class Launcher:
     """The kernels, with what all of them are told of a batch."""
 
     def __init__(self, n: int, d: int, split: bool, device: torch.device) -> None:
-        from . import moment_kernels
+        from . import moment_kernels, wide_moment_kernels
 
+        self.wide = is_wide(d)
         self.kernels: ModuleType = moment_kernels
+        self.wide_kernels: ModuleType = wide_moment_kernels
         self.n, self.d, self.depth, self.split = n, d, padded(d), split
         self.least, self.classes = smallest_moment(d), class_count(n, d)
-        self.run = run_length(n, pairs.processors(device))
+        self.run = run_length(n, d, pairs.processors(device))
         self.runs = -(-n // self.run)
+        of_runs = () if self.wide else (self.run,)
+        self.numbers = n, *of_runs, self.least, self.classes
+        """Of the kernels that multiply rows."""
+        self.tile, self.size = min(self.depth, _TILE), matrix_numbers(d)
+        self.scaled = min(self.tile, _SCALED)
+        self.blocks = self.depth**2 // (self.tile * self.scaled)
         hopper = pairs.is_hopper(device)
-        self.cuts = HOPPER if hopper else OTHERS
+        if self.wide:
+            self.cuts = WIDE_HOPPER if hopper else WIDE_OTHERS
+        else:
+            self.cuts = HOPPER if hopper else OTHERS
         self.whole = hopper and self.depth <= WHOLE_DEPTH
 
     def options(self, blocks: Blocks) -> dict[str, object]:
         """Constants of a kernel that walks blocks of rows."""
         return {
             "DP": self.depth,
-            "BLOCK": min(blocks.rows, BLOCK_NUMBERS // self.depth),
+            "BLOCK": blocks.rows if self.wide else min(blocks.rows, BLOCK_NUMBERS // self.depth),
             "SPLIT": self.split,
             "num_warps": blocks.warps,
             "num_stages": blocks.stages,
         }
 
-    def at_once(self, blocks: Blocks) -> int:
-        """Columns of matrices multiplied at a time: all where these are held as a whole."""
-        return self.depth if self.whole else min(self.depth, blocks.depth)
-
     def matrices(self, like: Tensor, count: int) -> Matrices:
         """Room for so many."""
         high = like.new_empty((count, self.depth, self.depth), dtype=torch.float16)
         low = high.new_empty(high.shape if self.split else 0)
-        return Matrices(high, low, like.new_empty((count, self.depth), dtype=torch.float32))
+        scales = self.blocks if self.wide else self.depth
+        return Matrices(high, low, like.new_empty((count, scales), dtype=torch.float32))
 
     def sort(self, embeddings: Tensor, labels: Tensor, eps: float) -> Batch:
         """Rows in class order."""
@@ -208,10 +258,12 @@ class Launcher:
             new(n, dtype=torch.int32),
             new(n, dtype=torch.int32),
         )
-        blocks = SPLIT_ROWS._replace(rows=max(1, SPLIT_ROWS.rows * 128 // self.depth))
+        width = self.tile if self.wide else self.depth
+        blocks = SPLIT_ROWS._replace(rows=max(1, SPLIT_ROWS.rows * 128 // width))
         self.kernels.split_rows[(-(-n // blocks.rows),)](
             embeddings, labels, *batch,
-            n, self.d, *embeddings.stride(), eps * eps, n.bit_length(), **self.options(blocks),
+            n, self.d, *embeddings.stride(), eps * eps, n.bit_length(),
+            WIDTH=width, **self.options(blocks),
         )  # fmt: skip
         return batch
 
@@ -219,21 +271,60 @@ class Launcher:
         self, batch: Batch, weights: Tensor | None, largest: Tensor | None, uniform: bool
     ) -> Sums:
         """Moments of the rows, or weighted ones."""
-        tile, depth, new = min(self.depth, _TILE), self.depth, batch.inverse.new_empty
-        slots = new(self.runs + self.classes, depth, depth)
-        totals = new((self.runs, depth, depth), dtype=torch.float64)
+        size, new = self.size, batch.inverse.new_empty
+        slots = new(self.runs + self.classes, size)
+        totals = new((self.runs, size), dtype=torch.float64)
         small_rows = new(self.runs, dtype=torch.int32)
-        self.kernels.class_moments[self.runs, (depth // tile) ** 2](
+        self.kernels.class_moments[self.runs, size // self.tile**2](
             batch.high, batch.low, weights, largest, batch.order, batch.first, batch.last,
             slots, totals, small_rows, self.n, self.run, self.least,
-            TILE=tile, UNIFORM=uniform, **self.options(self.cuts.class_moments),
+            TILE=self.tile, UNIFORM=uniform, HALVED=self.wide,
+            **self.options(self.cuts.class_moments),
         )  # fmt: skip
-        total = totals.new_empty(depth, depth)
-        self.kernels.add_totals[(depth * depth // TOTALS.rows,)](
+        total = totals.new_empty(size)
+        self.kernels.add_totals[(size // TOTALS.rows,)](
             totals, total, self.runs,
-            DP=depth, BLOCK=TOTALS.rows, DEPTH=TOTALS.depth, num_warps=TOTALS.warps,
+            SIZE=size, BLOCK=TOTALS.rows, DEPTH=TOTALS.depth, num_warps=TOTALS.warps,
         )  # fmt: skip
         return Sums(slots, total, small_rows)
+
+    def make_matrices(self, kernel: str, *arguments: object, **constants: object) -> None:
+        """Run a kernel that makes matrices of sums: parts of matrices of each number, and of T."""
+        count = self.classes + 1
+        shape = {"DP": self.depth, "SPLIT": self.split, "num_warps": 4} | constants
+        if self.wide:
+            shape |= {"TILE": self.tile, "SCALED": self.scaled}
+            shape["num_warps"] = 8
+            getattr(self.wide_kernels, kernel)[count, self.blocks](*arguments, **shape)
+        else:
+            grid = count, self.depth // _MATRIX_ROWS
+            getattr(self.kernels, kernel)[grid](*arguments, ROWS=_MATRIX_ROWS, **shape)
+
+    def row_programs(self, blocks: Blocks) -> int:
+        """How many programs share out the rows: one for each run, or for each block if wide."""
+        return -(-self.n // blocks.rows) if self.wide else self.runs
+
+    def of_runs(self, small_rows: Tensor) -> tuple[Tensor, ...]:
+        """What the kernels that multiply rows are told of runs; wide ones know nothing of them."""
+        return () if self.wide else (small_rows,)
+
+    def multiply_rows(
+        self, kernel: str, blocks: Blocks, *arguments: object, **constants: object
+    ) -> None:
+        """Run a kernel that multiplies rows with the matrices of their classes."""
+        shape = self.options(blocks) | constants
+        grid = (self.row_programs(blocks),)
+        if self.wide:
+            shape |= {"TILE": self.tile, "SCALED": self.scaled}
+            shape["BLOCK_K"] = min(self.scaled, blocks.depth)
+            getattr(self.wide_kernels, kernel)[grid](*arguments, **shape)
+        else:
+            shape["BLOCK_K"] = self.depth if self.whole else min(self.depth, blocks.depth)
+            getattr(self.kernels, kernel)[grid](*arguments, **shape)
+
+    def band_parts(self, blocks: Blocks) -> int:
+        """Among how many programs a run's blocks of rows are shared out."""
+        return -(-self.run // blocks.rows) if self.wide else BAND_PARTS
 
 
 def forward(embeddings: Tensor, labels: Tensor, spec: Spec) -> tuple[Tensor, Rows, State]:
@@ -248,26 +339,26 @@ def forward(embeddings: Tensor, labels: Tensor, spec: Spec) -> tuple[Tensor, Row
         others = launcher.matrices(embeddings, launcher.classes + 1)
         place = batch.first, batch.last
         numbers = n, launcher.run, launcher.least
-        launcher.kernels.moment_matrices[launcher.classes + 1, launcher.depth // _MATRIX_ROWS](
-            sums.slots, sums.total, *place, *own, *others, *numbers,
-            DP=launcher.depth, ROWS=_MATRIX_ROWS, SPLIT=launcher.split, num_warps=4,
-        )  # fmt: skip
+        launcher.make_matrices(
+            "moment_matrices", sums.slots, sums.total, *place, *own, *others, *numbers
+        )
         in_band = new(n, dtype=torch.float32)
-        launcher.kernels.band_sums[launcher.runs, BAND_PARTS](
+        launcher.kernels.band_sums[launcher.runs, launcher.band_parts(launcher.cuts.band_sums)](
             batch.high, batch.low, *place, sums.small_rows, in_band, *numbers,
-            BLOCK_D=min(launcher.depth, launcher.cuts.band_sums.depth),
+            BLOCK_D=min(launcher.scaled, launcher.cuts.band_sums.depth),
             **launcher.options(launcher.cuts.band_sums),
         )  # fmt: skip
         rows = Rows(new(n, dtype=torch.float32), new(n, dtype=torch.float32))
         by_row = spec.reduction == "none"
-        losses = new(n if by_row else launcher.runs, dtype=torch.float32)
+        blocks = launcher.cuts.row_means
+        losses = new(n if by_row else launcher.row_programs(blocks), dtype=torch.float32)
         active = new(n, dtype=torch.bool)
-        launcher.kernels.row_means[(launcher.runs,)](
-            batch.high, batch.low, batch.order, *place, sums.small_rows, in_band, *own, *others,
-            active, *rows, losses, *numbers, launcher.classes,
+        launcher.multiply_rows(
+            "row_means", blocks,
+            batch.high, batch.low, batch.order, *place, *launcher.of_runs(sums.small_rows),
+            in_band, *own, *others, active, *rows, losses, *launcher.numbers,
             spec.margin, spec.sigma, 1 / n if spec.reduction == "mean" else 1.0,
-            BLOCK_K=launcher.at_once(launcher.cuts.row_means),
-            BY_ROW=by_row, **launcher.options(launcher.cuts.row_means),
+            BY_ROW=by_row,
         )  # fmt: skip
     return losses if by_row else losses.sum(), rows, (*batch, active, *own, *others)
 
@@ -288,25 +379,26 @@ def backward(grad_loss: Tensor, embeddings: Tensor, state: State, spec: Spec) ->
         sums = launcher.sums(batch, weights, largest, uniform)
         count, numbers = launcher.classes + 1, (n, launcher.run, launcher.least)
         made = (*launcher.matrices(embeddings, count), *launcher.matrices(embeddings, count))
-        launcher.kernels.gradient_matrices[count, launcher.depth // _MATRIX_ROWS](
-            sums.slots, sums.total, batch.first, batch.last, *matrices, *made, *numbers, spec.sigma,
-            DP=launcher.depth, ROWS=_MATRIX_ROWS, SPLIT=launcher.split, UNIFORM=uniform,
-            num_warps=4,
+        launcher.make_matrices(
+            "gradient_matrices", sums.slots, sums.total, batch.first, batch.last,
+            *matrices, *made, *numbers, spec.sigma, UNIFORM=uniform,
         )  # fmt: skip
         small_rows = sums.small_rows
         del sums  # slots make room for the gradient
         gradient = embeddings.new_empty((n, d), dtype=torch.float32)
-        own = batch.high, batch.low, batch.order, batch.first, batch.last, small_rows
-        depth = min(launcher.depth, launcher.cuts.band_gradient.depth)
-        launcher.kernels.band_gradient[launcher.runs, BAND_PARTS, -(-d // depth)](
-            *own, weights, largest, gradient, *numbers, d, d, spec.sigma,
-            BLOCK_D=depth, UNIFORM=uniform, **launcher.options(launcher.cuts.band_gradient),
+        own = batch.high, batch.low, batch.order, batch.first, batch.last
+        blocks = launcher.cuts.band_gradient
+        depth = min(launcher.tile, blocks.depth)
+        grid = launcher.runs, launcher.band_parts(blocks), -(-d // depth)
+        launcher.kernels.band_gradient[grid](
+            *own, small_rows, weights, largest, gradient, *numbers, d, d, spec.sigma,
+            BLOCK_D=min(launcher.scaled, blocks.depth), BLOCK_V=depth, UNIFORM=uniform,
+            **launcher.options(blocks),
         )  # fmt: skip
-        launcher.kernels.row_gradients[(launcher.runs,)](
-            *own, batch.inverse, weights, largest, *made, gradient,
-            *numbers, launcher.classes, d, d, scale,
-            BLOCK_K=launcher.at_once(launcher.cuts.row_gradients),
-            UNIFORM=uniform, **launcher.options(launcher.cuts.row_gradients),
+        launcher.multiply_rows(
+            "row_gradients", launcher.cuts.row_gradients,
+            *own, *launcher.of_runs(small_rows), batch.inverse, weights, largest, *made, gradient,
+            *launcher.numbers, d, d, scale, UNIFORM=uniform,
         )  # fmt: skip
     return gradient
 
@@ -318,30 +410,35 @@ def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
     A sort counts as one launch.
     """
     n, d, each = work.n, padded(work.d), 2 * padded(work.d) ** 2
+    wide, size = is_wide(work.d), matrix_numbers(work.d)
+    symmetric = 2 * size  # of a form or a moment: a wide one is computed down to its diagonal
     products = 3 if splits(work.dtype) else 1
     large = [s for s in class_sizes if s >= smallest_moment(work.d)]
     small = n - sum(large)
-    runs = -(-n // run_length(n, pairs.USUAL_PROCESSORS))
+    runs = -(-n // run_length(n, work.d, pairs.USUAL_PROCESSORS))
     stored = n * d * 2 * (2 if products == 3 else 1)
-    slots, matrix = runs + len(large), d * d * 4
-    totals = 2 * runs * d * d * 8  # written and read
-    slices = -(-d // HOPPER.band_gradient.depth)  # the band of S is formed anew for each
+    slots, matrix = (runs + len(large)) * size * 4, d * d * 4
+    totals = 2 * runs * size * 8  # written and read
+    cuts = WIDE_HOPPER if wide else HOPPER
+    slices = -(-d // cuts.band_gradient.depth)  # the band of S is formed anew for each
     in_band = _band_pairs(class_sizes, smallest_moment(work.d))
     scalar = work.reduction != "none"
-    flops = products * (each * (n + 2 * sum(large) + small) + 2 * d * in_band)
+    flops = products * (symmetric * (n + 2 * sum(large) + small) + 2 * d * in_band)
     bytes_ = (
-        n * work.d * work.dtype.itemsize + stored  # split
-        + 2 * stored + 2 * slots * matrix + totals + 2 * (2 * len(large) + 1) * matrix
+        n * work.d * work.dtype.itemsize * (2 if wide else 1) + stored  # split
+        + 2 * stored + 2 * slots + totals + 2 * (2 * len(large) + 1) * matrix
         + n * _ROW_BYTES
     )  # fmt: skip
     launches = 8 if scalar else 7
     if not work.wants_gradient:
         return Operations(flops, bytes_, launches, SCHEDULE)
+    of_large = 1 if scalar else 2
     flops += products * (
-        each * (n + (1 if scalar else 2) * sum(large) + 2 * small) + 2 * d * (slices + 1) * in_band
+        symmetric * n + each * (of_large * sum(large) + 2 * small) + 2 * d * (slices + 1) * in_band
     )
-    bytes_ += 2 * stored + 2 * slots * matrix + totals + 2 * (4 * len(large) + 2) * matrix
-    bytes_ += work.gradient_bytes + n * _ROW_BYTES_BACK + 3 * work.cast_bytes
+    bytes_ += 2 * stored + 2 * slots + totals + 2 * (4 * len(large) + 2) * matrix
+    bytes_ += work.gradient_bytes * (3 if wide else 1)  # v, before it is projected
+    bytes_ += n * _ROW_BYTES_BACK + 3 * work.cast_bytes
     launches += (5 if scalar else 8) + work.casts
     return Operations(flops, bytes_, launches, SCHEDULE)
 
@@ -362,14 +459,14 @@ def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
     Rows in parts and the matrices of the forward are there throughout. Beside them the backward has
     slots, and totals or its own matrices; then these and the gradient; then that as it is cast.
     """
-    n, d = work.n, padded(work.d)
-    part, matrix = 4 if splits(work.dtype) else 2, d * d
+    n, d, size = work.n, padded(work.d), matrix_numbers(work.d)
+    part = 4 if splits(work.dtype) else 2
     on_gpu = torch.cuda.is_available()
     processors = pairs.processors(torch.device("cuda")) if on_gpu else pairs.USUAL_PROCESSORS
-    runs, classes = -(-n // run_length(n, processors)), class_count(n, work.d)
+    runs, classes = -(-n // run_length(n, work.d, processors)), class_count(n, work.d)
     kept = n * (d * part + _KEPT_BYTES + (8 if work.reduction == "none" else 0))
-    slots, totals = (runs + classes) * matrix * 4, runs * matrix * 8
-    matrices, made = ((2 * classes + extra) * (matrix * part + 4 * d) for extra in (1, 2))
+    slots, totals = (runs + classes) * size * 4, (runs + 1) * size * 8
+    matrices, made = ((2 * classes + extra) * (d * d * part + 4 * d) for extra in (1, 2))
     forward = max(slots + totals, slots + matrices + 4 * n)
     if not work.wants_gradient:
         return kept + forward

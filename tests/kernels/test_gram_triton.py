@@ -36,6 +36,13 @@ def small(monkeypatch):
     monkeypatch.setattr(gram_triton, "_MULTIPLE", 4)
 
 
+@pytest.fixture
+def wide(small, monkeypatch):
+    """Matrices of D > 20 are then in tiles of 16, added up down to their diagonal."""
+    monkeypatch.setattr(gram_triton, "NARROW_DEPTH", 20)
+    monkeypatch.setattr(gram_triton, "_TILE", 16)
+
+
 def sized(sizes, d, seed, dtype=torch.float32):
     """Embeddings in classes of these sizes, shuffled; labels neither dense nor positive."""
     n = sum(sizes)
@@ -100,6 +107,54 @@ def test_wide_embeddings(monkeypatch, d, whole):
     monkeypatch.setattr(pairs, "is_hopper", lambda _: whole)
     x, labels = sized([60, 55, 3, 1], d, 0)
     assert_as_exact_as_plain("gram", x, labels, Options(margin=0.5))
+
+
+@runs_here
+@pytest.mark.parametrize(
+    ("sizes", "d", "margin", "reduction", "hopper", "dtype"),
+    [
+        ([60, 13, 3, 1], 33, 0.5, "mean", True, torch.float32),
+        ([*[5] * 6, 30, 20], 40, 0.05, "mean", False, torch.float32),
+        ([*[5] * 3, 20, 15], 40, 0.05, "none", True, torch.float32),
+        ([30, 1, 1], 22, 0.9, "none", True, torch.bfloat16),
+    ],
+)
+@pytest.mark.usefixtures("wide")
+def test_matrices_in_blocks(monkeypatch, sizes, d, margin, reduction, hopper, dtype):
+    """Rows of several classes in a block, active ones among others, tails of columns."""
+    monkeypatch.setattr(pairs, "is_hopper", lambda _: hopper)
+    x, labels = sized(sizes, d, 0, dtype)
+    assert_as_exact_as_plain("gram", x, labels, Options(margin, reduction=reduction))
+    if margin < 0.1:
+        losses = bstriplet_loss(x, labels, margin=margin, reduction="none", impl="reference")
+        assert 0 < (losses > 0).sum() < len(x)
+
+
+@runs_here
+@pytest.mark.usefixtures("small")
+def test_tiles_of_their_own_size():
+    """No smaller tiles in place of those that a GPU has."""
+    x, labels = sized([13, 9, 2], 257, 0)
+    got, truth = both_ways(x, labels, Spec(margin=0.3))
+    assert_near(got, truth, 1e-6)
+
+
+@runs_here
+@pytest.mark.usefixtures("wide")
+def test_bad_rows_of_wide_embeddings():
+    """A zero row has no gradient; NaN is never hidden; nor does infinity reach inactive rows."""
+    x, labels = sized([20, 9, 2], 24, 0)
+    x[5] = 0
+    got, truth = both_ways(x, labels, Spec())
+    assert_near(got, truth, 1e-6)
+    assert (got[3][5] == 0).all()
+    loss, _, state = gram_triton.forward(x, labels, Spec(margin=-1.5))
+    inf = torch.full_like(loss, torch.inf)
+    assert (gram_triton.backward(inf, x, state, Spec(margin=-1.5)) == 0).all()
+    x[5, 3] = torch.nan
+    got, _ = both_ways(x, labels, Spec())
+    assert got[0].isnan()
+    assert got[3].isnan().all()
 
 
 @runs_here
@@ -278,7 +333,10 @@ class NotRun:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize(("n", "d"), [(4096, 128), (1 << 20, 128), (65536, 16), (8192, 256)])
+@pytest.mark.parametrize(
+    ("n", "d"),
+    [(4096, 128), (1 << 20, 128), (65536, 16), (8192, 256), (38400, 384), (131072, 1280)],
+)
 def test_predicted_launches_and_memory_are_those_made(monkeypatch, n, d, dtype, reduction):
     """On fake tensors of a GPU: as many launches for any batch, three times the embeddings."""
     kernels = NotRun()
@@ -286,7 +344,7 @@ def test_predicted_launches_and_memory_are_those_made(monkeypatch, n, d, dtype, 
 
     def counted(self, *args):
         make(self, *args)
-        self.kernels = kernels
+        self.kernels = self.wide_kernels = kernels
 
     monkeypatch.setattr(gram_triton.Launcher, "__init__", counted)
     monkeypatch.setattr(fused, "on_device_of", lambda _: nullcontext())
@@ -310,22 +368,24 @@ def test_predicted_launches_and_memory_are_those_made(monkeypatch, n, d, dtype, 
     assert both <= 16
     explained = gram_triton.extra_memory(work, [n // 2] * 2)
     assert explained == pytest.approx(peak.most - given, rel=0.05)
-    each = 2 * d * d * n * (3 if gram_triton.splits(dtype) else 1)
-    assert (one.flops, got.flops) == (3 * each, (5 if reduction == "mean" else 6) * each)
-    if dtype == torch.float32 and n >= 100 * d and d == 128 and n > 100_000:
+    products = 3 if gram_triton.splits(dtype) else 1
+    each, half = (2 * k * n * products for k in (d * d, gram_triton.matrix_numbers(d)))
+    more = (1 if reduction == "mean" else 2) * each
+    assert (one.flops, got.flops) == (3 * half, 4 * half + more)
+    if dtype == torch.float32 and n >= 100 * d and (n > 100_000 or d > 256):
         assert gram_triton.extra_memory(work, [n]) <= 3 * work.embedding_bytes
-        assert got.bytes <= 4e9
+        assert d > 256 or got.bytes <= 4e9
 
 
 def test_what_it_does_not_take():
     x = torch.empty(4096, 128, device="meta")
-    for refused in (x.double(), torch.empty(4096, 300, device="meta"), x[:1000], x):
+    for refused in (x.double(), torch.empty(1 << 16, 2049, device="meta"), x[:1000], x):
         assert not gram_triton.takes(refused, None)
     work = Work(4096, None, 128, torch.float32, device="cuda")
     assert gram_triton.serves(work)
     for refused in (
         work._replace(m=5),
-        work._replace(d=300),
+        work._replace(n=1 << 16, d=2049),
         work._replace(dtype=torch.float64),
         work._replace(n=1000),
     ):
