@@ -145,7 +145,7 @@ def _of_moments(target: Target) -> list[Configuration]:
         configuration
         for depth in (128, 256, 512)
         for dtype in (torch.float32, torch.float16)
-        if depth != 256 or dtype == torch.float32
+        if depth == 128 or dtype == torch.float32
         for configuration in _of_depth(depth, dtype, target)
     ]
 
