@@ -82,7 +82,7 @@ WIDE_OTHERS = Cuts(
     row_means=Blocks(64, 32, 8, 3),
     row_gradients=Blocks(64, 32, 8, 3),
     band_sums=Blocks(64, 64, 4, 2),
-    band_gradient=Blocks(64, 128, 8, 2),
+    band_gradient=Blocks(64, 64, 8, 2),
 )
 SPLIT_ROWS = Blocks(32, 0, 4, 1)
 BAND_PARTS = 4
@@ -322,6 +322,20 @@ class Launcher:
             shape["BLOCK_K"] = self.depth if self.whole else min(self.depth, blocks.depth)
             getattr(self.kernels, kernel)[grid](*arguments, **shape)
 
+    def multiply_band(self, blocks: Blocks, *arguments: object, **constants: object) -> None:
+        """Run `band_gradient`, which wide rows have of their own."""
+        shape = self.options(blocks) | constants
+        shape |= {
+            "BLOCK_D": min(self.scaled, blocks.depth),
+            "BLOCK_V": min(self.tile, blocks.depth),
+        }
+        grid = self.runs, self.band_parts(blocks)
+        if self.wide:
+            self.wide_kernels.band_gradient[grid](*arguments, **shape)
+        else:
+            slices = -(-self.d // min(self.tile, blocks.depth))
+            self.kernels.band_gradient[(*grid, slices)](*arguments, **shape)
+
     def band_parts(self, blocks: Blocks) -> int:
         """Among how many programs a run's blocks of rows are shared out."""
         return -(-self.run // blocks.rows) if self.wide else BAND_PARTS
@@ -388,12 +402,9 @@ def backward(grad_loss: Tensor, embeddings: Tensor, state: State, spec: Spec) ->
         gradient = embeddings.new_empty((n, d), dtype=torch.float32)
         own = batch.high, batch.low, batch.order, batch.first, batch.last
         blocks = launcher.cuts.band_gradient
-        depth = min(launcher.tile, blocks.depth)
-        grid = launcher.runs, launcher.band_parts(blocks), -(-d // depth)
-        launcher.kernels.band_gradient[grid](
-            *own, small_rows, weights, largest, gradient, *numbers, d, d, spec.sigma,
-            BLOCK_D=min(launcher.scaled, blocks.depth), BLOCK_V=depth, UNIFORM=uniform,
-            **launcher.options(blocks),
+        launcher.multiply_band(
+            blocks, *own, small_rows, weights, largest, gradient, *numbers, d, d, spec.sigma,
+            UNIFORM=uniform,
         )  # fmt: skip
         launcher.multiply_rows(
             "row_gradients", launcher.cuts.row_gradients,
@@ -419,8 +430,7 @@ def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
     stored = n * d * 2 * (2 if products == 3 else 1)
     slots, matrix = (runs + len(large)) * size * 4, d * d * 4
     totals = 2 * runs * size * 8  # written and read
-    cuts = WIDE_HOPPER if wide else HOPPER
-    slices = -(-d // cuts.band_gradient.depth)  # the band of S is formed anew for each
+    slices = 1 if wide else -(-d // HOPPER.band_gradient.depth)  # S is formed anew for each
     in_band = _band_pairs(class_sizes, smallest_moment(work.d))
     scalar = work.reduction != "none"
     flops = products * (symmetric * (n + 2 * sum(large) + small) + 2 * d * in_band)

@@ -131,6 +131,17 @@ def test_matrices_in_blocks(monkeypatch, sizes, d, margin, reduction, hopper, dt
 
 
 @runs_here
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_band_of_several_blocks(monkeypatch, reduction):
+    """What later blocks of a small class add to the gradient is added to what earlier ones did."""
+    monkeypatch.setattr(gram_triton, "smallest_moment", lambda d: 200)
+    x, labels = sized([150, 70], 33, 0)
+    got, truth = both_ways(x, labels, Spec(margin=0.0, reduction=reduction))
+    assert_near(got[1:], truth[1:], 1e-6)  # at this margin losses are differences
+
+
+@runs_here
 @pytest.mark.usefixtures("small")
 def test_tiles_of_their_own_size():
     """No smaller tiles in place of those that a GPU has."""
