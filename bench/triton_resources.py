@@ -159,6 +159,7 @@ def _of_depth(depth: int, dtype: torch.dtype, target: Target) -> list[Configurat
         cuts = gram_triton.HOPPER if hopper else gram_triton.OTHERS
     tile = min(depth, 128)
     shape = {"DP": depth, "SPLIT": dtype == torch.float32, "UNIFORM": True, "BY_ROW": False}
+    shape["BY_Q"] = True
     shape |= {"TILE": tile, "HALVED": wide, "WIDE": wide, "WIDTH": tile if wide else depth}
     shape |= {"SCALED": 64, "ROWS": 16, "DEPTH": gram_triton.TOTALS.depth}
     shape["SIZE"] = gram_triton.matrix_numbers(depth)
@@ -316,6 +317,8 @@ def _source(configuration: Configuration, constants: dict[str, Any]) -> ASTSourc
             signature[name] = "constexpr"
         elif aligned and name in ("stride_d", "stride_label"):
             signature[name], constants[name] = "constexpr", 1
+        elif name == "columns_before":  # rows are compared with themselves
+            signature[name], constants[name] = "constexpr", None
         elif of_moments and name in MOMENTS:
             signature[name] = MOMENTS[name]
         elif name in INTEGERS or "stride" in name:

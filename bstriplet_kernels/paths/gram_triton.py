@@ -4,7 +4,8 @@ Kernels are in `moment_kernels`; those that meet whole matrices are others where
 wide, in `wide_moment_kernels`. No shape depends on the labels and nothing is asked of the device:
 large classes are those of `smallest_moment(d)` members or more, and buffers have room for as many
 as there can be. Smaller classes meet in a band around the diagonal of S in class order. Sums have a
-fixed order: the same bits from run to run.
+fixed order: the same bits from run to run. Other columns (`ref_emb`) stand in one batch with the
+rows, by class: six launches more.
 """
 
 from __future__ import annotations
@@ -93,10 +94,11 @@ TOTALS = Blocks(64, 32, 4, 1)
 
 def takes(embeddings: Tensor, ref_emb: Tensor | None) -> bool:
     """Whether the kernels serve this input."""
-    n, d = embeddings.shape
+    (n, d), m, dtype = embeddings.shape, None, embeddings.dtype
+    if ref_emb is not None:
+        m, dtype = len(ref_emb), torch.promote_types(dtype, ref_emb.dtype)
     return (
-        ref_emb is None
-        and _has_kernels(n, d, embeddings.dtype)
+        _has_kernels(n, m, d, dtype)
         and embeddings.device.type == "cuda"
         and torch.version.hip is None
         and fused.missing() is None
@@ -107,54 +109,59 @@ def takes(embeddings: Tensor, ref_emb: Tensor | None) -> bool:
 def serves(work: Work) -> bool:
     """Whether `takes` will say so of this work on a GPU."""
     return (
-        work.m is None
-        and _has_kernels(work.n, work.d, work.dtype)
+        _has_kernels(work.n, work.m, work.d, work.dtype)
         and torch.version.hip is None
         and fused.has_triton()
     )
 
 
-def _has_kernels(n: int, d: int, dtype: torch.dtype) -> bool:
-    """No float64; a class of more than half of the rows is large; rows have 32-bit numbers."""
-    least = 2 * smallest_moment(d)
-    return dtype != torch.float64 and d <= MAX_DEPTH and least <= n <= MOST_ROWS
+def _has_kernels(n: int, m: int | None, d: int, dtype: torch.dtype) -> bool:
+    """No float64; a class of more than half of the columns is large; rows have 32-bit numbers."""
+    least, columns = 2 * smallest_moment(d, m is not None), n if m is None else m
+    fits = least <= columns and n + (m or 0) <= MOST_ROWS
+    return dtype != torch.float64 and d <= MAX_DEPTH and fits
 
 
-def is_wide(d: int) -> bool:
-    """Whether no program holds a row, or a matrix, as a whole."""
-    return d > NARROW_DEPTH
+def is_wide(d: int, joint: bool = False) -> bool:
+    """Whether no program holds a row, or a matrix, as a whole.
+
+    joint: the batch is rows and the other columns that these are compared with; wide kernels alone
+    tell them apart.
+    """
+    return joint or d > NARROW_DEPTH
 
 
-def padded(d: int) -> int:
+def padded(d: int, joint: bool = False) -> int:
     """Columns of the kernels' matrices: whole tiles of wide ones, else a power of two, and what a
     product takes at least.
     """
-    return round_up(d, _TILE) if is_wide(d) else max(16, 1 << (d - 1).bit_length())
+    return round_up(d, _TILE) if is_wide(d, joint) else max(16, 1 << (d - 1).bit_length())
 
 
-def matrix_numbers(d: int) -> int:
+def matrix_numbers(d: int, joint: bool = False) -> int:
     """Numbers of a moment that are added up: of wide ones down to the diagonal tiles."""
-    parts = padded(d) // _TILE
-    return parts * (parts + 1) // 2 * _TILE**2 if is_wide(d) else padded(d) ** 2
+    depth = padded(d, joint)
+    parts = depth // _TILE
+    return parts * (parts + 1) // 2 * _TILE**2 if is_wide(d, joint) else depth**2
 
 
-def smallest_moment(d: int) -> int:
+def smallest_moment(d: int, joint: bool = False) -> int:
     """Members from which a class has matrices of its own: these take little beside its rows."""
-    return max(128, 6 * padded(d))
+    return max(128, 6 * padded(d, joint))
 
 
-def class_count(n: int, d: int) -> int:
+def class_count(n: int, d: int, joint: bool = False) -> int:
     """More than any number of a large class, which is a multiple of `smallest_moment` over it."""
-    return -(-n // smallest_moment(d))
+    return -(-n // smallest_moment(d, joint))
 
 
-def run_length(n: int, d: int, processors: int) -> int:
+def run_length(n: int, d: int, processors: int, joint: bool = False) -> int:
     """Rows of a run: one run for each processor. Programs share wide matrices out, so that fewer
     runs do, as many as fill the processors' last round.
     """
-    if not is_wide(d):
+    if not is_wide(d, joint):
         return round_up(-(-n // processors), _MULTIPLE)
-    tiles = matrix_numbers(d) // _TILE**2
+    tiles = matrix_numbers(d, joint) // _TILE**2
     rounds = max(1, min(_MOST_ROUNDS, _MOST_RUNS * tiles // processors))
     runs = max(1, rounds * processors // tiles)
     return round_up(max(4 * _MULTIPLE, min(-(-n // runs), _LONGEST_RUN)), _MULTIPLE)
@@ -205,20 +212,22 @@ class Sums(NamedTuple):
 class Launcher:
     """The kernels, with what all of them are told of a batch."""
 
-    def __init__(self, n: int, d: int, split: bool, device: torch.device) -> None:
+    def __init__(
+        self, n: int, d: int, split: bool, device: torch.device, joint: bool = False
+    ) -> None:
         from . import moment_kernels, wide_moment_kernels
 
-        self.wide = is_wide(d)
+        self.wide, self.joint = is_wide(d, joint), joint
         self.kernels: ModuleType = moment_kernels
         self.wide_kernels: ModuleType = wide_moment_kernels
-        self.n, self.d, self.depth, self.split = n, d, padded(d), split
-        self.least, self.classes = smallest_moment(d), class_count(n, d)
-        self.run = run_length(n, d, pairs.processors(device))
+        self.n, self.d, self.depth, self.split = n, d, padded(d, joint), split
+        self.least, self.classes = smallest_moment(d, joint), class_count(n, d, joint)
+        self.run = run_length(n, d, pairs.processors(device), joint)
         self.runs = -(-n // self.run)
         of_runs = () if self.wide else (self.run,)
         self.numbers = n, *of_runs, self.least, self.classes
         """Of the kernels that multiply rows."""
-        self.tile, self.size = min(self.depth, _TILE), matrix_numbers(d)
+        self.tile, self.size = min(self.depth, _TILE), matrix_numbers(d, joint)
         self.scaled = min(self.tile, _SCALED)
         self.blocks = self.depth**2 // (self.tile * self.scaled)
         hopper = pairs.is_hopper(device)
@@ -268,17 +277,23 @@ class Launcher:
         return batch
 
     def sums(
-        self, batch: Batch, weights: Tensor | None, largest: Tensor | None, uniform: bool
+        self,
+        batch: Batch,
+        before: Tensor | None,
+        weights: Tensor | None,
+        largest: Tensor | None,
+        uniform: bool,
+        by_q: bool,
     ) -> Sums:
-        """Moments of the rows, or weighted ones."""
+        """Moments of the rows, or weighted ones; by_q: in their total by q_c."""
         size, new = self.size, batch.inverse.new_empty
         slots = new(self.runs + self.classes, size)
         totals = new((self.runs, size), dtype=torch.float64)
         small_rows = new(self.runs, dtype=torch.int32)
         self.kernels.class_moments[self.runs, size // self.tile**2](
-            batch.high, batch.low, weights, largest, batch.order, batch.first, batch.last,
+            batch.high, batch.low, weights, largest, batch.order, batch.first, batch.last, before,
             slots, totals, small_rows, self.n, self.run, self.least,
-            TILE=self.tile, UNIFORM=uniform, HALVED=self.wide,
+            TILE=self.tile, UNIFORM=uniform, BY_Q=by_q, HALVED=self.wide,
             **self.options(self.cuts.class_moments),
         )  # fmt: skip
         total = totals.new_empty(size)
@@ -304,9 +319,11 @@ class Launcher:
         """How many programs share out the rows: one for each run, or for each block if wide."""
         return -(-self.n // blocks.rows) if self.wide else self.runs
 
-    def of_runs(self, small_rows: Tensor) -> tuple[Tensor, ...]:
-        """What the kernels that multiply rows are told of runs; wide ones know nothing of them."""
-        return () if self.wide else (small_rows,)
+    def of_rows(self, before: Tensor | None, small_rows: Tensor) -> tuple[Tensor | None, ...]:
+        """What kernels that multiply rows are told beside their classes: wide ones of columns, the
+        others of runs.
+        """
+        return (before,) if self.wide else (small_rows,)
 
     def multiply_rows(
         self, kernel: str, blocks: Blocks, *arguments: object, **constants: object
@@ -341,24 +358,42 @@ class Launcher:
         return -(-self.run // blocks.rows) if self.wide else BAND_PARTS
 
 
-def forward(embeddings: Tensor, labels: Tensor, spec: Spec) -> tuple[Tensor, Rows, State]:
-    """The loss, the two means of Eq. 3, and what `backward` wants."""
-    n, d = embeddings.shape
+def forward(
+    embeddings: Tensor,
+    labels: Tensor,
+    spec: Spec,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+) -> tuple[Tensor, Rows, State]:
+    """The loss, the two means of Eq. 3, and what `backward` wants.
+
+    Other columns stand in the batch behind the rows: of weight 1 in T_c, 0 in A_c; rows 0 and a.
+    """
+    n, joint = len(embeddings), ref_emb is not None
+    if ref_emb is not None and ref_labels is not None:
+        embeddings = torch.cat((embeddings, ref_emb))
+        labels = torch.cat((labels, ref_labels))
     new = embeddings.new_empty
-    launcher = Launcher(n, d, splits(embeddings.dtype), embeddings.device)
+    every, d = embeddings.shape
+    launcher = Launcher(every, d, splits(embeddings.dtype), embeddings.device, joint)
     with fused.on_device_of(embeddings):
         batch = launcher.sort(embeddings, labels, spec.eps)
-        sums = launcher.sums(batch, None, None, uniform=True)
+        before = is_column = None
+        if joint:
+            is_column = batch.order >= n
+            before = new(every + 1, dtype=torch.int32).zero_()
+            torch.cumsum(is_column, 0, dtype=torch.int32, out=before[1:])
+        sums = launcher.sums(batch, before, is_column, None, uniform=True, by_q=False)
         own = launcher.matrices(embeddings, launcher.classes)
         others = launcher.matrices(embeddings, launcher.classes + 1)
         place = batch.first, batch.last
-        numbers = n, launcher.run, launcher.least
+        numbers = every, launcher.run, launcher.least
         launcher.make_matrices(
             "moment_matrices", sums.slots, sums.total, *place, *own, *others, *numbers
         )
-        in_band = new(n, dtype=torch.float32)
+        in_band = new(every, dtype=torch.float32)
         launcher.kernels.band_sums[launcher.runs, launcher.band_parts(launcher.cuts.band_sums)](
-            batch.high, batch.low, *place, sums.small_rows, in_band, *numbers,
+            batch.high, batch.low, *place, before, sums.small_rows, in_band, *numbers,
             BLOCK_D=min(launcher.scaled, launcher.cuts.band_sums.depth),
             **launcher.options(launcher.cuts.band_sums),
         )  # fmt: skip
@@ -366,50 +401,59 @@ def forward(embeddings: Tensor, labels: Tensor, spec: Spec) -> tuple[Tensor, Row
         by_row = spec.reduction == "none"
         blocks = launcher.cuts.row_means
         losses = new(n if by_row else launcher.row_programs(blocks), dtype=torch.float32)
-        active = new(n, dtype=torch.bool)
+        active = new(every, dtype=torch.bool)
+        if joint:
+            active.zero_()  # of columns
         launcher.multiply_rows(
             "row_means", blocks,
-            batch.high, batch.low, batch.order, *place, *launcher.of_runs(sums.small_rows),
+            batch.high, batch.low, batch.order, *place, *launcher.of_rows(before, sums.small_rows),
             in_band, *own, *others, active, *rows, losses, *launcher.numbers,
             spec.margin, spec.sigma, 1 / n if spec.reduction == "mean" else 1.0,
             BY_ROW=by_row,
         )  # fmt: skip
-    return losses if by_row else losses.sum(), rows, (*batch, active, *own, *others)
+    state = (*batch, active, *own, *others, *(() if before is None else (before,)))
+    return losses if by_row else losses.sum(), rows, state
+
+
+_STATE = 13  # tensors of a state without other columns
 
 
 def backward(grad_loss: Tensor, embeddings: Tensor, state: State, spec: Spec) -> Tensor:
-    """dL/d(embeddings), [N, D]."""
+    """dL/d(embeddings), [N, D]; [N + M, D] of rows and other columns."""
     n, d = embeddings.shape
-    batch, active, matrices = Batch(*state[:6]), state[6], state[7:]
-    launcher = Launcher(n, d, batch.low.numel() > 0, embeddings.device)
+    batch, active, matrices = Batch(*state[:6]), state[6], state[7:_STATE]
+    before = state[_STATE] if len(state) > _STATE else None
+    every, joint = len(batch.order), before is not None
+    launcher = Launcher(every, d, batch.low.numel() > 0, embeddings.device, joint)
     uniform, scale = spec.reduction != "none", 1.0
     if uniform:
         weights, largest = active, grad_loss
         scale = 1 / n if spec.reduction == "mean" else 1.0
     else:
+        grad_loss = torch.nn.functional.pad(grad_loss, (0, every - n)) if joint else grad_loss
         weights = torch.where(active, grad_loss.to(torch.float32), 0.0)
         largest = torch.linalg.vector_norm(weights, float("inf"))
     with fused.on_device_of(embeddings):
-        sums = launcher.sums(batch, weights, largest, uniform)
-        count, numbers = launcher.classes + 1, (n, launcher.run, launcher.least)
+        sums = launcher.sums(batch, before, weights, largest, uniform, by_q=True)
+        count, numbers = launcher.classes + 1, (every, launcher.run, launcher.least)
         made = (*launcher.matrices(embeddings, count), *launcher.matrices(embeddings, count))
+        of_columns = (before,) if launcher.wide else ()
         launcher.make_matrices(
-            "gradient_matrices", sums.slots, sums.total, batch.first, batch.last,
+            "gradient_matrices", sums.slots, sums.total, batch.first, batch.last, *of_columns,
             *matrices, *made, *numbers, spec.sigma, UNIFORM=uniform,
         )  # fmt: skip
         small_rows = sums.small_rows
         del sums  # slots make room for the gradient
-        gradient = embeddings.new_empty((n, d), dtype=torch.float32)
+        gradient = embeddings.new_empty((every, d), dtype=torch.float32)
         own = batch.high, batch.low, batch.order, batch.first, batch.last
-        blocks = launcher.cuts.band_gradient
         launcher.multiply_band(
-            blocks, *own, small_rows, weights, largest, gradient, *numbers, d, d, spec.sigma,
-            UNIFORM=uniform,
+            launcher.cuts.band_gradient, *own, *of_columns, small_rows, weights, largest, gradient,
+            *numbers, d, d, spec.sigma, UNIFORM=uniform,
         )  # fmt: skip
         launcher.multiply_rows(
             "row_gradients", launcher.cuts.row_gradients,
-            *own, *launcher.of_runs(small_rows), batch.inverse, weights, largest, *made, gradient,
-            *launcher.numbers, d, d, scale, UNIFORM=uniform,
+            *own, *launcher.of_rows(before, small_rows), batch.inverse, weights, largest, *made,
+            gradient, *launcher.numbers, d, d, scale, UNIFORM=uniform,
         )  # fmt: skip
     return gradient
 
@@ -420,18 +464,21 @@ def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
 
     A sort counts as one launch.
     """
-    n, d, each = work.n, padded(work.d), 2 * padded(work.d) ** 2
-    wide, size = is_wide(work.d), matrix_numbers(work.d)
+    joint = work.m is not None
+    n, d = work.vectors, padded(work.d, joint)
+    wide, size, each = is_wide(work.d, joint), matrix_numbers(work.d, joint), 2 * d * d
+    least = smallest_moment(work.d, joint)
+    class_sizes = [s * n // work.columns for s in class_sizes]  # with as large a share of rows
     symmetric = 2 * size  # of a form or a moment: a wide one is computed down to its diagonal
     products = 3 if splits(work.dtype) else 1
-    large = [s for s in class_sizes if s >= smallest_moment(work.d)]
+    large = [s for s in class_sizes if s >= least]
     small = n - sum(large)
-    runs = -(-n // run_length(n, work.d, pairs.USUAL_PROCESSORS))
+    runs = -(-n // run_length(n, work.d, pairs.USUAL_PROCESSORS, joint))
     stored = n * d * 2 * (2 if products == 3 else 1)
     slots, matrix = (runs + len(large)) * size * 4, d * d * 4
     totals = 2 * runs * size * 8  # written and read
     slices = 1 if wide else -(-d // HOPPER.band_gradient.depth)  # S is formed anew for each
-    in_band = _band_pairs(class_sizes, smallest_moment(work.d))
+    in_band = _band_pairs(class_sizes, least)
     scalar = work.reduction != "none"
     flops = products * (symmetric * (n + 2 * sum(large) + small) + 2 * d * in_band)
     bytes_ = (
@@ -439,7 +486,7 @@ def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
         + 2 * stored + 2 * slots + totals + 2 * (2 * len(large) + 1) * matrix
         + n * _ROW_BYTES
     )  # fmt: skip
-    launches = 8 if scalar else 7
+    launches = (8 if scalar else 7) + (6 if joint else 0)
     if not work.wants_gradient:
         return Operations(flops, bytes_, launches, SCHEDULE)
     of_large = 1 if scalar else 2
@@ -449,7 +496,7 @@ def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
     bytes_ += 2 * stored + 2 * slots + totals + 2 * (4 * len(large) + 2) * matrix
     bytes_ += work.gradient_bytes * (3 if wide else 1)  # v, before it is projected
     bytes_ += n * _ROW_BYTES_BACK + 3 * work.cast_bytes
-    launches += (5 if scalar else 8) + work.casts
+    launches += (5 if scalar else 9 if joint else 8) + work.casts * (2 if joint else 1)
     return Operations(flops, bytes_, launches, SCHEDULE)
 
 
@@ -469,15 +516,20 @@ def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
     Rows in parts and the matrices of the forward are there throughout. Beside them the backward has
     slots, and totals or its own matrices; then these and the gradient; then that as it is cast.
     """
-    n, d, size = work.n, padded(work.d), matrix_numbers(work.d)
+    joint = work.m is not None
+    n, d, size = work.vectors, padded(work.d, joint), matrix_numbers(work.d, joint)
     part = 4 if splits(work.dtype) else 2
     on_gpu = torch.cuda.is_available()
     processors = pairs.processors(torch.device("cuda")) if on_gpu else pairs.USUAL_PROCESSORS
-    runs, classes = -(-n // run_length(n, work.d, processors)), class_count(n, work.d)
+    runs = -(-n // run_length(n, work.d, processors, joint))
+    classes = class_count(n, work.d, joint)
     kept = n * (d * part + _KEPT_BYTES + (8 if work.reduction == "none" else 0))
     slots, totals = (runs + classes) * size * 4, (runs + 1) * size * 8
     matrices, made = ((2 * classes + extra) * (d * d * part + 4 * d) for extra in (1, 2))
     forward = max(slots + totals, slots + matrices + 4 * n)
+    if joint:
+        kept += 5 * n  # which are columns, and how many before each
+        forward += work.embedding_bytes  # both sides together
     if not work.wants_gradient:
         return kept + forward
     of_gradient = work.gradient_bytes + max(made, work.cast_bytes)

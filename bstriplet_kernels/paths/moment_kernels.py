@@ -114,6 +114,27 @@ def _load_embeddings(embeddings, i, inside, k, d, stride_n, stride_d):
     return tl.load(address, mask=inside[:, None] & (k < d)[None, :], other=0.0).to(tl.float32)
 
 
+@triton.jit
+def _counted(members, n, columns, begin, end, mask):
+    """Members of classes that begin and end there, and of all, as `_class_weights` counts them.
+
+    Where rows are compared with other columns, each is one more in both. `columns`: how many there
+    are before each row and, at n, in all.
+    """
+    if columns is None:
+        return members, n
+    else:
+        before = tl.load(columns + begin, mask=mask, other=0)
+        return tl.load(columns + end, mask=mask, other=0) - before + 1, tl.load(columns + n) + 1
+
+
+@triton.jit
+def _is_column(columns, r, mask):
+    """Which rows are columns, where they are compared with others than themselves."""
+    after = tl.load(columns + r + 1, mask=mask, other=0)
+    return after > tl.load(columns + r, mask=mask, other=0)
+
+
 @triton.jit(do_not_specialize=["n", "d", "steps"])
 def split_rows(
     embeddings,
@@ -236,6 +257,7 @@ def class_moments(
     order,
     first,
     last,
+    columns_before,
     slots,
     totals,
     small_rows,
@@ -247,6 +269,7 @@ def class_moments(
     BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
     UNIFORM: tl.constexpr,
+    BY_Q: tl.constexpr,
     HALVED: tl.constexpr,
 ):
     """Sums of w_j u_j u_j^T over a run of rows: of each large class in it, and of all of them.
@@ -254,7 +277,7 @@ def class_moments(
     Program (p, t) has the p-th run and the t-th TILE x TILE part of the matrices. What it finds of
     class number k is slots[p + k]: no other program writes there, and a class's slots follow each
     other. totals[p] is the sum over the run in float64, where these very numbers cancel again; with
-    `weights` a class counts there times q_c, one over the number of its negatives. small_rows[p]:
+    BY_Q a class counts there times q_c, one over the number of its negatives. small_rows[p]:
     how many rows are of small classes. 6 D^2 FLOPs a row (2 D^2 without SPLIT) on tensor cores,
     little more than half of that where HALVED.
     """
@@ -286,8 +309,9 @@ def class_moments(
             acc *= 1 / (UNIT * UNIT)
             tl.store(slots + (p + number).to(tl.int64) * size + within, acc)
             counted = acc.to(tl.float64)
-            if weights is not None:
-                counted *= _class_weights(members, n)[1].to(tl.float64)
+            if BY_Q:
+                own, all_ = _counted(members, n, columns_before, c_first, c_last, True)
+                counted *= _class_weights(own, all_)[1].to(tl.float64)
             _add_total(total, counted, found)
             found += 1
     if part == 0:
@@ -302,8 +326,10 @@ def class_moments(
             if tl.max(mask.to(tl.int32), axis=0) > 0:
                 w = _weight(weights, largest, order, r, mask, UNIFORM)
                 uh, ul = _load_rows(high, low, r, mask & (w != 0), rows, DP, SPLIT)
-                if weights is not None:  # fewer than half of all rows: n q is between 1 and 2
-                    q = n.to(tl.float32) / tl.maximum(n - members, 1).to(tl.float32)
+                if BY_Q:  # fewer than half of all rows: n q is between 1 and 2
+                    begins = tl.load(first + r, mask=mask, other=0)
+                    own, all_ = _counted(members, n, columns_before, begins, begins + members, mask)
+                    q = all_.to(tl.float32) / tl.maximum(all_ - own, 1).to(tl.float32)
                     wh, wl = _split(_whole(uh, ul, SPLIT) * (w * q)[:, None])
                 else:
                     wh, wl = uh, ul
@@ -311,8 +337,8 @@ def class_moments(
                     uh, ul = _load_rows(high, low, r, mask & (w != 0), columns, DP, SPLIT)
                 acc += _product(tl.trans(wh), tl.trans(wl), uh, ul, SPLIT)
         counted = acc.to(tl.float64) * (1 / (UNIT * UNIT))
-        if weights is not None:
-            counted /= n.to(tl.float64)
+        if BY_Q:
+            counted /= _counted(n, n, columns_before, 0, 0, True)[1].to(tl.float64)
         _add_total(total, counted, found)
 
 
@@ -665,6 +691,7 @@ def band_sums(
     low,
     first,
     last,
+    columns_before,
     small_rows,
     in_band,
     n,
@@ -691,7 +718,11 @@ def band_sums(
             inside = j < far
             s = _band_similarity(high, low, r, small, j, inside, DP, BLOCK_D, SPLIT)
             pair = c_first[:, None] == tl.load(first + j, mask=inside, other=-1)[None, :]
-            pair = pair & (r[:, None] != j[None, :]) & small[:, None]
+            pair = pair & small[:, None]
+            if columns_before is None:
+                pair = pair & (r[:, None] != j[None, :])
+            else:
+                pair = pair & _is_column(columns_before, j, inside)[None, :]
             total += tl.sum(tl.where(pair, s * s, 0.0), axis=1)
         tl.store(in_band + r, total, mask=r < end)
 

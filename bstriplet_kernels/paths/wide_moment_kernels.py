@@ -19,7 +19,9 @@ from .moment_kernels import (
     _band_similarity,
     _class_number,
     _class_weights,
+    _counted,
     _factor,
+    _is_column,
     _load_rows,
     _members,
     _product,
@@ -129,6 +131,7 @@ def gradient_matrices(
     total,
     first,
     last,
+    columns_before,
     own_high,
     own_low,
     own_scale,
@@ -151,8 +154,8 @@ def gradient_matrices(
     SPLIT: tl.constexpr,
     UNIFORM: tl.constexpr,
 ):
-    """K_c (K_c + B_c where UNIFORM) and B_c of every large class, and what small rows have in their
-    place: see `moment_kernels`.
+    """K_c and B_c of every large class, and what small rows have in their place: see
+    `moment_kernels`. K_c + B_c for K_c where UNIFORM and rows are columns.
 
     Program (k, t) has the t-th block of the matrices of number k.
     """
@@ -164,12 +167,13 @@ def gradient_matrices(
         back = tl.load(total + within)
         active = _load_block(others_high, others_low, others_scale, k, t, DP, TILE, SCALED, SPLIT)
         if k < classes:
-            p, q = _class_weights(end - begin, n)
+            members, all_ = _counted(end - begin, n, columns_before, begin, end, True)
+            p, q = _class_weights(members, all_)
             own = _load_block(own_high, own_low, own_scale, k, t, DP, TILE, SCALED, SPLIT)
             weighted = _add_slots(slots, k, begin, end, run, within, _size(DP, TILE))
             back = sigma * (back - q.to(tl.float64) * weighted) - p * weighted
             active = sigma * q * active - p * own
-            if UNIFORM:
+            if UNIFORM and columns_before is None:
                 active += back.to(tl.float32)
         else:
             back *= sigma
@@ -253,6 +257,7 @@ def row_means(
     order,
     first,
     last,
+    columns_before,
     in_band,
     own_high,
     own_low,
@@ -284,6 +289,11 @@ def row_means(
     blocks have beyond their halves; half of that for small rows.
     """
     r, inside, members, numbers = _rows_of(first, last, n, least, classes, BLOCK)
+    begins = tl.load(first + r, mask=inside, other=0)
+    members, all_ = _counted(members, n, columns_before, begins, begins + members, inside)
+    if columns_before is not None:
+        inside = inside & (_is_column(columns_before, r, inside) == 0)
+        numbers = tl.where(inside, numbers, classes + 1)
     own_form = tl.zeros((BLOCK,), tl.float32)
     others_form = tl.zeros((BLOCK,), tl.float32)
     squared = tl.zeros((BLOCK,), tl.float32)
@@ -303,13 +313,15 @@ def row_means(
             )  # fmt: skip
             own_form += form
         number = _next(numbers, number, classes)
+    if columns_before is not None:  # no row is among its columns
+        squared = tl.zeros((BLOCK,), tl.float32)
     small = numbers == classes
     in_class = tl.load(in_band + r, mask=small, other=0.0) + squared * squared
     own_form = tl.where(small, in_class, own_form)
     others_form = tl.where(small, others_form - in_class, others_form)
     loss = _store_means(
         own_form, others_form, squared, members, r, inside, order, active, positive, negative,
-        losses, n, tl.full((), margin, tl.float32), sigma, BY_ROW,
+        losses, all_, tl.full((), margin, tl.float32), sigma, BY_ROW,
     )  # fmt: skip
     if not BY_ROW:
         tl.store(losses + tl.program_id(0), tl.sum(loss, axis=0) * tl.full((), scale, tl.float32))
@@ -322,6 +334,7 @@ def band_gradient(
     order,
     first,
     last,
+    columns_before,
     small_rows,
     weights,
     largest,
@@ -352,7 +365,9 @@ def band_gradient(
         r = block + tl.arange(0, BLOCK)
         small, c_first, near, far = _band(first, last, r, r < end, least, n)
         w_i = _weight(weights, largest, order, r, small, UNIFORM)
-        p, q = _class_weights(_members(first, last, r, small), n)
+        members = _members(first, last, r, small)
+        members, all_ = _counted(members, n, columns_before, c_first, c_first + members, small)
+        p, q = _class_weights(members, all_)
         factor = (p + sigma * q) * (-4 / (UNIT * UNIT))
         row = gradient + tl.load(order + r, mask=small, other=0)[:, None] * stride
         for at in range(near, far, BLOCK):
@@ -360,7 +375,12 @@ def band_gradient(
             inside = j < far
             s = _band_similarity(high, low, r, small, j, inside, DP, BLOCK_D, SPLIT)
             pair = c_first[:, None] == tl.load(first + j, mask=inside, other=-1)[None, :]
-            pair = pair & (r[:, None] != j[None, :]) & small[:, None]
+            pair = pair & small[:, None]
+            if columns_before is None:
+                pair = pair & (r[:, None] != j[None, :])
+            else:
+                is_column = _is_column(columns_before, r, small)[:, None]
+                pair = pair & (is_column != _is_column(columns_before, j, inside)[None, :])
             w_j = _weight(weights, largest, order, j, inside, UNIFORM)
             weight = tl.where(pair, s * (w_i[:, None] + w_j[None, :]), 0.0)
             wh, wl = _split(weight * (UNIT / 2))
@@ -381,6 +401,7 @@ def row_gradients(
     order,
     first,
     last,
+    columns_before,
     inverse,
     weights,
     largest,
@@ -414,12 +435,17 @@ def row_gradients(
     r, inside, members, numbers = _rows_of(first, last, n, least, classes, BLOCK)
     small = numbers == classes
     w = _weight(weights, largest, order, r, inside, UNIFORM)
-    row_factor = tl.where(small, _class_weights(members, n)[1], 1.0)
-    if UNIFORM:
+    begins = tl.load(first + r, mask=inside, other=0)
+    own, all_ = _counted(members, n, columns_before, begins, begins + members, inside)
+    row_factor = tl.where(small, _class_weights(own, all_)[1], 1.0)
+    if not UNIFORM:
+        row_factor *= w
+    if columns_before is not None:
+        has_back = _is_column(columns_before, r, inside)
+    elif UNIFORM:
         has_back = small | (w == 0)
     else:
         has_back = inside
-        row_factor *= w
     i = tl.load(order + r, mask=inside, other=0)
     along = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, DP, TILE):

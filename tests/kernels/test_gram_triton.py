@@ -32,7 +32,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def small(monkeypatch):
     """Small batches then hold classes with and without matrices, in several runs."""
     monkeypatch.setattr(gram_triton, "takes", lambda embeddings, ref_emb: True)
-    monkeypatch.setattr(gram_triton, "smallest_moment", lambda d: 6)
+    monkeypatch.setattr(gram_triton, "smallest_moment", lambda d, joint=False: 6)
     monkeypatch.setattr(gram_triton, "_MULTIPLE", 4)
 
 
@@ -135,10 +135,27 @@ def test_matrices_in_blocks(monkeypatch, sizes, d, margin, reduction, hopper, dt
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_band_of_several_blocks(monkeypatch, reduction):
     """What later blocks of a small class add to the gradient is added to what earlier ones did."""
-    monkeypatch.setattr(gram_triton, "smallest_moment", lambda d: 200)
+    monkeypatch.setattr(gram_triton, "smallest_moment", lambda d, joint=False: 200)
     x, labels = sized([150, 70], 33, 0)
     got, truth = both_ways(x, labels, Spec(margin=0.0, reduction=reduction))
     assert_near(got[1:], truth[1:], 1e-6)  # at this margin losses are differences
+
+
+@runs_here
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("rows", "columns", "d", "margin", "dtype"),
+    [
+        ([20, 3, 0, 9, 1], [30, 2, 9, 0, 5], 24, 0.05, torch.float32),
+        ([4, 30, 1], [40, 1, 3], 7, 0.9, torch.bfloat16),
+    ],
+)
+@pytest.mark.usefixtures("wide")
+def test_other_columns(rows, columns, d, margin, dtype, reduction):
+    """Classes without rows, without columns, with few and with many; both gradients."""
+    (x, labels), (ref, ref_labels) = (sized(s, d, i, dtype) for i, s in enumerate((rows, columns)))
+    options = Options(margin, reduction=reduction)
+    assert_as_exact_as_plain("gram", x, labels, options, ref, ref_labels)
 
 
 @runs_here
@@ -345,16 +362,25 @@ class NotRun:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(
-    ("n", "d"),
-    [(4096, 128), (1 << 20, 128), (65536, 16), (8192, 256), (38400, 384), (131072, 1280)],
+    ("n", "d", "m"),
+    [
+        (4096, 128, None),
+        (1 << 20, 128, None),
+        (65536, 16, None),
+        (8192, 256, None),
+        (38400, 384, None),
+        (131072, 1280, None),
+        (1 << 16, 128, 1 << 17),
+        (20_000, 384, 50_000),
+    ],
 )
-def test_predicted_launches_and_memory_are_those_made(monkeypatch, n, d, dtype, reduction):
+def test_predicted_launches_and_memory_are_those_made(monkeypatch, n, d, m, dtype, reduction):
     """On fake tensors of a GPU: as many launches for any batch, three times the embeddings."""
     kernels = NotRun()
     make = gram_triton.Launcher.__init__
 
-    def counted(self, *args):
-        make(self, *args)
+    def counted(self, *args, **keywords):
+        make(self, *args, **keywords)
         self.kernels = self.wide_kernels = kernels
 
     monkeypatch.setattr(gram_triton.Launcher, "__init__", counted)
@@ -363,22 +389,26 @@ def test_predicted_launches_and_memory_are_those_made(monkeypatch, n, d, dtype, 
     monkeypatch.setattr(pairs, "is_hopper", lambda _: True)
     with FakeTensorMode(), Launches() as torchs, Peak() as peak:
         x, labels = on_fake_gpu(n, d, dtype)
+        others = (None, None) if m is None else on_fake_gpu(m, d, dtype)
         given = peak.held
         spec = Spec(reduction=reduction, wants_gradient=True)
-        loss, _, state = gram_triton.forward(x, labels, spec)
+        loss, _, state = gram_triton.forward(x, labels, spec, *others)
         forward = torchs.launches + kernels.launches
         gradient = gram_triton.backward(torch.empty_like(loss), x, state, spec)
-        gradient = gradient.to(dtype)  # as the caller does
+        sides = (gradient,) if m is None else gradient.split([n, m])
+        gradient = [side.to(dtype) for side in sides]  # as the caller does
         both = torchs.launches + kernels.launches
-    work = Work(n, None, d, dtype, reduction, device="cuda")
+    work = Work(n, m, d, dtype, reduction, device="cuda")
     assert gram_triton.serves(work)
     got = gram_triton.operations(work, [n // 2] * 2)
     assert (got.launches, got.schedule) == (both, gram_triton.SCHEDULE)
     one = gram_triton.operations(work._replace(wants_gradient=False), [n // 2] * 2)
     assert one.launches == forward
-    assert both <= 16
+    assert both <= (16 if m is None else 25)
     explained = gram_triton.extra_memory(work, [n // 2] * 2)
     assert explained == pytest.approx(peak.most - given, rel=0.05)
+    if m is not None:
+        return
     products = 3 if gram_triton.splits(dtype) else 1
     each, half = (2 * k * n * products for k in (d * d, gram_triton.matrix_numbers(d)))
     more = (1 if reduction == "mean" else 2) * each
@@ -395,7 +425,7 @@ def test_what_it_does_not_take():
     work = Work(4096, None, 128, torch.float32, device="cuda")
     assert gram_triton.serves(work)
     for refused in (
-        work._replace(m=5),
+        work._replace(m=1000),
         work._replace(n=1 << 16, d=2049),
         work._replace(dtype=torch.float64),
         work._replace(n=1000),
