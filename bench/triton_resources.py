@@ -31,7 +31,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bstriplet_kernels.paths import gram_triton, moment_kernels
+from bstriplet_kernels.paths import gram_triton, moment_kernels, wide_moment_kernels
 from bstriplet_kernels.paths.triton import blocks, pair_kernels, pairs, small, small_kernels
 
 RESULTS = Path(__file__).parent / "results" / "compile" / "triton_resources.csv"
@@ -64,10 +64,11 @@ EMBEDDINGS = ("embeddings",)
 ALIGNED = ("d", "width", *EMBEDDINGS)
 SPILLS = {
     "half_tile_sums": 200,
+    "gradient_matrices": 300,
     "class_moments": 600,
     "row_means": 1400,
     "row_gradients": 2400,
-    "band_sums": 120,
+    "band_sums": 140,
     "band_gradient": 450,
 }
 """Bytes a thread that kernels may spill: matrices on their way to shared memory, once for all rows
@@ -133,23 +134,41 @@ def _of_moments(target: Target) -> list[Configuration]:
     """Of a backward with a scalar loss; AMD GPUs have another schedule."""
     if target.gpu.backend == "hip":
         return []
-    cuts = gram_triton.HOPPER if target.hopper else gram_triton.OTHERS
+    return [
+        configuration
+        for depth in (128, 256, 512)
+        for dtype in (torch.float32, torch.float16)
+        if depth == 128 or dtype == torch.float32
+        for configuration in _of_depth(depth, dtype, target)
+    ]
+
+
+def _of_depth(depth: int, dtype: torch.dtype, target: Target) -> list[Configuration]:
+    """Kernels of moments for embeddings of so many columns; half precision as one part."""
+    wide, hopper = gram_triton.is_wide(depth), target.hopper
+    if wide:
+        cuts = gram_triton.WIDE_HOPPER if hopper else gram_triton.WIDE_OTHERS
+    else:
+        cuts = gram_triton.HOPPER if hopper else gram_triton.OTHERS
+    tile = min(depth, 128)
+    shape = {"DP": depth, "SPLIT": dtype == torch.float32, "UNIFORM": True, "BY_ROW": False}
+    shape["BY_Q"] = True
+    shape |= {"TILE": tile, "HALVED": wide, "WIDE": wide, "WIDTH": tile if wide else depth}
+    shape |= {"SCALED": 64, "ROWS": 16, "DEPTH": gram_triton.TOTALS.depth}
+    shape["SIZE"] = gram_triton.matrix_numbers(depth)
+    held = hopper and depth <= gram_triton.WHOLE_DEPTH
     found = []
-    for depth, dtype in ((128, torch.float32), (256, torch.float32), (128, torch.float16)):
-        held = target.hopper and depth <= gram_triton.WHOLE_DEPTH
-        shape = {"DP": depth, "SPLIT": dtype == torch.float32, "UNIFORM": True, "BY_ROW": False}
-        shape |= {"TILE": min(depth, 128), "ROWS": 16, "DEPTH": gram_triton.TOTALS.depth}
-        for kernel, cut in (
-            ("split_rows", gram_triton.SPLIT_ROWS),
-            ("add_totals", gram_triton.TOTALS),
-            ("moment_matrices", gram_triton.TOTALS),
-            ("gradient_matrices", gram_triton.TOTALS),
-            *cuts._asdict().items(),
-        ):
-            rows = min(cut.rows, gram_triton.BLOCK_NUMBERS // depth)
-            sizes = {"BLOCK": rows, "BLOCK_D": min(depth, cut.depth)}
-            sizes["BLOCK_K"] = depth if held else min(depth, cut.depth)
-            found.append(Configuration(kernel, dtype, shape | sizes, cut.warps, cut.stages))
+    for kernel, cut in (
+        ("split_rows", gram_triton.SPLIT_ROWS),
+        ("add_totals", gram_triton.TOTALS),
+        ("moment_matrices", gram_triton.TOTALS._replace(warps=8 if wide else 4)),
+        ("gradient_matrices", gram_triton.TOTALS._replace(warps=8 if wide else 4)),
+        *cuts._asdict().items(),
+    ):
+        rows = cut.rows if wide else min(cut.rows, gram_triton.BLOCK_NUMBERS // depth)
+        sizes = {"BLOCK": rows, "BLOCK_D": min(64, cut.depth), "BLOCK_V": cut.depth}
+        sizes["BLOCK_K"] = depth if held else min(depth, cut.depth)
+        found.append(Configuration(kernel, dtype, shape | sizes, cut.warps, cut.stages))
     return found
 
 
@@ -257,8 +276,8 @@ def compile_one(name: str, configuration: Configuration) -> dict[str, Any]:
         ),
         **{f"block_{x.lower()}": constants.get(f"BLOCK_{x}", "") for x in ("N", "M", "D", "V")},
         **(
-            {"block_n": constants.get("BLOCK", ""), "block_v": constants["DP"]}
-            if "DP" in constants
+            {"block_n": constants.get("BLOCK", ""), "block_v": configuration.constants["DP"]}
+            if "DP" in configuration.constants
             else {}
         ),
         "warps": configuration.warps,
@@ -273,9 +292,12 @@ def compile_one(name: str, configuration: Configuration) -> dict[str, Any]:
 
 
 def _kernel(configuration: Configuration) -> Any:
-    modules = (
-        (moment_kernels,) if "DP" in configuration.constants else (pair_kernels, small_kernels)
-    )
+    """Kernels of moments have a padded D among their constants."""
+    modules: tuple[Any, ...] = pair_kernels, small_kernels
+    if "DP" in configuration.constants:
+        modules = (moment_kernels,)
+        if configuration.constants.get("WIDE"):
+            modules = wide_moment_kernels, moment_kernels
     return next(
         getattr(m, configuration.kernel) for m in modules if hasattr(m, configuration.kernel)
     )
@@ -287,13 +309,16 @@ def _source(configuration: Configuration, constants: dict[str, Any]) -> ASTSourc
     element = TRITON_NAMES[configuration.dtype]
     accumulator = "fp64" if element == "fp64" else "fp32"
     aligned = configuration.layout == "aligned"
+    of_moments = "DP" in configuration.constants
     signature: dict[str, Any] = {}
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
         elif aligned and name in ("stride_d", "stride_label"):
             signature[name], constants[name] = "constexpr", 1
-        elif "DP" in constants and name in MOMENTS:
+        elif name == "columns_before":  # rows are compared with themselves
+            signature[name], constants[name] = "constexpr", None
+        elif of_moments and name in MOMENTS:
             signature[name] = MOMENTS[name]
         elif name in SIDES:
             signature[name] = pairs.Side(operand := _operand(configuration), operand,
@@ -310,7 +335,7 @@ def _source(configuration: Configuration, constants: dict[str, Any]) -> ASTSourc
             signature[name] = "fp32"
         elif name in INT64_POINTERS:
             signature[name] = "*i64"
-        elif ("DP" in constants and name.endswith(("high", "low"))) or name == "similarities":
+        elif (of_moments and name.endswith(("high", "low"))) or name == "similarities":
             signature[name] = "*fp16"
         else:
             signature[name] = "*" + (element if name in EMBEDDINGS else accumulator)

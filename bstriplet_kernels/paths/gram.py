@@ -36,7 +36,7 @@ def forward(
 ) -> tuple[Tensor, Rows, State]:
     """Moments of the columns, then two quadratic forms a row; see `second_moments`."""
     if gram_triton.takes(embeddings, ref_emb):
-        return gram_triton.forward(embeddings, labels, spec)
+        return gram_triton.forward(embeddings, labels, spec, ref_emb, ref_labels)
     schedule = _schedule(embeddings, ref_emb)
     positive, negative, *state = schedule.forward(embeddings, ref_emb, labels, ref_labels, spec.eps)
     rows = Rows(positive, negative)
@@ -55,7 +55,9 @@ def backward(
 ) -> tuple[Tensor, Tensor | None]:
     """One matrix a class where its rows share one weight, else two; see `second_moments`."""
     if gram_triton.takes(embeddings, ref_emb):
-        return gram_triton.backward(grad_loss, embeddings, state, spec), None
+        gradient = gram_triton.backward(grad_loss, embeddings, state, spec)
+        n = len(embeddings)
+        return (gradient, None) if ref_emb is None else (gradient[:n], gradient[n:])
     a = row_gradient(grad_loss.to(rows.positive.dtype), rows, spec)
     schedule = _schedule(embeddings, ref_emb)
     gradient, *ref_gradient = schedule.gradients(a, embeddings, ref_emb, list(state), spec.sigma)
@@ -66,9 +68,9 @@ def refuses(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str | Non
     """What has no second-moment form, or no schedule."""
     if spec.signed:
         return 'similarity="signed_square" has no second-moment form'
-    if ref_emb is not None and not embeddings.is_cpu:
-        return "with ref_emb it runs on the CPU alone"
-    return None
+    if ref_emb is None or embeddings.is_cpu or gram_triton.takes(embeddings, ref_emb):
+        return None
+    return "with ref_emb it runs on the CPU, and on a GPU where its Triton kernels take the input"
 
 
 def operations(work: Work, class_sizes: Sequence[int]) -> Operations:

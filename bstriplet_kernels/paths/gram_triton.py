@@ -1,9 +1,11 @@
 """The second-moment path on a GPU in thirteen launches (fifteen by row), whatever the labels are.
 
-Kernels are in `moment_kernels`. No shape depends on the labels and nothing is asked of the device:
+Kernels are in `moment_kernels`; those that meet whole matrices are others where embeddings are
+wide, in `wide_moment_kernels`. No shape depends on the labels and nothing is asked of the device:
 large classes are those of `smallest_moment(d)` members or more, and buffers have room for as many
 as there can be. Smaller classes meet in a band around the diagonal of S in class order. Sums have a
-fixed order: the same bits from run to run.
+fixed order: the same bits from run to run. Other columns (`ref_emb`) stand in one batch with the
+rows, by class: six launches more.
 """
 
 from __future__ import annotations
@@ -21,11 +23,16 @@ from . import gpu
 
 SCHEDULE = "gram triton"
 """The schedule, by the name under which its measured speed stands."""
-MAX_DEPTH, MOST_ROWS = 256, 1 << 30
+MAX_DEPTH, MOST_ROWS = 2048, 1 << 30
+NARROW_DEPTH = 256
+"""Up to it registers hold rows as a whole; wider ones have kernels of their own."""
 _MULTIPLE = 64  # rows of a run are whole blocks
 WHOLE_DEPTH = 128  # up to it Hopper holds two matrices, and a block of rows, as a whole
 _TILE = 128  # rows and columns of a moment that one program adds up
 _MATRIX_ROWS = 16
+_SCALED = 64  # columns of a block of a wide matrix that shares one scale
+_LONGEST_RUN = 16_384  # rows of a wide run: as many float32 sums, over the rows of a block
+_MOST_RUNS, _MOST_ROUNDS = 40, 8  # of wide runs, and of the programs that share their matrices out
 BLOCK_NUMBERS = 16_384  # of a block of rows at most: what registers hold
 
 
@@ -39,7 +46,7 @@ class Blocks(NamedTuple):
 
 
 class Cuts(NamedTuple):
-    """The blocks of each kernel that multiplies."""
+    """The blocks of each kernel that multiplies; the last depth is of columns of the gradient."""
 
     class_moments: Blocks
     row_means: Blocks
@@ -64,6 +71,20 @@ OTHERS = Cuts(
     band_gradient=Blocks(64, 64, 4, 2),
 )
 """For the 99 KB that a program may take on most GPUs."""
+WIDE_HOPPER = Cuts(
+    class_moments=Blocks(64, 0, 8, 3),
+    row_means=Blocks(128, 64, 8, 3),
+    row_gradients=Blocks(128, 64, 8, 3),
+    band_sums=Blocks(64, 64, 4, 3),
+    band_gradient=Blocks(64, 128, 8, 3),
+)
+WIDE_OTHERS = Cuts(
+    class_moments=Blocks(32, 0, 8, 2),
+    row_means=Blocks(64, 32, 8, 3),
+    row_gradients=Blocks(64, 32, 8, 3),
+    band_sums=Blocks(64, 64, 4, 2),
+    band_gradient=Blocks(64, 64, 8, 2),
+)
 SPLIT_ROWS = Blocks(32, 0, 4, 1)
 BAND_PARTS = 4
 """Programs among which the blocks of a run are shared out."""
@@ -73,10 +94,11 @@ TOTALS = Blocks(64, 32, 4, 1)
 
 def takes(embeddings: Tensor, ref_emb: Tensor | None) -> bool:
     """Whether the kernels serve this input."""
-    n, d = embeddings.shape
+    (n, d), m, dtype = embeddings.shape, None, embeddings.dtype
+    if ref_emb is not None:
+        m, dtype = len(ref_emb), torch.promote_types(dtype, ref_emb.dtype)
     return (
-        ref_emb is None
-        and _has_kernels(n, d, embeddings.dtype)
+        _has_kernels(n, m, d, dtype)
         and embeddings.device.type == "cuda"
         and torch.version.hip is None
         and gpu.missing() is None
@@ -87,37 +109,62 @@ def takes(embeddings: Tensor, ref_emb: Tensor | None) -> bool:
 def serves(work: Work) -> bool:
     """Whether `takes` will say so of this work on a GPU."""
     return (
-        work.m is None
-        and _has_kernels(work.n, work.d, work.dtype)
+        _has_kernels(work.n, work.m, work.d, work.dtype)
         and torch.version.hip is None
         and gpu.has_triton()
     )
 
 
-def _has_kernels(n: int, d: int, dtype: torch.dtype) -> bool:
-    """No float64; a class of more than half of the rows is large; rows have 32-bit numbers."""
-    least = 2 * smallest_moment(d)
-    return dtype != torch.float64 and d <= MAX_DEPTH and least <= n <= MOST_ROWS
+def _has_kernels(n: int, m: int | None, d: int, dtype: torch.dtype) -> bool:
+    """No float64; a class of more than half of the columns is large; rows have 32-bit numbers."""
+    least, columns = 2 * smallest_moment(d, m is not None), n if m is None else m
+    fits = least <= columns and n + (m or 0) <= MOST_ROWS
+    return dtype != torch.float64 and d <= MAX_DEPTH and fits
 
 
-def padded(d: int) -> int:
-    """Columns of the kernels' matrices: a power of two, and what a product takes at least."""
-    return max(16, 1 << (d - 1).bit_length())
+def is_wide(d: int, joint: bool = False) -> bool:
+    """Whether no program holds a row, or a matrix, as a whole.
+
+    joint: the batch is rows and the other columns that these are compared with; wide kernels alone
+    tell them apart.
+    """
+    return joint or d > NARROW_DEPTH
 
 
-def smallest_moment(d: int) -> int:
+def padded(d: int, joint: bool = False) -> int:
+    """Columns of the kernels' matrices: whole tiles of wide ones, else a power of two, and what a
+    product takes at least.
+    """
+    return round_up(d, _TILE) if is_wide(d, joint) else max(16, 1 << (d - 1).bit_length())
+
+
+def matrix_numbers(d: int, joint: bool = False) -> int:
+    """Numbers of a moment that are added up: of wide ones down to the diagonal tiles."""
+    depth = padded(d, joint)
+    parts = depth // _TILE
+    return parts * (parts + 1) // 2 * _TILE**2 if is_wide(d, joint) else depth**2
+
+
+def smallest_moment(d: int, joint: bool = False) -> int:
     """Members from which a class has matrices of its own: these take little beside its rows."""
-    return max(128, 6 * padded(d))
+    return max(128, 6 * padded(d, joint))
 
 
-def class_count(n: int, d: int) -> int:
+def class_count(n: int, d: int, joint: bool = False) -> int:
     """More than any number of a large class, which is a multiple of `smallest_moment` over it."""
-    return -(-n // smallest_moment(d))
+    return -(-n // smallest_moment(d, joint))
 
 
-def run_length(n: int, processors: int) -> int:
-    """Rows of a run: one run for each processor."""
-    return round_up(-(-n // processors), _MULTIPLE)
+def run_length(n: int, d: int, processors: int, joint: bool = False) -> int:
+    """Rows of a run: one run for each processor. Programs share wide matrices out, so that fewer
+    runs do, as many as fill the processors' last round.
+    """
+    if not is_wide(d, joint):
+        return round_up(-(-n // processors), _MULTIPLE)
+    tiles = matrix_numbers(d, joint) // _TILE**2
+    rounds = max(1, min(_MOST_ROUNDS, _MOST_RUNS * tiles // processors))
+    runs = max(1, rounds * processors // tiles)
+    return round_up(max(4 * _MULTIPLE, min(-(-n // runs), _LONGEST_RUN)), _MULTIPLE)
 
 
 def splits(dtype: torch.dtype) -> bool:
@@ -128,7 +175,9 @@ def splits(dtype: torch.dtype) -> bool:
 
 
 class Matrices(NamedTuple):
-    """[count, D', D'] in two float16 parts (low is empty where there is one); scales of rows."""
+    """[count, D', D'] in two float16 parts (low is empty where there is one); scales of rows, or of
+    blocks of a wide matrix.
+    """
 
     high: Tensor
     low: Tensor
@@ -163,37 +212,47 @@ class Sums(NamedTuple):
 class Launcher:
     """The kernels, with what all of them are told of a batch."""
 
-    def __init__(self, n: int, d: int, split: bool, device: torch.device) -> None:
-        from . import moment_kernels
+    def __init__(
+        self, n: int, d: int, split: bool, device: torch.device, joint: bool = False
+    ) -> None:
+        from . import moment_kernels, wide_moment_kernels
 
+        self.wide, self.joint = is_wide(d, joint), joint
         self.kernels: ModuleType = moment_kernels
-        self.n, self.d, self.depth, self.split = n, d, padded(d), split
-        self.least, self.classes = smallest_moment(d), class_count(n, d)
-        self.run = run_length(n, gpu.processors(device))
+        self.wide_kernels: ModuleType = wide_moment_kernels
+        self.n, self.d, self.depth, self.split = n, d, padded(d, joint), split
+        self.least, self.classes = smallest_moment(d, joint), class_count(n, d, joint)
+        self.run = run_length(n, d, gpu.processors(device), joint)
         self.runs = -(-n // self.run)
+        of_runs = () if self.wide else (self.run,)
+        self.numbers = n, *of_runs, self.least, self.classes
+        """Of the kernels that multiply rows."""
+        self.tile, self.size = min(self.depth, _TILE), matrix_numbers(d, joint)
+        self.scaled = min(self.tile, _SCALED)
+        self.blocks = self.depth**2 // (self.tile * self.scaled)
         hopper = gpu.is_hopper(device)
-        self.cuts = HOPPER if hopper else OTHERS
+        if self.wide:
+            self.cuts = WIDE_HOPPER if hopper else WIDE_OTHERS
+        else:
+            self.cuts = HOPPER if hopper else OTHERS
         self.whole = hopper and self.depth <= WHOLE_DEPTH
 
     def options(self, blocks: Blocks) -> dict[str, object]:
         """Constants of a kernel that walks blocks of rows."""
         return {
             "DP": self.depth,
-            "BLOCK": min(blocks.rows, BLOCK_NUMBERS // self.depth),
+            "BLOCK": blocks.rows if self.wide else min(blocks.rows, BLOCK_NUMBERS // self.depth),
             "SPLIT": self.split,
             "num_warps": blocks.warps,
             "num_stages": blocks.stages,
         }
 
-    def at_once(self, blocks: Blocks) -> int:
-        """Columns of matrices multiplied at a time: all where these are held as a whole."""
-        return self.depth if self.whole else min(self.depth, blocks.depth)
-
     def matrices(self, like: Tensor, count: int) -> Matrices:
         """Room for so many."""
         high = like.new_empty((count, self.depth, self.depth), dtype=torch.float16)
         low = high.new_empty(high.shape if self.split else 0)
-        return Matrices(high, low, like.new_empty((count, self.depth), dtype=torch.float32))
+        scales = self.blocks if self.wide else self.depth
+        return Matrices(high, low, like.new_empty((count, scales), dtype=torch.float32))
 
     def sort(self, embeddings: Tensor, labels: Tensor, eps: float) -> Batch:
         """Rows in class order."""
@@ -208,105 +267,193 @@ class Launcher:
             new(n, dtype=torch.int32),
             new(n, dtype=torch.int32),
         )
-        blocks = SPLIT_ROWS._replace(rows=max(1, SPLIT_ROWS.rows * 128 // self.depth))
+        width = self.tile if self.wide else self.depth
+        blocks = SPLIT_ROWS._replace(rows=max(1, SPLIT_ROWS.rows * 128 // width))
         self.kernels.split_rows[(-(-n // blocks.rows),)](
             embeddings, labels, *batch,
-            n, self.d, *embeddings.stride(), eps * eps, n.bit_length(), **self.options(blocks),
+            n, self.d, *embeddings.stride(), eps * eps, n.bit_length(),
+            WIDTH=width, **self.options(blocks),
         )  # fmt: skip
         return batch
 
     def sums(
-        self, batch: Batch, weights: Tensor | None, largest: Tensor | None, uniform: bool
+        self,
+        batch: Batch,
+        before: Tensor | None,
+        weights: Tensor | None,
+        largest: Tensor | None,
+        uniform: bool,
+        by_q: bool,
     ) -> Sums:
-        """Moments of the rows, or weighted ones."""
-        tile, depth, new = min(self.depth, _TILE), self.depth, batch.inverse.new_empty
-        slots = new(self.runs + self.classes, depth, depth)
-        totals = new((self.runs, depth, depth), dtype=torch.float64)
+        """Moments of the rows, or weighted ones; by_q: in their total by q_c."""
+        size, new = self.size, batch.inverse.new_empty
+        slots = new(self.runs + self.classes, size)
+        totals = new((self.runs, size), dtype=torch.float64)
         small_rows = new(self.runs, dtype=torch.int32)
-        self.kernels.class_moments[self.runs, (depth // tile) ** 2](
-            batch.high, batch.low, weights, largest, batch.order, batch.first, batch.last,
+        self.kernels.class_moments[self.runs, size // self.tile**2](
+            batch.high, batch.low, weights, largest, batch.order, batch.first, batch.last, before,
             slots, totals, small_rows, self.n, self.run, self.least,
-            TILE=tile, UNIFORM=uniform, **self.options(self.cuts.class_moments),
+            TILE=self.tile, UNIFORM=uniform, BY_Q=by_q, HALVED=self.wide,
+            **self.options(self.cuts.class_moments),
         )  # fmt: skip
-        total = totals.new_empty(depth, depth)
-        self.kernels.add_totals[(depth * depth // TOTALS.rows,)](
+        total = totals.new_empty(size)
+        self.kernels.add_totals[(size // TOTALS.rows,)](
             totals, total, self.runs,
-            DP=depth, BLOCK=TOTALS.rows, DEPTH=TOTALS.depth, num_warps=TOTALS.warps,
+            SIZE=size, BLOCK=TOTALS.rows, DEPTH=TOTALS.depth, num_warps=TOTALS.warps,
         )  # fmt: skip
         return Sums(slots, total, small_rows)
 
+    def make_matrices(self, kernel: str, *arguments: object, **constants: object) -> None:
+        """Run a kernel that makes matrices of sums: parts of matrices of each number, and of T."""
+        count = self.classes + 1
+        shape = {"DP": self.depth, "SPLIT": self.split, "num_warps": 4} | constants
+        if self.wide:
+            shape |= {"TILE": self.tile, "SCALED": self.scaled}
+            shape["num_warps"] = 8
+            getattr(self.wide_kernels, kernel)[count, self.blocks](*arguments, **shape)
+        else:
+            grid = count, self.depth // _MATRIX_ROWS
+            getattr(self.kernels, kernel)[grid](*arguments, ROWS=_MATRIX_ROWS, **shape)
 
-def forward(embeddings: Tensor, labels: Tensor, spec: Spec) -> tuple[Tensor, Rows, State]:
-    """The loss, the two means of Eq. 3, and what `backward` wants."""
-    n, d = embeddings.shape
+    def row_programs(self, blocks: Blocks) -> int:
+        """How many programs share out the rows: one for each run, or for each block if wide."""
+        return -(-self.n // blocks.rows) if self.wide else self.runs
+
+    def of_rows(self, before: Tensor | None, small_rows: Tensor) -> tuple[Tensor | None, ...]:
+        """What kernels that multiply rows are told beside their classes: wide ones of columns, the
+        others of runs.
+        """
+        return (before,) if self.wide else (small_rows,)
+
+    def multiply_rows(
+        self, kernel: str, blocks: Blocks, *arguments: object, **constants: object
+    ) -> None:
+        """Run a kernel that multiplies rows with the matrices of their classes."""
+        shape = self.options(blocks) | constants
+        grid = (self.row_programs(blocks),)
+        if self.wide:
+            shape |= {"TILE": self.tile, "SCALED": self.scaled}
+            shape["BLOCK_K"] = min(self.scaled, blocks.depth)
+            getattr(self.wide_kernels, kernel)[grid](*arguments, **shape)
+        else:
+            shape["BLOCK_K"] = self.depth if self.whole else min(self.depth, blocks.depth)
+            getattr(self.kernels, kernel)[grid](*arguments, **shape)
+
+    def multiply_band(self, blocks: Blocks, *arguments: object, **constants: object) -> None:
+        """Run `band_gradient`, which wide rows have of their own."""
+        shape = self.options(blocks) | constants
+        shape |= {
+            "BLOCK_D": min(self.scaled, blocks.depth),
+            "BLOCK_V": min(self.tile, blocks.depth),
+        }
+        grid = self.runs, self.band_parts(blocks)
+        if self.wide:
+            self.wide_kernels.band_gradient[grid](*arguments, **shape)
+        else:
+            slices = -(-self.d // min(self.tile, blocks.depth))
+            self.kernels.band_gradient[(*grid, slices)](*arguments, **shape)
+
+    def band_parts(self, blocks: Blocks) -> int:
+        """Among how many programs a run's blocks of rows are shared out."""
+        return -(-self.run // blocks.rows) if self.wide else BAND_PARTS
+
+
+def forward(
+    embeddings: Tensor,
+    labels: Tensor,
+    spec: Spec,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+) -> tuple[Tensor, Rows, State]:
+    """The loss, the two means of Eq. 3, and what `backward` wants.
+
+    Other columns stand in the batch behind the rows: of weight 1 in T_c, 0 in A_c; rows 0 and a.
+    """
+    n, joint = len(embeddings), ref_emb is not None
+    if ref_emb is not None and ref_labels is not None:
+        embeddings = torch.cat((embeddings, ref_emb))
+        labels = torch.cat((labels, ref_labels))
     new = embeddings.new_empty
-    launcher = Launcher(n, d, splits(embeddings.dtype), embeddings.device)
+    every, d = embeddings.shape
+    launcher = Launcher(every, d, splits(embeddings.dtype), embeddings.device, joint)
     with gpu.current(embeddings):
         batch = launcher.sort(embeddings, labels, spec.eps)
-        sums = launcher.sums(batch, None, None, uniform=True)
+        before = is_column = None
+        if joint:
+            is_column = batch.order >= n
+            before = new(every + 1, dtype=torch.int32).zero_()
+            torch.cumsum(is_column, 0, dtype=torch.int32, out=before[1:])
+        sums = launcher.sums(batch, before, is_column, None, uniform=True, by_q=False)
         own = launcher.matrices(embeddings, launcher.classes)
         others = launcher.matrices(embeddings, launcher.classes + 1)
         place = batch.first, batch.last
-        numbers = n, launcher.run, launcher.least
-        launcher.kernels.moment_matrices[launcher.classes + 1, launcher.depth // _MATRIX_ROWS](
-            sums.slots, sums.total, *place, *own, *others, *numbers,
-            DP=launcher.depth, ROWS=_MATRIX_ROWS, SPLIT=launcher.split, num_warps=4,
-        )  # fmt: skip
-        in_band = new(n, dtype=torch.float32)
-        launcher.kernels.band_sums[launcher.runs, BAND_PARTS](
-            batch.high, batch.low, *place, sums.small_rows, in_band, *numbers,
-            BLOCK_D=min(launcher.depth, launcher.cuts.band_sums.depth),
+        numbers = every, launcher.run, launcher.least
+        launcher.make_matrices(
+            "moment_matrices", sums.slots, sums.total, *place, *own, *others, *numbers
+        )
+        in_band = new(every, dtype=torch.float32)
+        launcher.kernels.band_sums[launcher.runs, launcher.band_parts(launcher.cuts.band_sums)](
+            batch.high, batch.low, *place, before, sums.small_rows, in_band, *numbers,
+            BLOCK_D=min(launcher.scaled, launcher.cuts.band_sums.depth),
             **launcher.options(launcher.cuts.band_sums),
         )  # fmt: skip
         rows = Rows(new(n, dtype=torch.float32), new(n, dtype=torch.float32))
         by_row = spec.reduction == "none"
-        losses = new(n if by_row else launcher.runs, dtype=torch.float32)
-        active = new(n, dtype=torch.bool)
-        launcher.kernels.row_means[(launcher.runs,)](
-            batch.high, batch.low, batch.order, *place, sums.small_rows, in_band, *own, *others,
-            active, *rows, losses, *numbers, launcher.classes,
+        blocks = launcher.cuts.row_means
+        losses = new(n if by_row else launcher.row_programs(blocks), dtype=torch.float32)
+        active = new(every, dtype=torch.bool)
+        if joint:
+            active.zero_()  # of columns
+        launcher.multiply_rows(
+            "row_means", blocks,
+            batch.high, batch.low, batch.order, *place, *launcher.of_rows(before, sums.small_rows),
+            in_band, *own, *others, active, *rows, losses, *launcher.numbers,
             spec.margin, spec.sigma, 1 / n if spec.reduction == "mean" else 1.0,
-            BLOCK_K=launcher.at_once(launcher.cuts.row_means),
-            BY_ROW=by_row, **launcher.options(launcher.cuts.row_means),
+            BY_ROW=by_row,
         )  # fmt: skip
-    return losses if by_row else losses.sum(), rows, (*batch, active, *own, *others)
+    state = (*batch, active, *own, *others, *(() if before is None else (before,)))
+    return losses if by_row else losses.sum(), rows, state
+
+
+_STATE = 13  # tensors of a state without other columns
 
 
 def backward(grad_loss: Tensor, embeddings: Tensor, state: State, spec: Spec) -> Tensor:
-    """dL/d(embeddings), [N, D]."""
+    """dL/d(embeddings), [N, D]; [N + M, D] of rows and other columns."""
     n, d = embeddings.shape
-    batch, active, matrices = Batch(*state[:6]), state[6], state[7:]
-    launcher = Launcher(n, d, batch.low.numel() > 0, embeddings.device)
+    batch, active, matrices = Batch(*state[:6]), state[6], state[7:_STATE]
+    before = state[_STATE] if len(state) > _STATE else None
+    every, joint = len(batch.order), before is not None
+    launcher = Launcher(every, d, batch.low.numel() > 0, embeddings.device, joint)
     uniform, scale = spec.reduction != "none", 1.0
     if uniform:
         weights, largest = active, grad_loss
         scale = 1 / n if spec.reduction == "mean" else 1.0
     else:
+        grad_loss = torch.nn.functional.pad(grad_loss, (0, every - n)) if joint else grad_loss
         weights = torch.where(active, grad_loss.to(torch.float32), 0.0)
         largest = torch.linalg.vector_norm(weights, float("inf"))
     with gpu.current(embeddings):
-        sums = launcher.sums(batch, weights, largest, uniform)
-        count, numbers = launcher.classes + 1, (n, launcher.run, launcher.least)
+        sums = launcher.sums(batch, before, weights, largest, uniform, by_q=True)
+        count, numbers = launcher.classes + 1, (every, launcher.run, launcher.least)
         made = (*launcher.matrices(embeddings, count), *launcher.matrices(embeddings, count))
-        launcher.kernels.gradient_matrices[count, launcher.depth // _MATRIX_ROWS](
-            sums.slots, sums.total, batch.first, batch.last, *matrices, *made, *numbers, spec.sigma,
-            DP=launcher.depth, ROWS=_MATRIX_ROWS, SPLIT=launcher.split, UNIFORM=uniform,
-            num_warps=4,
+        of_columns = (before,) if launcher.wide else ()
+        launcher.make_matrices(
+            "gradient_matrices", sums.slots, sums.total, batch.first, batch.last, *of_columns,
+            *matrices, *made, *numbers, spec.sigma, UNIFORM=uniform,
         )  # fmt: skip
         small_rows = sums.small_rows
         del sums  # slots make room for the gradient
-        gradient = embeddings.new_empty((n, d), dtype=torch.float32)
-        own = batch.high, batch.low, batch.order, batch.first, batch.last, small_rows
-        depth = min(launcher.depth, launcher.cuts.band_gradient.depth)
-        launcher.kernels.band_gradient[launcher.runs, BAND_PARTS, -(-d // depth)](
-            *own, weights, largest, gradient, *numbers, d, d, spec.sigma,
-            BLOCK_D=depth, UNIFORM=uniform, **launcher.options(launcher.cuts.band_gradient),
+        gradient = embeddings.new_empty((every, d), dtype=torch.float32)
+        own = batch.high, batch.low, batch.order, batch.first, batch.last
+        launcher.multiply_band(
+            launcher.cuts.band_gradient, *own, *of_columns, small_rows, weights, largest, gradient,
+            *numbers, d, d, spec.sigma, UNIFORM=uniform,
         )  # fmt: skip
-        launcher.kernels.row_gradients[(launcher.runs,)](
-            *own, batch.inverse, weights, largest, *made, gradient,
-            *numbers, launcher.classes, d, d, scale,
-            BLOCK_K=launcher.at_once(launcher.cuts.row_gradients),
-            UNIFORM=uniform, **launcher.options(launcher.cuts.row_gradients),
+        launcher.multiply_rows(
+            "row_gradients", launcher.cuts.row_gradients,
+            *own, *launcher.of_rows(before, small_rows), batch.inverse, weights, largest, *made,
+            gradient, *launcher.numbers, d, d, scale, UNIFORM=uniform,
         )  # fmt: skip
     return gradient
 
@@ -317,32 +464,39 @@ def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
 
     A sort counts as one launch.
     """
-    n, d, each = work.n, padded(work.d), 2 * padded(work.d) ** 2
+    joint = work.m is not None
+    n, d = work.vectors, padded(work.d, joint)
+    wide, size, each = is_wide(work.d, joint), matrix_numbers(work.d, joint), 2 * d * d
+    least = smallest_moment(work.d, joint)
+    class_sizes = [s * n // work.columns for s in class_sizes]  # with as large a share of rows
+    symmetric = 2 * size  # of a form or a moment: a wide one is computed down to its diagonal
     products = 3 if splits(work.dtype) else 1
-    large = [s for s in class_sizes if s >= smallest_moment(work.d)]
+    large = [s for s in class_sizes if s >= least]
     small = n - sum(large)
-    runs = -(-n // run_length(n, gpu.USUAL_PROCESSORS))
+    runs = -(-n // run_length(n, work.d, gpu.USUAL_PROCESSORS, joint))
     stored = n * d * 2 * (2 if products == 3 else 1)
-    slots, matrix = runs + len(large), d * d * 4
-    totals = 2 * runs * d * d * 8  # written and read
-    slices = -(-d // HOPPER.band_gradient.depth)  # the band of S is formed anew for each
-    in_band = _band_pairs(class_sizes, smallest_moment(work.d))
+    slots, matrix = (runs + len(large)) * size * 4, d * d * 4
+    totals = 2 * runs * size * 8  # written and read
+    slices = 1 if wide else -(-d // HOPPER.band_gradient.depth)  # S is formed anew for each
+    in_band = _band_pairs(class_sizes, least)
     scalar = work.reduction != "none"
-    flops = products * (each * (n + 2 * sum(large) + small) + 2 * d * in_band)
+    flops = products * (symmetric * (n + 2 * sum(large) + small) + 2 * d * in_band)
     bytes_ = (
-        n * work.d * work.dtype.itemsize + stored  # split
-        + 2 * stored + 2 * slots * matrix + totals + 2 * (2 * len(large) + 1) * matrix
+        n * work.d * work.dtype.itemsize * (2 if wide else 1) + stored  # split
+        + 2 * stored + 2 * slots + totals + 2 * (2 * len(large) + 1) * matrix
         + n * _ROW_BYTES
     )  # fmt: skip
-    launches = 8 if scalar else 7
+    launches = (8 if scalar else 7) + (6 if joint else 0)
     if not work.wants_gradient:
         return Operations(flops, bytes_, launches, SCHEDULE)
+    of_large = 1 if scalar else 2
     flops += products * (
-        each * (n + (1 if scalar else 2) * sum(large) + 2 * small) + 2 * d * (slices + 1) * in_band
+        symmetric * n + each * (of_large * sum(large) + 2 * small) + 2 * d * (slices + 1) * in_band
     )
-    bytes_ += 2 * stored + 2 * slots * matrix + totals + 2 * (4 * len(large) + 2) * matrix
-    bytes_ += work.gradient_bytes + n * _ROW_BYTES_BACK + 3 * work.cast_bytes
-    launches += (5 if scalar else 8) + work.casts
+    bytes_ += 2 * stored + 2 * slots + totals + 2 * (4 * len(large) + 2) * matrix
+    bytes_ += work.gradient_bytes * (3 if wide else 1)  # v, before it is projected
+    bytes_ += n * _ROW_BYTES_BACK + 3 * work.cast_bytes
+    launches += (5 if scalar else 9 if joint else 8) + work.casts * (2 if joint else 1)
     return Operations(flops, bytes_, launches, SCHEDULE)
 
 
@@ -362,15 +516,20 @@ def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
     Rows in parts and the matrices of the forward are there throughout. Beside them the backward has
     slots, and totals or its own matrices; then these and the gradient; then that as it is cast.
     """
-    n, d = work.n, padded(work.d)
-    part, matrix = 4 if splits(work.dtype) else 2, d * d
+    joint = work.m is not None
+    n, d, size = work.vectors, padded(work.d, joint), matrix_numbers(work.d, joint)
+    part = 4 if splits(work.dtype) else 2
     on_gpu = torch.cuda.is_available()
     processors = gpu.processors(torch.device("cuda")) if on_gpu else gpu.USUAL_PROCESSORS
-    runs, classes = -(-n // run_length(n, processors)), class_count(n, work.d)
+    runs = -(-n // run_length(n, work.d, processors, joint))
+    classes = class_count(n, work.d, joint)
     kept = n * (d * part + _KEPT_BYTES + (8 if work.reduction == "none" else 0))
-    slots, totals = (runs + classes) * matrix * 4, runs * matrix * 8
-    matrices, made = ((2 * classes + extra) * (matrix * part + 4 * d) for extra in (1, 2))
+    slots, totals = (runs + classes) * size * 4, (runs + 1) * size * 8
+    matrices, made = ((2 * classes + extra) * (d * d * part + 4 * d) for extra in (1, 2))
     forward = max(slots + totals, slots + matrices + 4 * n)
+    if joint:
+        kept += 5 * n  # which are columns, and how many before each
+        forward += work.embedding_bytes  # both sides together
     if not work.wants_gradient:
         return kept + forward
     of_gradient = work.gradient_bytes + max(made, work.cast_bytes)

@@ -14,9 +14,17 @@ multiple of `least` in between.
 import triton
 import triton.language as tl
 
-from .triton.formulas import inverse_norm
-
 UNIT = tl.constexpr(256.0)  # unit rows are stored times this, matrices' rows up to it
+
+
+@triton.jit
+def _norm(squared, squared_eps):
+    """|f| from |f|^2, rounded to nearest; inf for a zero row, NaN where |f|^2 overflowed.
+
+    The approximate rsqrt is 2e-7 off, and v - (v . u) u would keep twice that share of v along u.
+    """
+    norm = tl.where(squared <= squared_eps, float("inf"), tl.sqrt_rn(squared))
+    return tl.where(squared == float("inf"), float("nan"), norm)
 
 
 @triton.jit
@@ -99,6 +107,34 @@ def _class_weights(members, n):
     return p, q
 
 
+@triton.jit
+def _load_embeddings(embeddings, i, inside, k, d, stride_n, stride_d):
+    """Columns k of given rows, in float32."""
+    address = embeddings + i[:, None] * stride_n + k[None, :].to(tl.int64) * stride_d
+    return tl.load(address, mask=inside[:, None] & (k < d)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _counted(members, n, columns, begin, end, mask):
+    """Members of classes that begin and end there, and of all, as `_class_weights` counts them.
+
+    Where rows are compared with other columns, each is one more in both. `columns`: how many there
+    are before each row and, at n, in all.
+    """
+    if columns is None:
+        return members, n
+    else:
+        before = tl.load(columns + begin, mask=mask, other=0)
+        return tl.load(columns + end, mask=mask, other=0) - before + 1, tl.load(columns + n) + 1
+
+
+@triton.jit
+def _is_column(columns, r, mask):
+    """Which rows are columns, where they are compared with others than themselves."""
+    after = tl.load(columns + r + 1, mask=mask, other=0)
+    return after > tl.load(columns + r, mask=mask, other=0)
+
+
 @triton.jit(do_not_specialize=["n", "d", "steps"])
 def split_rows(
     embeddings,
@@ -116,6 +152,7 @@ def split_rows(
     squared_eps: tl.float64,
     steps,
     DP: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
@@ -123,6 +160,7 @@ def split_rows(
 
     labels, order: sorted labels, and the given index of each row. first, last: where its class
     begins and ends, by `steps` of bisection. Reads n d numbers, writes as many: bound by memory.
+    Takes WIDTH columns at a time; a row of several such parts is read twice.
     """
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = r < n
@@ -145,16 +183,25 @@ def split_rows(
     tl.store(last + r, end + 1, mask=inside)
 
     i = tl.load(order + r, mask=inside, other=0)
-    k = tl.arange(0, DP)
-    address = embeddings + i[:, None] * stride_n + k[None, :].to(tl.int64) * stride_d
-    f = tl.load(address, mask=inside[:, None] & (k < d)[None, :], other=0.0).to(tl.float32)
-    one_over_norm = inverse_norm(tl.sum(f * f, axis=1), tl.full((), squared_eps, tl.float32))
-    tl.store(inverse + r, one_over_norm, mask=inside)
-    uh, ul = _split(f * one_over_norm[:, None] * UNIT)
-    at = r[:, None].to(tl.int64) * DP + k[None, :]
-    tl.store(high + at, uh, mask=inside[:, None])
-    if SPLIT:
-        tl.store(low + at, ul, mask=inside[:, None])
+    k = tl.arange(0, WIDTH)
+    squared = tl.zeros((BLOCK,), tl.float32)
+    if WIDTH == DP:
+        f = _load_embeddings(embeddings, i, inside, k, d, stride_n, stride_d)
+        squared = tl.sum(f * f, axis=1)
+    else:
+        for start in range(0, DP, WIDTH):
+            f = _load_embeddings(embeddings, i, inside, start + k, d, stride_n, stride_d)
+            squared += tl.sum(f * f, axis=1)
+    norm = _norm(squared, tl.full((), squared_eps, tl.float32))
+    tl.store(inverse + r, tl.div_rn(1.0, norm), mask=inside)
+    for start in range(0, DP, WIDTH):
+        if WIDTH < DP:
+            f = _load_embeddings(embeddings, i, inside, start + k, d, stride_n, stride_d)
+        uh, ul = _split(tl.div_rn(f, norm[:, None]) * UNIT)
+        at = r[:, None].to(tl.int64) * DP + (start + k)[None, :]
+        tl.store(high + at, uh, mask=inside[:, None])
+        if SPLIT:
+            tl.store(low + at, ul, mask=inside[:, None])
 
 
 @triton.jit
@@ -182,6 +229,25 @@ def _add_total(total, matrix, count):
         tl.store(total, tl.load(total) + matrix)
 
 
+@triton.jit
+def _part(part, DP: tl.constexpr, TILE: tl.constexpr, HALVED: tl.constexpr):
+    """Rows and columns of the part-th TILE x TILE part of a matrix, where its numbers stand, and
+    how many of these a matrix has.
+
+    HALVED: of the parts on and below the diagonal alone, which follow each other.
+    """
+    t, parts = tl.arange(0, TILE), DP // TILE
+    if HALVED:
+        b = tl.arange(0, 16)  # row b of parts begins at number b (b + 1) / 2
+        i = tl.sum((b * (b + 1) // 2 <= part).to(tl.int32), axis=0) - 1
+        rows, columns = i * TILE + t, (part - i * (i + 1) // 2) * TILE + t
+        within = part * (TILE * TILE) + t[:, None] * TILE + t[None, :]
+        return rows, columns, within, parts * (parts + 1) // 2 * TILE * TILE
+    else:
+        rows, columns = part // parts * TILE + t, part % parts * TILE + t
+        return rows, columns, rows[:, None] * DP + columns[None, :], DP * DP
+
+
 @triton.jit(do_not_specialize=["n", "run", "least"])
 def class_moments(
     high,
@@ -191,6 +257,7 @@ def class_moments(
     order,
     first,
     last,
+    columns_before,
     slots,
     totals,
     small_rows,
@@ -202,21 +269,22 @@ def class_moments(
     BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
     UNIFORM: tl.constexpr,
+    BY_Q: tl.constexpr,
+    HALVED: tl.constexpr,
 ):
     """Sums of w_j u_j u_j^T over a run of rows: of each large class in it, and of all of them.
 
     Program (p, t) has the p-th run and the t-th TILE x TILE part of the matrices. What it finds of
     class number k is slots[p + k]: no other program writes there, and a class's slots follow each
     other. totals[p] is the sum over the run in float64, where these very numbers cancel again; with
-    `weights` a class counts there times q_c, one over the number of its negatives. small_rows[p]:
-    how many rows are of small classes. 6 D^2 FLOPs a row (2 D^2 without SPLIT) on tensor cores.
+    BY_Q a class counts there times q_c, one over the number of its negatives. small_rows[p]:
+    how many rows are of small classes. 6 D^2 FLOPs a row (2 D^2 without SPLIT) on tensor cores,
+    little more than half of that where HALVED.
     """
-    p, part, parts = tl.program_id(0), tl.program_id(1), DP // TILE
-    rows = part // parts * TILE + tl.arange(0, TILE)
-    columns = part % parts * TILE + tl.arange(0, TILE)
-    within = rows[:, None] * DP + columns[None, :]
+    p, part = tl.program_id(0), tl.program_id(1)
+    rows, columns, within, size = _part(part, DP, TILE, HALVED)
     begin, end = _run(run, n)
-    total = totals + p.to(tl.int64) * DP * DP + within
+    total = totals + p.to(tl.int64) * size + within
     done, n_small, found = begin, end - begin, 0
     for t in range(_probes(begin, end, least)):
         c_first, c_last, number = _probe(first, last, t, begin, end, least)
@@ -239,10 +307,11 @@ def class_moments(
                     uh, ul = _load_rows(high, low, r, mask & (w != 0), columns, DP, SPLIT)
                 acc += _product(tl.trans(wh), tl.trans(wl), uh, ul, SPLIT)
             acc *= 1 / (UNIT * UNIT)
-            tl.store(slots + (p + number).to(tl.int64) * DP * DP + within, acc)
+            tl.store(slots + (p + number).to(tl.int64) * size + within, acc)
             counted = acc.to(tl.float64)
-            if weights is not None:
-                counted *= _class_weights(members, n)[1].to(tl.float64)
+            if BY_Q:
+                own, all_ = _counted(members, n, columns_before, c_first, c_last, True)
+                counted *= _class_weights(own, all_)[1].to(tl.float64)
             _add_total(total, counted, found)
             found += 1
     if part == 0:
@@ -257,8 +326,10 @@ def class_moments(
             if tl.max(mask.to(tl.int32), axis=0) > 0:
                 w = _weight(weights, largest, order, r, mask, UNIFORM)
                 uh, ul = _load_rows(high, low, r, mask & (w != 0), rows, DP, SPLIT)
-                if weights is not None:  # fewer than half of all rows: n q is between 1 and 2
-                    q = n.to(tl.float32) / tl.maximum(n - members, 1).to(tl.float32)
+                if BY_Q:  # fewer than half of all rows: n q is between 1 and 2
+                    begins = tl.load(first + r, mask=mask, other=0)
+                    own, all_ = _counted(members, n, columns_before, begins, begins + members, mask)
+                    q = all_.to(tl.float32) / tl.maximum(all_ - own, 1).to(tl.float32)
                     wh, wl = _split(_whole(uh, ul, SPLIT) * (w * q)[:, None])
                 else:
                     wh, wl = uh, ul
@@ -266,33 +337,38 @@ def class_moments(
                     uh, ul = _load_rows(high, low, r, mask & (w != 0), columns, DP, SPLIT)
                 acc += _product(tl.trans(wh), tl.trans(wl), uh, ul, SPLIT)
         counted = acc.to(tl.float64) * (1 / (UNIT * UNIT))
-        if weights is not None:
-            counted /= n.to(tl.float64)
+        if BY_Q:
+            counted /= _counted(n, n, columns_before, 0, 0, True)[1].to(tl.float64)
         _add_total(total, counted, found)
 
 
 @triton.jit(do_not_specialize=["runs"])
-def add_totals(totals, total, runs, DP: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
-    """The sum of `totals`, [runs, DP, DP], in a fixed order."""
+def add_totals(totals, total, runs, SIZE: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
+    """The sum of `totals`, [runs, SIZE], in a fixed order."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     depth = tl.arange(0, DEPTH)
     acc = tl.zeros((DEPTH, BLOCK), tl.float64)
     for s in range(0, runs, DEPTH):
-        address = totals + (s + depth)[:, None].to(tl.int64) * DP * DP + at[None, :]
+        address = totals + (s + depth)[:, None].to(tl.int64) * SIZE + at[None, :]
         acc += tl.load(address, mask=(s + depth < runs)[:, None], other=0.0)
     tl.store(total + at, tl.sum(acc, axis=0))
 
 
 @triton.jit
-def _store_matrix(matrix, high, low, scale, at_row, rows, DP: tl.constexpr, SPLIT: tl.constexpr):
-    """Rows of a matrix, each times a power of two: its largest number is then 2^7 to 2^8."""
-    columns = tl.arange(0, DP)
-    largest = tl.max(tl.abs(matrix), axis=1)
+def _factor(largest):
+    """A power of two, times which the largest number is 2^7 to 2^8."""
     exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
     # 2^(7 - (exponent - 127)), in its bits; tiny and huge ones are left at the ends of the range
     power = tl.minimum(tl.maximum(127 + 7 - (exponent - 127), 2), 240)
     factor = (power << 23).to(tl.float32, bitcast=True)
-    factor = tl.where(largest == 0, 1.0, factor)
+    return tl.where(largest == 0, 1.0, factor)
+
+
+@triton.jit
+def _store_matrix(matrix, high, low, scale, at_row, rows, DP: tl.constexpr, SPLIT: tl.constexpr):
+    """Rows of a matrix, each times a power of two of its own."""
+    columns = tl.arange(0, DP)
+    factor = _factor(tl.max(tl.abs(matrix), axis=1))
     uh, ul = _split(matrix * factor[:, None])
     at = at_row * DP + rows[:, None] * DP + columns[None, :]
     tl.store(high + at, uh)
@@ -324,11 +400,11 @@ def _class_number(first, last, k, n, least):
 
 
 @triton.jit
-def _add_slots(slots, k, begin, end, run, within, DP: tl.constexpr):
+def _add_slots(slots, k, begin, end, run, within, SIZE: tl.constexpr):
     """What all runs found of class k, in float64."""
     acc = tl.zeros(within.shape, tl.float64)
     for p in range(begin // run, (end - 1) // run + 1):
-        acc += tl.load(slots + (p + k).to(tl.int64) * DP * DP + within).to(tl.float64)
+        acc += tl.load(slots + (p + k).to(tl.int64) * SIZE + within).to(tl.float64)
     return acc
 
 
@@ -365,7 +441,7 @@ def moment_matrices(
     if (begin < n) | (k == classes):
         others = tl.load(total + within)
         if k < classes:
-            own = _add_slots(slots, k, begin, end, run, within, DP)
+            own = _add_slots(slots, k, begin, end, run, within, DP * DP)
             others -= own
             _store_matrix(own.to(tl.float32), own_high, own_low, own_scale, at_row, rows, DP, SPLIT)
         others = others.to(tl.float32)
@@ -416,7 +492,7 @@ def gradient_matrices(
         if k < classes:
             p, q = _class_weights(end - begin, n)
             own = _load_matrix(own_high, own_low, own_scale, k, rows, DP, SPLIT)
-            weighted = _add_slots(slots, k, begin, end, run, within, DP)
+            weighted = _add_slots(slots, k, begin, end, run, within, DP * DP)
             back = sigma * (back - q.to(tl.float64) * weighted) - p * weighted
             active = sigma * q * active - p * own
             if UNIFORM:
@@ -615,6 +691,7 @@ def band_sums(
     low,
     first,
     last,
+    columns_before,
     small_rows,
     in_band,
     n,
@@ -641,7 +718,11 @@ def band_sums(
             inside = j < far
             s = _band_similarity(high, low, r, small, j, inside, DP, BLOCK_D, SPLIT)
             pair = c_first[:, None] == tl.load(first + j, mask=inside, other=-1)[None, :]
-            pair = pair & (r[:, None] != j[None, :]) & small[:, None]
+            pair = pair & small[:, None]
+            if columns_before is None:
+                pair = pair & (r[:, None] != j[None, :])
+            else:
+                pair = pair & _is_column(columns_before, j, inside)[None, :]
             total += tl.sum(tl.where(pair, s * s, 0.0), axis=1)
         tl.store(in_band + r, total, mask=r < end)
 
@@ -666,24 +747,25 @@ def band_gradient(
     DP: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     SPLIT: tl.constexpr,
     UNIFORM: tl.constexpr,
 ):
     """What a small row's own class adds to dL/du_i, over the largest weight, into its gradient.
 
-    -2 (p + sigma q) sum_j (w_i + w_j) s_ij u_j. Program (p, s, t) has BLOCK_D columns of every
+    -2 (p + sigma q) sum_j (w_i + w_j) s_ij u_j. Program (p, s, t) has BLOCK_V columns of every
     num_programs(1)-th block of the p-th run; it ends at once without small rows.
     """
     begin, end = _run(run, n)
     if tl.load(small_rows + tl.program_id(0)) == 0:
         end = begin
-    k = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    k = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     for block in range(begin + tl.program_id(1) * BLOCK, end, tl.num_programs(1) * BLOCK):
         r = block + tl.arange(0, BLOCK)
         small, c_first, near, far = _band(first, last, r, r < end, least, n)
         if near < far:
             w_i = _weight(weights, largest, order, r, small, UNIFORM)
-            v = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+            v = tl.zeros((BLOCK, BLOCK_V), tl.float32)
             for at in range(near, far, BLOCK):
                 j = at + tl.arange(0, BLOCK)
                 inside = j < far

@@ -18,9 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from bstriplet_kernels import available_impls, bstriplet_loss, reference
 from bstriplet_kernels.cost import Work
-from bstriplet_kernels.paths import gram_triton
-from bstriplet_kernels.paths import triton as fused
-from bstriplet_kernels.paths.triton import pairs
+from bstriplet_kernels.paths import gpu, gram_triton
 from bstriplet_kernels.spec import Spec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,8 +32,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def small(monkeypatch):
     """Small batches then hold classes with and without matrices, in several runs."""
     monkeypatch.setattr(gram_triton, "takes", lambda embeddings, ref_emb: True)
-    monkeypatch.setattr(gram_triton, "smallest_moment", lambda d: 6)
+    monkeypatch.setattr(gram_triton, "smallest_moment", lambda d, joint=False: 6)
     monkeypatch.setattr(gram_triton, "_MULTIPLE", 4)
+
+
+@pytest.fixture
+def wide(small, monkeypatch):
+    """Matrices of D > 20 are then in tiles of 16, added up down to their diagonal."""
+    monkeypatch.setattr(gram_triton, "NARROW_DEPTH", 20)
+    monkeypatch.setattr(gram_triton, "_TILE", 16)
 
 
 def sized(sizes, d, seed, dtype=torch.float32):
@@ -86,6 +91,7 @@ def assert_near(got, truth, tolerance):
 @example(sizes=[7] * 8, d=9, seed=0, options=Options(0.3, reduction="none"), dtype=torch.float32)
 @example(sizes=[60, 1, 1], d=4, seed=0, options=Options(), dtype=torch.float32)
 @example(sizes=[5] * 9, d=5, seed=0, options=Options(margin=0.3), dtype=torch.float32)
+@example(sizes=[36, 1], d=1, seed=0, options=Options(), dtype=torch.float32)
 @example(sizes=[64], d=5, seed=0, options=Options(), dtype=torch.float32)
 @pytest.mark.usefixtures("small")
 def test_any_mixture_of_class_sizes(sizes, d, seed, options, dtype):
@@ -98,9 +104,85 @@ def test_any_mixture_of_class_sizes(sizes, d, seed, options, dtype):
 @pytest.mark.usefixtures("small")
 def test_wide_embeddings(monkeypatch, d, whole):
     """Matrices held as a whole, as on Hopper, or multiplied in parts."""
-    monkeypatch.setattr(pairs, "is_hopper", lambda _: whole)
+    monkeypatch.setattr(gpu, "is_hopper", lambda _: whole)
     x, labels = sized([60, 55, 3, 1], d, 0)
     assert_as_exact_as_plain("gram", x, labels, Options(margin=0.5))
+
+
+@runs_here
+@pytest.mark.parametrize(
+    ("sizes", "d", "margin", "reduction", "hopper", "dtype"),
+    [
+        ([60, 13, 3, 1], 33, 0.5, "mean", True, torch.float32),
+        ([*[5] * 6, 30, 20], 40, 0.05, "mean", False, torch.float32),
+        ([*[5] * 3, 20, 15], 40, 0.05, "none", True, torch.float32),
+        ([30, 1, 1], 22, 0.9, "none", True, torch.bfloat16),
+    ],
+)
+@pytest.mark.usefixtures("wide")
+def test_matrices_in_blocks(monkeypatch, sizes, d, margin, reduction, hopper, dtype):
+    """Rows of several classes in a block, active ones among others, tails of columns."""
+    monkeypatch.setattr(gpu, "is_hopper", lambda _: hopper)
+    x, labels = sized(sizes, d, 0, dtype)
+    assert_as_exact_as_plain("gram", x, labels, Options(margin, reduction=reduction))
+    if margin < 0.1:
+        losses = bstriplet_loss(x, labels, margin=margin, reduction="none", impl="reference")
+        assert 0 < (losses > 0).sum() < len(x)
+
+
+@runs_here
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_band_of_several_blocks(monkeypatch, reduction):
+    """What later blocks of a small class add to the gradient is added to what earlier ones did."""
+    monkeypatch.setattr(gram_triton, "smallest_moment", lambda d, joint=False: 200)
+    x, labels = sized([150, 70], 33, 0)
+    got, truth = both_ways(x, labels, Spec(margin=0.0, reduction=reduction))
+    assert_near(got[1:], truth[1:], 1e-6)  # at this margin losses are differences
+
+
+@runs_here
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("rows", "columns", "d", "margin", "dtype"),
+    [
+        ([20, 3, 0, 9, 1], [30, 2, 9, 0, 5], 24, 0.05, torch.float32),
+        ([4, 30, 1], [40, 1, 3], 7, 0.9, torch.bfloat16),
+    ],
+)
+@pytest.mark.usefixtures("wide")
+def test_other_columns(rows, columns, d, margin, dtype, reduction):
+    """Classes without rows, without columns, with few and with many; both gradients."""
+    (x, labels), (ref, ref_labels) = (sized(s, d, i, dtype) for i, s in enumerate((rows, columns)))
+    options = Options(margin, reduction=reduction)
+    assert_as_exact_as_plain("gram", x, labels, options, ref, ref_labels)
+
+
+@runs_here
+@pytest.mark.usefixtures("small")
+def test_tiles_of_their_own_size():
+    """No smaller tiles in place of those that a GPU has."""
+    x, labels = sized([13, 9, 2], 257, 0)
+    got, truth = both_ways(x, labels, Spec(margin=0.3))
+    assert_near(got, truth, 1e-6)
+
+
+@runs_here
+@pytest.mark.usefixtures("wide")
+def test_bad_rows_of_wide_embeddings():
+    """A zero row has no gradient; NaN is never hidden; nor does infinity reach inactive rows."""
+    x, labels = sized([20, 9, 2], 24, 0)
+    x[5] = 0
+    got, truth = both_ways(x, labels, Spec())
+    assert_near(got, truth, 1e-6)
+    assert (got[3][5] == 0).all()
+    loss, _, state = gram_triton.forward(x, labels, Spec(margin=-1.5))
+    inf = torch.full_like(loss, torch.inf)
+    assert (gram_triton.backward(inf, x, state, Spec(margin=-1.5)) == 0).all()
+    x[5, 3] = torch.nan
+    got, _ = both_ways(x, labels, Spec())
+    assert got[0].isnan()
+    assert got[3].isnan().all()
 
 
 @runs_here
@@ -137,7 +219,7 @@ def test_rows_that_lie_close_together(dtype):
 def test_runs_of_many_blocks_and_many_runs(monkeypatch, processors):
     monkeypatch.setattr(gram_triton, "takes", lambda embeddings, ref_emb: True)
     monkeypatch.setattr(gram_triton, "_MULTIPLE", 4)
-    monkeypatch.setattr(pairs, "processors", lambda _: processors)
+    monkeypatch.setattr(gpu, "processors", lambda _: processors)
     sizes = [500, 300, *[100] * 4] if processors == 2 else [150, 130, 40, 20, 20]
     x, labels = sized(sizes, 8, 0)
     for margin, reduction in ((0.9, "mean"), (0.15, "mean"), (0.15, "none")):
@@ -279,54 +361,72 @@ class NotRun:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize(("n", "d"), [(4096, 128), (1 << 20, 128), (65536, 16), (8192, 256)])
-def test_predicted_launches_and_memory_are_those_made(monkeypatch, n, d, dtype, reduction):
+@pytest.mark.parametrize(
+    ("n", "d", "m"),
+    [
+        (4096, 128, None),
+        (1 << 20, 128, None),
+        (65536, 16, None),
+        (8192, 256, None),
+        (38400, 384, None),
+        (131072, 1280, None),
+        (1 << 16, 128, 1 << 17),
+        (20_000, 384, 50_000),
+    ],
+)
+def test_predicted_launches_and_memory_are_those_made(monkeypatch, n, d, m, dtype, reduction):
     """On fake tensors of a GPU: as many launches for any batch, three times the embeddings."""
     kernels = NotRun()
     make = gram_triton.Launcher.__init__
 
-    def counted(self, *args):
-        make(self, *args)
-        self.kernels = kernels
+    def counted(self, *args, **keywords):
+        make(self, *args, **keywords)
+        self.kernels = self.wide_kernels = kernels
 
     monkeypatch.setattr(gram_triton.Launcher, "__init__", counted)
-    monkeypatch.setattr(fused, "on_device_of", lambda _: nullcontext())
-    monkeypatch.setattr(pairs, "processors", lambda _: 132)
-    monkeypatch.setattr(pairs, "is_hopper", lambda _: True)
+    monkeypatch.setattr(gpu, "current", lambda _: nullcontext())
+    monkeypatch.setattr(gpu, "processors", lambda _: 132)
+    monkeypatch.setattr(gpu, "is_hopper", lambda _: True)
     with FakeTensorMode(), Launches() as torchs, Peak() as peak:
         x, labels = on_fake_gpu(n, d, dtype)
+        others = (None, None) if m is None else on_fake_gpu(m, d, dtype)
         given = peak.held
         spec = Spec(reduction=reduction, wants_gradient=True)
-        loss, _, state = gram_triton.forward(x, labels, spec)
+        loss, _, state = gram_triton.forward(x, labels, spec, *others)
         forward = torchs.launches + kernels.launches
         gradient = gram_triton.backward(torch.empty_like(loss), x, state, spec)
-        gradient = gradient.to(dtype)  # as the caller does
+        sides = (gradient,) if m is None else gradient.split([n, m])
+        gradient = [side.to(dtype) for side in sides]  # as the caller does
         both = torchs.launches + kernels.launches
-    work = Work(n, None, d, dtype, reduction, device="cuda")
+    work = Work(n, m, d, dtype, reduction, device="cuda")
     assert gram_triton.serves(work)
     got = gram_triton.operations(work, [n // 2] * 2)
     assert (got.launches, got.schedule) == (both, gram_triton.SCHEDULE)
     one = gram_triton.operations(work._replace(wants_gradient=False), [n // 2] * 2)
     assert one.launches == forward
-    assert both <= 16
+    assert both <= (16 if m is None else 25)
     explained = gram_triton.extra_memory(work, [n // 2] * 2)
     assert explained == pytest.approx(peak.most - given, rel=0.05)
-    each = 2 * d * d * n * (3 if gram_triton.splits(dtype) else 1)
-    assert (one.flops, got.flops) == (3 * each, (5 if reduction == "mean" else 6) * each)
-    if dtype == torch.float32 and n >= 100 * d and d == 128 and n > 100_000:
+    if m is not None:
+        return
+    products = 3 if gram_triton.splits(dtype) else 1
+    each, half = (2 * k * n * products for k in (d * d, gram_triton.matrix_numbers(d)))
+    more = (1 if reduction == "mean" else 2) * each
+    assert (one.flops, got.flops) == (3 * half, 4 * half + more)
+    if dtype == torch.float32 and n >= 100 * d and (n > 100_000 or d > 256):
         assert gram_triton.extra_memory(work, [n]) <= 3 * work.embedding_bytes
-        assert got.bytes <= 4e9
+        assert d > 256 or got.bytes <= 4e9
 
 
 def test_what_it_does_not_take():
     x = torch.empty(4096, 128, device="meta")
-    for refused in (x.double(), torch.empty(4096, 300, device="meta"), x[:1000], x):
+    for refused in (x.double(), torch.empty(1 << 16, 2049, device="meta"), x[:1000], x):
         assert not gram_triton.takes(refused, None)
     work = Work(4096, None, 128, torch.float32, device="cuda")
     assert gram_triton.serves(work)
     for refused in (
-        work._replace(m=5),
-        work._replace(d=300),
+        work._replace(m=1000),
+        work._replace(n=1 << 16, d=2049),
         work._replace(dtype=torch.float64),
         work._replace(n=1000),
     ):

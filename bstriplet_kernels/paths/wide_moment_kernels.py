@@ -1,0 +1,493 @@
+"""Kernels of second moments of wide embeddings, whose matrices no program holds as a whole.
+
+As `moment_kernels`, whose rows, split numbers and class numbers these share, but D' is any multiple
+of TILE, and everything is in blocks of columns. A symmetric matrix is added up down to its diagonal
+blocks, which stand in memory one after another. Once complete it is stored in two float16 parts,
+and a block of TILE x SCALED numbers shares a scale.
+
+A block of rows is multiplied with the matrices that its rows need, one after another: with each,
+the rows of other classes are zeros. It is of one class but where classes meet.
+"""
+
+import triton
+import triton.language as tl
+
+from .moment_kernels import (
+    UNIT,
+    _add_slots,
+    _band,
+    _band_similarity,
+    _class_number,
+    _class_weights,
+    _counted,
+    _factor,
+    _is_column,
+    _load_rows,
+    _members,
+    _product,
+    _run,
+    _split,
+    _store_means,
+    _weight,
+    _whole,
+)
+
+
+@triton.jit
+def _block_of(t, DP: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr):
+    """Rows and columns of the t-th TILE x SCALED block of a matrix."""
+    rows = t // (DP // SCALED) * TILE + tl.arange(0, TILE)
+    return rows, t % (DP // SCALED) * SCALED + tl.arange(0, SCALED)
+
+
+@triton.jit
+def _halved(rows, columns, TILE: tl.constexpr):
+    """Where numbers of a symmetric matrix stand that `class_moments` added up."""
+    i = tl.maximum(rows[:, None], columns[None, :])
+    j = tl.minimum(rows[:, None], columns[None, :])
+    part = (i // TILE) * (i // TILE + 1) // 2 + j // TILE
+    return part * (TILE * TILE) + i % TILE * TILE + j % TILE
+
+
+@triton.jit
+def _store_block(
+    matrix, high, low, scale, number, t,
+    DP: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """The t-th block of the matrix of that number, times a power of two."""
+    rows, columns = _block_of(t, DP, TILE, SCALED)
+    factor = _factor(tl.max(tl.max(tl.abs(matrix), axis=1), axis=0))
+    uh, ul = _split(matrix * factor)
+    at = number.to(tl.int64) * DP * DP + rows[:, None] * DP + columns[None, :]
+    tl.store(high + at, uh)
+    if SPLIT:
+        tl.store(low + at, ul)
+    tl.store(scale + number * ((DP // TILE) * (DP // SCALED)) + t, 1 / (factor * UNIT))
+
+
+@triton.jit
+def _load_block(
+    high, low, scale, number, t,
+    DP: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """The t-th block of the matrix of that number, as it was before `_store_block`."""
+    rows, columns = _block_of(t, DP, TILE, SCALED)
+    at = number.to(tl.int64) * DP * DP
+    uh, ul = _load_rows(high + at, low + at, rows, rows < DP, columns, DP, SPLIT)
+    factor = tl.load(scale + number * ((DP // TILE) * (DP // SCALED)) + t) * UNIT
+    return _whole(uh, ul, SPLIT) * factor
+
+
+@triton.jit
+def _size(DP: tl.constexpr, TILE: tl.constexpr):
+    """Numbers of a symmetric matrix down to its diagonal blocks."""
+    parts: tl.constexpr = DP // TILE
+    return parts * (parts + 1) // 2 * TILE * TILE
+
+
+@triton.jit(do_not_specialize=["n", "run", "least"])
+def moment_matrices(
+    slots,
+    total,
+    first,
+    last,
+    own_high,
+    own_low,
+    own_scale,
+    others_high,
+    others_low,
+    others_scale,
+    n,
+    run,
+    least,
+    DP: tl.constexpr,
+    TILE: tl.constexpr,
+    SCALED: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """T_c and T - T_c of every large class, T in place of the last T - T_c: see `moment_kernels`.
+
+    Program (k, t) has the t-th block of the matrices of number k.
+    """
+    k, classes, t = tl.program_id(0), tl.num_programs(0) - 1, tl.program_id(1)
+    rows, columns = _block_of(t, DP, TILE, SCALED)
+    within = _halved(rows, columns, TILE)
+    begin, end = _class_number(first, last, k, n, least)
+    if (begin < n) | (k == classes):
+        others = tl.load(total + within)
+        if k < classes:
+            own = _add_slots(slots, k, begin, end, run, within, _size(DP, TILE))
+            others -= own
+            _store_block(
+                own.to(tl.float32), own_high, own_low, own_scale, k, t, DP, TILE, SCALED, SPLIT
+            )
+        others = others.to(tl.float32)
+        _store_block(others, others_high, others_low, others_scale, k, t, DP, TILE, SCALED, SPLIT)
+
+
+@triton.jit(do_not_specialize=["n", "run", "least"])
+def gradient_matrices(
+    slots,
+    total,
+    first,
+    last,
+    columns_before,
+    own_high,
+    own_low,
+    own_scale,
+    others_high,
+    others_low,
+    others_scale,
+    active_high,
+    active_low,
+    active_scale,
+    back_high,
+    back_low,
+    back_scale,
+    n,
+    run,
+    least,
+    sigma,
+    DP: tl.constexpr,
+    TILE: tl.constexpr,
+    SCALED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    UNIFORM: tl.constexpr,
+):
+    """K_c and B_c of every large class, and what small rows have in their place: see
+    `moment_kernels`. K_c + B_c for K_c where UNIFORM and rows are columns.
+
+    Program (k, t) has the t-th block of the matrices of number k.
+    """
+    k, classes, t = tl.program_id(0), tl.num_programs(0) - 1, tl.program_id(1)
+    rows, columns = _block_of(t, DP, TILE, SCALED)
+    within = _halved(rows, columns, TILE)
+    begin, end = _class_number(first, last, k, n, least)
+    if (begin < n) | (k == classes):
+        back = tl.load(total + within)
+        active = _load_block(others_high, others_low, others_scale, k, t, DP, TILE, SCALED, SPLIT)
+        if k < classes:
+            members, all_ = _counted(end - begin, n, columns_before, begin, end, True)
+            p, q = _class_weights(members, all_)
+            own = _load_block(own_high, own_low, own_scale, k, t, DP, TILE, SCALED, SPLIT)
+            weighted = _add_slots(slots, k, begin, end, run, within, _size(DP, TILE))
+            back = sigma * (back - q.to(tl.float64) * weighted) - p * weighted
+            active = sigma * q * active - p * own
+            if UNIFORM and columns_before is None:
+                active += back.to(tl.float32)
+        else:
+            back *= sigma
+            active *= sigma
+        _store_block(
+            2 * active, active_high, active_low, active_scale, k, t, DP, TILE, SCALED, SPLIT
+        )
+        back = 2 * back.to(tl.float32)
+        _store_block(back, back_high, back_low, back_scale, k, t, DP, TILE, SCALED, SPLIT)
+
+
+@triton.jit
+def _rows_of(first, last, n, least, classes, BLOCK: tl.constexpr):
+    """A program's rows, which are there, members of their classes, and whose matrices they need:
+    number `classes` is of small rows, and what is beyond of none.
+    """
+    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = r < n
+    c_first = tl.load(first + r, mask=inside, other=0)
+    members = tl.load(last + r, mask=inside, other=0) - c_first
+    number = tl.where(members >= least, tl.cdiv(c_first, least), classes)
+    return r, inside, members, tl.where(inside, number, classes + 1)
+
+
+@triton.jit
+def _next(numbers, number, classes):
+    """The least of these numbers above the given one."""
+    return tl.min(tl.where(numbers > number, numbers, classes + 1), axis=0)
+
+
+@triton.jit
+def _times_block(
+    row_high, row_low, r, mask, high, low, scale, number, start, column,
+    DP: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """What BLOCK_K columns of a matrix M add to TILE rows of M u from `start` on, [rows, TILE]."""
+    c = start + tl.arange(0, TILE)
+    k = column + tl.arange(0, BLOCK_K)
+    at = number.to(tl.int64) * DP * DP
+    uh, ul = _load_rows(row_high, row_low, r, mask, k, DP, SPLIT)
+    mh, ml = _load_rows(high + at, low + at, c, c < DP, k, DP, SPLIT)
+    block = (number * (DP // TILE) + start // TILE) * (DP // SCALED) + column // SCALED
+    return _product(uh, ul, tl.trans(mh), tl.trans(ml), SPLIT) * tl.load(scale + block)
+
+
+@triton.jit
+def _form(
+    row_high, row_low, r, mask, high, low, scale, number,
+    DP: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """u^T M u of a symmetric M, and |u|^2; what stands below the diagonal blocks counts twice."""
+    form = tl.zeros((r.shape[0],), tl.float32)
+    squared = tl.zeros((r.shape[0],), tl.float32)
+    for start in range(0, DP, TILE):
+        c = start + tl.arange(0, TILE)
+        y = tl.zeros((r.shape[0], TILE), tl.float32)
+        for column in range(0, start, BLOCK_K):
+            y += _times_block(
+                row_high, row_low, r, mask, high, low, scale, number, start, column,
+                DP, TILE, SCALED, BLOCK_K, SPLIT,
+            )  # fmt: skip
+        y *= 2
+        for column in range(start, start + TILE, BLOCK_K):
+            y += _times_block(
+                row_high, row_low, r, mask, high, low, scale, number, start, column,
+                DP, TILE, SCALED, BLOCK_K, SPLIT,
+            )  # fmt: skip
+        uh, ul = _load_rows(row_high, row_low, r, mask, c, DP, SPLIT)
+        u = _whole(uh, ul, SPLIT) * (1 / UNIT)
+        form += tl.sum(y * u, axis=1)
+        squared += tl.sum(u * u, axis=1)
+    return form, squared
+
+
+@triton.jit(do_not_specialize=["n", "least", "classes"])
+def row_means(
+    high,
+    low,
+    order,
+    first,
+    last,
+    columns_before,
+    in_band,
+    own_high,
+    own_low,
+    own_scale,
+    others_high,
+    others_low,
+    others_scale,
+    active,
+    positive,
+    negative,
+    losses,
+    n,
+    least,
+    classes,
+    margin: tl.float64,
+    sigma,
+    scale: tl.float64,
+    DP: tl.constexpr,
+    TILE: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BY_ROW: tl.constexpr,
+):
+    """Eq. 3's two means of a block of rows, in the given order: see `moment_kernels`.
+
+    losses[p]: the sum over the block. 6 D^2 FLOPs a row (2 D^2 without SPLIT) and what diagonal
+    blocks have beyond their halves; half of that for small rows.
+    """
+    r, inside, members, numbers = _rows_of(first, last, n, least, classes, BLOCK)
+    begins = tl.load(first + r, mask=inside, other=0)
+    members, all_ = _counted(members, n, columns_before, begins, begins + members, inside)
+    if columns_before is not None:
+        inside = inside & (_is_column(columns_before, r, inside) == 0)
+        numbers = tl.where(inside, numbers, classes + 1)
+    own_form = tl.zeros((BLOCK,), tl.float32)
+    others_form = tl.zeros((BLOCK,), tl.float32)
+    squared = tl.zeros((BLOCK,), tl.float32)
+    number = tl.min(numbers, axis=0)
+    while number <= classes:
+        mask = numbers == number
+        form, norms = _form(
+            high, low, r, mask, others_high, others_low, others_scale, number,
+            DP, TILE, SCALED, BLOCK_K, SPLIT,
+        )  # fmt: skip
+        others_form += form
+        squared += norms
+        if number < classes:
+            form, norms = _form(
+                high, low, r, mask, own_high, own_low, own_scale, number,
+                DP, TILE, SCALED, BLOCK_K, SPLIT,
+            )  # fmt: skip
+            own_form += form
+        number = _next(numbers, number, classes)
+    if columns_before is not None:  # no row is among its columns
+        squared = tl.zeros((BLOCK,), tl.float32)
+    small = numbers == classes
+    in_class = tl.load(in_band + r, mask=small, other=0.0) + squared * squared
+    own_form = tl.where(small, in_class, own_form)
+    others_form = tl.where(small, others_form - in_class, others_form)
+    loss = _store_means(
+        own_form, others_form, squared, members, r, inside, order, active, positive, negative,
+        losses, all_, tl.full((), margin, tl.float32), sigma, BY_ROW,
+    )  # fmt: skip
+    if not BY_ROW:
+        tl.store(losses + tl.program_id(0), tl.sum(loss, axis=0) * tl.full((), scale, tl.float32))
+
+
+@triton.jit(do_not_specialize=["n", "run", "least", "stride"])
+def band_gradient(
+    high,
+    low,
+    order,
+    first,
+    last,
+    columns_before,
+    small_rows,
+    weights,
+    largest,
+    gradient,
+    n,
+    run,
+    least,
+    d,
+    stride,
+    sigma,
+    DP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    SPLIT: tl.constexpr,
+    UNIFORM: tl.constexpr,
+):
+    """What a small row's own class adds to dL/du_i: see `moment_kernels`.
+
+    Program (p, s) has every num_programs(1)-th block of the p-th run. It forms each block of S once
+    and adds what that makes of BLOCK_V columns at a time to their sum in `gradient`, which L2 holds
+    meanwhile: 12 D FLOPs a pair (4 D without SPLIT).
+    """
+    begin, end = _run(run, n)
+    if tl.load(small_rows + tl.program_id(0)) == 0:
+        end = begin
+    for block in range(begin + tl.program_id(1) * BLOCK, end, tl.num_programs(1) * BLOCK):
+        r = block + tl.arange(0, BLOCK)
+        small, c_first, near, far = _band(first, last, r, r < end, least, n)
+        w_i = _weight(weights, largest, order, r, small, UNIFORM)
+        members = _members(first, last, r, small)
+        members, all_ = _counted(members, n, columns_before, c_first, c_first + members, small)
+        p, q = _class_weights(members, all_)
+        factor = (p + sigma * q) * (-4 / (UNIT * UNIT))
+        row = gradient + tl.load(order + r, mask=small, other=0)[:, None] * stride
+        for at in range(near, far, BLOCK):
+            j = at + tl.arange(0, BLOCK)
+            inside = j < far
+            s = _band_similarity(high, low, r, small, j, inside, DP, BLOCK_D, SPLIT)
+            pair = c_first[:, None] == tl.load(first + j, mask=inside, other=-1)[None, :]
+            pair = pair & small[:, None]
+            if columns_before is None:
+                pair = pair & (r[:, None] != j[None, :])
+            else:
+                is_column = _is_column(columns_before, r, small)[:, None]
+                pair = pair & (is_column != _is_column(columns_before, j, inside)[None, :])
+            w_j = _weight(weights, largest, order, j, inside, UNIFORM)
+            weight = tl.where(pair, s * (w_i[:, None] + w_j[None, :]), 0.0)
+            wh, wl = _split(weight * (UNIT / 2))
+            tl.debug_barrier()  # another thread may have written what this one reads
+            for start in range(0, DP, BLOCK_V):
+                k = start + tl.arange(0, BLOCK_V)
+                uh, ul = _load_rows(high, low, j, inside, k, DP, SPLIT)
+                v = _product(wh, wl, uh, ul, SPLIT) * factor[:, None]
+                written = small[:, None] & (k < d)[None, :]
+                v += tl.load(row + k[None, :], mask=written & (at > near), other=0.0)
+                tl.store(row + k[None, :], v, mask=written)
+
+
+@triton.jit(do_not_specialize=["n", "least", "classes", "stride"])
+def row_gradients(
+    high,
+    low,
+    order,
+    first,
+    last,
+    columns_before,
+    inverse,
+    weights,
+    largest,
+    active_high,
+    active_low,
+    active_scale,
+    back_high,
+    back_low,
+    back_scale,
+    gradient,
+    n,
+    least,
+    classes,
+    d,
+    stride,
+    scale: tl.float64,
+    DP: tl.constexpr,
+    TILE: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    UNIFORM: tl.constexpr,
+):
+    """dL/df of a block of rows, in the given order, by v = dL/du = w K u + B u over the largest w.
+
+    `gradient` holds what `band_gradient` found for small rows. Blocks of v go there, then the
+    projection needs v . u, and the same program reads them once more. 6 D^2 FLOPs a row (2 D^2
+    without SPLIT); twice that for active small rows, and for all rows but for UNIFORM.
+    """
+    r, inside, members, numbers = _rows_of(first, last, n, least, classes, BLOCK)
+    small = numbers == classes
+    w = _weight(weights, largest, order, r, inside, UNIFORM)
+    begins = tl.load(first + r, mask=inside, other=0)
+    own, all_ = _counted(members, n, columns_before, begins, begins + members, inside)
+    row_factor = tl.where(small, _class_weights(own, all_)[1], 1.0)
+    if not UNIFORM:
+        row_factor *= w
+    if columns_before is not None:
+        has_back = _is_column(columns_before, r, inside)
+    elif UNIFORM:
+        has_back = small | (w == 0)
+    else:
+        has_back = inside
+    i = tl.load(order + r, mask=inside, other=0)
+    along = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, DP, TILE):
+        c = start + tl.arange(0, TILE)
+        v = tl.zeros((BLOCK, TILE), tl.float32)
+        number = tl.min(numbers, axis=0)
+        while number <= classes:
+            mask = (numbers == number) & (w != 0)
+            if tl.max(mask.to(tl.int32), axis=0) > 0:
+                for column in range(0, DP, BLOCK_K):
+                    v += _times_block(
+                        high, low, r, mask, active_high, active_low, active_scale, number,
+                        start, column, DP, TILE, SCALED, BLOCK_K, SPLIT,
+                    )  # fmt: skip
+            number = _next(numbers, number, classes)
+        v *= row_factor[:, None]
+        number = tl.min(numbers, axis=0)
+        while number <= classes:
+            mask = (numbers == number) & has_back
+            if tl.max(mask.to(tl.int32), axis=0) > 0:
+                for column in range(0, DP, BLOCK_K):
+                    v += _times_block(
+                        high, low, r, mask, back_high, back_low, back_scale, number,
+                        start, column, DP, TILE, SCALED, BLOCK_K, SPLIT,
+                    )  # fmt: skip
+            number = _next(numbers, number, classes)
+        out = gradient + i[:, None] * stride + c[None, :]
+        written = inside[:, None] & (c < d)[None, :]
+        in_band = written & (small & (members > 1))[:, None]
+        v += tl.load(out, mask=in_band, other=0.0)
+        uh, ul = _load_rows(high, low, r, inside, c, DP, SPLIT)
+        along += tl.sum(v * _whole(uh, ul, SPLIT), axis=1) * (1 / UNIT)
+        tl.store(out, v, mask=written)
+    tl.debug_barrier()  # another thread may have written what this one reads
+    shrunk = tl.load(inverse + r, mask=inside, other=0.0)[:, None]
+    factor = (tl.load(largest) * scale).to(tl.float32)
+    for start in range(0, DP, TILE):
+        c = start + tl.arange(0, TILE)
+        out = gradient + i[:, None] * stride + c[None, :]
+        written = inside[:, None] & (c < d)[None, :]
+        uh, ul = _load_rows(high, low, r, inside, c, DP, SPLIT)
+        v = tl.load(out, mask=written, other=0.0)
+        v = (v - along[:, None] * (_whole(uh, ul, SPLIT) * (1 / UNIT))) * shrunk
+        v = tl.where(v == 0, 0.0, v * factor)  # an infinite upstream of rows that are all inactive
+        tl.store(out, v, mask=written)
