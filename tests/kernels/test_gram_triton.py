@@ -113,8 +113,7 @@ def test_wide_embeddings(monkeypatch, d, whole):
 @pytest.mark.parametrize(
     ("sizes", "d", "margin", "reduction", "hopper", "dtype"),
     [
-        ([60, 13, 3, 1], 33, 0.5, "mean", True, torch.float32),
-        ([*[5] * 6, 30, 20], 40, 0.05, "mean", False, torch.float32),
+        ([*[5] * 3, 20, 15, 1], 33, 0.05, "mean", False, torch.float32),
         ([*[5] * 3, 20, 15], 40, 0.05, "none", True, torch.float32),
         ([30, 1, 1], 22, 0.9, "none", True, torch.bfloat16),
     ],
@@ -132,22 +131,20 @@ def test_matrices_in_blocks(monkeypatch, sizes, d, margin, reduction, hopper, dt
 
 @runs_here
 @pytest.mark.usefixtures("wide")
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_band_of_several_blocks(monkeypatch, reduction):
+def test_a_band_of_several_blocks(monkeypatch):
     """What later blocks of a small class add to the gradient is added to what earlier ones did."""
     monkeypatch.setattr(gram_triton, "smallest_moment", lambda d, joint=False: 200)
-    x, labels = sized([150, 70], 33, 0)
-    got, truth = both_ways(x, labels, Spec(margin=0.0, reduction=reduction))
+    x, labels = sized([150, 20], 33, 0)
+    got, truth = both_ways(x, labels, Spec(margin=0.0))
     assert_near(got[1:], truth[1:], 1e-6)  # at this margin losses are differences
 
 
 @runs_here
-@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(
-    ("rows", "columns", "d", "margin", "dtype"),
+    ("rows", "columns", "d", "margin", "dtype", "reduction"),
     [
-        ([20, 3, 0, 9, 1], [30, 2, 9, 0, 5], 24, 0.05, torch.float32),
-        ([4, 30, 1], [40, 1, 3], 7, 0.9, torch.bfloat16),
+        ([20, 3, 0, 9, 1], [30, 2, 9, 0, 5], 24, 0.05, torch.float32, "mean"),
+        ([4, 12, 1], [14, 1, 3], 7, 0.9, torch.bfloat16, "none"),
     ],
 )
 @pytest.mark.usefixtures("wide")
