@@ -51,6 +51,7 @@ _FEW_THREADS = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
 """For commands side by side; a suite of timings runs alone, with all threads."""
 INCOMPLETE = 124  # what bench.run returns where its limit left cases out
 BACKBONES = ("mobilenetv3_small_100", "efficientnet_b1", "shufflenet_v2", "peleenet")
+_TIMED = ("targets", "crossover", "paper", "sweep")  # by the second call
 TESTS = (
     "tests/kernels/test_triton.py",
     "tests/kernels/test_gram_triton.py",
@@ -143,6 +144,7 @@ def second(python: str, device: str, results: Path) -> tuple[Step, ...]:
                 *(check(impl, "exact", dtype=dtype) for impl in impls for dtype in DTYPES[::3]),
                 *(check(impl, "compile") for impl in impls),
                 *(tool for impl in impls for tool in _sanitized(python, device, impl)),
+                *(_compiled(python, device, suite) for suite in _TIMED),
             ),
         ),
         Step("targets", 70, 95, (run(90, "targets"),)),
@@ -200,6 +202,13 @@ def _runs(python: str, device: str, results: Path) -> Callable[..., Command]:
         return _module(python, "bench.run", *options, *suites, label=suites[-1])
 
     return run
+
+
+def _compiled(python: str, device: str, suite: str) -> Command:
+    """Compiles what a suite will run, while nothing is timed; what it measures is thrown away."""
+    folder = str(_ROOT / "build/compiled")
+    options = ("--device", device, "--results", folder, "--seconds", "0.001", "--limit", "65")
+    return _module(python, "bench.run", *options, suite, label=f"{suite} compiled")
 
 
 def _sanitized(python: str, device: str, impl: str) -> tuple[Command, ...]:
