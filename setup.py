@@ -37,7 +37,10 @@ if X86:
 
 if WINDOWS:
     FLAGS = ["/std:c++17", "/O2", "/EHsc"]
-    SOURCE_FLAGS = {"csrc/cpu_avx2.cpp": ["/arch:AVX2"], "csrc/cpu_avx512.cpp": ["/arch:AVX512"]}
+    SOURCE_FLAGS = {
+        "csrc/kernels/avx2.cpp": ["/arch:AVX2"],
+        "csrc/kernels/avx512.cpp": ["/arch:AVX512"],
+    }
 else:
     FLAGS = [
         *("-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall"),
@@ -45,11 +48,11 @@ else:
         "-Wno-psabi",  # vectors are passed to inlined functions only
     ]
     SOURCE_FLAGS = {
-        "csrc/cpu_avx2.cpp": ["-mavx2", "-mfma"],
-        "csrc/cpu_avx512.cpp": [
+        "csrc/kernels/avx2.cpp": ["-mavx2", "-mfma"],
+        "csrc/kernels/avx512.cpp": [
             *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
         ],
-        "csrc/cuda_operator.cpp": ["-DUSE_CUDA"],  # torch's headers have the current stream then
+        "csrc/cuda/operator.cpp": ["-DUSE_CUDA"],  # torch's headers have the current stream then
     }
 
 NVCC_FLAGS = [
@@ -107,8 +110,12 @@ def extensions() -> list[Extension]:
         "optional": True,
     }
     # What takes longest comes first, so that the processors are done together.
-    drivers = ["moments_float", "moments_double", "cpu", "moments", "operator", "schema"]
-    kernels = ["cpu_avx512", "cpu_avx2", "cpu_baseline"] if X86 else ["cpu_baseline"]
+    drivers = [
+        *("moments/float", "moments/double", "cpu/batch_similarity", "moments/operators"),
+        *("operator", "schema"),
+    ]
+    kernels = [f"kernels/{name}" for name in (("avx512", "avx2") if X86 else ())]
+    kernels.append("kernels/baseline")
     found = [
         Extension(
             "bstriplet_kernels._native",
@@ -126,7 +133,7 @@ def extensions() -> list[Extension]:
     found.append(
         Extension(
             "bstriplet_kernels._native_cuda",
-            sources=["csrc/cuda.cu", "csrc/cuda_operator.cpp", "csrc/operator.cpp"],
+            sources=["csrc/cuda/small_batch.cu", "csrc/cuda/operator.cpp", "csrc/operator.cpp"],
             libraries=["torch_cuda", "torch_cpu", "c10"],
             **common,
         )
@@ -172,7 +179,7 @@ class BuildNative(build_ext):
                 [source],
                 output_dir=OBJECTS,
                 macros=ext.define_macros,
-                include_dirs=ext.include_dirs,
+                include_dirs=["csrc", *ext.include_dirs],
                 extra_postargs=FLAGS + SOURCE_FLAGS.get(source, []),
             )
         return target
@@ -211,7 +218,7 @@ def with_headers(source: Path) -> set[Path]:
         if file not in found:
             found.add(file)
             names = re.findall(r'^\s*#\s*include\s*"(.+?)"', file.read_text("utf-8"), re.MULTILINE)
-            waiting += [file.parent / name for name in names]
+            waiting += [Path("csrc", name) for name in names]
     return found
 
 

@@ -1,4 +1,4 @@
-// Every kernel of cpu_baseline.cpp against loops in long double, on sizes that fill no tile: on
+// Every kernel of kernels/baseline.cpp against loops in long double, on sizes that fill no tile: on
 // x86-64 its SSE2 form, on arm64 its NEON form. Needs neither torch nor Python. Exits with 1 and
 // says what is wrong, or prints the number of comparisons.
 #include <algorithm>
@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 using namespace bstriplet;
 

@@ -27,7 +27,7 @@ def test_baseline_kernels_agree_with_loops(tmp_path, compiler, emulator):
         if shutil.which(tool) is None:
             pytest.skip(f"needs {tool}")
     program = tmp_path / "driver"
-    sources = map(str, (DRIVER, SOURCES / "cpu_baseline.cpp"))
+    sources = map(str, (DRIVER, SOURCES / "kernels/baseline.cpp"))
     subprocess.run([compiler, *FLAGS, f"-I{SOURCES}", *sources, "-o", str(program)], check=True)
     command = [*filter(None, [emulator]), str(program)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -74,11 +74,13 @@ def test_a_source_is_compiled_again_for_the_headers_that_it_includes(monkeypatch
     monkeypatch.setenv("BSTRIPLET_NATIVE", "0")
     monkeypatch.chdir(ROOT)
     with_headers = runpy.run_path("setup.py")["with_headers"]
-    names = {path.name for path in with_headers(Path("csrc/cpu_avx2.cpp"))}
-    assert names == {
-        *("cpu_avx2.cpp", "kernels_impl.h", "kernels.h", "vec.h", "moment_kernels.h"),
-    }
-    arithmetic = ("moments_float.cpp", "moments_double.cpp", "cuda.cu", "cpu_baseline.cpp")
+    found = {path.as_posix() for path in with_headers(Path("csrc/kernels/avx2.cpp"))}
+    names = ("avx2.cpp", "pairs.h", "kernels.h", "vec.h", "moments.h")
+    assert found == {f"csrc/kernels/{name}" for name in names}
+    arithmetic = (
+        *("moments/float.cpp", "moments/double.cpp"),
+        *("kernels/baseline.cpp", "cuda/small_batch.cu"),
+    )
     for name in arithmetic:  # torch's headers are most of what there is to compile
         read = [path.read_text("utf-8") for path in with_headers(Path("csrc") / name)]
         assert not [text for text in read if "<torch/" in text]

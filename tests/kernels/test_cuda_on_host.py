@@ -23,7 +23,7 @@ from bstriplet_kernels import reference
 from bstriplet_kernels.spec import Spec, accumulation_dtype
 
 HERE = Path(__file__).parent / "cuda_on_host"
-KERNEL = Path(__file__).parents[2] / "csrc" / "cuda.cu"
+KERNEL = Path(__file__).parents[2] / "csrc/cuda/small_batch.cu"
 ELEMENTS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}  # of the accumulation dtype
 ROWS, COLUMNS = (1, 2, 3, 17, 36, 63, 64), (1, 5, 8, 70, 257, 1280)
@@ -50,7 +50,7 @@ pytestmark = pytest.mark.skipif(not has_compiler(), reason="needs g++ 12 or late
 
 
 class SmallBatch(ctypes.Structure):
-    """csrc/cuda_launch.h's."""
+    """csrc/cuda/small_batch.h's."""
 
     _fields_ = (
         ("embeddings", ctypes.c_void_p),
@@ -70,7 +70,7 @@ def library(tmp_path_factory):
     """The kernel, instrumented, and what it runs on, which is not."""
     folder = tmp_path_factory.mktemp("cuda_on_host")
     compiler = ("g++", "-std=c++20", "-O2", "-g", "-fPIC", "-pthread", "-Wall")
-    includes = (f"-I{HERE}", f"-I{KERNEL.parent}")
+    includes = (f"-I{HERE}", f"-I{KERNEL.parents[1]}")
     checks = "-fsanitize=undefined", "-fno-sanitize-recover=all"
     sanitizer = "-fsanitize=address" if ADDRESS_SANITIZER else "-fsanitize=thread"
     kernel = (*checks, sanitizer, "-Wno-unknown-pragmas", "-x", "c++")

@@ -1,5 +1,5 @@
-// What Python calls: csrc/cuda.cu on the host.
-#include "cuda_launch.h"
+// What Python calls: csrc/cuda/small_batch.cu on the host.
+#include "cuda/small_batch.h"
 #include "fibres.h"
 
 using namespace bstriplet;

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <utility>
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 #if defined(__GNUC__)
 #define BST_UNROLL _Pragma("GCC unroll 16")
@@ -17,7 +17,7 @@
 namespace bstriplet::BST_ISA {
 namespace {
 
-#include "vec.h"
+#include "kernels/vec.h"
 
 // Accumulators fill the registers, less one operand of each side.
 constexpr int kDotRows = BST_REGISTERS == 32 ? 6 : 3;
@@ -274,7 +274,7 @@ void product(const T* weights, int64_t weights_stride, const Matrix<T>& all_othe
   }
 }
 
-#include "moment_kernels.h"
+#include "kernels/moments.h"
 
 BST_INLINE float from_bits(uint32_t bits) {
   float x;

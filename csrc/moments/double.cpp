@@ -1,5 +1,5 @@
 // The second-moment path in double.
-#include "moments_impl.h"
+#include "moments/impl.h"
 
 namespace bstriplet {
 

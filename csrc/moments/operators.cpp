@@ -3,7 +3,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "moments.h"
+#include "moments/moments.h"
 #include "operator.h"
 #include "strided.h"
 

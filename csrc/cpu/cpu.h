@@ -9,7 +9,7 @@
 #include <memory>
 #include <type_traits>
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 #include "strided.h"
 
 namespace bstriplet {

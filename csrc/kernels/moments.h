@@ -1,4 +1,4 @@
-// The kernels of the second-moment path; included by kernels_impl.h for each instruction set.
+// The kernels of the second-moment path; included by pairs.h for each instruction set.
 
 template <class T>
 void scale_rows(Block<T> rows, const T* factor) {

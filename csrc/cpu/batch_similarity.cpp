@@ -21,7 +21,7 @@
 #include <unistd.h>
 #endif
 
-#include "cpu.h"
+#include "cpu/cpu.h"
 #include "operator.h"
 
 namespace bstriplet {

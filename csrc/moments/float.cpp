@@ -1,5 +1,5 @@
 // The second-moment path in float.
-#include "moments_impl.h"
+#include "moments/impl.h"
 
 namespace bstriplet {
 

@@ -1,7 +1,7 @@
-// The operator batch_similarity on CUDA: the edge of cuda.cu.
+// The operator batch_similarity on CUDA: the edge of small_batch.cu.
 #include <torch/csrc/stable/accelerator.h>
 
-#include "cuda_launch.h"
+#include "cuda/small_batch.h"
 #include "operator.h"
 
 namespace bstriplet {

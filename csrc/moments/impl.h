@@ -4,8 +4,8 @@
 #include <numeric>
 #include <vector>
 
-#include "cpu.h"
-#include "moments.h"
+#include "cpu/cpu.h"
+#include "moments/moments.h"
 
 namespace bstriplet {
 namespace {

@@ -10,14 +10,14 @@
 //
 // Reads N D elements for each team and writes N D; N^2 D / 2 multiply-adds for S, for each team,
 // and N^2 D for the gradient; bound by latency. No atomics: the same bits from run to run.
-#include <cuda_messages.h>
+#include "cuda/cluster_messages.h"
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <atomic>
 #include <type_traits>
 
-#include "cuda_launch.h"
+#include "cuda/small_batch.h"
 
 namespace bstriplet {
 namespace {
