@@ -3,7 +3,6 @@
 #include <limits>
 #include <utility>
 
-#include "strided.h"
 
 namespace bstriplet {
 

@@ -234,7 +234,7 @@ class Batch {
   // S as raw products, its transpose where it is needed, and every 1 / |f_i|.
   void similarities() {
     const Kernels<T>& k = kernels<T>();
-    const T squared_eps = static_cast<T>(options_.eps * options_.eps);
+    const T squared_eps = static_cast<T>(options_.squared_eps);
     const bool symmetric = !in_.ref_emb;
     const int64_t count = tiles(in_.rows, in_.columns, symmetric);
     T* const mirror = symmetric ? s_.data : mirror_ ? mirror_->data : nullptr;
@@ -291,7 +291,6 @@ class Batch {
                                      : nullptr;
     const int64_t stride = in_.upstream ? in_.upstream->stride(0) : 0;
     const T margin = static_cast<T>(options_.margin), sigma = static_cast<T>(options_.sigma);
-    const double scale = options_.mean ? 1.0 / static_cast<double>(in_.rows) : 1.0;
     double total = 0;
     bool any_active = false;
     for (int64_t i = 0; i < in_.rows; ++i) {
@@ -299,12 +298,12 @@ class Batch {
       if (h <= 0) continue;
       any_active = true;
       total += static_cast<double>(h);
-      const T a = upstream == nullptr ? static_cast<T>(scale) : upstream[i * stride];
+      const T a = upstream == nullptr ? static_cast<T>(options_.scale) : upstream[i * stride];
       const int64_t positives = positives_of(i), negatives = negatives_of(i);
       if (positives > 0) own_.side.per_positive[i] = a / static_cast<T>(positives);
       if (negatives > 0) own_.side.per_negative[i] = sigma * a / static_cast<T>(negatives);
     }
-    *loss = static_cast<T>(scale * total);
+    *loss = static_cast<T>(options_.scale * total);
     return any_active;
   }
 
@@ -347,11 +346,7 @@ class Batch {
   Classes classes_;
 };
 
-Results batch_similarity(Tensor embeddings, Tensor labels, bool gradient, double margin, bool mean,
-                         bool is_signed, double sigma, double eps, std::optional<Tensor> ref_emb,
-                         std::optional<Tensor> ref_labels, std::optional<Tensor> upstream) {
-  const Inputs in = checked(embeddings, ref_emb, labels, ref_labels, upstream);
-  const Options options{margin, sigma, is_signed, eps, mean, gradient};
+Results run(const Inputs& in, const Options& options) {
   return in.accumulation == ScalarType::Double ? Batch<double>(in, options).run()
                                                : Batch<float>(in, options).run();
 }
@@ -371,7 +366,7 @@ std::string instruction_set_name() {
 }  // namespace bstriplet
 
 STABLE_TORCH_LIBRARY_IMPL(bstriplet, CPU, library) {
-  library.impl("batch_similarity", TORCH_BOX(&bstriplet::batch_similarity));
+  library.impl("batch_similarity", TORCH_BOX(&bstriplet::batch_similarity<&bstriplet::run>));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bstriplet, CompositeExplicitAutograd, library) {

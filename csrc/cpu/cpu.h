@@ -10,7 +10,7 @@
 #include <type_traits>
 
 #include "kernels/kernels.h"
-#include "strided.h"
+#include "rows.h"
 
 namespace bstriplet {
 

@@ -1,4 +1,4 @@
-// The operator batch_similarity on CUDA: the edge of small_batch.cu.
+// batch_similarity on CUDA: checks and allocates, then launches the kernel of small_batch.cu.
 #include <torch/csrc/stable/accelerator.h>
 
 #include "cuda/small_batch.h"
@@ -7,23 +7,7 @@
 namespace bstriplet {
 namespace {
 
-auto launch_for(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return &launch<double>;
-    case ScalarType::Float:
-      return &launch<float>;
-    case ScalarType::Half:
-      return &launch<Half>;
-    default:
-      return &launch<BFloat16>;
-  }
-}
-
-Results batch_similarity(Tensor embeddings, Tensor labels, bool gradient, double margin, bool mean,
-                         bool is_signed, double sigma, double eps, std::optional<Tensor> ref_emb,
-                         std::optional<Tensor> ref_labels, std::optional<Tensor> upstream) {
-  const Inputs in = checked(embeddings, ref_emb, labels, ref_labels, upstream);
+Results run(const Inputs& in, const Options& options) {
   const int64_t n = in.rows, d = in.depth;
   STD_TORCH_CHECK(n <= kMaxRows && !in.ref_emb, "on CUDA batch_similarity takes up to ", kMaxRows,
                   " rows and no ref_emb, got ", n, " rows");
@@ -35,30 +19,21 @@ Results batch_similarity(Tensor embeddings, Tensor labels, bool gradient, double
   Tensor loss = empty_scalar(in.accumulation, in.embeddings);
   Tensor means = empty_matrix(2, n, in.accumulation, in.embeddings);
   Tensor nothing = empty_vector(0, in.accumulation, in.embeddings);
-  Tensor grad = gradient ? empty_matrix(n, d, in.accumulation, in.embeddings) : nothing;
-  const StridedRows rows = strided_rows(in.embeddings);
+  Tensor grad = options.gradient ? empty_matrix(n, d, in.accumulation, in.embeddings) : nothing;
   const SmallBatch batch{
-      rows.data,
-      n,
-      d,
-      rows.row_stride,
-      rows.column_stride,
+      strided_rows(in.embeddings),
       static_cast<const int64_t*>(in.labels.const_data_ptr()),
       in.labels.stride(0),
       in.upstream ? in.upstream->const_data_ptr() : nullptr,
       in.upstream ? in.upstream->stride(0) : 0,
-      margin,
-      sigma,
-      eps * eps,
-      mean ? 1.0 / static_cast<double>(n) : 1.0,
-      is_signed,
-      gradient,
+      options,
       loss.mutable_data_ptr(),
       means.mutable_data_ptr(),
       grad.mutable_data_ptr(),
   };
-  const char* const error = launch_for(in.embeddings.scalar_type())(batch, device, stream);
-  STD_TORCH_CHECK(error == nullptr, "batch_similarity on CUDA, embeddings [", n, ", ", d, "]: ", error);
+  const char* const error = launch(batch, device, stream);
+  STD_TORCH_CHECK(error == nullptr, "batch_similarity on CUDA, embeddings [", n, ", ", d,
+                  "]: ", error);
   return {loss, means, grad, nothing};
 }
 
@@ -66,5 +41,5 @@ Results batch_similarity(Tensor embeddings, Tensor labels, bool gradient, double
 }  // namespace bstriplet
 
 STABLE_TORCH_LIBRARY_IMPL(bstriplet, CUDA, library) {
-  library.impl("batch_similarity", TORCH_BOX(&bstriplet::batch_similarity));
+  library.impl("batch_similarity", TORCH_BOX(&bstriplet::batch_similarity<&bstriplet::run>));
 }

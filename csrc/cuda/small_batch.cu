@@ -41,6 +41,15 @@ struct alignas(16) Vector {
   T of[kVector<T>];
 };
 
+// Half precision as it lies in memory; reading cuda_fp16.h and cuda_bf16.h for each chip would be a
+// tenth of the time that the kernel compiles.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
 // As many columns as a Vector has, as they lie in memory.
 template <class In>
 using Accumulation = std::conditional_t<std::is_same_v<In, double>, double, float>;
@@ -49,23 +58,16 @@ struct alignas(sizeof(In) * kVector<Accumulation<In>>) Raw {
   In of[kVector<Accumulation<In>>];
 };
 
-template <class In>
-struct Arguments {
-  const In* embeddings;
-  int64_t row_stride, column_stride;
-  const int64_t* labels;
-  int64_t label_stride;
-  const void* upstream;  // of the accumulation type, or null
-  int64_t upstream_stride;
-  int rows;
-  int64_t depth;
+// What the kernel takes: the batch, and how the launch shares out its columns.
+struct Arguments : SmallBatch {
   int64_t share, part;  // columns of which a block forms S; of those, columns of its gradient
   int chunk, stride;    // vectors of a row in shared memory at a time; from row to row
   bool vectors;         // whether a vector is a single aligned load from memory
-  double margin, sigma, squared_eps, scale;
-  bool is_signed, gradient;
-  void *loss, *means, *grad;  // of the accumulation type
 };
+
+__device__ inline int rows_of(const Arguments& args) {
+  return static_cast<int>(args.embeddings.rows);  // at most kMaxRows
+}
 
 __device__ inline float widen(float x) { return x; }
 __device__ inline double widen(double x) { return x; }
@@ -112,23 +114,24 @@ __device__ inline int element(int n, int i, int j) {
 }
 
 // Vectors of a chunk of columns [from, end).
-template <class In>
-__device__ inline int vectors_of(const Arguments<In>& args, int64_t from, int64_t end) {
-  constexpr int vector = kVector<Accumulation<In>>;
+template <class T>
+__device__ inline int vectors_of(const Arguments& args, int64_t from, int64_t end) {
   return static_cast<int>(
-      max(int64_t{0}, min(int64_t{args.chunk}, (end - from + vector - 1) / vector)));
+      max(int64_t{0}, min(int64_t{args.chunk}, (end - from + kVector<T> - 1) / kVector<T>)));
 }
 
 // A chunk of the columns [from, end), zeros after `end`, on its way while the caller goes on. The
 // lanes of a row take adjacent vectors.
 template <class In>
-__device__ inline void load(const Arguments<In>& args, int64_t from, int64_t end,
+__device__ inline void load(const Arguments& args, int64_t from, int64_t end,
                             Raw<In> (&held)[kSlots]) {
   constexpr int vector = kVector<Accumulation<In>>;
   const int row = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  const int count = row < args.rows ? vectors_of(args, from, end) : 0;
+  const int count = row < rows_of(args) ? vectors_of<Accumulation<In>>(args, from, end) : 0;
   const int64_t at = from + lane * vector;
-  const In* const source = args.embeddings + row * args.row_stride + at * args.column_stride;
+  const StridedRows& x = args.embeddings;
+  const In* const source =
+      static_cast<const In*>(x.data) + row * x.row_stride + at * x.column_stride;
   if (args.vectors) {
 #pragma unroll
     for (int k = 0; k < kSlots; ++k) {
@@ -142,7 +145,7 @@ __device__ inline void load(const Arguments<In>& args, int64_t from, int64_t end
       for (int c = 0; c < vector; ++c) {
         const int ahead = k * kLanes * vector + c;
         const bool inside = lane + k * kLanes < count && at + ahead < end;
-        held[k].of[c] = inside ? source[ahead * args.column_stride] : In{};
+        held[k].of[c] = inside ? source[ahead * x.column_stride] : In{};
       }
     }
   }
@@ -150,10 +153,10 @@ __device__ inline void load(const Arguments<In>& args, int64_t from, int64_t end
 
 // What `load` brought, `count` vectors of every row, into shared.columns.
 template <class In, class T>
-__device__ inline void store(const Arguments<In>& args, int count, const Raw<In> (&held)[kSlots],
+__device__ inline void store(const Arguments& args, int count, const Raw<In> (&held)[kSlots],
                              Shared<T>& shared) {
   const int row = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  if (row >= args.rows) return;
+  if (row >= rows_of(args)) return;
 #pragma unroll
   for (int k = 0; k < kSlots; ++k) {
     if (lane + k * kLanes >= count) continue;
@@ -185,9 +188,9 @@ __device__ inline void add_over_groups(int group, T (&values)[all]) {
 // the blocks that add them. `groups` adjacent lanes share a 4 x 4 tile of the lower triangle: each
 // takes every groups-th vector.
 template <int groups, int cluster, class In, class T>
-__device__ void dots(const Arguments<In>& args, int64_t begin, int64_t end,
+__device__ void dots(const Arguments& args, int64_t begin, int64_t end,
                      Raw<In> (&held)[kSlots], Shared<T>& shared) {
-  const int down = (args.rows + 3) / 4;
+  const int down = (rows_of(args) + 3) / 4;
   const int group = threadIdx.x % groups, tile = threadIdx.x / groups;
   const bool active = tile < down * (down + 1) / 2;
   int top = tile, left = tile;
@@ -199,7 +202,7 @@ __device__ void dots(const Arguments<In>& args, int64_t begin, int64_t end,
   const int64_t step = args.chunk * kVector<T>;
   T acc[16] = {};
   for (int64_t from = begin;; from += step) {
-    const int count = vectors_of(args, from, end);
+    const int count = vectors_of<T>(args, from, end);
     store(args, count, held, shared);
     __syncthreads();
     if (from + step < end) load(args, from + step, end, held);
@@ -244,9 +247,9 @@ __device__ void dots(const Arguments<In>& args, int64_t begin, int64_t end,
 
 // Among as many lanes as there are threads for.
 template <int cluster, class In, class T>
-__device__ void dots(const Arguments<In>& args, int64_t begin, int64_t end,
+__device__ void dots(const Arguments& args, int64_t begin, int64_t end,
                      Raw<In> (&held)[kSlots], Shared<T>& shared) {
-  const int down = (args.rows + 3) / 4, tiles = down * (down + 1) / 2;
+  const int down = (rows_of(args) + 3) / 4, tiles = down * (down + 1) / 2;
   if (8 * tiles <= kThreads) {
     dots<8, cluster>(args, begin, end, held, shared);
   } else if (4 * tiles <= kThreads) {
@@ -321,10 +324,10 @@ struct Row {
   int at[kSlots];  // where the elements of S are in shared.s
 };
 
-template <class In, class T>
-__device__ Row<T> row_of(const Arguments<In>& args, const Shared<T>& shared) {
-  const int i = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, n = args.rows;
-  Row<T> row{0, 0, 0, static_cast<T>(args.scale), {}};
+template <class T>
+__device__ Row<T> row_of(const Arguments& args, const Shared<T>& shared) {
+  const int i = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, n = rows_of(args);
+  Row<T> row{0, 0, 0, static_cast<T>(args.options.scale), {}};
   int positives = 0;
   if (i < n) {
     if (args.upstream != nullptr) {
@@ -349,10 +352,10 @@ __device__ Row<T> row_of(const Arguments<In>& args, const Shared<T>& shared) {
 }
 
 // Eq. 3 for every row: the means, h_i, and a_i over its counts. `s` becomes the lane's cosines.
-template <class In, class T>
-__device__ void row_means(const Arguments<In>& args, const Row<T>& row, bool writes,
+template <class T>
+__device__ void row_means(const Arguments& args, const Row<T>& row, bool writes,
                           T (&s)[kSlots], Shared<T>& shared) {
-  const int i = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, n = args.rows;
+  const int i = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, n = rows_of(args);
   T same = 0, other = 0;
 #pragma unroll
   for (int k = 0; k < kSlots; ++k) {
@@ -360,14 +363,14 @@ __device__ void row_means(const Arguments<In>& args, const Row<T>& row, bool wri
     const int j = lane + k * kLanes;
     if (i >= n || j >= n || j == i) continue;
     s[k] = shared.s[row.at[k]] * shared.inverse[i] * shared.inverse[j];
-    const T phi = s[k] * phi_slope(s[k], args.is_signed);
+    const T phi = s[k] * phi_slope(s[k], args.options.is_signed);
     (row.positives >> k & 1 ? same : other) += phi;
   }
   const T positive = sum_over<kLanes>(same) * row.per_positive;
   const T negative = sum_over<kLanes>(other) * row.per_negative;
   if (i >= n || lane != 0) return;
-  const T sigma = static_cast<T>(args.sigma);
-  const T h = static_cast<T>(args.margin) - positive + sigma * negative;
+  const T sigma = static_cast<T>(args.options.sigma);
+  const T h = static_cast<T>(args.options.margin) - positive + sigma * negative;
   const bool inactive = h <= 0;  // false for NaN, which counts as active
   const T a = inactive ? T(0) : row.upstream;
   shared.loss[i] = inactive ? T(0) : h;
@@ -381,10 +384,10 @@ __device__ void row_means(const Arguments<In>& args, const Row<T>& row, bool wri
 
 // The weights of dL/df_i = sum_j weights[j][i] f_j / |f_i|: w_ij phi'(s_ij) / |f_j|, on the
 // diagonal -sum_j w_ij phi'(s_ij) s_ij / |f_i|.
-template <class In, class T>
-__device__ void weigh(const Arguments<In>& args, const Row<T>& row, const T (&s)[kSlots],
+template <class T>
+__device__ void weigh(const Arguments& args, const Row<T>& row, const T (&s)[kSlots],
                       Shared<T>& shared) {
-  const int j = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, n = args.rows;
+  const int j = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, n = rows_of(args);
   T along = 0;
 #pragma unroll
   for (int k = 0; k < kSlots; ++k) {
@@ -393,7 +396,7 @@ __device__ void weigh(const Arguments<In>& args, const Row<T>& row, const T (&s)
     if (j >= n || i >= n || i == j) continue;
     const T weight = row.positives >> k & 1 ? -(shared.per_positive[i] + shared.per_positive[j])
                                            : shared.per_negative[i] + shared.per_negative[j];
-    const T slope = 2 * weight * phi_slope(s[k], args.is_signed);
+    const T slope = 2 * weight * phi_slope(s[k], args.options.is_signed);
     along += slope * s[k];
     shared.weights[j][i] = slope * shared.inverse[j];
   }
@@ -403,12 +406,12 @@ __device__ void weigh(const Arguments<In>& args, const Row<T>& row, const T (&s)
 
 // dL/df in columns [begin, end), of which `columns` has the vectors. A warp has 4 rows. Four lanes
 // share a vector of them: each takes every fourth embedding, and in the end has a row.
-template <class In, class T>
-__device__ void gradient(const Arguments<In>& args, int64_t begin, int64_t end,
+template <class T>
+__device__ void gradient(const Arguments& args, int64_t begin, int64_t end,
                          const Vector<T>* columns, const Shared<T>& shared) {
   constexpr int vector = kVector<T>;
   static_assert(kMaxRows <= 4 * kWarps);
-  const int n = args.rows, across = vectors_of(args, begin, end);
+  const int n = rows_of(args), across = vectors_of<T>(args, begin, end);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 8;
   const int top = 4 * warp;
   if (top >= n) return;
@@ -430,7 +433,7 @@ __device__ void gradient(const Arguments<In>& args, int64_t begin, int64_t end,
     const int i = top + group;
     if (v >= across || i >= n) continue;
     const int64_t d = begin + v * vector;
-    T* const target = static_cast<T*>(args.grad) + i * args.depth + d;
+    T* const target = static_cast<T*>(args.grad) + i * args.embeddings.columns + d;
     Vector<T> scaled;
 #pragma unroll
     for (int c = 0; c < vector; ++c) scaled.of[c] = acc[c] * shared.inverse[i];
@@ -446,12 +449,12 @@ __device__ void gradient(const Arguments<In>& args, int64_t begin, int64_t end,
 }
 
 template <class In, class T, int cluster>
-__device__ void batch_similarity(const Arguments<In>& args) {
+__device__ void batch_similarity(const Arguments& args) {
   __shared__ Shared<T> shared;
   static_assert(sizeof(shared) <= 48 * 1024, "the static shared memory of a block on every chip");
   static_assert(kMaxRows <= kLanes * kSlots && kMaxRows <= kThreads);
-  const int n = args.rows, rank = blockIdx.x % cluster, team = blockIdx.x / cluster;
-  const int64_t begin = rank * args.share, end = min(args.depth, begin + args.share);
+  const int n = rows_of(args), rank = blockIdx.x % cluster, team = blockIdx.x / cluster;
+  const int64_t begin = rank * args.share, end = min(args.embeddings.columns, begin + args.share);
   Raw<In> held[kSlots];
   load(args, begin, end, held);
   const int own = threadIdx.x;
@@ -461,7 +464,7 @@ __device__ void batch_similarity(const Arguments<In>& args) {
   }
   if (own < n) shared.label[own] = args.labels[own * args.label_stride];
   dots<cluster>(args, begin, end, held, shared);
-  const T squared_eps = static_cast<T>(args.squared_eps);
+  const T squared_eps = static_cast<T>(args.options.squared_eps);
   if constexpr (cluster > 1) add_over_cluster<cluster>(n, squared_eps, shared);
   const bool has_rows = own / 32 * (32 / kLanes) < n;  // the warp: its lanes stay together
   Row<T> row{};
@@ -476,7 +479,7 @@ __device__ void batch_similarity(const Arguments<In>& args) {
   T s[kSlots];
   if (has_rows) row_means(args, row, blockIdx.x == 0, s, shared);
   __syncthreads();
-  if (args.gradient) {
+  if (args.options.gradient) {
     if (has_rows) weigh(args, row, s, shared);
     __syncthreads();
   }
@@ -484,11 +487,11 @@ __device__ void batch_similarity(const Arguments<In>& args) {
     const int lane = threadIdx.x % 32;
     double total = 0;
     for (int i = lane; i < n; i += 32) total += static_cast<double>(shared.loss[i]);
-    const double scale = args.scale;
+    const double scale = args.options.scale;
     total = sum_over<32>(total);
     if (lane == 0) *static_cast<T*>(args.loss) = static_cast<T>(scale * total);
   }
-  if (!args.gradient) return;
+  if (!args.options.gradient) return;
   const int64_t first = begin + team * args.part, last = min(end, first + args.part);
   const int64_t step = args.chunk * kVector<T>;
   if (args.share <= step) {
@@ -497,7 +500,7 @@ __device__ void batch_similarity(const Arguments<In>& args) {
   }
   for (int64_t from = first; from < last; from += step) {
     load(args, from, last, held);
-    store(args, vectors_of(args, from, last), held, shared);
+    store(args, vectors_of<T>(args, from, last), held, shared);
     __syncthreads();
     gradient(args, from, last, shared.columns, shared);
     if (from + step < last) __syncthreads();
@@ -505,7 +508,7 @@ __device__ void batch_similarity(const Arguments<In>& args) {
 }
 
 template <class In, class T, int cluster>
-__global__ void __launch_bounds__(kThreads, 1) batch_similarity_kernel(const Arguments<In> args) {
+__global__ void __launch_bounds__(kThreads, 1) batch_similarity_kernel(const Arguments args) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   if constexpr (cluster > 1) {
     __trap();  // never launched on a chip without clusters; if it were, an error and no numbers
@@ -535,6 +538,7 @@ template <class In>
 cudaError_t launch_as(const SmallBatch& batch, int device, void* stream) {
   using T = Accumulation<In>;
   constexpr int vector = kVector<T>;
+  const StridedRows& x = batch.embeddings;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
@@ -544,7 +548,7 @@ cudaError_t launch_as(const SmallBatch& batch, int device, void* stream) {
   config.attrs = &cluster;
   config.numAttrs = 1;
   struct Form {
-    void (*kernel)(Arguments<In>);
+    void (*kernel)(Arguments);
     int team_size;
     std::atomic<int> known[128];  // by device: 1 + the clusters, since to ask takes microseconds
   };
@@ -568,41 +572,24 @@ cudaError_t launch_as(const SmallBatch& batch, int device, void* stream) {
     break;
   }
   if (team_size == 1) config.numAttrs = 0;
-  const int64_t vectors = quotient_up(quotient_up(batch.depth, team_size), vector);
-  const int64_t wanted = batch.gradient ? quotient_up(vectors * vector, kPart) : 1;
+  const int64_t vectors = quotient_up(quotient_up(x.columns, team_size), vector);
+  const int64_t wanted = batch.options.gradient ? quotient_up(vectors * vector, kPart) : 1;
   const int64_t teams = wanted < most ? wanted : most;
   config.gridDim = dim3(static_cast<unsigned>(team_size * teams));
   // An odd stride between rows has the fewest conflicts.
-  const int64_t room = kRoom<T> / (4 * quotient_up(batch.rows, 4));
+  const int64_t room = kRoom<T> / (4 * quotient_up(x.rows, 4));
   const int64_t longest = (std::min<int64_t>(room, kSlots * kLanes) - 1) / 2 * 2 + 1;
   const int64_t chunk = quotient_up(vectors, quotient_up(vectors, longest));
-  const auto address = reinterpret_cast<uintptr_t>(batch.embeddings);
-  const bool aligned = batch.column_stride == 1 && batch.row_stride % vector == 0 &&
-                       batch.depth % vector == 0 && address % sizeof(Raw<In>) == 0;
-  const Arguments<In> args{
-      static_cast<const In*>(batch.embeddings),
-      batch.row_stride,
-      batch.column_stride,
-      batch.labels,
-      batch.label_stride,
-      batch.upstream,
-      batch.upstream_stride,
-      static_cast<int>(batch.rows),
-      batch.depth,
+  const auto address = reinterpret_cast<uintptr_t>(x.data);
+  const bool aligned = x.column_stride == 1 && x.row_stride % vector == 0 &&
+                       x.columns % vector == 0 && address % sizeof(Raw<In>) == 0;
+  const Arguments args{
+      batch,
       vectors * vector,
       quotient_up(vectors, teams) * vector,
       static_cast<int>(chunk),
       static_cast<int>(chunk | 1),
       aligned,
-      batch.margin,
-      batch.sigma,
-      batch.squared_eps,
-      batch.scale,
-      batch.is_signed,
-      batch.gradient,
-      batch.loss,
-      batch.means,
-      batch.grad,
   };
   const cudaError_t launched = cudaLaunchKernelEx(&config, kernel, args);
   if (launched != cudaSuccess) cudaGetLastError();  // else the next call of anyone finds it
@@ -611,15 +598,13 @@ cudaError_t launch_as(const SmallBatch& batch, int device, void* stream) {
 
 }  // namespace
 
-template <class In>
 const char* launch(const SmallBatch& batch, int device, void* stream) {
-  const cudaError_t error = launch_as<In>(batch, device, stream);
+  const Element element = batch.embeddings.element;
+  const cudaError_t error = element == Element::float64   ? launch_as<double>(batch, device, stream)
+                            : element == Element::float32 ? launch_as<float>(batch, device, stream)
+                            : element == Element::float16 ? launch_as<Half>(batch, device, stream)
+                                                          : launch_as<BFloat16>(batch, device, stream);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
-
-template const char* launch<double>(const SmallBatch&, int, void*);
-template const char* launch<float>(const SmallBatch&, int, void*);
-template const char* launch<Half>(const SmallBatch&, int, void*);
-template const char* launch<BFloat16>(const SmallBatch&, int, void*);
 
 }  // namespace bstriplet

@@ -5,7 +5,6 @@
 
 #include "moments/moments.h"
 #include "operator.h"
-#include "strided.h"
 
 namespace bstriplet {
 namespace {
