@@ -112,7 +112,7 @@ def extensions() -> list[Extension]:
     # What takes longest comes first, so that the processors are done together.
     drivers = [
         *("moments/float", "moments/double", "cpu/batch_similarity", "moments/operators"),
-        *("operator", "schema"),
+        *("cpu/cpu", "operator", "schema"),
     ]
     kernels = [f"kernels/{name}" for name in (("avx512", "avx2") if X86 else ())]
     kernels.append("kernels/baseline")

@@ -2,4 +2,4 @@
 #define BST_ISA avx2
 #define BST_VECTOR_BYTES 32
 #define BST_REGISTERS 16
-#include "kernels/pairs.h"
+#include "kernels/table.h"

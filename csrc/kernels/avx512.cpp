@@ -2,4 +2,4 @@
 #define BST_ISA avx512
 #define BST_VECTOR_BYTES 64
 #define BST_REGISTERS 32
-#include "kernels/pairs.h"
+#include "kernels/table.h"

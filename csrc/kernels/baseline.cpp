@@ -6,4 +6,4 @@
 #else
 #define BST_REGISTERS 16
 #endif
-#include "kernels/pairs.h"
+#include "kernels/table.h"

@@ -1,11 +1,5 @@
-// Vectors of BST_VECTOR_BYTES: the compiler's own where it has them (GCC, Clang), arrays elsewhere.
-// Included inside the namespace of one instruction set.
-
-#if defined(__GNUC__)
-#define BST_INLINE inline __attribute__((always_inline))
-#else
-#define BST_INLINE inline
-#endif
+// Vectors of BST_VECTOR_BYTES: the compiler's own (GCC, Clang), else arrays. The arrays are for MSVC,
+// with which nobody has built this yet.
 
 template <class T>
 struct VecOf {

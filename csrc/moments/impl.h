@@ -115,8 +115,8 @@ class Moments {
           const Scratch scratch = make_scratch(1);
           read_units(rows, scratch.unit);
           const Block<const T> unit = as_const(with_rows(scratch.unit, rows.size()));
-          k_.forms(unit, packed[0], scratch.numbers);
-          k_.forms(unit, packed[1], scratch.more_numbers);
+          k_.quadratic_forms(unit, packed[0], scratch.numbers);
+          k_.quadratic_forms(unit, packed[1], scratch.more_numbers);
           for (int64_t i = 0; i < rows.size(); ++i) {
             const int64_t at = order_[rows.begin + i];
             positive[at] = weight_p * (scratch.numbers[i] - self(rows.begin + i));
@@ -453,7 +453,7 @@ class Moments {
     std::fill(s, s + members * stride, T(0));
     const Matrix<T> rows{unit, members, d_, stride_};
     k_.dots(rows, rows, s, stride, s, stride, scratch.more_numbers, 0,
-            tiles(members, members, true));
+            tile_count(members, members, true));
   }
 
   void small_means(const Complements& others, T* positive, T* negative) const {
@@ -470,7 +470,7 @@ class Moments {
             const Scratch scratch = make_scratch(1);
             read_units(rows, scratch.unit);
             T* const all = scratch.numbers;
-            k_.forms(as_const(with_rows(scratch.unit, rows.size())), packed.data(), all);
+            k_.quadratic_forms(as_const(with_rows(scratch.unit, rows.size())), packed.data(), all);
             for (int64_t c = units[i].begin; c < units[i].end; ++c) {
               const int64_t members = classes_.size(c), first = classes_.starts[c] - rows.begin;
               const T weight_p = static_cast<T>(classes_.p(c)),
@@ -548,7 +548,7 @@ class Moments {
       T* const s = scratch.similarity + i * scratch.similarity_stride;
       for (int64_t j = 0; j < members; ++j) s[j] *= scale * (own_a[i] + own_a[j]);
     }
-    k_.add_block(scratch.similarity, scratch.similarity_stride, {unit, members, d_, stride_}, v);
+    k_.add_weighted_rows(scratch.similarity, scratch.similarity_stride, {unit, members, d_, stride_}, v);
   }
 
   // Rows of dL/df from those of dL/du, to their places.

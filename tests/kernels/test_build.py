@@ -75,7 +75,16 @@ def test_a_source_is_compiled_again_for_the_headers_that_it_includes(monkeypatch
     monkeypatch.chdir(ROOT)
     with_headers = runpy.run_path("setup.py")["with_headers"]
     found = {path.as_posix() for path in with_headers(Path("csrc/kernels/avx2.cpp"))}
-    names = ("avx2.cpp", "pairs.h", "kernels.h", "vec.h", "moments.h")
+    names = (
+        "avx2.cpp",
+        "table.h",
+        "kernels.h",
+        "vec.h",
+        "tiles.h",
+        "halves.h",
+        "moments.h",
+        "pairs.h",
+    )
     assert found == {f"csrc/kernels/{name}" for name in names}
     arithmetic = (
         *("moments/float.cpp", "moments/double.cpp"),
