@@ -111,8 +111,8 @@ def extensions() -> list[Extension]:
     }
     # What takes longest comes first, so that the processors are done together.
     drivers = [
-        *("moments/float", "moments/double", "cpu/batch_similarity", "moments/operators"),
-        *("cpu/cpu", "operator", "schema"),
+        *("moments/sums", "cpu/batch_similarity", "moments/operators", "moments/gradient"),
+        *("moments/means", "cpu/cpu", "operator", "schema"),
     ]
     kernels = [f"kernels/{name}" for name in (("avx512", "avx2") if X86 else ())]
     kernels.append("kernels/baseline")
