@@ -7,7 +7,7 @@ struct Options {
   double margin;       // m of Eq. 3
   double sigma;        // the sign of Eq. 3's second mean
   double squared_eps;  // |f_i|^2 up to which row i is a zero row
-  double scale;        // of the sum of max(0, h_i): 1 / N for the mean; also dL/dl_i without upstream
+  double scale;        // L = scale sum max(0, h_i): 1 / N or 1; without upstream also dL/dl_i
   bool is_signed;      // phi(s) = s|s| instead of s^2
   bool gradient;       // whether the gradients are wanted
 };

@@ -1,12 +1,13 @@
 // batch_similarity on the CPU: Eqs. 3 and 4 and their gradient in one call.
 //
-// S is computed once, as raw dot products: N M D multiply-adds for N rows and M columns, half of that
-// without ref_emb, where M = N. One sweep over S gives every row's sums; a second turns S in place into
-// the weights w_ij phi'(s_ij) / |f_j|; their product with the embeddings, another N M D multiply-adds,
-// is the gradient. Large batches are bound by the products, small ones by the calls around them.
+// S is computed once, as raw dot products: N M D multiply-adds for N rows and M columns, half of
+// that without ref_emb, where M = N. One sweep over S gives every row's sums; a second turns S in
+// place into the weights w_ij phi'(s_ij) / |f_j|; their product with the embeddings, another N M D
+// multiply-adds, is the gradient. Large batches are bound by the products, small ones by the calls
+// around them.
 //
-// One thread computes every number in one order, so the bits depend on neither the number of threads
-// nor on chance.
+// One thread computes every number in one order, so the bits depend on neither the number of
+// threads nor on chance.
 #include <algorithm>
 #include <optional>
 #include <vector>
@@ -17,8 +18,8 @@
 namespace bstriplet {
 namespace {
 
-// S, or its transpose: rows are padded to whole vectors. An odd number of cache lines from row to row
-// keeps rows from falling into the same few sets of the cache.
+// S, or its transpose: rows are padded to whole vectors. An odd number of cache lines from row to
+// row keeps rows from falling into the same few sets of the cache.
 template <class T>
 struct PairMatrix {
   Tensor owner;
@@ -217,8 +218,8 @@ class Batch {
     });
   }
 
-  // Computes Eq. 4, and each row's a_i = dL/dl_i [h_i > 0] over its counts. Returns whether any row is
-  // active; a NaN is.
+  // Computes Eq. 4, and each row's a_i = dL/dl_i [h_i > 0] over its counts. Returns whether any row
+  // is active; a NaN is.
   bool hinge(const T* positive, const T* negative, T* loss) {
     const T* upstream = in_.upstream ? static_cast<const T*>(in_.upstream->const_data_ptr())
                                      : nullptr;

@@ -24,8 +24,8 @@ bool supports(InstructionSet set) {
          (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
 }
 
-// The widest that the processor has. BSTRIPLET_INSTRUCTION_SET can ask for a narrower one, to have the
-// same bits on different processors.
+// The widest that the processor has. BSTRIPLET_INSTRUCTION_SET can ask for a narrower one, to have
+// the same bits on different processors.
 InstructionSet choose_instruction_set() {
   const char* wanted = std::getenv("BSTRIPLET_INSTRUCTION_SET");
   const std::string limit = wanted == nullptr ? "avx512" : wanted;

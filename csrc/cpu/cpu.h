@@ -1,5 +1,5 @@
-// What the operators share on the CPU: the choice of kernels, threads, scratch, and reading rows. It
-// has no headers of torch, so that the arithmetic compiles in a moment.
+// What the operators share on the CPU: the choice of kernels, threads, scratch, and reading rows.
+// It has no headers of torch, so that the arithmetic compiles in a moment.
 #pragma once
 
 #include <algorithm>
@@ -47,8 +47,8 @@ inline int64_t grain(int64_t multiply_adds_per_unit) {
   return std::max<int64_t>(1, (int64_t{1} << 18) / std::max<int64_t>(1, multiply_adds_per_unit));
 }
 
-// Runs work(begin, end) on torch's threads, for pieces of [begin, end) of at least `grain` units. An
-// exception in one of them is thrown here.
+// Runs work(begin, end) on torch's threads, for pieces of [begin, end) of at least `grain` units.
+// An exception in one of them is thrown here.
 void run_parallel(int64_t begin, int64_t end, int64_t grain,
                   void (*work)(int64_t begin, int64_t end, void* context), void* context);
 
@@ -56,12 +56,14 @@ template <class Work>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const Work& work) {
   run_parallel(
       begin, end, grain,
-      [](int64_t from, int64_t to, void* context) { (*static_cast<const Work*>(context))(from, to); },
+      [](int64_t from, int64_t to, void* context) {
+        (*static_cast<const Work*>(context))(from, to);
+      },
       const_cast<Work*>(&work));
 }
 
-// Maps the pages of large fresh memory, by all threads. Else the first write to each page traps: for
-// 512 MiB and two threads that takes 120 ms, this 77.
+// Maps the pages of large fresh memory, by all threads. Else the first write to each page traps:
+// for 512 MiB and two threads that takes 120 ms, this 77.
 void map_pages(void* data, int64_t bytes);
 
 // Brings the start of a row to the cache; the processor fetches the rest of a long row by itself.

@@ -1,15 +1,15 @@
 // batch_similarity on CUDA for small batches (N <= 64, the paper's N_b = 36): loss, row means and
 // gradient in one launch.
 //
-// A team of blocks forms S, N x N, in shared memory. Where blocks can be a cluster (Hopper and
-// later), 16 or else eight are the team: each multiplies out its share of the D columns, and
-// messages between the blocks add the partial S, always in the same order. Elsewhere a block is a
-// team of its own and multiplies out all columns. Several teams form the same S, so that the
-// columns of the gradient are spread over more multiprocessors: at this size that is cheaper than a
-// second launch.
+// A team of blocks forms S, N x N, in shared memory. On chips with clusters (Hopper and later) a
+// team is 16 blocks, or eight where 16 do not fit: each multiplies out its share of the D columns,
+// and messages between the blocks add the partial S, always in the same order. On other chips a
+// team is one block, which multiplies out all columns. Every team forms the whole S and writes its
+// own columns of the gradient: at this size that is cheaper than a second launch.
 //
-// Reads N D elements for each team and writes N D; N^2 D / 2 multiply-adds for S, for each team,
-// and N^2 D for the gradient; bound by latency. No atomics: the same bits from run to run.
+// Each team reads N D elements and does N^2 D / 2 multiply-adds for S; all teams together write N D
+// elements, for another N^2 D multiply-adds. The kernel is bound by latency. It has no atomics, so
+// that the bits are the same from run to run.
 #include "cuda/cluster_messages.h"
 #include <cuda_runtime.h>
 
@@ -24,11 +24,11 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
-constexpr int kPart = 16;              // columns of the gradient that a block had best write
-constexpr int kMostClusters = 8;       // teams, however many columns: each reads all embeddings
-constexpr int kMostBlocks = 64;        // teams where there are no clusters
+constexpr int kPart = 16;              // columns of the gradient that suit a block best
+constexpr int kMostClusters = 8;       // the most teams of clusters: each reads all embeddings
+constexpr int kMostBlocks = 64;        // the most teams of one block
 constexpr int kLanes = kThreads / kMaxRows;  // adjacent lanes that have a row
-constexpr int kSlots = 8;              // vectors, and elements of S, that a lane has of its row
+constexpr int kSlots = 8;              // vectors, or elements of S, that a lane holds of its row
 constexpr int kStride = kMaxRows + 4;  // of the weights: whole 16-byte loads
 constexpr int kMostTiles = kMaxRows / 4 * (kMaxRows / 4 + 1) / 2;  // 4 x 4, of the lower triangle
 
@@ -41,8 +41,8 @@ struct alignas(16) Vector {
   T of[kVector<T>];
 };
 
-// Half precision as it lies in memory; reading cuda_fp16.h and cuda_bf16.h for each chip would be a
-// tenth of the time that the kernel compiles.
+// Half precision as it lies in memory. cuda_fp16.h and cuda_bf16.h would take a tenth of the time
+// that the kernel compiles.
 struct Half {
   uint16_t bits;
 };
@@ -50,7 +50,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// As many columns as a Vector has, as they lie in memory.
+// The columns of a Vector, as they lie in memory.
 template <class In>
 using Accumulation = std::conditional_t<std::is_same_v<In, double>, double, float>;
 template <class In>
@@ -78,7 +78,8 @@ __device__ inline float widen(Half x) {
 }
 __device__ inline float widen(BFloat16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
 
-// Over `lanes` adjacent lanes of a warp, all of which call it; each has the sum.
+// The sum over `lanes` adjacent lanes of a warp, in each of them. All lanes of the warp must call
+// it.
 template <int lanes, class T>
 __device__ inline T sum_over(T x) {
 #pragma unroll
@@ -86,7 +87,7 @@ __device__ inline T sum_over(T x) {
   return x;
 }
 
-// Vectors of the embeddings that are in shared memory at a time: a chunk of the columns.
+// Vectors that shared memory has room for: a chunk of the columns of all rows.
 template <class T>
 constexpr int kRoom = (sizeof(T) == 4 ? 27 : 9) * kMaxRows;
 
@@ -100,28 +101,28 @@ struct Shared {
     };
     alignas(16) T weights[kMaxRows][kStride];
   };
-  uint64_t parts_are_here, s_is_here;  // barriers of a cluster's messages
+  uint64_t parts_are_here, s_is_here;  // barriers that count a cluster's messages
   T inverse[kMaxRows];
   T per_positive[kMaxRows], per_negative[kMaxRows], loss[kMaxRows];
   int64_t label[kMaxRows];
 };
 
-// Where S_ij of n rows is in shared.s. A tile is there as a whole, on the diagonal too.
+// The index of S_ij of n rows in shared.s, which holds whole tiles, on the diagonal too.
 __device__ inline int element(int n, int i, int j) {
   const int high = max(i, j), low = min(i, j), top = high / 4, left = low / 4;
   const int tile = top == left ? top : (n + 3) / 4 + top * (top - 1) / 2 + left;
   return tile * 16 + high % 4 * 4 + low % 4;
 }
 
-// Vectors of a chunk of columns [from, end).
+// Vectors of a row in the chunk that begins at column `from` of [from, end).
 template <class T>
 __device__ inline int vectors_of(const Arguments& args, int64_t from, int64_t end) {
   return static_cast<int>(
       max(int64_t{0}, min(int64_t{args.chunk}, (end - from + kVector<T> - 1) / kVector<T>)));
 }
 
-// A chunk of the columns [from, end), zeros after `end`, on its way while the caller goes on. The
-// lanes of a row take adjacent vectors.
+// Starts to load a chunk of columns [from, end), zeros after `end`; the caller goes on meanwhile.
+// The lanes of a row take adjacent vectors.
 template <class In>
 __device__ inline void load(const Arguments& args, int64_t from, int64_t end,
                             Raw<In> (&held)[kSlots]) {
@@ -151,7 +152,7 @@ __device__ inline void load(const Arguments& args, int64_t from, int64_t end,
   }
 }
 
-// What `load` brought, `count` vectors of every row, into shared.columns.
+// Widens what `load` brought, `count` vectors of every row, into shared.columns.
 template <class In, class T>
 __device__ inline void store(const Arguments& args, int count, const Raw<In> (&held)[kSlots],
                              Shared<T>& shared) {
@@ -167,9 +168,9 @@ __device__ inline void store(const Arguments& args, int count, const Raw<In> (&h
   }
 }
 
-// Adds the values of `groups` lanes of a warp, `apart` from one to the next. A lane's values
-// [0, size / groups) are then the sums of those from group * size / groups on: each step exchanges
-// halves, so few values are sent.
+// Adds the values of `groups` lanes of a warp, which are `apart` lanes apart. Afterwards a lane's
+// values [0, size / groups) are the sums of those from group * size / groups on. Each step
+// exchanges halves, so that few values are sent.
 template <int groups, int apart, int size, class T, int all>
 __device__ inline void add_over_groups(int group, T (&values)[all]) {
   if constexpr (groups > 1) {
@@ -184,9 +185,9 @@ __device__ inline void add_over_groups(int group, T (&values)[all]) {
   }
 }
 
-// Raw products of columns [begin, end), of which `held` has the first chunk, into shared.s or to
-// the blocks that add them. `groups` adjacent lanes share a 4 x 4 tile of the lower triangle: each
-// takes every groups-th vector.
+// Multiplies out columns [begin, end), of which `held` has the first chunk. The raw products go
+// into shared.s, or to the blocks of the cluster that add them. `groups` adjacent lanes share a 4 x
+// 4 tile of the lower triangle: each takes every groups-th vector.
 template <int groups, int cluster, class In, class T>
 __device__ void dots(const Arguments& args, int64_t begin, int64_t end,
                      Raw<In> (&held)[kSlots], Shared<T>& shared) {
@@ -245,7 +246,7 @@ __device__ void dots(const Arguments& args, int64_t begin, int64_t end,
   }
 }
 
-// Among as many lanes as there are threads for.
+// The same, with as many lanes for a tile as there are threads for.
 template <int cluster, class In, class T>
 __device__ void dots(const Arguments& args, int64_t begin, int64_t end,
                      Raw<In> (&held)[kSlots], Shared<T>& shared) {
@@ -266,14 +267,14 @@ __device__ inline T inverse_norm(T squared, T squared_eps) {
                                 : rsqrt(squared);
 }
 
-// Vectors of S.
+// Vectors that hold S of n rows.
 template <class T>
 __device__ inline int vectors_of_s(int n) {
   const int down = (n + 3) / 4;
   return down * (down + 1) / 2 * 16 / kVector<T>;
 }
 
-// What `dots` and `add_over_cluster` of the cluster's blocks send to this one.
+// Tells the barriers how many bytes `dots` and `add_over_cluster` of all blocks send to this one.
 template <int cluster, class T>
 __device__ inline void expect_messages(int n, Shared<T>& shared) {
   const int count = vectors_of_s<T>(n), rank = static_cast<int>(blockIdx.x % cluster);
@@ -282,15 +283,15 @@ __device__ inline void expect_messages(int n, Shared<T>& shared) {
   expect(shared.s_is_here, count * 16 + n * static_cast<int>(sizeof(T)));
 }
 
-// Adds the cluster's partial S and sends the sums, and 1 over the norms, to every block. A block
-// adds every 16th vector of 16 blocks, so that little crosses between them. 16 lanes have a vector:
-// each reads what one block has sent, and sends the sum to that block.
+// Adds the cluster's partial S and sends the sums, and 1 over the norms, to every block. Of 16
+// blocks each adds every 16th vector, so that little crosses between them. 16 lanes share a vector:
+// each reads the part that one block has sent, and sends the sum to that block.
 template <int cluster, class T>
 __device__ void add_over_cluster(int n, T squared_eps, Shared<T>& shared) {
   const int count = vectors_of_s<T>(n), lane = threadIdx.x % cluster;
   const int rank = static_cast<int>(blockIdx.x % cluster);
-  // From the last warp on, since the first are busy with `row_of`. All lanes of a warp go through
-  // as many rounds, which shuffles need.
+  // The last warps begin, since the first are busy with `row_of`. All lanes of a warp run as many
+  // rounds, which shuffles need.
   const int start = (kWarps - 1 - static_cast<int>(threadIdx.x) / 32) * 32;
   if (start < count) wait_for(shared.parts_are_here);
   for (int from = start; from < count; from += kThreads) {
@@ -315,13 +316,13 @@ __device__ inline T phi_slope(T s, bool is_signed) {
   return is_signed ? (s < 0 ? -s : s) : s;  // half of phi'; s times it is phi
 }
 
-// What a lane knows of its row before S is there; its columns are lane, lane + kLanes, ...
+// What a lane knows of its row before S is there. Its columns are lane, lane + kLanes, ...
 template <class T>
 struct Row {
-  unsigned positives;            // bit k: whether column lane + k kLanes is a positive
+  unsigned positives;            // bit k: column lane + k kLanes is a positive
   T per_positive, per_negative;  // 1 over the counts of all columns; 0 where there are none
   T upstream;
-  int at[kSlots];  // where the elements of S are in shared.s
+  int at[kSlots];                // indices into shared.s
 };
 
 template <class T>
@@ -351,7 +352,8 @@ __device__ Row<T> row_of(const Arguments& args, const Shared<T>& shared) {
   return row;
 }
 
-// Eq. 3 for every row: the means, h_i, and a_i over its counts. `s` becomes the lane's cosines.
+// Computes Eq. 3 for every row: the means, h_i, and a_i over its counts. `s` becomes the lane's
+// cosines.
 template <class T>
 __device__ void row_means(const Arguments& args, const Row<T>& row, bool writes,
                           T (&s)[kSlots], Shared<T>& shared) {
@@ -404,8 +406,8 @@ __device__ void weigh(const Arguments& args, const Row<T>& row, const T (&s)[kSl
   if (j < n && lane == 0) shared.weights[j][j] = -along * shared.inverse[j];
 }
 
-// dL/df in columns [begin, end), of which `columns` has the vectors. A warp has 4 rows. Four lanes
-// share a vector of them: each takes every fourth embedding, and in the end has a row.
+// Writes dL/df in columns [begin, end), whose vectors are in `columns`. A warp has 4 rows. Four
+// lanes share a vector of these: each adds every fourth embedding, and ends with one row.
 template <class T>
 __device__ void gradient(const Arguments& args, int64_t begin, int64_t end,
                          const Vector<T>* columns, const Shared<T>& shared) {
@@ -466,7 +468,7 @@ __device__ void batch_similarity(const Arguments& args) {
   dots<cluster>(args, begin, end, held, shared);
   const T squared_eps = static_cast<T>(args.options.squared_eps);
   if constexpr (cluster > 1) add_over_cluster<cluster>(n, squared_eps, shared);
-  const bool has_rows = own / 32 * (32 / kLanes) < n;  // the warp: its lanes stay together
+  const bool has_rows = own / 32 * (32 / kLanes) < n;  // the same for all lanes of a warp
   Row<T> row{};
   if (has_rows) row = row_of(args, shared);
   if constexpr (cluster > 1) {
@@ -483,7 +485,7 @@ __device__ void batch_similarity(const Arguments& args) {
     if (has_rows) weigh(args, row, s, shared);
     __syncthreads();
   }
-  if (blockIdx.x == 0 && threadIdx.x / 32 == kWarps - 1) {  // which has the least of the gradient
+  if (blockIdx.x == 0 && threadIdx.x / 32 == kWarps - 1) {  // the warp with the least to do next
     const int lane = threadIdx.x % 32;
     double total = 0;
     for (int i = lane; i < n; i += 32) total += static_cast<double>(shared.loss[i]);
@@ -511,14 +513,14 @@ template <class In, class T, int cluster>
 __global__ void __launch_bounds__(kThreads, 1) batch_similarity_kernel(const Arguments args) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   if constexpr (cluster > 1) {
-    __trap();  // never launched on a chip without clusters; if it were, an error and no numbers
+    __trap();  // never launched on a chip without clusters
   } else
 #endif
     batch_similarity<In, T, cluster>(args);
 }
 
-// How many clusters of the kernel the current device has room for at a time; 0 where it has no
-// clusters, or too few multiprocessors for so many blocks, as a small slice of a GPU.
+// How many clusters of the kernel fit the current device at a time. That is 0 on a chip without
+// clusters, and where there are too few multiprocessors, as in a small slice of a GPU.
 int ask_for_clusters(int device, const void* kernel, const cudaLaunchConfig_t& config) {
   int supported = 0, found = 0;
   const auto not_portable = cudaFuncAttributeNonPortableClusterSizeAllowed;  // 16 blocks
@@ -528,7 +530,7 @@ int ask_for_clusters(int device, const void* kernel, const cudaLaunchConfig_t& c
         cudaOccupancyMaxActiveClusters(&found, kernel, &config) == cudaSuccess))) {
     return found;
   }
-  cudaGetLastError();  // the plain form runs anywhere, and what is truly wrong its launch will tell
+  cudaGetLastError();  // clears it: the plain form runs anywhere, and reports what is truly wrong
   return 0;
 }
 
@@ -550,7 +552,7 @@ cudaError_t launch_as(const SmallBatch& batch, int device, void* stream) {
   struct Form {
     void (*kernel)(Arguments);
     int team_size;
-    std::atomic<int> known[128];  // by device: 1 + the clusters, since to ask takes microseconds
+    std::atomic<int> known[128];  // by device: 1 + the clusters; asking takes microseconds
   };
   static Form forms[] = {{batch_similarity_kernel<In, T, 16>, 16, {}},
                          {batch_similarity_kernel<In, T, 8>, 8, {}}};
@@ -576,7 +578,7 @@ cudaError_t launch_as(const SmallBatch& batch, int device, void* stream) {
   const int64_t wanted = batch.options.gradient ? quotient_up(vectors * vector, kPart) : 1;
   const int64_t teams = wanted < most ? wanted : most;
   config.gridDim = dim3(static_cast<unsigned>(team_size * teams));
-  // An odd stride between rows has the fewest conflicts.
+  // Rows an odd number of vectors apart have the fewest bank conflicts.
   const int64_t room = kRoom<T> / (4 * quotient_up(x.rows, 4));
   const int64_t longest = (std::min<int64_t>(room, kSlots * kLanes) - 1) / 2 * 2 + 1;
   const int64_t chunk = quotient_up(vectors, quotient_up(vectors, longest));
@@ -592,18 +594,26 @@ cudaError_t launch_as(const SmallBatch& batch, int device, void* stream) {
       aligned,
   };
   const cudaError_t launched = cudaLaunchKernelEx(&config, kernel, args);
-  if (launched != cudaSuccess) cudaGetLastError();  // else the next call of anyone finds it
+  if (launched != cudaSuccess) cudaGetLastError();  // so that no later call finds this error
   return launched;
 }
 
 }  // namespace
 
 const char* launch(const SmallBatch& batch, int device, void* stream) {
-  const Element element = batch.embeddings.element;
-  const cudaError_t error = element == Element::float64   ? launch_as<double>(batch, device, stream)
-                            : element == Element::float32 ? launch_as<float>(batch, device, stream)
-                            : element == Element::float16 ? launch_as<Half>(batch, device, stream)
-                                                          : launch_as<BFloat16>(batch, device, stream);
+  const auto run = [&] {
+    switch (batch.embeddings.element) {
+      case Element::float64:
+        return launch_as<double>(batch, device, stream);
+      case Element::float32:
+        return launch_as<float>(batch, device, stream);
+      case Element::float16:
+        return launch_as<Half>(batch, device, stream);
+      default:
+        return launch_as<BFloat16>(batch, device, stream);
+    }
+  };
+  const cudaError_t error = run();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -14,8 +14,8 @@ inline constexpr int64_t kRowGroup = 96;     // rows that share one packed panel
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// A matrix whose rows have unit stride. Each row is readable, and zero, from its last column up to a
-// multiple of kPad.
+// A matrix whose rows have unit stride. Each row is readable, and zero, from its last column up to
+// a multiple of kPad.
 template <class T>
 struct Matrix {
   const T* data;
@@ -40,8 +40,9 @@ struct ClassOf<double> {
 template <class T>
 using Class = typename ClassOf<T>::type;
 
-// The rows of the loss or its columns, one entry for each embedding. Arrays are padded to a multiple of
-// kPad, class numbers with -1 and all others with 0, so that padding adds nothing to a sum.
+// The rows of the loss or its columns, one entry for each embedding. Arrays are padded to a
+// multiple of kPad, class numbers with -1 and all others with 0, so that padding adds nothing to a
+// sum.
 template <class T>
 struct Side {
   T* inverse;        // 1 / |f_i|, 0 for a zero row, NaN where |f_i|^2 overflows
@@ -50,8 +51,8 @@ struct Side {
   T* per_negative;   // sigma a_i / N_i-
 };
 
-// Consecutive rows of a scratch, `stride` elements apart. Each row is readable, and zero, from its last
-// column up to a multiple of kWidestPanel.
+// Consecutive rows of a scratch, `stride` elements apart. Each row is readable, and zero, from its
+// last column up to a multiple of kWidestPanel.
 template <class T>
 struct Block {
   T* data;
@@ -74,7 +75,8 @@ struct Kernels {
                int64_t mirror_stride, T* squared, int64_t begin, int64_t end);
   // |f_i|^2 of rows [begin, end).
   void (*squared_norms)(const Matrix<T>& rows, T* squared, int64_t begin, int64_t end);
-  // The sums of phi(s_ij) over row i's own class and over the others, from its `padded` raw products.
+  // The sums of phi(s_ij) over row i's own class and over the others, from its `padded` raw
+  // products.
   void (*row_sums)(const T* raw, T inverse, Class<T> label, const Side<T>& columns, int64_t padded,
                    bool is_signed, T* positive, T* negative);
   // Turns row i's raw products into w_ij phi'(s_ij) / |f_j|; returns sum_j w_ij phi'(s_ij) s_ij.
@@ -119,8 +121,8 @@ inline int64_t tile_count(int64_t rows, int64_t columns, bool symmetric) {
   return symmetric ? down * (down + 1) / 2 : down * across;
 }
 
-// The kernels of each instruction set. Baseline is what every processor of the architecture has: SSE2
-// on x86-64, NEON on arm64.
+// The kernels of each instruction set. Baseline is what every processor of the architecture has:
+// SSE2 on x86-64, NEON on arm64.
 namespace baseline {
 const Kernels<float>& float_kernels();
 const Kernels<double>& double_kernels();

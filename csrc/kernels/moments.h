@@ -11,8 +11,8 @@ void scale_rows(Block<T> rows, const T* factor) {
   }
 }
 
-// Adds to kProductRows x kPanel numbers of a moment, from columns `top` of the weighted rows and `left`
-// of the unit rows. Both are read where they lie: what a row gives is one line of the cache.
+// Adds to kProductRows x kPanel numbers of a moment, from columns `top` of the weighted rows and
+// `left` of the unit rows. Both are read where they lie: what a row gives is one line of the cache.
 template <class T>
 BST_INLINE void moment_tile(const Block<const T>& weighted, const Block<const T>& unit, int64_t top,
                             int64_t left, T* total, int64_t total_stride, int64_t height) {
@@ -46,8 +46,8 @@ BST_INLINE void moment_tile(const Block<const T>& weighted, const Block<const T>
   }
 }
 
-// Rows whose part of the moment is added up in registers. So few rows of both operands, a few columns
-// each, stay in the first-level cache.
+// Rows whose part of the moment is added up in registers. So few rows of both operands, a few
+// columns each, stay in the first-level cache.
 constexpr int64_t kMomentRows = 128;
 
 template <class T>

@@ -1,12 +1,13 @@
 // The kernels of batch_similarity: S of rows x columns as raw products, the sweeps over it, and the
 // product of weights with rows.
 
-// Elements of a row that `dots` takes at a time, so that a tile's rows of both sides fit a 32 KiB cache.
+// Elements of a row that `dots` takes at a time, so that a tile's rows of both sides fit a 32 KiB
+// cache.
 template <class T>
 constexpr int64_t kDepth = 2048 / sizeof(T);
 
-// One kTile x kTile tile of raw products. At the edge the last row stands in for the missing ones, so
-// that nothing is read beyond the matrix; their products are not stored.
+// One kTile x kTile tile of raw products. At the edge the last row stands in for the missing ones,
+// so that nothing is read beyond the matrix; their products are not stored.
 template <class T>
 void raw_tile(const Matrix<T>& rows, const Matrix<T>& columns, int64_t top, int64_t left,
                 bool on_diagonal, T* out) {

@@ -110,8 +110,9 @@ class ClassRows {
   std::vector<Range> small_class_groups() const {
     std::vector<Range> groups;
     for (int64_t c = 0; c < classes.small(); ++c) {
-      if (groups.empty() || classes.starts[c + 1] - classes.starts[groups.back().begin] > block_rows)
+      if (groups.empty() || rows_of({groups.back().begin, c + 1}).size() > block_rows) {
         groups.push_back({c, c});
+      }
       groups.back().end = c + 1;
     }
     return groups;

@@ -1,7 +1,7 @@
 // The backward: dL/du = K_c (a u) + B_c u for a row u of class c, then through the normalisation.
 //
-//   K_c = 2 (sigma q_c (T - T_c) - p_c T_c)      from the row's own loss
-//   B_c = 2 (sigma (sum of the other q_k A_k) - p_c A_c)      from the losses of which u is a column
+//   K_c = 2 (sigma q_c (T - T_c) - p_c T_c)                   from the row's own loss
+//   B_c = 2 (sigma (sum of the other q_k A_k) - p_c A_c)      from losses with u as a column
 //
 // The diagonal's part is parallel to u, and the normalisation takes it out.
 #include <algorithm>
@@ -28,8 +28,8 @@ void write(const ClassRows<T>& rows, Range range, Block<T> v, Block<const T> uni
   }
 }
 
-// Rows of the classes with slots. Where the rows of a class share one a, A_c = a T_c, and one matrix
-// a K_c + B_c serves them.
+// Rows of the classes with slots. Where the rows of a class share one a, A_c = a T_c, and one
+// matrix a K_c + B_c serves them.
 template <class T>
 void large_gradient(const ClassRows<T>& rows, const ClassMatrices<T>& moments,
                     const ClassMatrices<T>& weighted, const T* a, double sigma, T* result) {
@@ -68,8 +68,8 @@ void large_gradient(const ClassRows<T>& rows, const ClassMatrices<T>& moments,
       });
 }
 
-// Adds what the members of a small class, whose rows begin at `first` of the scratch, are to each other
-// as positives, and takes out what the sums over all rows made of them as negatives.
+// Adds what the members of a small class, whose rows begin at `first` of the scratch, are to each
+// other as positives, and takes out what the sums over all rows made of them as negatives.
 template <class T>
 void add_own_class(const ClassRows<T>& rows, int64_t c, int64_t first, const T* a, double sigma,
                    const typename ClassRows<T>::Scratch& scratch) {

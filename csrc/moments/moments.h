@@ -4,16 +4,16 @@
 // Rows are put in class order, classes by size. A large class is served by its moment matrix T_c, a
 // small one by S of its own members; every row also meets the moments of all others.
 //
-//   sums      T_c, the half on one side of the diagonal: about N D^2 / 2 multiply-adds; A_c where the
-//             rows of a class differ in weight: as many again
+//   sums      T_c, the half on one side of the diagonal: about N D^2 / 2 multiply-adds. A_c, where
+//             the rows of a class differ in weight: as many again
 //   means     u^T T_c u and u^T (T - T_c) u by halves: N D^2; for a small class one of the two
 //   gradient  u times one matrix where the rows of a class share one weight: N D^2; else times two
 //
-// Memory is read three times and the gradient is written once: each time a block of rows is gathered,
-// widened and normalised into a cache-sized scratch, where the products find it.
+// Memory is read three times and the gradient is written once: each time a block of rows is
+// gathered, widened and normalised into a cache-sized scratch, where the products find it.
 //
-// Sums over many rows are added up in double, by parts that depend on sizes alone. So the bits depend
-// on neither the number of threads nor on chance.
+// Sums over many rows are added up in double, by parts that depend on sizes alone. So the bits
+// depend on neither the number of threads nor on chance.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +31,8 @@ struct Range {
   int64_t size() const { return end - begin; }
 };
 
-// The classes by size, smallest first. The last `slots` of them, the large ones, have moment matrices.
+// The classes by size, smallest first. The last `slots` of them, the large ones, have moment
+// matrices.
 struct Classes {
   std::vector<int64_t> starts{0};
   int64_t slots = 0;

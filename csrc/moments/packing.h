@@ -34,8 +34,8 @@ void pack(const ClassRows<T>& rows, int64_t p, T* packed, const ElementAt& eleme
   }
 }
 
-// Packs panel p for `quadratic_forms`: the lines down to its last column, doubled above its diagonal
-// block.
+// Packs panel p for `quadratic_forms`: the lines down to its last column, doubled above its
+// diagonal block.
 template <class T, class ElementAt>
 void pack_half(const ClassRows<T>& rows, int64_t p, T* packed, const ElementAt& element) {
   const int64_t panel = rows.k.panel, left = p * panel, width = std::min(panel, rows.d - left);
@@ -49,8 +49,8 @@ void pack_half(const ClassRows<T>& rows, int64_t p, T* packed, const ElementAt& 
   }
 }
 
-// Serves the rows of the classes with slots by two packed matrices a class. Classes are taken as many
-// at once as there is room for: first make(slot, panel, matrices) packs each panel, then
+// Serves the rows of the classes with slots by two packed matrices a class. Classes are taken as
+// many at once as there is room for: first make(slot, panel, matrices) packs each panel, then
 // use(slot, range, matrices) runs for each block of rows.
 template <class T, class Make, class Use>
 void for_each_slot(const ClassRows<T>& rows, const Make& make, const Use& use) {

@@ -1,5 +1,5 @@
-// Sums over rows, T_c = sum_j u_j u_j^T and A_c = sum_j a_j u_j u_j^T: in the accumulation type over
-// parts of a class, and over the parts in double. Parts depend on sizes alone.
+// Sums over rows, T_c = sum_j u_j u_j^T and A_c = sum_j a_j u_j u_j^T: in the accumulation type
+// over parts of a class, and over the parts in double. Parts depend on sizes alone.
 #include "moments/sums.h"
 
 #include <algorithm>
@@ -9,7 +9,8 @@
 namespace bstriplet {
 namespace {
 
-// Rows of one sum in the accumulation type: of one class with a slot, or of small classes of one size.
+// Rows of one sum in the accumulation type: of one class with a slot, or of small classes of one
+// size.
 struct Part {
   Range range;
   int64_t slot;  // -1 for small classes
@@ -75,8 +76,8 @@ class PartSums {
   AlignedArray<T> numbers_;
 };
 
-// Adds parts [range) up and mirrors the sum into `sum` [D, D]; their sum times q into `sum_times_q`.
-// Either can be null.
+// Adds parts [range) up and mirrors the sum into `sum` [D, D]; their sum times q into
+// `sum_times_q`. Either can be null.
 template <class T>
 void add_up(const ClassRows<T>& rows, const PartSums<T>& sums, const std::vector<Part>& parts,
             Range range, T* sum, T* sum_times_q) {
@@ -204,7 +205,8 @@ ClassMatrices<T> weighted_moments_of(const ClassRows<T>& rows, const MomentState
 template void add_up_moments(const ClassRows<float>&, double, const MomentState<float>&);
 template void add_up_moments(const ClassRows<double>&, double, const MomentState<double>&);
 template ClassMatrices<float> moments_of(const ClassRows<float>&, const MomentState<const float>&);
-template ClassMatrices<double> moments_of(const ClassRows<double>&, const MomentState<const double>&);
+template ClassMatrices<double> moments_of(const ClassRows<double>&,
+                                          const MomentState<const double>&);
 template ClassMatrices<float> weighted_moments_of(const ClassRows<float>&,
                                                   const MomentState<const float>&, const float*);
 template ClassMatrices<double> weighted_moments_of(const ClassRows<double>&,

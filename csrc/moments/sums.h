@@ -14,8 +14,8 @@ void add_up_moments(const ClassRows<T>& rows, double eps, const MomentState<T>& 
 template <class T>
 ClassMatrices<T> moments_of(const ClassRows<T>& rows, const MomentState<const T>& state);
 
-// A_c with weights q_c, for a = dL/dl [h > 0] in class order. Where the rows of a class share one a,
-// A_c is that multiple of T_c.
+// A_c with weights q_c, for a = dL/dl [h > 0] in class order. Where the rows of a class share one
+// a, A_c is that multiple of T_c.
 template <class T>
 ClassMatrices<T> weighted_moments_of(const ClassRows<T>& rows, const MomentState<const T>& state,
                                      const T* a);
