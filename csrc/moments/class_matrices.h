@@ -1,6 +1,7 @@
 // A symmetric matrix for each class, and for each class the sum of the others'.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -16,10 +17,13 @@ namespace bstriplet {
 template <class T>
 class ClassMatrices {
  public:
+  // M_c = factor numbers of a class with a slot, and its w_c.
   struct Slot {
-    const T* numbers;  // M_c = factor numbers
+    const T* numbers;
     double factor;
     double weight;
+
+    double own(int64_t at) const { return factor * static_cast<double>(numbers[at]); }
   };
 
   // small: [D, D], the sum of w_c M_c over the classes without slots. numbers: what slots may point
@@ -31,47 +35,50 @@ class ClassMatrices {
         dominating_(classes.dominating() >= 0 ? classes.slots - 1 : -1),
         all_(d * d),
         all_but_dominating_(d * d) {
+    double* const all = all_.data();
+    double* const rest = all_but_dominating_.data();
     parallel_for(0, d * d, grain(classes.slots + 1), [&](int64_t begin, int64_t end) {
-      for (int64_t at = begin; at < end; ++at) {
-        all_but_dominating_[at] = static_cast<double>(small[at]);
-      }
+      const auto add = [begin, end](Slot slot, double* sum) {
+        for (int64_t at = begin; at < end; ++at) sum[at] += slot.weight * slot.own(at);
+      };
+      for (int64_t at = begin; at < end; ++at) rest[at] = static_cast<double>(small[at]);
       for (int64_t s = 0; s < classes.slots; ++s) {
-        if (s == dominating_) continue;
-        for (int64_t at = begin; at < end; ++at) all_but_dominating_[at] += weighted(s, at);
+        if (s != dominating_) add(slots_[s], rest);
       }
-      for (int64_t at = begin; at < end; ++at) {
-        all_[at] = all_but_dominating_[at];
-        if (dominating_ >= 0) all_[at] += weighted(dominating_, at);
-      }
+      std::copy(rest + begin, rest + end, all + begin);
+      if (dominating_ >= 0) add(slots_[dominating_], all);
     });
   }
 
   ClassMatrices(ClassMatrices&&) = default;  // slots point into `numbers_`, so there is no copy
 
-  // M_c of slot s.
-  double own(int64_t s, int64_t at) const {
-    return slots_[s].factor * static_cast<double>(slots_[s].numbers[at]);
+  // The matrix of one class and the sum of the others'. Loops over elements copy it, so that the
+  // compiler keeps it in registers.
+  struct View : Slot {
+    const double* sum;  // of w_k M_k, over all classes or over all others
+    bool sum_has_own;
+
+    double others(int64_t at) const {
+      return sum_has_own ? sum[at] - this->weight * this->own(at) : sum[at];
+    }
+  };
+
+  // Of the class with slot s. The others' sum is a difference, except for the class with more than
+  // half of the rows, where the difference would cancel.
+  View operator[](int64_t s) const {
+    const bool dominates = s == dominating_;
+    return {slots_[s], (dominates ? all_but_dominating_ : all_).data(), !dominates};
   }
 
   // The sum of w_k M_k over all classes.
   double all(int64_t at) const { return all_[at]; }
 
-  // The sum over all classes but that of slot s. It is a difference, except for the class that has
-  // more than half of the rows, where the difference would cancel.
-  double others(int64_t s, int64_t at) const {
-    return s == dominating_ ? all_but_dominating_[at] : all_[at] - weighted(s, at);
-  }
-
-  // Whether M_c of slot s is factor(s) times the matrix that `matrices` has there.
+  // Whether M_c of slot s is a multiple of what `matrices` has there.
   bool is_multiple_of(const ClassMatrices& matrices, int64_t s) const {
     return slots_[s].numbers == matrices.slots_[s].numbers;
   }
 
-  double factor(int64_t s) const { return slots_[s].factor; }
-
  private:
-  double weighted(int64_t s, int64_t at) const { return slots_[s].weight * own(s, at); }
-
   std::vector<Slot> slots_;
   std::vector<T> numbers_;
   int64_t dominating_;  // its slot, or -1

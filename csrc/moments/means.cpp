@@ -17,8 +17,9 @@ void large_means(const ClassRows<T>& rows, const ClassMatrices<T>& moments, T* p
   for_each_slot(
       rows,
       [&](int64_t s, int64_t panel, T* const* packed) {
-        pack_half(rows, panel, packed[0], [&](int64_t at) { return moments.own(s, at); });
-        pack_half(rows, panel, packed[1], [&](int64_t at) { return moments.others(s, at); });
+        const auto t = moments[s];
+        pack_half(rows, panel, packed[0], [t](int64_t at) { return t.own(at); });
+        pack_half(rows, panel, packed[1], [t](int64_t at) { return t.others(at); });
       },
       [&](int64_t s, Range range, T* const* packed) {
         const int64_t c = classes.small() + s;
