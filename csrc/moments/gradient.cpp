@@ -39,16 +39,16 @@ void large_gradient(const ClassRows<T>& rows, const ClassMatrices<T>& moments,
       [&](int64_t s, int64_t panel, T* const* packed) {
         const int64_t c = classes.small() + s;
         const double p = classes.p(c), q = classes.q(c);
-        const auto t = moments[s], a = weighted[s];
+        const auto t_c = moments[s], a_c = weighted[s];
         const auto own_share = [=](int64_t at) {
-          return 2 * (sigma * q * t.others(at) - p * t.own(at));
+          return 2 * (sigma * q * t_c.others(at) - p * t_c.own(at));
         };
         const auto others_share = [=](int64_t at) {
-          return 2 * (sigma * a.others(at) - p * a.own(at));
+          return 2 * (sigma * a_c.others(at) - p * a_c.own(at));
         };
         if (weighted.is_multiple_of(moments, s)) {
           pack(rows, panel, packed[0],
-               [=](int64_t at) { return a.factor * own_share(at) + others_share(at); });
+               [=](int64_t at) { return a_c.factor * own_share(at) + others_share(at); });
         } else {
           pack(rows, panel, packed[0], own_share);
           pack(rows, panel, packed[1], others_share);

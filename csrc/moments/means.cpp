@@ -17,9 +17,9 @@ void large_means(const ClassRows<T>& rows, const ClassMatrices<T>& moments, T* p
   for_each_slot(
       rows,
       [&](int64_t s, int64_t panel, T* const* packed) {
-        const auto t = moments[s];
-        pack_half(rows, panel, packed[0], [t](int64_t at) { return t.own(at); });
-        pack_half(rows, panel, packed[1], [t](int64_t at) { return t.others(at); });
+        const auto t_c = moments[s];
+        pack_half(rows, panel, packed[0], [t_c](int64_t at) { return t_c.own(at); });
+        pack_half(rows, panel, packed[1], [t_c](int64_t at) { return t_c.others(at); });
       },
       [&](int64_t s, Range range, T* const* packed) {
         const int64_t c = classes.small() + s;
