@@ -1,4 +1,5 @@
-// The two products that the kernels are made of. Each holds its tile of results in registers.
+// Two products whose results, a tile at a time, stay in registers: dot products for S, and sums of
+// weighted rows.
 
 // Accumulators and one operand of each side fill the registers.
 constexpr int kDotRows = BST_REGISTERS == 32 ? 6 : 3;
