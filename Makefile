@@ -14,7 +14,7 @@ help:  ## list the targets
 
 setup: $(READY)  ## make .venv and install the package with everything it needs
 
-$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch numpy setuptools wheel ninja
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[train,dev]'

@@ -1,12 +1,21 @@
-"""Builds the native operator of csrc/ where there is a compiler; the rest is in pyproject.toml.
+"""Builds the native operators of csrc/ where there is a compiler; the rest is in pyproject.toml.
 
-BSTRIPLET_NATIVE decides what is built: `0` nothing, `cpu` the C++ part, `cuda` the C++ and the CUDA
-part, `1` the C++ part and, where nvcc is, the CUDA part; what it asks for and cannot be built is an
-error. Unset, all is tried and an install never fails for want of a compiler. What is left out is
-said in one line. The libraries use torch's stable ABI and no Python API: one build serves every
-torch from 2.11 on and every Python from 3.10 on. torch is looked for, never imported, and nothing
-asks which GPU is here. Objects stay in build/, by compiler flags, so that only what changed is
-compiled again.
+BSTRIPLET_NATIVE decides what is built:
+
+    unset   everything that can be; an install never fails for want of a compiler
+    0       nothing
+    cpu     the C++ part
+    cuda    the C++ and the CUDA part
+    1       the C++ part, and the CUDA part where there is nvcc
+
+A part that was asked for and cannot be built is an error. One line says what else is left out.
+
+The libraries use torch's stable ABI and no Python API: one build serves every torch from 2.11 on
+and every Python from 3.10 on. The build finds torch without importing it, and needs no GPU. It
+keeps objects in build/, in a folder per CXXFLAGS, and compiles again only what changed.
+
+Tested on Linux: on x86-64 as a whole, on emulated arm64 the kernels alone. Builds on Windows and
+macOS are untried.
 """
 
 from __future__ import annotations
@@ -27,31 +36,31 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-WINDOWS = os.name == "nt"
+WINDOWS = sys.platform == "win32"
 WANTED = os.environ.get("BSTRIPLET_NATIVE")
 BUILDS = "1", "cpu", "cuda"
-X86 = platform.machine().lower() in ("x86_64", "amd64") and sys.platform != "darwin"
+# The AVX2 and AVX-512 kernels, and the choice among kernels, need builtins that MSVC lacks. A build
+# on macOS may be for two architectures at once. Both get the portable kernels alone, as arm64 does;
+# MSVC compiles these as plain loops.
+X86_KERNELS = sys.platform == "linux" and platform.machine() == "x86_64"
 MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000")]  # 2.11
-if X86:
+if X86_KERNELS:
     MACROS.append(("BSTRIPLET_X86_KERNELS", None))
 
+FLAGS = [
+    *("-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+    "-Wno-psabi",  # functions that take vectors are inlined, so their ABI does not matter
+]
 if WINDOWS:
     FLAGS = ["/std:c++17", "/O2", "/EHsc"]
-    SOURCE_FLAGS = {"csrc/cpu_avx2.cpp": ["/arch:AVX2"], "csrc/cpu_avx512.cpp": ["/arch:AVX512"]}
-else:
-    FLAGS = [
-        *("-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall"),
-        *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
-        "-Wno-psabi",  # vectors are passed to inlined functions only
-    ]
-    SOURCE_FLAGS = {
-        "csrc/cpu_avx2.cpp": ["-mavx2", "-mfma"],
-        "csrc/cpu_avx512.cpp": [
-            *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
-        ],
-        "csrc/cuda_operator.cpp": ["-DUSE_CUDA"],  # torch's headers have the current stream then
-    }
-
+SOURCE_FLAGS = {  # Windows builds none of these
+    "csrc/kernels/avx2.cpp": ["-mavx2", "-mfma"],
+    "csrc/kernels/avx512.cpp": [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
+    ],
+    "csrc/cuda/operator.cpp": ["-DUSE_CUDA"],  # for the current stream in torch's headers
+}
 NVCC_FLAGS = [
     *("-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc"),
     *(f"-gencode=arch=compute_{cc},code=sm_{cc}" for cc in (80, 90, 100)),
@@ -61,10 +70,10 @@ OBJECTS = f"build/native-{zlib.crc32(os.environ.get('CXXFLAGS', '').encode()):08
 
 
 def torch_folder() -> Path | None:
-    """Where torch is installed.
+    """The folder of torch, or None.
 
-    Under build isolation it cannot be imported, but the environment that pip installs into still
-    has it, and the interpreter is the same.
+    Under build isolation torch cannot be imported, but the environment that pip installs into has
+    it, and the interpreter is the same.
     """
     spec = importlib.util.find_spec("torch")
     places = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
@@ -81,14 +90,14 @@ def nvcc() -> str | None:
 
 
 def left_out(part: str, reason: str, *wanted_by: str) -> None:
-    """Say in one line what is not built; where BSTRIPLET_NATIVE is one of `wanted_by`, fail."""
+    """Say in one line that a part is not built, or fail if BSTRIPLET_NATIVE is in `wanted_by`."""
     if WANTED in wanted_by:
         sys.exit(f"bstriplet-kernels: BSTRIPLET_NATIVE={WANTED}, but no {part}: {reason}")
     print(f"bstriplet-kernels: {part} left out: {reason}", file=sys.stderr, flush=True)
 
 
 def extensions() -> list[Extension]:
-    """What there is everything to try building with."""
+    """The libraries to build: those for which torch and, for CUDA, nvcc are there."""
     if WANTED not in (None, "0", *BUILDS):
         sys.exit(f"BSTRIPLET_NATIVE must be 0, 1, cpu or cuda, got {WANTED!r}")
     if WANTED == "0":
@@ -106,13 +115,19 @@ def extensions() -> list[Extension]:
         "py_limited_api": True,
         "optional": True,
     }
-    # What takes longest comes first, so that the processors are done together.
-    drivers = ["moments_float", "moments_double", "cpu", "moments", "operator", "schema"]
-    kernels = ["cpu_avx512", "cpu_avx2", "cpu_baseline"] if X86 else ["cpu_baseline"]
+    # The slowest to compile come first, so that all processors end together.
+    drivers = [
+        *("moments/sums", "cpu/batch_similarity", "moments/operators", "moments/gradient"),
+        *("moments/means", "cpu/cpu", "operator", "schema"),
+    ]
+    kernels = ["avx512", "avx2", "baseline"] if X86_KERNELS else ["baseline"]
     found = [
         Extension(
             "bstriplet_kernels._native",
-            sources=[f"csrc/{name}.cpp" for name in [*drivers, *kernels]],
+            sources=[
+                *(f"csrc/{name}.cpp" for name in drivers),
+                *(f"csrc/kernels/{name}.cpp" for name in kernels),
+            ],
             libraries=["torch_cpu", "c10"],
             **common,
         )
@@ -126,7 +141,7 @@ def extensions() -> list[Extension]:
     found.append(
         Extension(
             "bstriplet_kernels._native_cuda",
-            sources=["csrc/cuda.cu", "csrc/cuda_operator.cpp", "csrc/operator.cpp"],
+            sources=["csrc/cuda/small_batch.cu", "csrc/cuda/operator.cpp", "csrc/operator.cpp"],
             libraries=["torch_cuda", "torch_cpu", "c10"],
             **common,
         )
@@ -135,7 +150,7 @@ def extensions() -> list[Extension]:
 
 
 class BuildNative(build_ext):
-    """Each source with its own flags, side by side, and again only when it or a header changed."""
+    """Compiles sources side by side, each with its own flags, if it or a header of it changed."""
 
     def build_extension(self, ext: Extension) -> None:
         """Build `ext`, or say why it is left out; fail where BSTRIPLET_NATIVE asks for it."""
@@ -145,7 +160,7 @@ class BuildNative(build_ext):
             target = self.get_ext_fullpath(ext.name)
             Path(target).parent.mkdir(parents=True, exist_ok=True)
             if any(source.endswith(".cu") for source in ext.sources):
-                link_cuda(objects, target, ext)  # nvcc knows where its own run-time library is
+                link_cuda(objects, target, ext)  # nvcc finds its own run-time library
                 return
             self.compiler.link_shared_object(
                 objects,
@@ -154,12 +169,12 @@ class BuildNative(build_ext):
                 library_dirs=ext.library_dirs,
                 target_lang="c++",
             )
-        except Exception as error:  # whatever a missing or old compiler comes to
+        except Exception as error:  # a missing or old compiler can raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             left_out(ext.name, reason, *BUILDS)
 
     def compiled(self, source: str, ext: Extension) -> str:
-        """The object file of a source."""
+        """Compile a source unless its object file is up to date; returns the object file."""
         inputs = [Path(__file__), *with_headers(Path(source))]
         if source.endswith(".cu"):
             target = f"{OBJECTS}/{source}.o"
@@ -172,18 +187,18 @@ class BuildNative(build_ext):
                 [source],
                 output_dir=OBJECTS,
                 macros=ext.define_macros,
-                include_dirs=ext.include_dirs,
+                include_dirs=["csrc", *ext.include_dirs],
                 extra_postargs=FLAGS + SOURCE_FLAGS.get(source, []),
             )
         return target
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
-        """None: torch loads the library, Python does not import it."""
+        """No symbols: torch loads the library, Python does not import it."""
         return []
 
 
 def compile_cuda(source: str, target: str, ext: Extension) -> None:
-    """An object file by nvcc, for every chip that `NVCC_FLAGS` names."""
+    """Compile an object file by nvcc, for every chip that `NVCC_FLAGS` names."""
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     macros = [f"-D{name}={value}" if value else f"-D{name}" for name, value in ext.define_macros]
     includes = [option for folder in ext.include_dirs for option in ("-isystem", folder)]
@@ -191,32 +206,32 @@ def compile_cuda(source: str, target: str, ext: Extension) -> None:
 
 
 def link_cuda(objects: list[str], target: str, ext: Extension) -> None:
-    """A shared library with CUDA's run-time library in it."""
+    """Link a shared library by nvcc, which adds CUDA's run-time library."""
     folders = [f"-L{folder}" for folder in ext.library_dirs]
     run_nvcc("-shared", *objects, "-o", target, *folders, *(f"-l{name}" for name in ext.libraries))
 
 
 def run_nvcc(*arguments: str) -> None:
-    """Run the CUDA compiler; raises with what it said."""
+    """Run nvcc; raises RuntimeError with its output if it fails."""
     ran = subprocess.run([str(nvcc()), *arguments], capture_output=True, text=True)
     if ran.returncode != 0:
         raise RuntimeError(ran.stderr or ran.stdout)
 
 
 def with_headers(source: Path) -> set[Path]:
-    """A file of csrc/ and the headers of csrc/ that it includes, directly or not."""
+    """A file of csrc/ with the headers of csrc/ that it includes, directly or not."""
     found, waiting = set(), [source]
     while waiting:
         file = waiting.pop()
         if file not in found:
             found.add(file)
             names = re.findall(r'^\s*#\s*include\s*"(.+?)"', file.read_text("utf-8"), re.MULTILINE)
-            waiting += [file.parent / name for name in names]
+            waiting += [Path("csrc", name) for name in names]
     return found
 
 
 def newer(target: Path, inputs: Iterable[Path]) -> bool:
-    """Whether the target is there and no input was changed after it was made."""
+    """Whether the target exists and is newer than all inputs."""
     return target.exists() and all(i.stat().st_mtime < target.stat().st_mtime for i in inputs)
 
 

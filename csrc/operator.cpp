@@ -1,9 +1,9 @@
+// The checks and allocations that operators share on all devices.
 #include "operator.h"
 
 #include <limits>
 #include <utility>
 
-#include "strided.h"
 
 namespace bstriplet {
 
@@ -14,7 +14,7 @@ void check_matrix(const char* name, const Tensor& matrix) {
                   name, " must be float64, float32, float16 or bfloat16, got ",
                   torch::headeronly::toString(dtype));
   STD_TORCH_CHECK(matrix.dim() == 2, name, " must have 2 dimensions, got ", matrix.dim());
-  // The upper bound keeps every later sum of sizes in int64: expanded tensors can have any size.
+  // Expanded tensors can have any size; this bound keeps every later sum of sizes in int64.
   for (const int64_t size : {matrix.size(0), matrix.size(1)}) {
     STD_TORCH_CHECK(size >= 1 && size < int64_t{1} << 40, name,
                     " must have from 1 to 2^40 rows and columns, got shape [", matrix.size(0), ", ",
@@ -105,7 +105,7 @@ StridedRows strided_rows(const Tensor& matrix) {
                           : dtype == ScalarType::Half  ? Element::float16
                                                        : Element::bfloat16;
   const int64_t rows = matrix.size(0), columns = matrix.size(1);
-  // The stride along a dimension of one element means nothing, and can be any number.
+  // A dimension of one element can have any stride, even one that no address has.
   return {matrix.const_data_ptr(),
           element,
           rows,

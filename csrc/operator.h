@@ -1,5 +1,5 @@
-// What torch.ops.bstriplet.batch_similarity is given and returns on any device, and the check of
-// it: after `checked` a kernel may follow every pointer.
+// The operator batch_similarity: its arguments, their check and its results, the same on every
+// device. After `checked` a kernel may follow every pointer.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -9,7 +9,9 @@
 #include <initializer_list>
 #include <optional>
 #include <tuple>
+#include <utility>
 
+#include "options.h"
 #include "rows.h"
 
 #if !defined(STABLE_TORCH_ERROR_CODE_CHECK)  // torch 2.11's headers have it by its older name
@@ -21,29 +23,18 @@ namespace bstriplet {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// loss [], means [2, N] (Eq. 3's of the positives, of the negatives), grad [N, D], grad_ref [M, D]; a
-// gradient that was not asked for, or has no ref_emb to be of, is [0]. Few outputs, because each
-// costs a microsecond.
+// loss [], means [2, N] (Eq. 3's of the positives, of the negatives), grad [N, D], grad_ref [M, D].
+// A gradient that was not asked for, and grad_ref without ref_emb, is [0]. There are few outputs
+// because each costs a microsecond.
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-// Eq. 3's numbers and what to compute. The loss is the mean, or else the sum, of max(0, h_i) over
-// the rows; a row's dL/dl_i is upstream's where that is given, else the one that the loss implies.
-struct Options {
-  double margin;
-  double sigma;
-  bool is_signed;
-  double eps;
-  bool mean;
-  bool gradient;
-};
 
 struct Inputs {
   Tensor embeddings;                 // [N, D]
   std::optional<Tensor> ref_emb;     // [M, D]
   Tensor labels;                     // [N] int64
   std::optional<Tensor> ref_labels;  // [M] int64
-  std::optional<Tensor> upstream;    // [N] of the accumulation dtype
-  ScalarType accumulation;           // Double where an embedding is, else Float
+  std::optional<Tensor> upstream;    // dL/dl_i, [N] of the accumulation dtype
+  ScalarType accumulation;           // Double if an embedding is, else Float
   int64_t rows;                      // N
   int64_t columns;                   // M, or N without ref_emb
   int64_t depth;                     // D
@@ -52,6 +43,17 @@ struct Inputs {
 // Throws std::runtime_error, naming the argument and what is allowed, unless everything fits.
 Inputs checked(Tensor embeddings, std::optional<Tensor> ref_emb, Tensor labels,
                std::optional<Tensor> ref_labels, std::optional<Tensor> upstream);
+
+// The operator that one device registers; `run` computes it there.
+template <Results (*run)(const Inputs&, const Options&)>
+Results batch_similarity(Tensor embeddings, Tensor labels, bool gradient, double margin, bool mean,
+                         bool is_signed, double sigma, double eps, std::optional<Tensor> ref_emb,
+                         std::optional<Tensor> ref_labels, std::optional<Tensor> upstream) {
+  const Inputs in = checked(std::move(embeddings), std::move(ref_emb), std::move(labels),
+                            std::move(ref_labels), std::move(upstream));
+  const double scale = mean ? 1.0 / static_cast<double>(in.rows) : 1.0;
+  return run(in, {margin, sigma, eps * eps, scale, is_signed, gradient});
+}
 
 void check_matrix(const char* name, const Tensor& matrix);
 void check_vector(const char* name, const Tensor& vector, ScalarType dtype, int64_t n);
@@ -65,7 +67,7 @@ Tensor empty_scalar(ScalarType dtype, const Tensor& like);
 Tensor empty_vector(int64_t n, ScalarType dtype, const Tensor& like);
 Tensor empty_matrix(int64_t rows, int64_t columns, ScalarType dtype, const Tensor& like);
 
-// The numbers of a matrix that `check_matrix` has seen.
+// Pointer, sizes and strides of a matrix that passed `check_matrix`.
 StridedRows strided_rows(const Tensor& matrix);
 
 }  // namespace bstriplet

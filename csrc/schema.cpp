@@ -1,5 +1,5 @@
-// The operators' schemas, declared once for every device. What has its default can be left out of
-// a call, whose time grows with each argument that is given.
+// The schemas of the operators, declared once for all devices. The options of batch_similarity have
+// defaults, because each argument of a call costs time.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(bstriplet, library) {

@@ -50,7 +50,7 @@ def gradients(
         return [native.CALLS["moment_gradient"](a, embeddings, *state, sigma)]
 
 
-_BLOCK_BYTES = 1 << 17  # of unit rows in a thread's scratch; these as in csrc/moments_impl.h
+_BLOCK_BYTES = 1 << 17  # of unit rows in a thread's scratch; csrc/moments/ has the same
 _FEWEST_ROWS = 96  # of a block
 _PART_ROWS = 4096  # the most rows of one sum in the accumulation dtype
 _PACKED_NUMBERS = 1 << 21  # of the matrices that are packed at once

@@ -258,7 +258,7 @@ def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
     )
 
 
-_PAD = 16  # numbers: the widest vector, to which rows are padded (csrc/kernels.h)
+_PAD = 16  # numbers: the widest vector, to which rows are padded (csrc/kernels/kernels.h)
 _ROW_GROUP = 96  # rows of the gradient that one unit of work computes, of one panel of columns
 _PANEL_BYTES = {"avx512": 128, "avx2": 64, "baseline": 32}  # of one row, by instruction set
 _THREAD_OPERATIONS = 1 << 18  # multiply-adds for which a thread is started

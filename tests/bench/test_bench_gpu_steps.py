@@ -105,7 +105,10 @@ def test_all_that_are_late_share_one_grace(tmp_path, monkeypatch):
 
 def test_sanitizers_look_at_the_kernels_of_the_path():
     """A name that no kernel has would let every kernel pass unseen."""
-    sources = {"native": "csrc/cuda.cu", "triton": "bstriplet_kernels/paths/triton/*_kernels.py"}
+    sources = {
+        "native": "csrc/cuda/small_batch.cu",
+        "triton": "bstriplet_kernels/paths/triton/*_kernels.py",
+    }
     for impl, source in sources.items():
         before = r"__global__ [^;{]*?" if impl == "native" else r"@triton\.jit[^\n]*\ndef "
         text = "".join(path.read_text() for path in ROOT.glob(source))

@@ -1,4 +1,4 @@
-// Every kernel of cpu_baseline.cpp against loops in long double, on sizes that fill no tile: on
+// Every kernel of kernels/baseline.cpp against loops in long double, on sizes that fill no tile: on
 // x86-64 its SSE2 form, on arm64 its NEON form. Needs neither torch nor Python. Exits with 1 and
 // says what is wrong, or prints the number of comparisons.
 #include <algorithm>
@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 using namespace bstriplet;
 
@@ -125,12 +125,12 @@ void check_pairs(int64_t n, int64_t m, int64_t d) {
 
   Table<T> s(n, m, false), mirror(m, n, false);
   k.dots(f.matrix(), g.matrix(), s.data.data(), s.stride, mirror.data.data(), mirror.stride,
-         nullptr, 0, tiles(n, m, false));
+         nullptr, 0, tile_count(n, m, false));
   agree<T>("dots", s.numbers(), table_of(n, m, [&](auto i, auto j) { return dot(f, i, g, j); }));
   agree<T>("dots' mirror", mirror.numbers(),
            table_of(m, n, [&](auto i, auto j) { return dot(g, i, f, j); }));
   Table<T> own(n, n, false), squared(1, n, false);
-  const int64_t count = tiles(n, n, true), part = count / 2;  // as two threads would
+  const int64_t count = tile_count(n, n, true), part = count / 2;  // as two threads would
   for (const auto& [begin, end] : {std::pair(part, count), std::pair(int64_t{0}, part)}) {
     k.dots(f.matrix(), f.matrix(), own.data.data(), own.stride, own.data.data(), own.stride,
            squared.data.data(), begin, end);
@@ -165,9 +165,9 @@ void check_pairs(int64_t n, int64_t m, int64_t d) {
     Table<T> sums(2, n, false), along(1, n, false), weights = s;
     for (int64_t i = 0; i < n; ++i) {
       k.row_sums(&s.at(i, 0), rows.inverse[i], rows.label[i], columns.side(), round_up(m, kPad),
-                 {is_signed}, &sums.at(0, i), &sums.at(1, i));
+                 is_signed, &sums.at(0, i), &sums.at(1, i));
       along.at(0, i) = k.row_weights(&weights.at(i, 0), rows.side(), i, columns.side(),
-                                     round_up(m, kPad), {is_signed});
+                                     round_up(m, kPad), is_signed);
     }
     agree<T>("row_sums", sums.numbers(),
              table_of(2, n, [&](auto line, auto i) { return phi_sum(i, line == 0); }));
@@ -230,8 +230,8 @@ void check_moments(int64_t n, int64_t d) {
     }
   }
   agree<T>("add_moment", upper, upper_truth);
-  k.forms(unit.unit(), half.data(), form.data.data());
-  agree<T>("forms", form.numbers(), table_of(1, n, [&](auto, auto i) {
+  k.quadratic_forms(unit.unit(), half.data(), form.data.data());
+  agree<T>("quadratic_forms", form.numbers(), table_of(1, n, [&](auto, auto i) {
              return sum_of(d, [&](int64_t c) { return times_moment(i, c) * unit.at(i, c); });
            }));
   for (const bool add : {false, true}) {
@@ -244,8 +244,8 @@ void check_moments(int64_t n, int64_t d) {
              }));
   }
   const Table<T> before = result;
-  k.add_block(weights.data.data(), weights.stride, unit.unit(), result.block());
-  agree<T>("add_block", result.numbers(), table_of(n, d, [&](auto i, auto c) {
+  k.add_weighted_rows(weights.data.data(), weights.stride, unit.unit(), result.block());
+  agree<T>("add_weighted_rows", result.numbers(), table_of(n, d, [&](auto i, auto c) {
              return before.at(i, c) + sum_of(n, [&](int64_t j) {
                       return static_cast<long double>(weights.at(i, j)) * unit.at(j, c);
                     });

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import runpy
 import shutil
 import subprocess
@@ -69,16 +70,58 @@ def test_what_is_asked_for_and_cannot_be_built_is_an_error(tree, wanted):
         assert ("nvcc" if wanted == "cuda" else "/nonexistent/c") in last
 
 
+@pytest.mark.parametrize(
+    ("platform_name", "machine", "expected"),
+    [
+        ("linux", "x86_64", {"avx512", "avx2", "baseline"}),
+        ("linux", "aarch64", {"baseline"}),
+        ("darwin", "x86_64", {"baseline"}),
+        ("darwin", "arm64", {"baseline"}),
+        ("win32", "AMD64", {"baseline"}),
+    ],
+)
+def test_each_platform_gets_kernels_that_its_compiler_knows(
+    monkeypatch, platform_name, machine, expected
+):
+    made = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: made.update(arguments))
+    monkeypatch.setattr(sys, "platform", platform_name)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setenv("BSTRIPLET_NATIVE", "cpu")
+    monkeypatch.chdir(ROOT)
+    build = runpy.run_path("setup.py")
+    (native,) = made["ext_modules"]
+    assert {Path(s).stem for s in native.sources if "kernels" in Path(s).parts} == expected
+    assert ("BSTRIPLET_X86_KERNELS" in dict(native.define_macros)) == ("avx2" in expected)
+    style = "/" if platform_name == "win32" else "-"
+    flags = [
+        *build["FLAGS"],
+        *(f for s in native.sources for f in build["SOURCE_FLAGS"].get(s, ())),
+    ]
+    assert all(flag.startswith(style) for flag in flags)
+
+
 def test_a_source_is_compiled_again_for_the_headers_that_it_includes(monkeypatch):
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     monkeypatch.setenv("BSTRIPLET_NATIVE", "0")
     monkeypatch.chdir(ROOT)
     with_headers = runpy.run_path("setup.py")["with_headers"]
-    names = {path.name for path in with_headers(Path("csrc/cpu_avx2.cpp"))}
-    assert names == {
-        *("cpu_avx2.cpp", "kernels_impl.h", "kernels.h", "vec.h", "moment_kernels.h"),
-    }
-    arithmetic = ("moments_float.cpp", "moments_double.cpp", "cuda.cu", "cpu_baseline.cpp")
+    found = {path.as_posix() for path in with_headers(Path("csrc/kernels/avx2.cpp"))}
+    names = (
+        "avx2.cpp",
+        "table.h",
+        "kernels.h",
+        "vec.h",
+        "tiles.h",
+        "halves.h",
+        "moments.h",
+        "pairs.h",
+    )
+    assert found == {f"csrc/kernels/{name}" for name in names}
+    arithmetic = (
+        *(f"moments/{name}.cpp" for name in ("sums", "means", "gradient")),
+        *("kernels/baseline.cpp", "cuda/small_batch.cu"),
+    )
     for name in arithmetic:  # torch's headers are most of what there is to compile
         read = [path.read_text("utf-8") for path in with_headers(Path("csrc") / name)]
         assert not [text for text in read if "<torch/" in text]

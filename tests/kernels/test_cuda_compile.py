@@ -1,4 +1,4 @@
-"""csrc/cuda.cu as the build compiles it, for GPUs that are not here: resources and machine code."""
+"""csrc/cuda/ as the build compiles it, for GPUs that are not here: resources and machine code."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def disassembly(tmp_path_factory):
     if nvcc is None or tool is None:
         pytest.skip("needs nvcc and cuobjdump")
     binary = tmp_path_factory.mktemp("cuda") / "cuda.fatbin"
-    source = ROOT / "csrc" / "cuda.cu"
+    source = ROOT / "csrc/cuda/small_batch.cu"
     subprocess.run([nvcc, *build["NVCC_FLAGS"], "-fatbin", source, "-o", binary], check=True)
 
     def run(*options: str) -> str:

@@ -23,8 +23,8 @@ from bstriplet_kernels import reference
 from bstriplet_kernels.spec import Spec, accumulation_dtype
 
 HERE = Path(__file__).parent / "cuda_on_host"
-KERNEL = Path(__file__).parents[2] / "csrc" / "cuda.cu"
-ELEMENTS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+KERNEL = Path(__file__).parents[2] / "csrc/cuda/small_batch.cu"
+ELEMENTS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # in csrc's order
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}  # of the accumulation dtype
 ROWS, COLUMNS = (1, 2, 3, 17, 36, 63, 64), (1, 5, 8, 70, 257, 1280)
 LAYOUTS = ("plain", "transposed", "spread")
@@ -49,18 +49,35 @@ def has_compiler():
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="needs g++ 12 or later on Linux")
 
 
-class SmallBatch(ctypes.Structure):
-    """csrc/cuda_launch.h's."""
+class StridedRows(ctypes.Structure):
+    """csrc/rows.h's."""
 
     _fields_ = (
-        ("embeddings", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("rows", "depth", "row_stride", "column_stride")),
+        ("data", ctypes.c_void_p),
+        ("element", ctypes.c_int),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "row_stride", "column_stride")),
+    )
+
+
+class Options(ctypes.Structure):
+    """csrc/options.h's."""
+
+    _fields_ = (
+        *((name, ctypes.c_double) for name in ("margin", "sigma", "squared_eps", "scale")),
+        *((name, ctypes.c_bool) for name in ("is_signed", "gradient")),
+    )
+
+
+class SmallBatch(ctypes.Structure):
+    """csrc/cuda/small_batch.h's."""
+
+    _fields_ = (
+        ("embeddings", StridedRows),
         ("labels", ctypes.c_void_p),
         ("label_stride", ctypes.c_int64),
         ("upstream", ctypes.c_void_p),
         ("upstream_stride", ctypes.c_int64),
-        *((name, ctypes.c_double) for name in ("margin", "sigma", "squared_eps", "scale")),
-        *((name, ctypes.c_bool) for name in ("is_signed", "gradient")),
+        ("options", Options),
         *((name, ctypes.c_void_p) for name in ("loss", "means", "grad")),
     )
 
@@ -70,7 +87,7 @@ def library(tmp_path_factory):
     """The kernel, instrumented, and what it runs on, which is not."""
     folder = tmp_path_factory.mktemp("cuda_on_host")
     compiler = ("g++", "-std=c++20", "-O2", "-g", "-fPIC", "-pthread", "-Wall")
-    includes = (f"-I{HERE}", f"-I{KERNEL.parent}")
+    includes = (f"-I{HERE}", f"-I{KERNEL.parents[1]}")
     checks = "-fsanitize=undefined", "-fno-sanitize-recover=all"
     sanitizer = "-fsanitize=address" if ADDRESS_SANITIZER else "-fsanitize=thread"
     kernel = (*checks, sanitizer, "-Wno-unknown-pragmas", "-x", "c++")
@@ -106,17 +123,18 @@ def launch(library, device, x, labels, spec, upstream=None, without_line=0, watc
         for shape in ((), (2, n), (n if spec.wants_gradient else 0, d))
     )
     batch = SmallBatch(
-        x.data_ptr(), n, d, *x.stride(),
+        StridedRows(x.data_ptr(), ELEMENTS.index(x.dtype), n, d, *x.stride()),
         labels.data_ptr(), labels.stride(0),
         None if upstream is None else upstream.data_ptr(),
         0 if upstream is None else upstream.stride(0),
-        spec.margin, spec.sigma, spec.eps**2, 1 / n if spec.reduction == "mean" else 1,
-        spec.signed, spec.wants_gradient,
+        Options(
+            spec.margin, spec.sigma, spec.eps**2, 1 / n if spec.reduction == "mean" else 1,
+            spec.signed, spec.wants_gradient,
+        ),
         loss.data_ptr(), means.data_ptr(), grad.data_ptr(),
     )  # fmt: skip
     races = ctypes.c_int(0)
     error = library.launch_on_host(
-        ELEMENTS.index(x.dtype),
         ctypes.byref(batch),
         device,
         without_line,

@@ -1,4 +1,4 @@
-// Stands in for CUDA's header where csrc/cuda.cu is compiled as C++: what that file uses, no more.
+// Stands in for CUDA's header where csrc/cuda/small_batch.cu is compiled as C++: what that file uses, no more.
 //
 // A block is an OS thread, so that its shared memory is C++'s thread_local. Its threads are fibres
 // of that OS thread, which change at barriers and shuffles alone; see fibres.cpp.

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <thread>
 
-#include "cuda_messages.h"
+#include "cuda/cluster_messages.h"
 #include "fibres.h"
 
 namespace cuda_on_host {

@@ -1,4 +1,4 @@
-// The kernels of the second-moment path; included by kernels_impl.h for each instruction set.
+// The kernels of the second-moment path. Unit rows u_i are the rows of a Block.
 
 template <class T>
 void scale_rows(Block<T> rows, const T* factor) {
@@ -11,8 +11,8 @@ void scale_rows(Block<T> rows, const T* factor) {
   }
 }
 
-// kProductRows x kPanel numbers of a moment: columns `top` of the weighted rows, `left` of the unit
-// ones. Both are read where they lie: a row's few neighbours are one line of the cache.
+// Adds to kProductRows x kPanel numbers of a moment, from columns `top` of the weighted rows and
+// `left` of the unit rows. Both are read where they lie: what a row gives is one line of the cache.
 template <class T>
 BST_INLINE void moment_tile(const Block<const T>& weighted, const Block<const T>& unit, int64_t top,
                             int64_t left, T* total, int64_t total_stride, int64_t height) {
@@ -46,8 +46,8 @@ BST_INLINE void moment_tile(const Block<const T>& weighted, const Block<const T>
   }
 }
 
-// Rows of a block whose part of the moment is added up in registers: with them both operands, a few
-// columns of each, stay in the first-level cache.
+// Rows whose part of the moment is added up in registers. So few rows of both operands, a few
+// columns each, stay in the first-level cache.
 constexpr int64_t kMomentRows = 128;
 
 template <class T>
@@ -76,7 +76,7 @@ BST_INLINE void tile_rows(const T* data, int64_t stride, int64_t rows, int64_t t
 }
 
 template <class T>
-void forms(Block<const T> unit, const T* packed, T* form) {
+void quadratic_forms(Block<const T> unit, const T* packed, T* form) {
   constexpr int lanes = kLanes<T>;
   constexpr int vectors = kProductVectors;
   T total[kProductRows * kPanel<T>];
@@ -99,7 +99,7 @@ void forms(Block<const T> unit, const T* packed, T* form) {
   }
 }
 
-// to[v] = factor from[v] for a row of one panel, or added to what is there.
+// to[v] = factor from[v] for a row of one panel; with add_to, that is added to what is there.
 template <class T>
 BST_INLINE void write_panel(const T* from, T factor, bool add_to, T* to) {
   const Vec<T> scale = broadcast(factor);
@@ -112,7 +112,7 @@ BST_INLINE void write_panel(const T* from, T factor, bool add_to, T* to) {
 }
 
 template <class T>
-void multiply_rows(Block<const T> unit, const T* packed, const T* factor, bool add_to,
+void multiply(Block<const T> unit, const T* packed, const T* factor, bool add_to,
                    Block<T> result) {
   T total[kProductRows * kPanel<T>];
   const T* row[kProductRows];
@@ -129,7 +129,8 @@ void multiply_rows(Block<const T> unit, const T* packed, const T* factor, bool a
 }
 
 template <class T>
-void add_block(const T* weights, int64_t weights_stride, Block<const T> unit, Block<T> result) {
+void add_weighted_rows(const T* weights, int64_t weights_stride, Block<const T> unit,
+                       Block<T> result) {
   T total[kProductRows * kPanel<T>];
   const T* row[kProductRows];
   for (int64_t top = 0; top < result.rows; top += kProductRows) {

@@ -1,8 +1,8 @@
-// Messages between the blocks of a cluster: stores into another block's shared memory, which a
-// barrier there counts as they arrive. A barrier of the cluster would do, but in front of one a
-// block makes all its writes visible to the whole GPU, which takes longer than the messages.
+// Messages between the blocks of a cluster. A message is a store into another block's shared
+// memory, which a barrier there counts when it arrives. A barrier of the whole cluster would be
+// simpler but slower: before it, a block makes all its writes visible to the whole GPU.
 //
-// Code for chips without clusters includes this and calls none of it.
+// Code for chips without clusters includes this file and calls none of it.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,7 +16,8 @@ __device__ inline uint32_t shared_address(const void* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }
 
-// The barrier's only phase ends when `bytes` have arrived. For one thread, before start_messages.
+// Lets the barrier's only phase end when `bytes` have arrived. One thread calls it, before
+// start_messages.
 __device__ inline void expect(uint64_t& barrier, int bytes) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&barrier)) : "memory");
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
@@ -25,19 +26,19 @@ __device__ inline void expect(uint64_t& barrier, int bytes) {
                : "memory");
 }
 
-// For every thread of the cluster: this block may be sent what it expects.
+// Says that this block is ready for messages. Every thread of the cluster calls it.
 __device__ inline void start_messages() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 
-// For every thread of the cluster: returns once any block may be sent what it expects.
+// Returns once all blocks are ready for messages. Every thread of the cluster calls it.
 __device__ inline void wait_for_start() {
   asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 }
 
-// The block of rank `rank` receives `what`, 4, 8 or 16 bytes, where this block has `to`; the
-// barrier that counts them is where this block has `barrier`.
+// Sends `what`, 4, 8 or 16 bytes, to the block of rank `rank`. `to` and `barrier`, which counts the
+// bytes, are addresses in this block; the message uses the same places in the other.
 template <int bytes>
 __device__ inline void send(const void* what, void* to, int rank, uint64_t& barrier) {
   uint32_t words[bytes / 4], there, counter;
@@ -68,7 +69,7 @@ __device__ inline void send(const void* what, void* to, int rank, uint64_t& barr
   }
 }
 
-// Returns once everything has arrived; the calling thread then sees it.
+// Returns once all expected bytes have arrived and the calling thread can see them.
 __device__ inline void wait_for(uint64_t& barrier) {
   uint32_t done;
   do {

@@ -1,11 +1,10 @@
-// The operators moment_means and moment_gradient: the edge of moments.h.
+// The operators moment_means and moment_gradient: they check, allocate and number the classes.
 #include <algorithm>
 #include <unordered_map>
 #include <vector>
 
-#include "moments.h"
+#include "moments/moments.h"
 #include "operator.h"
-#include "strided.h"
 
 namespace bstriplet {
 namespace {
@@ -37,7 +36,7 @@ class Numbered {
     }
   }
 
-  // The classes by size, and the rows in their order, as they come within a class.
+  // Sorts the classes by size; writes the rows to `order` by class, within a class as they come.
   Classes sort(int64_t* order) const {
     std::vector<int64_t> by_size;
     for (size_t c = 0; c < sizes_.size(); ++c) {
@@ -62,8 +61,8 @@ class Numbered {
   std::vector<int64_t> sizes_;
 };
 
-// The table of classes that is kept for the backward: a line (rows, columns, k) for the next k
-// classes, which have so many rows and, here, as many columns each.
+// The classes for the backward, run-length coded: a line (rows, columns, k) stands for the next k
+// classes, which have so many rows and columns each. Without ref_emb, columns = rows.
 Tensor make_table(const Classes& classes, const Tensor& like) {
   std::vector<int64_t> lines;
   for (int64_t c = 0; c < classes.count(); ++c) {
@@ -77,7 +76,7 @@ Tensor make_table(const Classes& classes, const Tensor& like) {
   return table;
 }
 
-// What `make_table` wrote, or an error.
+// Reads what `make_table` wrote; throws where it cannot have come from there.
 Classes read_table(const Tensor& table, int64_t rows, int64_t slots) {
   STD_TORCH_CHECK(table.scalar_type() == ScalarType::Long && table.dim() == 2 &&
                       table.size(1) == 3 && table.is_contiguous(),

@@ -1,95 +1,32 @@
 // batch_similarity on the CPU: Eqs. 3 and 4 and their gradient in one call.
 //
-// S is computed once, as raw dot products: with N rows and M columns (M = N and half of it without
-// ref_emb) N M D multiply-adds. One sweep over S gives every row's sums; a second turns it in place
-// into the weights w_ij phi'(s_ij) / |f_j|; one product with the embeddings, another N M D
-// multiply-adds, is the gradient. Large batches are bound by these products, small ones by the
-// calls around them. Every number is computed by one thread in one order, so the bits depend on
-// neither the number of threads nor on chance.
+// S is computed once, as raw dot products: N M D multiply-adds for N rows and M columns, half of
+// that without ref_emb, where M = N. One sweep over S gives every row's sums; a second turns S in
+// place into the weights w_ij phi'(s_ij) / |f_j|; their product with the embeddings, another N M D
+// multiply-adds, is the gradient. Large batches are bound by the products, small ones by the calls
+// around them.
+//
+// One thread computes every number in one order, so the bits depend on neither the number of
+// threads nor on chance.
 #include <algorithm>
-#include <cmath>
-#include <cstdlib>
-#include <cstring>
-#include <limits>
-#include <memory>
-#include <string>
-#include <type_traits>
+#include <optional>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
-#include "cpu.h"
+#include "cpu/cpu.h"
 #include "operator.h"
 
 namespace bstriplet {
 namespace {
 
-#if defined(BSTRIPLET_X86_KERNELS)
-bool supports(InstructionSet set) {
-  if (set == InstructionSet::avx512) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  }
-  return set == InstructionSet::baseline ||
-         (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
-}
-
-// The widest that the processor has; BSTRIPLET_INSTRUCTION_SET can ask for a narrower one, for the
-// same bits on different processors.
-InstructionSet choose_instruction_set() {
-  const char* wanted = std::getenv("BSTRIPLET_INSTRUCTION_SET");
-  const std::string limit = wanted == nullptr ? "avx512" : wanted;
-  if (limit == "avx512" && supports(InstructionSet::avx512)) return InstructionSet::avx512;
-  if (limit != "baseline" && supports(InstructionSet::avx2)) return InstructionSet::avx2;
-  return InstructionSet::baseline;
-}
-#else
-InstructionSet choose_instruction_set() { return InstructionSet::baseline; }
-#endif
-
-}  // namespace
-
-InstructionSet instruction_set() {
-  static const InstructionSet chosen = choose_instruction_set();
-  return chosen;
-}
-
-void run_parallel(int64_t begin, int64_t end, int64_t grain,
-                  void (*work)(int64_t begin, int64_t end, void* context), void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, work, context));
-}
-
-void map_pages(void* data, int64_t bytes) {
-#if defined(MADV_POPULATE_WRITE)  // in headers of Linux 5.14 on; an older kernel only refuses
-  constexpr int64_t piece = int64_t{1} << 18;
-  const int64_t page = sysconf(_SC_PAGESIZE);
-  const auto address = reinterpret_cast<int64_t>(data);
-  const int64_t begin = round_up(address, page), end = (address + bytes) / page * page;
-  if (end - begin < 64 * piece) return;  // small memory is often not fresh
-  parallel_for(0, round_up(end - begin, piece) / piece, 1, [&](int64_t from, int64_t to) {
-    for (int64_t at = begin + from * piece; at < std::min(begin + to * piece, end); at += piece) {
-      madvise(reinterpret_cast<void*>(at), std::min(piece, end - at), MADV_POPULATE_WRITE);
-    }
-  });
-#else
-  (void)data, (void)bytes;
-#endif
-}
-
-namespace {
-
-// A [rows, columns] float scratch whose rows are padded for whole vectors. An odd number of cache
-// lines between rows keeps them from falling into the same few sets of the cache.
+// S, or its transpose: rows are padded to whole vectors. An odd number of cache lines from row to
+// row keeps rows from falling into the same few sets of the cache.
 template <class T>
-struct Scratch {
+struct PairMatrix {
   Tensor owner;
   T* data;
   int64_t stride;
 
-  Scratch(int64_t rows, int64_t columns, const Inputs& in)
+  PairMatrix(int64_t rows, int64_t columns, const Inputs& in)
       : owner(empty_vector(checked_product(rows, padded_stride(columns)), in.accumulation,
                            in.embeddings)),
         data(static_cast<T*>(owner.mutable_data_ptr())),
@@ -103,11 +40,11 @@ struct Scratch {
   }
 };
 
-// A tensor's rows as a Matrix<T>: its own memory where that already is one, else a padded copy.
+// Embeddings as a Matrix<T>: their own memory where that fits, else a padded copy.
 template <class T>
-class Rows {
+class PaddedRows {
  public:
-  Rows(const Tensor& tensor, const Inputs& in) {
+  PaddedRows(const Tensor& tensor, const Inputs& in) {
     const StridedRows given = strided_rows(tensor);
     const int64_t n = given.rows, d = given.columns;
     if (tensor.scalar_type() == in.accumulation && given.column_stride == 1 && d % kPad == 0) {
@@ -131,7 +68,7 @@ class Rows {
   Matrix<T> matrix_;
 };
 
-// One `Side` of the loss and the memory of its arrays, one after the other.
+// A `Side` and the memory of its arrays.
 template <class T>
 struct SideArrays {
   std::vector<T> numbers;
@@ -148,10 +85,10 @@ struct SideArrays {
   }
 };
 
-// The classes of the columns in ascending order with each one's number of columns.
-class Classes {
+// The classes of the columns, in ascending order, and how many columns each has.
+class ColumnClasses {
  public:
-  explicit Classes(const Tensor& labels) : values_(read(labels)) {
+  explicit ColumnClasses(const Tensor& labels) : values_(read(labels)) {
     std::sort(values_.begin(), values_.end());
     for (size_t i = 0; i < values_.size(); ++i) {
       if (i == 0 || values_[i] != values_[i - 1]) {
@@ -163,7 +100,7 @@ class Classes {
     values_.resize(starts_.size() - 1);
   }
 
-  // Each label's place among the classes; one past the last where no column has it.
+  // Writes each label's number among the classes; one past the last where no column has it.
   template <class C>
   void number(const Tensor& labels, C* to) const {
     for (int64_t label : read(labels)) {
@@ -231,20 +168,18 @@ class Batch {
   SideArrays<T>& other() { return ref_ ? *ref_ : own_; }
   Tensor nothing() const { return empty_vector(0, in_.accumulation, in_.embeddings); }
 
-  // S as raw products, its transpose where it is needed, and every 1 / |f_i|.
+  // Computes S as raw products, its transpose where grad_ref needs it, and every 1 / |f_i|.
   void similarities() {
     const Kernels<T>& k = kernels<T>();
-    const T squared_eps = static_cast<T>(options_.eps * options_.eps);
+    const T squared_eps = static_cast<T>(options_.squared_eps);
     const bool symmetric = !in_.ref_emb;
-    const int64_t count = tiles(in_.rows, in_.columns, symmetric);
+    const int64_t count = tile_count(in_.rows, in_.columns, symmetric);
     T* const mirror = symmetric ? s_.data : mirror_ ? mirror_->data : nullptr;
     const int64_t mirror_stride = symmetric ? s_.stride : mirror_ ? mirror_->stride : 0;
     T* const squared = symmetric ? own_.side.inverse : nullptr;
-    parallel_for(0, count, grain(kBlock * kBlock * in_.depth),
-                                [&](int64_t begin, int64_t end) {
-                                  k.dots(matrix(), columns(), s_.data, s_.stride, mirror,
-                                         mirror_stride, squared, begin, end);
-                                });
+    parallel_for(0, count, grain(kTile * kTile * in_.depth), [&](int64_t begin, int64_t end) {
+      k.dots(matrix(), columns(), s_.data, s_.stride, mirror, mirror_stride, squared, begin, end);
+    });
     if (!symmetric) {
       squared_norms(matrix(), own_);
       squared_norms(columns(), *ref_);
@@ -254,10 +189,9 @@ class Batch {
   }
 
   void squared_norms(const Matrix<T>& matrix, SideArrays<T>& to) {
-    parallel_for(0, matrix.rows, grain(matrix.columns),
-                                [&](int64_t begin, int64_t end) {
-                                  kernels<T>().squared_norms(matrix, to.side.inverse, begin, end);
-                                });
+    parallel_for(0, matrix.rows, grain(matrix.columns), [&](int64_t begin, int64_t end) {
+      kernels<T>().squared_norms(matrix, to.side.inverse, begin, end);
+    });
   }
 
   int64_t positives_of(int64_t i) const {
@@ -277,21 +211,20 @@ class Batch {
       for (int64_t i = begin; i < end; ++i) {
         std::fill(s_.row(i) + m, s_.row(i) + padded, T(0));
         k.row_sums(s_.row(i), own_.side.inverse[i], own_.side.label[i], columns, padded,
-                   {options_.is_signed}, positive + i, negative + i);
+                   options_.is_signed, positive + i, negative + i);
         positive[i] /= static_cast<T>(std::max<int64_t>(1, positives_of(i)));
         negative[i] /= static_cast<T>(std::max<int64_t>(1, negatives_of(i)));
       }
     });
   }
 
-  // Eq. 4, and every row's a_i = dL/dl_i [h_i > 0] divided by its counts; NaN counts as active.
-  // Returns whether any row is.
+  // Computes Eq. 4, and each row's a_i = dL/dl_i [h_i > 0] over its counts. Returns whether any row
+  // is active; a NaN is.
   bool hinge(const T* positive, const T* negative, T* loss) {
     const T* upstream = in_.upstream ? static_cast<const T*>(in_.upstream->const_data_ptr())
                                      : nullptr;
     const int64_t stride = in_.upstream ? in_.upstream->stride(0) : 0;
     const T margin = static_cast<T>(options_.margin), sigma = static_cast<T>(options_.sigma);
-    const double scale = options_.mean ? 1.0 / static_cast<double>(in_.rows) : 1.0;
     double total = 0;
     bool any_active = false;
     for (int64_t i = 0; i < in_.rows; ++i) {
@@ -299,17 +232,17 @@ class Batch {
       if (h <= 0) continue;
       any_active = true;
       total += static_cast<double>(h);
-      const T a = upstream == nullptr ? static_cast<T>(scale) : upstream[i * stride];
+      const T a = upstream == nullptr ? static_cast<T>(options_.scale) : upstream[i * stride];
       const int64_t positives = positives_of(i), negatives = negatives_of(i);
       if (positives > 0) own_.side.per_positive[i] = a / static_cast<T>(positives);
       if (negatives > 0) own_.side.per_negative[i] = sigma * a / static_cast<T>(negatives);
     }
-    *loss = static_cast<T>(scale * total);
+    *loss = static_cast<T>(options_.scale * total);
     return any_active;
   }
 
-  // dL/df of one side; s, which has its rows, is used up.
-  Tensor gradient(const Tensor& of, bool any_active, const Scratch<T>& s, const Matrix<T>& rows,
+  // dL/df of one side, whose rows are those of s; s is overwritten.
+  Tensor gradient(const Tensor& of, bool any_active, const PairMatrix<T>& s, const Matrix<T>& rows,
                   const Matrix<T>& columns, SideArrays<T>& row_side, SideArrays<T>& column_side) {
     const Kernels<T>& k = kernels<T>();
     const int64_t m = columns.rows, padded = round_up(m, kPad);
@@ -323,7 +256,7 @@ class Batch {
       for (int64_t i = begin; i < end; ++i) {
         std::fill(s.row(i) + m, s.row(i) + padded, T(0));
         row_side.along[i] = k.row_weights(s.row(i), row_side.side, i, column_side.side, padded,
-                                          {options_.is_signed});
+                                          options_.is_signed);
       }
     });
     const int64_t groups = round_up(rows.rows, kRowGroup) / kRowGroup;
@@ -338,42 +271,23 @@ class Batch {
 
   const Inputs& in_;
   const Options& options_;
-  Scratch<T> s_;  // first: where it is too large nothing else has been written to yet
-  Rows<T> rows_;
-  std::optional<Rows<T>> ref_rows_;
+  PairMatrix<T> s_;  // first: if there is no memory for it, nothing has been written yet
+  PaddedRows<T> rows_;
+  std::optional<PaddedRows<T>> ref_rows_;
   SideArrays<T> own_;
   std::optional<SideArrays<T>> ref_;
-  std::optional<Scratch<T>> mirror_;
-  Classes classes_;
+  std::optional<PairMatrix<T>> mirror_;
+  ColumnClasses classes_;
 };
 
-Results batch_similarity(Tensor embeddings, Tensor labels, bool gradient, double margin, bool mean,
-                         bool is_signed, double sigma, double eps, std::optional<Tensor> ref_emb,
-                         std::optional<Tensor> ref_labels, std::optional<Tensor> upstream) {
-  const Inputs in = checked(embeddings, ref_emb, labels, ref_labels, upstream);
-  const Options options{margin, sigma, is_signed, eps, mean, gradient};
+Results run(const Inputs& in, const Options& options) {
   return in.accumulation == ScalarType::Double ? Batch<double>(in, options).run()
                                                : Batch<float>(in, options).run();
-}
-
-std::string instruction_set_name() {
-  switch (instruction_set()) {
-    case InstructionSet::avx512:
-      return "avx512";
-    case InstructionSet::avx2:
-      return "avx2";
-    default:
-      return "baseline";
-  }
 }
 
 }  // namespace
 }  // namespace bstriplet
 
 STABLE_TORCH_LIBRARY_IMPL(bstriplet, CPU, library) {
-  library.impl("batch_similarity", TORCH_BOX(&bstriplet::batch_similarity));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(bstriplet, CompositeExplicitAutograd, library) {
-  library.impl("instruction_set", TORCH_BOX(&bstriplet::instruction_set_name));
+  library.impl("batch_similarity", TORCH_BOX(&bstriplet::batch_similarity<&bstriplet::run>));
 }

@@ -1,4 +1,4 @@
-// The kernels for what every processor of the architecture has.
+// The portable kernels: vectors that every processor of the architecture has.
 #define BST_ISA baseline
 #define BST_VECTOR_BYTES 16
 #if defined(__aarch64__) || defined(_M_ARM64)
@@ -6,4 +6,4 @@
 #else
 #define BST_REGISTERS 16
 #endif
-#include "kernels_impl.h"
+#include "kernels/table.h"

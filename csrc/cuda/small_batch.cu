@@ -1,34 +1,34 @@
 // batch_similarity on CUDA for small batches (N <= 64, the paper's N_b = 36): loss, row means and
 // gradient in one launch.
 //
-// A team of blocks forms S, N x N, in shared memory. Where blocks can be a cluster (Hopper and
-// later), 16 or else eight are the team: each multiplies out its share of the D columns, and
-// messages between the blocks add the partial S, always in the same order. Elsewhere a block is a
-// team of its own and multiplies out all columns. Several teams form the same S, so that the
-// columns of the gradient are spread over more multiprocessors: at this size that is cheaper than a
-// second launch.
+// A team of blocks forms S, N x N, in shared memory. On chips with clusters (Hopper and later) a
+// team is 16 blocks, or eight where 16 do not fit: each multiplies out its share of the D columns,
+// and messages between the blocks add the partial S, always in the same order. On other chips a
+// team is one block, which multiplies out all columns. Every team forms the whole S and writes its
+// own columns of the gradient: at this size that is cheaper than a second launch.
 //
-// Reads N D elements for each team and writes N D; N^2 D / 2 multiply-adds for S, for each team,
-// and N^2 D for the gradient; bound by latency. No atomics: the same bits from run to run.
-#include <cuda_messages.h>
+// Each team reads N D elements and does N^2 D / 2 multiply-adds for S; all teams together write N D
+// elements, for another N^2 D multiply-adds. The kernel is bound by latency. It has no atomics, so
+// that the bits are the same from run to run.
+#include "cuda/cluster_messages.h"
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <atomic>
 #include <type_traits>
 
-#include "cuda_launch.h"
+#include "cuda/small_batch.h"
 
 namespace bstriplet {
 namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
-constexpr int kPart = 16;              // columns of the gradient that a block had best write
-constexpr int kMostClusters = 8;       // teams, however many columns: each reads all embeddings
-constexpr int kMostBlocks = 64;        // teams where there are no clusters
+constexpr int kPart = 16;              // columns of the gradient that suit a block best
+constexpr int kMostClusters = 8;       // the most teams of clusters: each reads all embeddings
+constexpr int kMostBlocks = 64;        // the most teams of one block
 constexpr int kLanes = kThreads / kMaxRows;  // adjacent lanes that have a row
-constexpr int kSlots = 8;              // vectors, and elements of S, that a lane has of its row
+constexpr int kSlots = 8;              // vectors, or elements of S, that a lane holds of its row
 constexpr int kStride = kMaxRows + 4;  // of the weights: whole 16-byte loads
 constexpr int kMostTiles = kMaxRows / 4 * (kMaxRows / 4 + 1) / 2;  // 4 x 4, of the lower triangle
 
@@ -41,7 +41,16 @@ struct alignas(16) Vector {
   T of[kVector<T>];
 };
 
-// As many columns as a Vector has, as they lie in memory.
+// Half precision as it lies in memory. cuda_fp16.h and cuda_bf16.h would take a tenth of the time
+// that the kernel compiles.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// The columns of a Vector, as they lie in memory.
 template <class In>
 using Accumulation = std::conditional_t<std::is_same_v<In, double>, double, float>;
 template <class In>
@@ -49,23 +58,16 @@ struct alignas(sizeof(In) * kVector<Accumulation<In>>) Raw {
   In of[kVector<Accumulation<In>>];
 };
 
-template <class In>
-struct Arguments {
-  const In* embeddings;
-  int64_t row_stride, column_stride;
-  const int64_t* labels;
-  int64_t label_stride;
-  const void* upstream;  // of the accumulation type, or null
-  int64_t upstream_stride;
-  int rows;
-  int64_t depth;
+// What the kernel takes: the batch, and how the launch shares out its columns.
+struct Arguments : SmallBatch {
   int64_t share, part;  // columns of which a block forms S; of those, columns of its gradient
   int chunk, stride;    // vectors of a row in shared memory at a time; from row to row
   bool vectors;         // whether a vector is a single aligned load from memory
-  double margin, sigma, squared_eps, scale;
-  bool is_signed, gradient;
-  void *loss, *means, *grad;  // of the accumulation type
 };
+
+__device__ inline int rows_of(const Arguments& args) {
+  return static_cast<int>(args.embeddings.rows);  // at most kMaxRows
+}
 
 __device__ inline float widen(float x) { return x; }
 __device__ inline double widen(double x) { return x; }
@@ -76,7 +78,8 @@ __device__ inline float widen(Half x) {
 }
 __device__ inline float widen(BFloat16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
 
-// Over `lanes` adjacent lanes of a warp, all of which call it; each has the sum.
+// The sum over `lanes` adjacent lanes of a warp, in each of them. All lanes of the warp must call
+// it.
 template <int lanes, class T>
 __device__ inline T sum_over(T x) {
 #pragma unroll
@@ -84,7 +87,7 @@ __device__ inline T sum_over(T x) {
   return x;
 }
 
-// Vectors of the embeddings that are in shared memory at a time: a chunk of the columns.
+// Vectors that shared memory has room for: a chunk of the columns of all rows.
 template <class T>
 constexpr int kRoom = (sizeof(T) == 4 ? 27 : 9) * kMaxRows;
 
@@ -98,37 +101,38 @@ struct Shared {
     };
     alignas(16) T weights[kMaxRows][kStride];
   };
-  uint64_t parts_are_here, s_is_here;  // barriers of a cluster's messages
+  uint64_t parts_are_here, s_is_here;  // barriers that count a cluster's messages
   T inverse[kMaxRows];
   T per_positive[kMaxRows], per_negative[kMaxRows], loss[kMaxRows];
   int64_t label[kMaxRows];
 };
 
-// Where S_ij of n rows is in shared.s. A tile is there as a whole, on the diagonal too.
+// The index of S_ij of n rows in shared.s, which holds whole tiles, on the diagonal too.
 __device__ inline int element(int n, int i, int j) {
   const int high = max(i, j), low = min(i, j), top = high / 4, left = low / 4;
   const int tile = top == left ? top : (n + 3) / 4 + top * (top - 1) / 2 + left;
   return tile * 16 + high % 4 * 4 + low % 4;
 }
 
-// Vectors of a chunk of columns [from, end).
-template <class In>
-__device__ inline int vectors_of(const Arguments<In>& args, int64_t from, int64_t end) {
-  constexpr int vector = kVector<Accumulation<In>>;
+// Vectors of a row in the chunk that begins at column `from` of [from, end).
+template <class T>
+__device__ inline int vectors_of(const Arguments& args, int64_t from, int64_t end) {
   return static_cast<int>(
-      max(int64_t{0}, min(int64_t{args.chunk}, (end - from + vector - 1) / vector)));
+      max(int64_t{0}, min(int64_t{args.chunk}, (end - from + kVector<T> - 1) / kVector<T>)));
 }
 
-// A chunk of the columns [from, end), zeros after `end`, on its way while the caller goes on. The
-// lanes of a row take adjacent vectors.
+// Starts to load a chunk of columns [from, end), zeros after `end`; the caller goes on meanwhile.
+// The lanes of a row take adjacent vectors.
 template <class In>
-__device__ inline void load(const Arguments<In>& args, int64_t from, int64_t end,
+__device__ inline void load(const Arguments& args, int64_t from, int64_t end,
                             Raw<In> (&held)[kSlots]) {
   constexpr int vector = kVector<Accumulation<In>>;
   const int row = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  const int count = row < args.rows ? vectors_of(args, from, end) : 0;
+  const int count = row < rows_of(args) ? vectors_of<Accumulation<In>>(args, from, end) : 0;
   const int64_t at = from + lane * vector;
-  const In* const source = args.embeddings + row * args.row_stride + at * args.column_stride;
+  const StridedRows& x = args.embeddings;
+  const In* const source =
+      static_cast<const In*>(x.data) + row * x.row_stride + at * x.column_stride;
   if (args.vectors) {
 #pragma unroll
     for (int k = 0; k < kSlots; ++k) {
@@ -142,18 +146,18 @@ __device__ inline void load(const Arguments<In>& args, int64_t from, int64_t end
       for (int c = 0; c < vector; ++c) {
         const int ahead = k * kLanes * vector + c;
         const bool inside = lane + k * kLanes < count && at + ahead < end;
-        held[k].of[c] = inside ? source[ahead * args.column_stride] : In{};
+        held[k].of[c] = inside ? source[ahead * x.column_stride] : In{};
       }
     }
   }
 }
 
-// What `load` brought, `count` vectors of every row, into shared.columns.
+// Widens what `load` brought, `count` vectors of every row, into shared.columns.
 template <class In, class T>
-__device__ inline void store(const Arguments<In>& args, int count, const Raw<In> (&held)[kSlots],
+__device__ inline void store(const Arguments& args, int count, const Raw<In> (&held)[kSlots],
                              Shared<T>& shared) {
   const int row = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  if (row >= args.rows) return;
+  if (row >= rows_of(args)) return;
 #pragma unroll
   for (int k = 0; k < kSlots; ++k) {
     if (lane + k * kLanes >= count) continue;
@@ -164,9 +168,9 @@ __device__ inline void store(const Arguments<In>& args, int count, const Raw<In>
   }
 }
 
-// Adds the values of `groups` lanes of a warp, `apart` from one to the next. A lane's values
-// [0, size / groups) are then the sums of those from group * size / groups on: each step exchanges
-// halves, so few values are sent.
+// Adds the values of `groups` lanes of a warp, which are `apart` lanes apart. Afterwards a lane's
+// values [0, size / groups) are the sums of those from group * size / groups on. Each step
+// exchanges halves, so that few values are sent.
 template <int groups, int apart, int size, class T, int all>
 __device__ inline void add_over_groups(int group, T (&values)[all]) {
   if constexpr (groups > 1) {
@@ -181,13 +185,13 @@ __device__ inline void add_over_groups(int group, T (&values)[all]) {
   }
 }
 
-// Raw products of columns [begin, end), of which `held` has the first chunk, into shared.s or to
-// the blocks that add them. `groups` adjacent lanes share a 4 x 4 tile of the lower triangle: each
-// takes every groups-th vector.
+// Multiplies out columns [begin, end), of which `held` has the first chunk. The raw products go
+// into shared.s, or to the blocks of the cluster that add them. `groups` adjacent lanes share a 4 x
+// 4 tile of the lower triangle: each takes every groups-th vector.
 template <int groups, int cluster, class In, class T>
-__device__ void dots(const Arguments<In>& args, int64_t begin, int64_t end,
+__device__ void dots(const Arguments& args, int64_t begin, int64_t end,
                      Raw<In> (&held)[kSlots], Shared<T>& shared) {
-  const int down = (args.rows + 3) / 4;
+  const int down = (rows_of(args) + 3) / 4;
   const int group = threadIdx.x % groups, tile = threadIdx.x / groups;
   const bool active = tile < down * (down + 1) / 2;
   int top = tile, left = tile;
@@ -199,7 +203,7 @@ __device__ void dots(const Arguments<In>& args, int64_t begin, int64_t end,
   const int64_t step = args.chunk * kVector<T>;
   T acc[16] = {};
   for (int64_t from = begin;; from += step) {
-    const int count = vectors_of(args, from, end);
+    const int count = vectors_of<T>(args, from, end);
     store(args, count, held, shared);
     __syncthreads();
     if (from + step < end) load(args, from + step, end, held);
@@ -242,11 +246,11 @@ __device__ void dots(const Arguments<In>& args, int64_t begin, int64_t end,
   }
 }
 
-// Among as many lanes as there are threads for.
+// The same, with as many lanes for a tile as there are threads for.
 template <int cluster, class In, class T>
-__device__ void dots(const Arguments<In>& args, int64_t begin, int64_t end,
+__device__ void dots(const Arguments& args, int64_t begin, int64_t end,
                      Raw<In> (&held)[kSlots], Shared<T>& shared) {
-  const int down = (args.rows + 3) / 4, tiles = down * (down + 1) / 2;
+  const int down = (rows_of(args) + 3) / 4, tiles = down * (down + 1) / 2;
   if (8 * tiles <= kThreads) {
     dots<8, cluster>(args, begin, end, held, shared);
   } else if (4 * tiles <= kThreads) {
@@ -263,14 +267,14 @@ __device__ inline T inverse_norm(T squared, T squared_eps) {
                                 : rsqrt(squared);
 }
 
-// Vectors of S.
+// Vectors that hold S of n rows.
 template <class T>
 __device__ inline int vectors_of_s(int n) {
   const int down = (n + 3) / 4;
   return down * (down + 1) / 2 * 16 / kVector<T>;
 }
 
-// What `dots` and `add_over_cluster` of the cluster's blocks send to this one.
+// Tells the barriers how many bytes `dots` and `add_over_cluster` of all blocks send to this one.
 template <int cluster, class T>
 __device__ inline void expect_messages(int n, Shared<T>& shared) {
   const int count = vectors_of_s<T>(n), rank = static_cast<int>(blockIdx.x % cluster);
@@ -279,15 +283,15 @@ __device__ inline void expect_messages(int n, Shared<T>& shared) {
   expect(shared.s_is_here, count * 16 + n * static_cast<int>(sizeof(T)));
 }
 
-// Adds the cluster's partial S and sends the sums, and 1 over the norms, to every block. A block
-// adds every 16th vector of 16 blocks, so that little crosses between them. 16 lanes have a vector:
-// each reads what one block has sent, and sends the sum to that block.
+// Adds the cluster's partial S and sends the sums, and 1 over the norms, to every block. Of 16
+// blocks each adds every 16th vector, so that little crosses between them. 16 lanes share a vector:
+// each reads the part that one block has sent, and sends the sum to that block.
 template <int cluster, class T>
 __device__ void add_over_cluster(int n, T squared_eps, Shared<T>& shared) {
   const int count = vectors_of_s<T>(n), lane = threadIdx.x % cluster;
   const int rank = static_cast<int>(blockIdx.x % cluster);
-  // From the last warp on, since the first are busy with `row_of`. All lanes of a warp go through
-  // as many rounds, which shuffles need.
+  // The last warps begin, since the first are busy with `row_of`. All lanes of a warp run as many
+  // rounds, which shuffles need.
   const int start = (kWarps - 1 - static_cast<int>(threadIdx.x) / 32) * 32;
   if (start < count) wait_for(shared.parts_are_here);
   for (int from = start; from < count; from += kThreads) {
@@ -312,19 +316,19 @@ __device__ inline T phi_slope(T s, bool is_signed) {
   return is_signed ? (s < 0 ? -s : s) : s;  // half of phi'; s times it is phi
 }
 
-// What a lane knows of its row before S is there; its columns are lane, lane + kLanes, ...
+// What a lane knows of its row before S is there. Its columns are lane, lane + kLanes, ...
 template <class T>
 struct Row {
-  unsigned positives;            // bit k: whether column lane + k kLanes is a positive
+  unsigned positives;            // bit k: column lane + k kLanes is a positive
   T per_positive, per_negative;  // 1 over the counts of all columns; 0 where there are none
   T upstream;
-  int at[kSlots];  // where the elements of S are in shared.s
+  int at[kSlots];                // indices into shared.s
 };
 
-template <class In, class T>
-__device__ Row<T> row_of(const Arguments<In>& args, const Shared<T>& shared) {
-  const int i = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, n = args.rows;
-  Row<T> row{0, 0, 0, static_cast<T>(args.scale), {}};
+template <class T>
+__device__ Row<T> row_of(const Arguments& args, const Shared<T>& shared) {
+  const int i = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, n = rows_of(args);
+  Row<T> row{0, 0, 0, static_cast<T>(args.options.scale), {}};
   int positives = 0;
   if (i < n) {
     if (args.upstream != nullptr) {
@@ -348,11 +352,12 @@ __device__ Row<T> row_of(const Arguments<In>& args, const Shared<T>& shared) {
   return row;
 }
 
-// Eq. 3 for every row: the means, h_i, and a_i over its counts. `s` becomes the lane's cosines.
-template <class In, class T>
-__device__ void row_means(const Arguments<In>& args, const Row<T>& row, bool writes,
+// Computes Eq. 3 for every row: the means, h_i, and a_i over its counts. `s` becomes the lane's
+// cosines.
+template <class T>
+__device__ void row_means(const Arguments& args, const Row<T>& row, bool writes,
                           T (&s)[kSlots], Shared<T>& shared) {
-  const int i = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, n = args.rows;
+  const int i = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, n = rows_of(args);
   T same = 0, other = 0;
 #pragma unroll
   for (int k = 0; k < kSlots; ++k) {
@@ -360,14 +365,14 @@ __device__ void row_means(const Arguments<In>& args, const Row<T>& row, bool wri
     const int j = lane + k * kLanes;
     if (i >= n || j >= n || j == i) continue;
     s[k] = shared.s[row.at[k]] * shared.inverse[i] * shared.inverse[j];
-    const T phi = s[k] * phi_slope(s[k], args.is_signed);
+    const T phi = s[k] * phi_slope(s[k], args.options.is_signed);
     (row.positives >> k & 1 ? same : other) += phi;
   }
   const T positive = sum_over<kLanes>(same) * row.per_positive;
   const T negative = sum_over<kLanes>(other) * row.per_negative;
   if (i >= n || lane != 0) return;
-  const T sigma = static_cast<T>(args.sigma);
-  const T h = static_cast<T>(args.margin) - positive + sigma * negative;
+  const T sigma = static_cast<T>(args.options.sigma);
+  const T h = static_cast<T>(args.options.margin) - positive + sigma * negative;
   const bool inactive = h <= 0;  // false for NaN, which counts as active
   const T a = inactive ? T(0) : row.upstream;
   shared.loss[i] = inactive ? T(0) : h;
@@ -381,10 +386,10 @@ __device__ void row_means(const Arguments<In>& args, const Row<T>& row, bool wri
 
 // The weights of dL/df_i = sum_j weights[j][i] f_j / |f_i|: w_ij phi'(s_ij) / |f_j|, on the
 // diagonal -sum_j w_ij phi'(s_ij) s_ij / |f_i|.
-template <class In, class T>
-__device__ void weigh(const Arguments<In>& args, const Row<T>& row, const T (&s)[kSlots],
+template <class T>
+__device__ void weigh(const Arguments& args, const Row<T>& row, const T (&s)[kSlots],
                       Shared<T>& shared) {
-  const int j = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, n = args.rows;
+  const int j = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, n = rows_of(args);
   T along = 0;
 #pragma unroll
   for (int k = 0; k < kSlots; ++k) {
@@ -393,7 +398,7 @@ __device__ void weigh(const Arguments<In>& args, const Row<T>& row, const T (&s)
     if (j >= n || i >= n || i == j) continue;
     const T weight = row.positives >> k & 1 ? -(shared.per_positive[i] + shared.per_positive[j])
                                            : shared.per_negative[i] + shared.per_negative[j];
-    const T slope = 2 * weight * phi_slope(s[k], args.is_signed);
+    const T slope = 2 * weight * phi_slope(s[k], args.options.is_signed);
     along += slope * s[k];
     shared.weights[j][i] = slope * shared.inverse[j];
   }
@@ -401,14 +406,14 @@ __device__ void weigh(const Arguments<In>& args, const Row<T>& row, const T (&s)
   if (j < n && lane == 0) shared.weights[j][j] = -along * shared.inverse[j];
 }
 
-// dL/df in columns [begin, end), of which `columns` has the vectors. A warp has 4 rows. Four lanes
-// share a vector of them: each takes every fourth embedding, and in the end has a row.
-template <class In, class T>
-__device__ void gradient(const Arguments<In>& args, int64_t begin, int64_t end,
+// Writes dL/df in columns [begin, end), whose vectors are in `columns`. A warp has 4 rows. Four
+// lanes share a vector of these: each adds every fourth embedding, and ends with one row.
+template <class T>
+__device__ void gradient(const Arguments& args, int64_t begin, int64_t end,
                          const Vector<T>* columns, const Shared<T>& shared) {
   constexpr int vector = kVector<T>;
   static_assert(kMaxRows <= 4 * kWarps);
-  const int n = args.rows, across = vectors_of(args, begin, end);
+  const int n = rows_of(args), across = vectors_of<T>(args, begin, end);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 8;
   const int top = 4 * warp;
   if (top >= n) return;
@@ -430,7 +435,7 @@ __device__ void gradient(const Arguments<In>& args, int64_t begin, int64_t end,
     const int i = top + group;
     if (v >= across || i >= n) continue;
     const int64_t d = begin + v * vector;
-    T* const target = static_cast<T*>(args.grad) + i * args.depth + d;
+    T* const target = static_cast<T*>(args.grad) + i * args.embeddings.columns + d;
     Vector<T> scaled;
 #pragma unroll
     for (int c = 0; c < vector; ++c) scaled.of[c] = acc[c] * shared.inverse[i];
@@ -446,12 +451,12 @@ __device__ void gradient(const Arguments<In>& args, int64_t begin, int64_t end,
 }
 
 template <class In, class T, int cluster>
-__device__ void batch_similarity(const Arguments<In>& args) {
+__device__ void batch_similarity(const Arguments& args) {
   __shared__ Shared<T> shared;
   static_assert(sizeof(shared) <= 48 * 1024, "the static shared memory of a block on every chip");
   static_assert(kMaxRows <= kLanes * kSlots && kMaxRows <= kThreads);
-  const int n = args.rows, rank = blockIdx.x % cluster, team = blockIdx.x / cluster;
-  const int64_t begin = rank * args.share, end = min(args.depth, begin + args.share);
+  const int n = rows_of(args), rank = blockIdx.x % cluster, team = blockIdx.x / cluster;
+  const int64_t begin = rank * args.share, end = min(args.embeddings.columns, begin + args.share);
   Raw<In> held[kSlots];
   load(args, begin, end, held);
   const int own = threadIdx.x;
@@ -461,9 +466,9 @@ __device__ void batch_similarity(const Arguments<In>& args) {
   }
   if (own < n) shared.label[own] = args.labels[own * args.label_stride];
   dots<cluster>(args, begin, end, held, shared);
-  const T squared_eps = static_cast<T>(args.squared_eps);
+  const T squared_eps = static_cast<T>(args.options.squared_eps);
   if constexpr (cluster > 1) add_over_cluster<cluster>(n, squared_eps, shared);
-  const bool has_rows = own / 32 * (32 / kLanes) < n;  // the warp: its lanes stay together
+  const bool has_rows = own / 32 * (32 / kLanes) < n;  // the same for all lanes of a warp
   Row<T> row{};
   if (has_rows) row = row_of(args, shared);
   if constexpr (cluster > 1) {
@@ -476,19 +481,19 @@ __device__ void batch_similarity(const Arguments<In>& args) {
   T s[kSlots];
   if (has_rows) row_means(args, row, blockIdx.x == 0, s, shared);
   __syncthreads();
-  if (args.gradient) {
+  if (args.options.gradient) {
     if (has_rows) weigh(args, row, s, shared);
     __syncthreads();
   }
-  if (blockIdx.x == 0 && threadIdx.x / 32 == kWarps - 1) {  // which has the least of the gradient
+  if (blockIdx.x == 0 && threadIdx.x / 32 == kWarps - 1) {  // the warp with the least to do next
     const int lane = threadIdx.x % 32;
     double total = 0;
     for (int i = lane; i < n; i += 32) total += static_cast<double>(shared.loss[i]);
-    const double scale = args.scale;
+    const double scale = args.options.scale;
     total = sum_over<32>(total);
     if (lane == 0) *static_cast<T*>(args.loss) = static_cast<T>(scale * total);
   }
-  if (!args.gradient) return;
+  if (!args.options.gradient) return;
   const int64_t first = begin + team * args.part, last = min(end, first + args.part);
   const int64_t step = args.chunk * kVector<T>;
   if (args.share <= step) {
@@ -497,7 +502,7 @@ __device__ void batch_similarity(const Arguments<In>& args) {
   }
   for (int64_t from = first; from < last; from += step) {
     load(args, from, last, held);
-    store(args, vectors_of(args, from, last), held, shared);
+    store(args, vectors_of<T>(args, from, last), held, shared);
     __syncthreads();
     gradient(args, from, last, shared.columns, shared);
     if (from + step < last) __syncthreads();
@@ -505,17 +510,17 @@ __device__ void batch_similarity(const Arguments<In>& args) {
 }
 
 template <class In, class T, int cluster>
-__global__ void __launch_bounds__(kThreads, 1) batch_similarity_kernel(const Arguments<In> args) {
+__global__ void __launch_bounds__(kThreads, 1) batch_similarity_kernel(const Arguments args) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   if constexpr (cluster > 1) {
-    __trap();  // never launched on a chip without clusters; if it were, an error and no numbers
+    __trap();  // never launched on a chip without clusters
   } else
 #endif
     batch_similarity<In, T, cluster>(args);
 }
 
-// How many clusters of the kernel the current device has room for at a time; 0 where it has no
-// clusters, or too few multiprocessors for so many blocks, as a small slice of a GPU.
+// How many clusters of the kernel fit the current device at a time. That is 0 on a chip without
+// clusters, and where there are too few multiprocessors, as in a small slice of a GPU.
 int ask_for_clusters(int device, const void* kernel, const cudaLaunchConfig_t& config) {
   int supported = 0, found = 0;
   const auto not_portable = cudaFuncAttributeNonPortableClusterSizeAllowed;  // 16 blocks
@@ -525,7 +530,7 @@ int ask_for_clusters(int device, const void* kernel, const cudaLaunchConfig_t& c
         cudaOccupancyMaxActiveClusters(&found, kernel, &config) == cudaSuccess))) {
     return found;
   }
-  cudaGetLastError();  // the plain form runs anywhere, and what is truly wrong its launch will tell
+  cudaGetLastError();  // clears it: the plain form runs anywhere, and reports what is truly wrong
   return 0;
 }
 
@@ -535,6 +540,7 @@ template <class In>
 cudaError_t launch_as(const SmallBatch& batch, int device, void* stream) {
   using T = Accumulation<In>;
   constexpr int vector = kVector<T>;
+  const StridedRows& x = batch.embeddings;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
@@ -544,9 +550,9 @@ cudaError_t launch_as(const SmallBatch& batch, int device, void* stream) {
   config.attrs = &cluster;
   config.numAttrs = 1;
   struct Form {
-    void (*kernel)(Arguments<In>);
+    void (*kernel)(Arguments);
     int team_size;
-    std::atomic<int> known[128];  // by device: 1 + the clusters, since to ask takes microseconds
+    std::atomic<int> known[128];  // by device: 1 + the clusters; asking takes microseconds
   };
   static Form forms[] = {{batch_similarity_kernel<In, T, 16>, 16, {}},
                          {batch_similarity_kernel<In, T, 8>, 8, {}}};
@@ -568,58 +574,47 @@ cudaError_t launch_as(const SmallBatch& batch, int device, void* stream) {
     break;
   }
   if (team_size == 1) config.numAttrs = 0;
-  const int64_t vectors = quotient_up(quotient_up(batch.depth, team_size), vector);
-  const int64_t wanted = batch.gradient ? quotient_up(vectors * vector, kPart) : 1;
+  const int64_t vectors = quotient_up(quotient_up(x.columns, team_size), vector);
+  const int64_t wanted = batch.options.gradient ? quotient_up(vectors * vector, kPart) : 1;
   const int64_t teams = wanted < most ? wanted : most;
   config.gridDim = dim3(static_cast<unsigned>(team_size * teams));
-  // An odd stride between rows has the fewest conflicts.
-  const int64_t room = kRoom<T> / (4 * quotient_up(batch.rows, 4));
+  // Rows an odd number of vectors apart have the fewest bank conflicts.
+  const int64_t room = kRoom<T> / (4 * quotient_up(x.rows, 4));
   const int64_t longest = (std::min<int64_t>(room, kSlots * kLanes) - 1) / 2 * 2 + 1;
   const int64_t chunk = quotient_up(vectors, quotient_up(vectors, longest));
-  const auto address = reinterpret_cast<uintptr_t>(batch.embeddings);
-  const bool aligned = batch.column_stride == 1 && batch.row_stride % vector == 0 &&
-                       batch.depth % vector == 0 && address % sizeof(Raw<In>) == 0;
-  const Arguments<In> args{
-      static_cast<const In*>(batch.embeddings),
-      batch.row_stride,
-      batch.column_stride,
-      batch.labels,
-      batch.label_stride,
-      batch.upstream,
-      batch.upstream_stride,
-      static_cast<int>(batch.rows),
-      batch.depth,
+  const auto address = reinterpret_cast<uintptr_t>(x.data);
+  const bool aligned = x.column_stride == 1 && x.row_stride % vector == 0 &&
+                       x.columns % vector == 0 && address % sizeof(Raw<In>) == 0;
+  const Arguments args{
+      batch,
       vectors * vector,
       quotient_up(vectors, teams) * vector,
       static_cast<int>(chunk),
       static_cast<int>(chunk | 1),
       aligned,
-      batch.margin,
-      batch.sigma,
-      batch.squared_eps,
-      batch.scale,
-      batch.is_signed,
-      batch.gradient,
-      batch.loss,
-      batch.means,
-      batch.grad,
   };
   const cudaError_t launched = cudaLaunchKernelEx(&config, kernel, args);
-  if (launched != cudaSuccess) cudaGetLastError();  // else the next call of anyone finds it
+  if (launched != cudaSuccess) cudaGetLastError();  // so that no later call finds this error
   return launched;
 }
 
 }  // namespace
 
-template <class In>
 const char* launch(const SmallBatch& batch, int device, void* stream) {
-  const cudaError_t error = launch_as<In>(batch, device, stream);
+  const auto run = [&] {
+    switch (batch.embeddings.element) {
+      case Element::float64:
+        return launch_as<double>(batch, device, stream);
+      case Element::float32:
+        return launch_as<float>(batch, device, stream);
+      case Element::float16:
+        return launch_as<Half>(batch, device, stream);
+      default:
+        return launch_as<BFloat16>(batch, device, stream);
+    }
+  };
+  const cudaError_t error = run();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
-
-template const char* launch<double>(const SmallBatch&, int, void*);
-template const char* launch<float>(const SmallBatch&, int, void*);
-template const char* launch<Half>(const SmallBatch&, int, void*);
-template const char* launch<BFloat16>(const SmallBatch&, int, void*);
 
 }  // namespace bstriplet

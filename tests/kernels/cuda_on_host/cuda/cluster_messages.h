@@ -1,4 +1,4 @@
-// Stands in for csrc/cuda_messages.h: a barrier holds how many bytes are yet to arrive.
+// Stands in for csrc/cuda/cluster_messages.h: a barrier holds how many bytes are yet to arrive.
 #pragma once
 
 #include "cuda_runtime.h"

@@ -1,11 +1,5 @@
-// Vectors of BST_VECTOR_BYTES: the compiler's own where it has them (GCC, Clang), arrays elsewhere.
-// Included inside the namespace of one instruction set.
-
-#if defined(__GNUC__)
-#define BST_INLINE inline __attribute__((always_inline))
-#else
-#define BST_INLINE inline
-#endif
+// Vectors of BST_VECTOR_BYTES: the compiler's own (GCC, Clang), else arrays. The arrays are for
+// MSVC, with which nobody has built this yet.
 
 template <class T>
 struct VecOf {
@@ -101,7 +95,7 @@ BST_INLINE Vec<T> where_label(const Class<T>* labels, Class<T> label, Vec<T> a, 
 }
 #endif
 
-#if defined(__has_builtin)
+#if defined(__GNUC__) && defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define BST_HAS_SHUFFLE 1
 #endif

@@ -1,5 +1,5 @@
 // What the operators share on the CPU: the choice of kernels, threads, scratch, and reading rows.
-// Without torch's headers, so that the arithmetic compiles in a moment.
+// It has no headers of torch, so that the arithmetic compiles in a moment.
 #pragma once
 
 #include <algorithm>
@@ -9,14 +9,14 @@
 #include <memory>
 #include <type_traits>
 
-#include "kernels.h"
-#include "strided.h"
+#include "kernels/kernels.h"
+#include "rows.h"
 
 namespace bstriplet {
 
 enum class InstructionSet { baseline, avx2, avx512 };
 
-// The one in use, chosen at the first call.
+// The instruction set in use; the first call chooses it.
 InstructionSet instruction_set();
 
 template <class T>
@@ -42,13 +42,13 @@ const Kernels<T>& kernels() {
     return baseline::double_kernels();
 }
 
-// Units per thread for which starting a thread pays: a few microseconds of multiply-adds.
+// The fewest units that are worth a thread: a few microseconds of multiply-adds.
 inline int64_t grain(int64_t multiply_adds_per_unit) {
   return std::max<int64_t>(1, (int64_t{1} << 18) / std::max<int64_t>(1, multiply_adds_per_unit));
 }
 
-// work(begin, end) for pieces of [begin, end) of at least `grain` units, on torch's threads; an
-// exception in one of them comes out of here.
+// Runs work(begin, end) on torch's threads, for pieces of [begin, end) of at least `grain` units.
+// An exception in one of them is thrown here.
 void run_parallel(int64_t begin, int64_t end, int64_t grain,
                   void (*work)(int64_t begin, int64_t end, void* context), void* context);
 
@@ -56,16 +56,17 @@ template <class Work>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const Work& work) {
   run_parallel(
       begin, end, grain,
-      [](int64_t from, int64_t to, void* context) { (*static_cast<const Work*>(context))(from, to); },
+      [](int64_t from, int64_t to, void* context) {
+        (*static_cast<const Work*>(context))(from, to);
+      },
       const_cast<Work*>(&work));
 }
 
-// Have the pages of fresh memory mapped by all threads, where it is large: else the first write to
-// each is a trap of its own (512 MiB, two threads: 120 ms, mapped so 77).
+// Maps the pages of large fresh memory, by all threads. Else the first write to each page traps:
+// for 512 MiB and two threads that takes 120 ms, this 77.
 void map_pages(void* data, int64_t bytes);
 
-// Bring the first part of a row to the cache, to be read or written soon; the processor follows a
-// longer row by itself.
+// Brings the start of a row to the cache; the processor fetches the rest of a long row by itself.
 inline void prefetch(const char* row, int64_t bytes, bool to_write) {
 #if defined(__GNUC__)
   for (int64_t k = 0; k < std::min<int64_t>(bytes, 1024); k += 64) {
@@ -79,7 +80,7 @@ inline void prefetch(const char* row, int64_t bytes, bool to_write) {
 #endif
 }
 
-// Uninitialised numbers from the start of a cache line on.
+// Uninitialised numbers that begin with a cache line.
 template <class T>
 class AlignedArray {
  public:
@@ -97,14 +98,14 @@ class AlignedArray {
   T* data_ = nullptr;
 };
 
-// Memory of one thread, kept for its next call.
+// The calling thread's memory for n numbers, kept for its next call.
 template <class T>
 T* thread_scratch(int64_t n) {
   thread_local AlignedArray<T> memory;
   thread_local int64_t size = 0;
   if (size < n) {
     size = 0;
-    memory = {};  // before the new memory is there
+    memory = {};  // first, so that old and new memory are never held together
     memory = AlignedArray<T>(n);
     size = n;
   }
@@ -127,7 +128,7 @@ void gather_half(Widen widen, const void* data, int64_t n, int64_t stride, T* to
   }
 }
 
-// Row i of a matrix as T, whatever its elements and strides.
+// Reads rows of a matrix as T, whatever its elements and strides.
 template <class T>
 class RowReader {
  public:
@@ -141,7 +142,7 @@ class RowReader {
         row_bytes_(rows.row_stride * element_bytes_),
         data_(static_cast<const char*>(rows.data)) {}
 
-  // Row i into `padded` elements, zeros beyond the last column.
+  // Writes row i to `padded` elements, zeros beyond the last column.
   void operator()(int64_t i, T* to, int64_t padded) const {
     const void* const from = data_ + i * row_bytes_;
     std::fill(to + columns_, to + padded, T(0));
@@ -158,7 +159,7 @@ class RowReader {
     }
   }
 
-  // What `operator()` of row i is going to read.
+  // Prefetches what `operator()` reads of row i.
   void prefetch_row(int64_t i) const {
     if (stride_ == 1) prefetch(data_ + i * row_bytes_, columns_ * element_bytes_, false);
   }
@@ -172,7 +173,7 @@ class RowReader {
   const char* data_;
 };
 
-// 1 / |f_i| in place of |f_i|^2. An overflow becomes NaN: 1 / inf = 0 would hide it.
+// Replaces |f_i|^2 by 1 / |f_i|. An overflow becomes NaN: 1 / inf = 0 would hide it.
 template <class T>
 void invert_norms(T* squared, int64_t n, T squared_eps) {
   for (int64_t i = 0; i < n; ++i) {

@@ -1,17 +1,18 @@
 // The second-moment path on the CPU: Eq. 3 and its gradient in time linear in the batch, without an
-// N x N matrix (paths/second_moments.py has the mathematics and its names).
+// N x N matrix. bstriplet_kernels/paths/second_moments.py has the mathematics, with the same names.
 //
 // Rows are put in class order, classes by size. A large class is served by its moment matrix T_c, a
-// small one by the block of S of its own members; every row also meets the moments of all others.
-// Rows are gathered, widened and normalised block by block into a cache-sized scratch, where the
-// products find them, so that memory is read three times and the gradient is written once:
+// small one by S of its own members; every row also meets the moments of all others.
 //
-//   moments   the half of T_c on one side of the diagonal: about N D^2 / 2 multiply-adds
-//   means     u^T T_c u and u^T (T - T_c) u by halves, N D^2; for a small class one of the two
-//   gradient  u M_c where the rows of a class share one weight, N D^2; else another moment and
-//             product
+//   sums      T_c, the half on one side of the diagonal: about N D^2 / 2 multiply-adds. A_c, where
+//             the rows of a class differ in weight: as many again
+//   means     u^T T_c u and u^T (T - T_c) u by halves: N D^2; for a small class one of the two
+//   gradient  u times one matrix where the rows of a class share one weight: N D^2; else times two
 //
-// Sums over many rows are added up in double, by parts that depend on sizes alone, so that the bits
+// Memory is read three times and the gradient is written once: each time a block of rows is
+// gathered, widened and normalised into a cache-sized scratch, where the products find it.
+//
+// Sums over many rows are added up in double, by parts that depend on sizes alone. So the bits
 // depend on neither the number of threads nor on chance.
 #pragma once
 
@@ -30,7 +31,8 @@ struct Range {
   int64_t size() const { return end - begin; }
 };
 
-// The classes by size, smallest first; the last `slots` have moment matrices.
+// The classes by size, smallest first. The last `slots` of them, the large ones, have moment
+// matrices.
 struct Classes {
   std::vector<int64_t> starts{0};
   int64_t slots = 0;
@@ -38,11 +40,11 @@ struct Classes {
   int64_t count() const { return static_cast<int64_t>(starts.size()) - 1; }
   int64_t rows() const { return starts.back(); }
   int64_t size(int64_t c) const { return starts[c + 1] - starts[c]; }
-  Range range(int64_t c) const { return {starts[c], starts[c + 1]}; }
   int64_t small() const { return count() - slots; }
+  Range slot_range(int64_t s) const { return {starts[small() + s], starts[small() + s + 1]}; }
   Range small_rows() const { return {0, starts[small()]}; }
   int64_t largest_small() const { return small() > 0 ? size(small() - 1) : 0; }
-  // The class with more than half of the rows, or none: T - T_c of it would cancel.
+  // The class with more than half of the rows, or -1. It must have a slot: T - T_c would cancel.
   int64_t dominating() const {
     return count() > 0 && 2 * size(count() - 1) > rows() ? count() - 1 : -1;
   }
@@ -60,20 +62,20 @@ struct Sorted {
   const int64_t* order;
 };
 
-// What the forward finds and the backward wants, in class order.
+// What the forward keeps for the backward; rows in class order.
 template <class T>
 struct MomentState {
   T* inverse;  // [N], 1 / |f_i|
-  T* slots;    // [slots, D, D], T_c of the classes that have slots
-  T* small;    // [2, D, D], of the others the sums of T_c and of q_c T_c
+  T* slots;    // [slots, D, D], T_c of the large classes
+  T* small;    // [2, D, D], the sums of T_c and of q_c T_c over the small classes
 };
 
-// Fills the state, and Eq. 3's two means of each row in the order of the embeddings.
+// Fills the state, and Eq. 3's two means of each row; means are in the order of the embeddings.
 template <class T>
 void means_by_moments(const Sorted& rows, double eps, const MomentState<T>& state, T* positive,
                       T* negative);
 
-// dL/df [N, D] for a = dL/dl [h > 0], in class order.
+// dL/df [N, D], in the order of the embeddings, for a = dL/dl [h > 0] in class order.
 template <class T>
 void gradient_by_moments(const Sorted& rows, const MomentState<const T>& state, const T* a,
                          double sigma, T* result);

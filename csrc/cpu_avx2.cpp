@@ -1,5 +1,0 @@
-// The kernels for x86-64 with AVX2 and FMA; setup.py gives this file the compiler flags.
-#define BST_ISA avx2
-#define BST_VECTOR_BYTES 32
-#define BST_REGISTERS 16
-#include "kernels_impl.h"
