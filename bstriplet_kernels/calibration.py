@@ -11,15 +11,15 @@ CONSTANTS: dict[str, dict[str, Constants]] = {
         "gram": Constants(5.164e-04, 1.130e-11, 7.614e-11),
         "reference": Constants(9.636e-04, 8.016e-12, 1.492e-10),
     },
-    "cuda": {  # NVIDIA H200, 16 threads, d25713bac9
-        "triton small": Constants(2.816e-04, 1.871e-12, 0.000e00),
-        "native": Constants(1.509e-04, 2.224e-12, 0.000e00),
-        "gram": Constants(2.361e-03, 0.000e00, 4.437e-13, launch=2.495e-05, half=8.269e-14),
-        "reference": Constants(2.450e-03, 0.000e00, 7.516e-13, half=0.000e00),
-        "triton tiles": Constants(1.024e-03, 2.282e-15, 0.000e00, half=2.659e-15),
+    "cuda": {  # NVIDIA H200, 16 threads, 9978cca5f2
+        "triton small": Constants(2.880e-04, 1.500e-12, 1.119e-11),
+        "native": Constants(1.525e-04, 0.000e00, 1.096e-11),
+        "gram": Constants(5.754e-03, 3.760e-14, 0.000e00, launch=1.284e-05, half=0.000e00),
+        "reference": Constants(2.395e-03, 9.258e-15, 8.008e-14, half=3.597e-14),
+        "triton tiles": Constants(8.423e-04, 2.212e-15, 0.000e00, half=3.076e-15),
         "triton panels": Constants(
-            7.586e-04, 1.710e-15, 0.000e00, launch=6.212e-05, half=1.650e-15
+            7.152e-04, 1.726e-15, 0.000e00, launch=4.223e-05, half=3.034e-15
         ),
-        "gram triton": Constants(1.663e-03, 1.558e-15, 0.000e00),
+        "gram triton": Constants(1.633e-03, 1.807e-15, 0.000e00),
     },
 }
