@@ -493,7 +493,7 @@ def test_cost_counts_what_is_launched():
     assert half[:3] == (2 * 64 * 64 * 2 * (128 + 32), (2 + 4 + 4 + 2) * 36 * 64, 2)
     assert counted(36, None, 64, wants_gradient=False).launches == 2
     tiles = counted(128, None, 128)
-    assert tiles.flops == 3 * 2 * 128 * (128 * 128 * 2 + 3 * 64 * 64)
+    assert tiles.flops == 3 * 2 * 128 * (128 * 128 * 2 + 10 * 32 * 32)
     assert tiles.launches == 6
     both = counted(128, 256, 128)
     assert both.flops == 3 * 2 * 128 * 256 * 128 * 5
