@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from ..spec import Path
-from . import gram, native, plain, triton
+from . import moments, native, plain, triton
 
 PATHS: dict[str, Path] = {
     "reference": plain.PATH,
     "triton": triton.PATH,
     "native": native.PATH,
-    "gram": gram.PATH,
+    "gram": moments.PATH,
 }
 """The paths by the name that `impl` takes, whether or not they can run here."""

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 
 from bstriplet_kernels import bstriplet_loss, plan
-from bstriplet_kernels.paths import gram, gram_device, gram_triton, native
+from bstriplet_kernels.paths import moments, native
+from bstriplet_kernels.paths.moments import anywhere, on_gpu
 from bstriplet_kernels.paths.triton import pairs
 
 
@@ -50,7 +51,7 @@ def explained(schedule, case):
     dtype = getattr(torch, case.dtype)
     if case.ref_dtype is not None:
         dtype = torch.promote_types(dtype, getattr(torch, case.ref_dtype))
-    device = "cuda" if schedule == "gram_device" else "cpu"
+    device = "cuda" if schedule == "anywhere" else "cpu"
     work = plan.Work(case.n, case.m, case.d, dtype, case.reduction, case.backward, device)
     sizes = columns.unique(return_counts=True)[1].tolist()
     return plan.path_cost(path_of(schedule), work, sizes).extra_memory
@@ -107,11 +108,11 @@ def main():
     torch.empty(1000)
     assert allocator.stop_counting() == 4000, "torch's allocator is not the one that is counted"
     schedule = sys.argv[1]
-    if schedule == "gram_host":
+    if schedule == "on_cpu":
         native._MISSING = "taken away"
-    if schedule == "gram_device":
-        gram._schedule = lambda *_: gram_device
-        gram_triton.serves = lambda _: False
+    if schedule == "anywhere":
+        moments._schedule = lambda *_: anywhere
+        on_gpu.serves = lambda _: False
     if schedule == "triton":
         pairs._normalised = collected(pairs._normalised)
     torch.set_num_threads(1)

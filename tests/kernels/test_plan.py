@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bstriplet_kernels import available_impls, bstriplet_loss, checks, explain, plan
 from bstriplet_kernels.cost import Constants, Operations
-from bstriplet_kernels.paths import PATHS, gram_triton, native
+from bstriplet_kernels.paths import PATHS, native
+from bstriplet_kernels.paths.moments import on_gpu
 from bstriplet_kernels.paths.triton import cost as triton_cost
 from bstriplet_kernels.spec import Spec
 
@@ -206,7 +207,7 @@ def test_launches_take_their_time(monkeypatch):
     """On a GPU a path of many launches is left to large batches; the CPU launches nothing."""
     slow = Constants(call=1e-5, flop=1e-11, byte=0, launch=1e-5)
     fast = Constants(call=1e-5, flop=1e-12, byte=0, launch=1e-5)
-    measured = {"reference": slow, "gram": fast, gram_triton.SCHEDULE: fast}
+    measured = {"reference": slow, "gram": fast, on_gpu.SCHEDULE: fast}
     monkeypatch.setattr(plan, "CONSTANTS", {"cuda": measured})
     assert rule(256, 128, "reference", "gram") == "reference"
     assert rule(8192, 128, "reference", "gram") == "gram"

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..cost import Work
-from ..spec import accumulation_dtype
-from .second_moments import (
+from ...cost import Work
+from ...spec import accumulation_dtype
+from .mathematics import (
     add_moment,
     class_weights,
     half_matrices,

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..cost import Operations, Work, round_up
-from ..spec import accumulation_dtype
-from .second_moments import class_weights, inverse_norms, through_normalisation
+from ...cost import Operations, Work, round_up
+from ...spec import accumulation_dtype
+from .mathematics import class_weights, inverse_norms, through_normalisation
 
 CHUNK_NUMBERS = 1 << 24  # what is computed at once may hold: 64 MiB of float32
 

@@ -1,7 +1,7 @@
 """The second-moment path on a GPU in thirteen launches (fifteen by row), whatever the labels are.
 
-Kernels are in `moment_kernels`; those that meet whole matrices are others where embeddings are
-wide, in `wide_moment_kernels`. No shape depends on the labels and nothing is asked of the device:
+Kernels are in `kernels`; those that meet whole matrices are others where embeddings are
+wide, in `wide_kernels`. No shape depends on the labels and nothing is asked of the device:
 large classes are those of `smallest_moment(d)` members or more, and buffers have room for as many
 as there can be. Smaller classes meet in a band around the diagonal of S in class order. Sums have a
 fixed order: the same bits from run to run. Other columns (`ref_emb`) stand in one batch with the
@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..cost import Operations, Work, round_up
-from ..spec import Rows, Spec, State
-from . import gpu
+from ...cost import Operations, Work, round_up
+from ...spec import Rows, Spec, State
+from .. import gpu
 
 SCHEDULE = "gram triton"
 """The schedule, by the name under which its measured speed stands."""
@@ -215,11 +215,11 @@ class Launcher:
     def __init__(
         self, n: int, d: int, split: bool, device: torch.device, joint: bool = False
     ) -> None:
-        from . import moment_kernels, wide_moment_kernels
+        from . import kernels, wide_kernels
 
         self.wide, self.joint = is_wide(d, joint), joint
-        self.kernels: ModuleType = moment_kernels
-        self.wide_kernels: ModuleType = wide_moment_kernels
+        self.kernels: ModuleType = kernels
+        self.wide_kernels: ModuleType = wide_kernels
         self.n, self.d, self.depth, self.split = n, d, padded(d, joint), split
         self.least, self.classes = smallest_moment(d, joint), class_count(n, d, joint)
         self.run = run_length(n, d, gpu.processors(device), joint)
