@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import math
 from dataclasses import dataclass
 from numbers import Real
@@ -25,16 +24,10 @@ _SIGNED = {"square": False, "signed_square": True}
 _SIGMA = {"corrected": 1.0, "printed": -1.0}
 _REDUCTIONS = ("mean", "sum", "none")
 
-REMEMBERED = 4096
-"""How many sets of options, and forms of input, are checked once and not again."""
 
-
-@dataclass(frozen=True, eq=False)
-class Target:
-    """The checked options of a loss: what to compute, by which path, for which batch.
-
-    Plans are remembered by its identity, since to compare options takes 0.1 us a call.
-    """
+@dataclass(frozen=True)
+class Options:
+    """The checked options of a loss: what to compute, by which path, for which batch."""
 
     spec: Spec
     impl: str
@@ -57,7 +50,7 @@ class Target:
         }
 
 
-def make_target(
+def make_options(
     margin: float,
     similarity: str,
     eq3: str,
@@ -66,17 +59,13 @@ def make_target(
     impl: str,
     return_stats: bool,
     group: ProcessGroup | None = None,
-) -> Target:
+) -> Options:
     """The options of `bstriplet_loss`, checked."""
     check_impl(impl)
     if group is not None:
         check_group(group)
         refuse_named_impl(impl, "group")
-    return Target(make_spec(margin, similarity, eq3, reduction, eps), impl, group, return_stats)
-
-
-remembered_target = functools.lru_cache(REMEMBERED, typed=True)(make_target)
-"""`make_target`, once for each set of hashable options; `typed=True` keeps 1 and True apart."""
+    return Options(make_spec(margin, similarity, eq3, reduction, eps), impl, group, return_stats)
 
 
 def available_impls() -> tuple[str, ...]:

@@ -16,7 +16,6 @@ reverse mode are the paths'; all others are those of the reference, in plain tor
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -33,7 +32,7 @@ from ._torch import (
     require_grad,
     without_autocast,
 )
-from .checks import REMEMBERED, Target
+from .checks import Options
 from .paths import PATHS
 from .plan import checked_plan
 from .spec import Gradients, Path, Spec, accumulation_dtype
@@ -104,8 +103,8 @@ class Problem(NamedTuple):
     def planned(self) -> tuple[Spec, Path]:
         """What to run, and by which path; raises where an argument is wrong."""
         spec = self.spec
-        target = _target(spec, self.impl)
-        spec, name = checked_plan(*self.tensors, target, spec.wants_gradient)
+        options = Options(spec, self.impl, group=None, return_stats=True)  # means are outputs
+        spec, name = checked_plan(*self.tensors, options, spec.wants_gradient)
         return spec, PATHS[name]
 
     @property
@@ -113,11 +112,6 @@ class Problem(NamedTuple):
         """The tensors as the functions of a path take them."""
         ref_labels = None if self.ref_labels is None else self.ref_labels.to(torch.int64)
         return self.embeddings, self.ref_emb, self.labels.to(torch.int64), ref_labels
-
-
-@functools.lru_cache(REMEMBERED)
-def _target(spec: Spec, impl: str) -> Target:
-    return Target(spec, impl, group=None, return_stats=True)  # the means are outputs
 
 
 _N_PROBLEM = len(Problem._fields) - 1

@@ -17,8 +17,7 @@ from torch import Tensor
 from ._torch import PLAIN_TENSORS, dispatches_itself
 from .calibration import CONSTANTS
 from .checks import (
-    REMEMBERED,
-    Target,
+    Options,
     check_batch,
     check_embeddings,
     check_spec,
@@ -95,6 +94,8 @@ def path_cost(path: str, work: Work, class_sizes: Sequence[int]) -> Cost:
     return Cost(counted.flops, counted.bytes, extra_memory, counted.launches)
 
 
+REMEMBERED = 4096
+"""How many forms of input are checked and planned once, and not again."""
 _planned: dict[tuple[object, ...], tuple[Spec, str]] = {}
 
 
@@ -103,7 +104,7 @@ def checked_plan(
     labels: Tensor,
     ref_emb: Tensor | None,
     ref_labels: Tensor | None,
-    target: Target,
+    options: Options,
     wants_gradient: bool,
 ) -> tuple[Spec, str]:
     """Check the inputs; return the spec to run and the path's name. Raises as `bstriplet_loss`.
@@ -121,7 +122,9 @@ def checked_plan(
             labels.dtype,
             labels.layout,
             labels.is_cpu or labels.device,
-            target,
+            options.spec,
+            options.impl,
+            options.return_stats,
             wants_gradient,
         )
         if ref_emb is not None or ref_labels is not None:
@@ -131,13 +134,13 @@ def checked_plan(
             return planned
     check_embeddings(embeddings, labels, ref_emb, ref_labels)
     check_batch(embeddings, ref_emb)
-    check_spec(target.spec)
-    spec = target.spec._replace(wants_gradient=wants_gradient, wants_rows=target.return_stats)
-    if target.impl == "auto":
+    check_spec(options.spec)
+    spec = options.spec._replace(wants_gradient=wants_gradient, wants_rows=options.return_stats)
+    if options.impl == "auto":
         planned = spec, choose(embeddings, ref_emb, spec)
     else:
-        refuse_input(target.impl, embeddings, ref_emb, spec)
-        planned = spec, target.impl
+        refuse_input(options.impl, embeddings, ref_emb, spec)
+        planned = spec, options.impl
     if key is not None:
         if len(_planned) >= REMEMBERED:
             _planned.clear()

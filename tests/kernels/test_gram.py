@@ -268,7 +268,7 @@ def test_moments_on_a_device_add_once_to_a_segment_in_each_chunk(sizes, d, chunk
     """So atomics on a GPU, in whatever order, give the same bits."""
     x, labels = sized(sizes, d, 0)
     with mock.patch.object(anywhere, "CHUNK_NUMBERS", chunk):
-        batch = anywhere.Batch(x, anywhere.make_layout(x, labels, 1e-12))
+        batch = anywhere.TiledRows(x, anywhere.make_layout(x, labels, 1e-12))
         weights = torch.linspace(-1, 1, len(x), dtype=x.dtype)
         with Additions() as additions:
             moments = batch.moments(weights)
@@ -284,7 +284,7 @@ def test_moments_on_a_device_add_once_to_a_segment_in_each_chunk(sizes, d, chunk
 def test_moments_on_a_device_keep_a_bad_row_in_its_segment(bad):
     x, labels = sized([40, 40, 3, 2], 4, 0)
     x[0, 1] = bad
-    batch = anywhere.Batch(x, anywhere.make_layout(x, labels, 1e-12))
+    batch = anywhere.TiledRows(x, anywhere.make_layout(x, labels, 1e-12))
     moments = batch.moments()
     spoilt = batch.layout.segment[batch.layout.order == 0].item()
     assert moments[spoilt].isnan().all()

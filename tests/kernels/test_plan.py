@@ -10,7 +10,7 @@ from launches import Launches
 from oracle import batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bstriplet_kernels import available_impls, bstriplet_loss, checks, explain, plan
+from bstriplet_kernels import available_impls, bstriplet_loss, explain, plan
 from bstriplet_kernels.cost import Constants, Operations
 from bstriplet_kernels.paths import PATHS, native
 from bstriplet_kernels.paths.moments import on_gpu
@@ -21,7 +21,6 @@ from bstriplet_kernels.spec import Spec
 @pytest.fixture(autouse=True)
 def _nothing_remembered(monkeypatch):
     monkeypatch.setattr(plan, "_planned", {})
-    checks.remembered_target.cache_clear()
 
 
 def test_equation_8_for_the_papers_batch():
