@@ -35,7 +35,7 @@ from ._torch import (
 from .checks import Options
 from .paths import PATHS
 from .plan import checked_plan
-from .spec import Gradients, Path, Spec, accumulation_dtype
+from .spec import Kept, Path, Spec, accumulation_dtype
 
 _PROBLEM = (
     "Tensor embeddings, Tensor labels, Tensor? ref_emb=None, Tensor? ref_labels=None, "
@@ -169,19 +169,18 @@ def _run_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     problem = Problem(*args)
     (spec, path), inputs = problem.planned(), problem.path_inputs
     with without_autocast(problem.embeddings.device):
-        loss, rows, state = path.forward(*inputs, spec)
+        loss, rows, kept = path.forward(*inputs, spec)
         assert rows is not None
         grads: Sequence[Tensor | None] = ()
-        if type(state) is Gradients:
-            grads = state
+        if kept.is_gradient:
+            grads = kept.tensors
         elif spec.wants_gradient:
-            grads = path.backward(torch.ones_like(loss), *inputs, rows, state, spec)
+            grads = path.backward(torch.ones_like(loss), *inputs, rows, kept.tensors, spec)
     return loss, torch.stack(rows), *_pair(grads, loss)
 
 
 def _run_loss_gradient(grad_loss: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    # The gradient is `backward`'s work: the forward need not compute it too.
-    problem = Problem(*args[:_N_PROBLEM])._replace(gradient=False)
+    problem = Problem(*args[:_N_PROBLEM])._replace(gradient=True)
     (spec, path), inputs = problem.planned(), problem.path_inputs
     _check_upstream(grad_loss, problem)
     known = args[_N_PROBLEM:]
@@ -189,10 +188,12 @@ def _run_loss_gradient(grad_loss: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         known = known[: len(problem.sides)]
         _check_known(known, problem)
         return _pair([gradient * grad_loss for gradient in known], grad_loss)
-    dtype = accumulation_dtype(*problem.sides)
+    grad_loss = grad_loss.to(accumulation_dtype(*problem.sides))
     with without_autocast(problem.embeddings.device):
-        rows, state = path.forward(*inputs, spec)[1:] if path.keeps else (None, ())
-        grads = path.backward(grad_loss.to(dtype), *inputs, rows, state, spec)
+        rows, kept = path.forward(*inputs, spec)[1:] if path.keeps else (None, Kept())
+        if kept.is_gradient:
+            return _pair([gradient * grad_loss for gradient in kept.tensors], grad_loss)
+        grads = path.backward(grad_loss, *inputs, rows, kept.tensors, spec)
     return _pair(grads, grads[0])
 
 

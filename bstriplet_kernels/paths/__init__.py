@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from .. import reference
 from ..spec import Path
-from . import moments, native, plain, triton
+from . import moments, native, triton
 
 PATHS: dict[str, Path] = {
-    "reference": plain.PATH,
+    "reference": reference.PATH,
     "triton": triton.PATH,
     "native": native.PATH,
     "gram": moments.PATH,

@@ -258,9 +258,9 @@ def launches(impl, n, m, d, dtype, gradient):
         sides = empty(n, d), None if m is None else empty(m, d)
         labels = empty(n, dtype=torch.int64), m and empty(m, dtype=torch.int64)
         with Launches() as run, torch.no_grad():
-            loss, rows, state = path.forward(*sides, *labels, spec)
+            loss, rows, kept = path.forward(*sides, *labels, spec)
             if gradient:
-                grads = path.backward(loss, *sides, *labels, rows, state, spec)
+                grads = path.backward(loss, *sides, *labels, rows, kept.tensors, spec)
                 _ = [grad.to(dtype) for grad in grads if grad is not None]
     work = plan.Work(n, m, d, dtype, wants_gradient=gradient, device="cuda")
     return path.operations(work, [n if m is None else m]).launches, run.launches

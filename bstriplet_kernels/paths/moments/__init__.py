@@ -13,7 +13,7 @@ from types import ModuleType
 from torch import Tensor
 
 from ...cost import Operations, Work
-from ...spec import Path, Rows, Spec, State, reduce_losses, row_gradient
+from ...spec import Kept, Path, Rows, Spec, reduce_losses, row_gradient
 from .. import native
 from . import anywhere, on_cpu, on_cpu_native, on_gpu
 from .mathematics import form_fraction, moment_fraction
@@ -34,14 +34,17 @@ def forward(
     labels: Tensor,
     ref_labels: Tensor | None,
     spec: Spec,
-) -> tuple[Tensor, Rows, State]:
+) -> tuple[Tensor, Rows, Kept]:
     """Moments of the columns, then two quadratic forms a row; see `mathematics`."""
     if on_gpu.takes(embeddings, ref_emb):
-        return on_gpu.forward(embeddings, labels, spec, ref_emb, ref_labels)
+        loss, rows, tensors = on_gpu.forward(embeddings, labels, spec, ref_emb, ref_labels)
+        return loss, rows, Kept(tensors)
     schedule = _schedule(embeddings, ref_emb)
-    positive, negative, *state = schedule.forward(embeddings, ref_emb, labels, ref_labels, spec.eps)
+    positive, negative, *tensors = schedule.forward(
+        embeddings, ref_emb, labels, ref_labels, spec.eps
+    )
     rows = Rows(positive, negative)
-    return reduce_losses(rows, spec), rows, tuple(state)
+    return reduce_losses(rows, spec), rows, Kept(tuple(tensors))
 
 
 def backward(
@@ -51,17 +54,17 @@ def backward(
     labels: Tensor,
     ref_labels: Tensor | None,
     rows: Rows,
-    state: State,
+    kept: tuple[Tensor, ...],
     spec: Spec,
 ) -> tuple[Tensor, Tensor | None]:
     """One matrix a class where its rows share one weight, else two; see `mathematics`."""
     if on_gpu.takes(embeddings, ref_emb):
-        gradient = on_gpu.backward(grad_loss, embeddings, state, spec)
+        gradient = on_gpu.backward(grad_loss, embeddings, kept, spec)
         n = len(embeddings)
         return (gradient, None) if ref_emb is None else (gradient[:n], gradient[n:])
     a = row_gradient(grad_loss.to(rows.positive.dtype), rows, spec)
     schedule = _schedule(embeddings, ref_emb)
-    gradient, *ref_gradient = schedule.gradients(a, embeddings, ref_emb, list(state), spec.sigma)
+    gradient, *ref_gradient = schedule.gradients(a, embeddings, ref_emb, list(kept), spec.sigma)
     return gradient, ref_gradient[0] if ref_gradient else None
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...cost import Operations, Work, round_up
-from ...spec import Rows, Spec, State
+from ...spec import Rows, Spec
 from .. import gpu
 
 SCHEDULE = "gram triton"
@@ -362,7 +362,7 @@ def forward(
     spec: Spec,
     ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None,
-) -> tuple[Tensor, Rows, State]:
+) -> tuple[Tensor, Rows, tuple[Tensor, ...]]:
     """The loss, the two means of Eq. 3, and what `backward` wants.
 
     Other columns stand in the batch behind the rows: of weight 1 in T_c, 0 in A_c; rows 0 and a.
@@ -416,7 +416,9 @@ def forward(
 _STATE = 13  # tensors of a state without other columns
 
 
-def backward(grad_loss: Tensor, embeddings: Tensor, state: State, spec: Spec) -> Tensor:
+def backward(
+    grad_loss: Tensor, embeddings: Tensor, state: tuple[Tensor, ...], spec: Spec
+) -> Tensor:
     """dL/d(embeddings), [N, D]; [N + M, D] of rows and other columns."""
     n, d = embeddings.shape
     batch, active, matrices = SortedRows(*state[:6]), state[6], state[7:_STATE]
