@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from .checks import (
     check_batch,
     check_embeddings,
     check_indices,
+    check_shape,
     make_options,
     make_spec,
     refuse_input,
@@ -253,23 +255,43 @@ def compute_listed(
 
 
 def explain(
-    embeddings: Tensor,
-    labels: Tensor,
+    embeddings: Tensor | Sequence[int],
+    labels: Tensor | Sequence[int] | int,
     *,
     similarity: str = "square",
     reduction: str = "mean",
-    ref_emb: Tensor | None = None,
+    ref_emb: Tensor | Sequence[int] | None = None,
     ref_labels: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
 ) -> plan.Plan:
     """What `bstriplet_loss(..., impl="auto")` does with this input, forward and backward, and why.
 
-    Arguments as there. `print` the result: path, reason, FLOPs, bytes, peak extra memory, Eq. 8's
-    figure, predicted times. Counts the classes, so on a GPU it waits for the device.
+    `print` the result: path, reason, FLOPs, bytes, peak extra memory, Eq. 8's figure, predicted
+    times.
+
+    Args:
+        embeddings: as there, or the shape (N, D) of what need not exist, on any device.
+        labels: as there; it counts the classes, so on a GPU it waits for the device. For a shape:
+            how many classes there are, or the sizes of all, of the columns if `ref_emb` is given.
+        similarity: as there.
+        reduction: as there.
+        ref_emb: as there, or the shape (M, D).
+        ref_labels: as there; none for a shape.
+        dtype: of a shape; torch.float32.
+        device: of a shape; "cpu". For "cuda" where there is no GPU, an H200 with Triton and the
+            native library is meant.
     """
     spec = make_spec(0.9, similarity, "corrected", reduction)._replace(wants_gradient=True)
-    check_embeddings(embeddings, labels, ref_emb, ref_labels)
-    check_batch(embeddings, ref_emb)
-    return plan.explain_plan(embeddings, labels, ref_emb, ref_labels, spec)
+    if not isinstance(embeddings, Tensor):
+        described = check_shape(embeddings, labels, ref_emb, ref_labels, dtype, device)
+        return plan.explain_shape(*described, spec)
+    if dtype is not None or device is not None:
+        raise TypeError("dtype and device are of a shape; the embeddings are a tensor with its own")
+    given: tuple[Any, Any, Any, Any] = embeddings, labels, ref_emb, ref_labels
+    check_embeddings(*given)
+    check_batch(embeddings, given[2])
+    return plan.explain_plan(*given, spec)
 
 
 def _global_loss(

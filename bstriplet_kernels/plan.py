@@ -171,10 +171,35 @@ def explain_plan(
     counted = labels if ref_labels is None else ref_labels
     if counted.is_meta or dispatches_itself(counted):
         raise ValueError("explain counts classes, and these labels have no values: pass plain ones")
-    work = _work(embeddings, ref_emb, spec)
     sizes = counted.to(torch.int64).unique(return_counts=True)[1].tolist()
-    takers, path = _takers(embeddings, ref_emb, spec), choose(embeddings, ref_emb, spec)
-    predicted = _predicted(takers, work, sizes)
+    work, takers = _work(embeddings, ref_emb, spec), _takers(embeddings, ref_emb, spec)
+    return _explained(work, takers, sizes)
+
+
+def explain_shape(
+    shape: tuple[int, int],
+    ref_rows: int | None,
+    class_sizes: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    spec: Spec,
+) -> Plan:
+    """The same of tensors that need not exist, on a device that need not be here.
+
+    Where it is not, all paths count that a machine with it can have.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    is_here = device.type != "cuda" or torch.cuda.is_available()
+    with FakeTensorMode():
+        embeddings = torch.empty(shape, dtype=dtype, device=device)
+        ref_emb = None if ref_rows is None else embeddings.new_empty(ref_rows, shape[1])
+    takers = _takers(embeddings, ref_emb, spec, is_here)
+    return _explained(_work(embeddings, ref_emb, spec), takers, class_sizes)
+
+
+def _explained(work: Work, takers: Sequence[str], sizes: Sequence[int]) -> Plan:
+    path, predicted = fastest(takers, work), _predicted(takers, work, sizes)
     return Plan(
         path=path,
         reason=_reason(path, takers, work, predicted),
@@ -195,12 +220,17 @@ def _work(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> Work:
     return Work(n, m, d, dtype, spec.reduction, spec.wants_gradient, device)
 
 
-def _takers(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> tuple[str, ...]:
-    """The paths that can run here and take this input. The reference always does."""
+def _takers(
+    embeddings: Tensor, ref_emb: Tensor | None, spec: Spec, is_here: bool = True
+) -> tuple[str, ...]:
+    """The paths that can run and take this input, always the reference among them.
+
+    is_here: whether the device is; else it does not matter what is missing here.
+    """
     return tuple(
         name
         for name, path in PATHS.items()
-        if path.missing() is None and path.refuses(embeddings, ref_emb, spec) is None
+        if not (is_here and path.missing()) and path.refuses(embeddings, ref_emb, spec) is None
     )
 
 

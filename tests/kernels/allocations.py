@@ -51,7 +51,7 @@ def explained(schedule, case):
     dtype = getattr(torch, case.dtype)
     if case.ref_dtype is not None:
         dtype = torch.promote_types(dtype, getattr(torch, case.ref_dtype))
-    device = "cuda" if schedule == "anywhere" else "cpu"
+    device = "cuda" if schedule == "gram_device" else "cpu"
     work = plan.Work(case.n, case.m, case.d, dtype, case.reduction, case.backward, device)
     sizes = columns.unique(return_counts=True)[1].tolist()
     return plan.path_cost(path_of(schedule), work, sizes).extra_memory
@@ -108,9 +108,9 @@ def main():
     torch.empty(1000)
     assert allocator.stop_counting() == 4000, "torch's allocator is not the one that is counted"
     schedule = sys.argv[1]
-    if schedule == "on_cpu":
+    if schedule == "gram_host":
         native._MISSING = "taken away"
-    if schedule == "anywhere":
+    if schedule == "gram_device":
         moments._schedule = lambda *_: anywhere
         on_gpu.serves = lambda _: False
     if schedule == "triton":

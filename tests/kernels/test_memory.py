@@ -86,9 +86,9 @@ INTERPRETED = [  # slow, so small: by one launch, then by tiles
 SCHEDULES = {
     "reference": CASES + AGAINST_OTHERS,
     "native": CASES + AGAINST_OTHERS,
-    "on_cpu_native": CASES + LARGE,
-    "on_cpu": CASES + AGAINST_OTHERS + LARGE + LARGE_AGAINST_OTHERS,
-    "anywhere": CASES + LARGE[:3],
+    "gram_native": CASES + LARGE,
+    "gram_host": CASES + AGAINST_OTHERS + LARGE + LARGE_AGAINST_OTHERS,
+    "gram_device": CASES + LARGE[:3],
     "triton": INTERPRETED,
 }
 

@@ -341,3 +341,54 @@ def test_auto_compiles_whole_across_the_crossover():
         grads = [torch.autograd.grad(loss, x)[0] for loss in losses]
         torch.testing.assert_close(*losses)
         torch.testing.assert_close(*grads)
+
+
+def test_a_shape_is_explained_as_its_tensors_are():
+    x, labels = torch.randn(300, 40), torch.arange(300) % 7
+    assert explain((300, 40), 7) == explain(x, labels)
+    uneven = torch.tensor([0] * 290 + [1] * 10)
+    assert explain([300, 40], [290, 10]) == explain(x, uneven)
+    ref = torch.randn(50, 40, dtype=torch.float64)
+    given = {"ref_emb": ref, "ref_labels": torch.arange(50) % 5}
+    assert explain((300, 40), 5, ref_emb=(50, 40), dtype=torch.float64) == explain(
+        x.double(), labels, **given
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "classes", "options", "path"),
+    [
+        ((36, 1280), 3, {}, "native"),
+        ((1024, 128), 3, {}, "triton"),
+        ((4096, 512), 8, {"dtype": torch.bfloat16}, "triton"),
+        ((1 << 20, 128), 10, {}, "gram"),
+        ((1 << 20, 128), 10, {"similarity": "signed_square"}, "triton"),
+        ((1 << 17, 128), 10, {"ref_emb": (1 << 17, 128)}, "gram"),
+    ],
+)
+def test_a_gpu_that_is_not_here_is_explained_too(shape, classes, options, path):
+    found = explain(shape, classes, device="cuda", **options)
+    assert (found.path, found.work.device) == (path, "cuda")
+    assert found.cost.launches > 0
+    assert found.predicted[path] == min(found.predicted.values())
+    assert f"path          {path}" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("given", "keywords", "error", "message"),
+    [
+        (("x", 3), {}, TypeError, "embeddings must be a torch.Tensor or a shape of two sizes, got"),
+        (((8,), 3), {}, TypeError, "embeddings must be a torch.Tensor or a shape of two sizes"),
+        (((8, 4), 9), {}, ValueError, "labels must be 1 to 8 classes of a shape, got 9"),
+        (((8, 4), [3, 4]), {}, ValueError, "add up to 8, got .3, 4. that add up to 7"),
+        (((8, 4), torch.arange(8)), {}, TypeError, "labels must be how many classes"),
+        (((8, 4), 2), {"dtype": torch.int8}, TypeError, "dtype must be float64"),
+        (((1, 4), 1), {}, ValueError, "embeddings has 1 row,"),
+        (((8, 4), 2), {"ref_emb": (3, 5)}, ValueError, "ref_emb must have as many columns"),
+        (((8, 4), 2), {"ref_labels": torch.arange(8)}, TypeError, "ref_labels was given with a"),
+        ((torch.ones(8, 4), torch.arange(8)), {"device": "cuda"}, TypeError, "are of a shape"),
+    ],
+)
+def test_what_explain_takes_of_a_shape(given, keywords, error, message):
+    with pytest.raises(error, match=message):
+        explain(*given, **keywords)

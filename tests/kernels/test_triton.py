@@ -103,6 +103,7 @@ def test_refuses_tensors_where_no_kernel_runs(monkeypatch):
 def test_refuses_gpus_before_tensor_cores_for_float32(monkeypatch):
     on_gpu = SimpleNamespace(device=torch.device("cuda", 0))
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for major, is_refused in ((7, True), (8, False), (9, False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, of=major: (of, 0))
         assert bool(PATHS["triton"].refuses(on_gpu, None, Spec())) is is_refused

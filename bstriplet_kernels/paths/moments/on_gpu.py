@@ -101,7 +101,7 @@ def takes(embeddings: Tensor, ref_emb: Tensor | None) -> bool:
         _has_kernels(n, m, d, dtype)
         and embeddings.device.type == "cuda"
         and torch.version.hip is None
-        and gpu.missing() is None
+        and gpu.has_triton()
         and gpu.refuses(embeddings.device) is None
     )
 
