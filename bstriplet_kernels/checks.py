@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +24,7 @@ _SIGMA = {"corrected": 1.0, "printed": -1.0}
 _REDUCTIONS = ("mean", "sum", "none")
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """The checked options of a loss: what to compute, by which path, for which batch."""
 
     spec: Spec

@@ -122,9 +122,7 @@ def checked_plan(
             labels.dtype,
             labels.layout,
             labels.is_cpu or labels.device,
-            options.spec,
-            options.impl,
-            options.return_stats,
+            options,
             wants_gradient,
         )
         if ref_emb is not None or ref_labels is not None:
