@@ -25,7 +25,8 @@ from torch import Tensor
 
 from bstriplet_kernels import available_impls, bstriplet_loss
 from bstriplet_kernels.checks import make_spec
-from bstriplet_kernels.paths import PATHS, gram_triton
+from bstriplet_kernels.paths import PATHS
+from bstriplet_kernels.paths.moments import on_gpu
 from bstriplet_kernels.paths.triton import cost as triton_cost
 from bstriplet_kernels.spec import Spec
 
@@ -306,9 +307,9 @@ def moments_do_not_drift(subject: Subject) -> str:
     labels = torch.zeros(n, dtype=torch.int64, device=subject.device)
     if subject.impl != "gram":
         return "no moments there"
-    if not gram_triton.takes(x, None):
+    if not on_gpu.takes(x, None):
         raise AssertionError("this input is not for the kernels of moments")
-    state = gram_triton.forward(x, labels, Spec())[2]
+    state = on_gpu.forward(x, labels, Spec())[2]
     high, low, scale = (part[0].double() for part in state[7:10])
     moment = (high + low) * scale[:, None] * float(moment_kernels().UNIT.value)
     unit = torch.nn.functional.normalize(x.double(), dim=1)
@@ -323,7 +324,7 @@ def moments_do_not_drift(subject: Subject) -> str:
 
 def moment_kernels() -> ModuleType:
     """Imported late, since it needs Triton."""
-    from bstriplet_kernels.paths import moment_kernels as found
+    from bstriplet_kernels.paths.moments import kernels as found
 
     return found
 

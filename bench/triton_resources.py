@@ -4,7 +4,7 @@ python bench/triton_resources.py            print the table and write results/co
 python bench/triton_resources.py --check    print it, write nothing, fail on a spill or a misfit
 
 One row for each configuration that `bstriplet_kernels.paths.triton` launches, and for the widest of
-those of `gram_triton`: registers a thread,
+those of `on_gpu`: registers a thread,
 bytes a thread that spill to memory, shared memory a block, barriers in one step of the innermost
 loop that multiplies (NVIDIA only) and the matrix instructions. Spills are ptxas' stack bytes on
 NVIDIA and spilled vector registers, in bytes, on AMD.
@@ -31,7 +31,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bstriplet_kernels.paths import gram_triton, moment_kernels, wide_moment_kernels
+from bstriplet_kernels.paths.moments import kernels as moment_kernels
+from bstriplet_kernels.paths.moments import on_gpu, wide_kernels
 from bstriplet_kernels.paths.triton import blocks, pair_kernels, pairs, small, small_kernels
 
 RESULTS = Path(__file__).parent / "results" / "compile" / "triton_resources.csv"
@@ -145,27 +146,27 @@ def _of_moments(target: Target) -> list[Configuration]:
 
 def _of_depth(depth: int, dtype: torch.dtype, target: Target) -> list[Configuration]:
     """Kernels of moments for embeddings of so many columns; half precision as one part."""
-    wide, hopper = gram_triton.is_wide(depth), target.hopper
+    wide, hopper = on_gpu.is_wide(depth), target.hopper
     if wide:
-        cuts = gram_triton.WIDE_HOPPER if hopper else gram_triton.WIDE_OTHERS
+        cuts = on_gpu.WIDE_HOPPER if hopper else on_gpu.WIDE_OTHERS
     else:
-        cuts = gram_triton.HOPPER if hopper else gram_triton.OTHERS
+        cuts = on_gpu.HOPPER if hopper else on_gpu.OTHERS
     tile = min(depth, 128)
     shape = {"DP": depth, "SPLIT": dtype == torch.float32, "UNIFORM": True, "BY_ROW": False}
     shape["BY_Q"] = True
     shape |= {"TILE": tile, "HALVED": wide, "WIDE": wide, "WIDTH": tile if wide else depth}
-    shape |= {"SCALED": 64, "ROWS": 16, "DEPTH": gram_triton.TOTALS.depth}
-    shape["SIZE"] = gram_triton.matrix_numbers(depth)
-    held = hopper and depth <= gram_triton.WHOLE_DEPTH
+    shape |= {"SCALED": 64, "ROWS": 16, "DEPTH": on_gpu.TOTALS.depth}
+    shape["SIZE"] = on_gpu.matrix_numbers(depth)
+    held = hopper and depth <= on_gpu.WHOLE_DEPTH
     found = []
     for kernel, cut in (
-        ("split_rows", gram_triton.SPLIT_ROWS),
-        ("add_totals", gram_triton.TOTALS),
-        ("moment_matrices", gram_triton.TOTALS._replace(warps=8 if wide else 4)),
-        ("gradient_matrices", gram_triton.TOTALS._replace(warps=8 if wide else 4)),
+        ("split_rows", on_gpu.SPLIT_ROWS),
+        ("add_totals", on_gpu.TOTALS),
+        ("moment_matrices", on_gpu.TOTALS._replace(warps=8 if wide else 4)),
+        ("gradient_matrices", on_gpu.TOTALS._replace(warps=8 if wide else 4)),
         *cuts._asdict().items(),
     ):
-        rows = cut.rows if wide else min(cut.rows, gram_triton.BLOCK_NUMBERS // depth)
+        rows = cut.rows if wide else min(cut.rows, on_gpu.BLOCK_NUMBERS // depth)
         sizes = {"BLOCK": rows, "BLOCK_D": min(64, cut.depth), "BLOCK_V": cut.depth}
         sizes["BLOCK_K"] = depth if held else min(depth, cut.depth)
         found.append(Configuration(kernel, dtype, shape | sizes, cut.warps, cut.stages))
@@ -297,7 +298,7 @@ def _kernel(configuration: Configuration) -> Any:
     if "DP" in configuration.constants:
         modules = (moment_kernels,)
         if configuration.constants.get("WIDE"):
-            modules = wide_moment_kernels, moment_kernels
+            modules = wide_kernels, moment_kernels
     return next(
         getattr(m, configuration.kernel) for m in modules if hasattr(m, configuration.kernel)
     )

@@ -13,10 +13,10 @@ from torch import Tensor
 from . import operators
 from ._torch import is_batched_upstream, is_traced, keeps_graph, without_autocast
 from .paths import PATHS
-from .spec import Gradients, Rows, Spec
+from .spec import Rows, Spec
 
 _Others = tuple[Tensor, Tensor | None, Spec, str]  # labels, ref_labels, spec, path
-_N_SAVED = 6  # both sides, their labels and the rows; then the path's state
+_N_SAVED = 6  # both sides, their labels and the rows; then what the path keeps
 
 
 class BatchSimilarity(torch.autograd.Function):
@@ -35,12 +35,12 @@ class BatchSimilarity(torch.autograd.Function):
         path = PATHS[name]
         if path.heeds_autocast:  # else not even the guard, which takes 0.25 us
             with without_autocast(embeddings.device):
-                loss, rows, state = path.forward(embeddings, ref_emb, labels, ref_labels, spec)
+                loss, rows, kept = path.forward(embeddings, ref_emb, labels, ref_labels, spec)
         else:
-            loss, rows, state = path.forward(embeddings, ref_emb, labels, ref_labels, spec)
-        ctx.spec, ctx.path, ctx.has_gradients = spec, name, type(state) is Gradients
-        kept = (None, None) if rows is None else rows
-        ctx.save_for_backward(embeddings, ref_emb, labels, ref_labels, *kept, *state)
+            loss, rows, kept = path.forward(embeddings, ref_emb, labels, ref_labels, spec)
+        ctx.spec, ctx.path, ctx.has_gradients = spec, name, kept.is_gradient
+        means = (None, None) if rows is None else rows
+        ctx.save_for_backward(embeddings, ref_emb, labels, ref_labels, *means, *kept.tensors)
         if rows is None or not spec.wants_rows:
             return loss
         ctx.mark_non_differentiable(*rows)
@@ -69,10 +69,10 @@ class BatchSimilarity(torch.autograd.Function):
                 return gradient, None, None
             return gradient, _scaled(saved[_N_SAVED + 1], grad_loss, ref_emb.dtype), None
         else:
-            rows, state = Rows(*saved[4:_N_SAVED]), saved[_N_SAVED:]
+            rows, kept = Rows(*saved[4:_N_SAVED]), saved[_N_SAVED:]
             with without_autocast(embeddings.device):
                 backward = PATHS[ctx.path].backward
-                grads = backward(grad_loss, *saved[:4], rows, state, ctx.spec)
+                grads = backward(grad_loss, *saved[:4], rows, kept, ctx.spec)
         gradient = grads[0].to(embeddings.dtype)
         return gradient, None if ref_emb is None else grads[1].to(ref_emb.dtype), None
 

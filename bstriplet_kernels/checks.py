@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import math
-from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,16 +23,9 @@ _SIGNED = {"square": False, "signed_square": True}
 _SIGMA = {"corrected": 1.0, "printed": -1.0}
 _REDUCTIONS = ("mean", "sum", "none")
 
-REMEMBERED = 4096
-"""How many sets of options, and forms of input, are checked once and not again."""
 
-
-@dataclass(frozen=True, eq=False)
-class Target:
-    """The checked options of a loss: what to compute, by which path, for which batch.
-
-    Plans are remembered by its identity, since to compare options takes 0.1 us a call.
-    """
+class Options(NamedTuple):
+    """The checked options of a loss: what to compute, by which path, for which batch."""
 
     spec: Spec
     impl: str
@@ -57,7 +48,7 @@ class Target:
         }
 
 
-def make_target(
+def make_options(
     margin: float,
     similarity: str,
     eq3: str,
@@ -66,17 +57,13 @@ def make_target(
     impl: str,
     return_stats: bool,
     group: ProcessGroup | None = None,
-) -> Target:
+) -> Options:
     """The options of `bstriplet_loss`, checked."""
     check_impl(impl)
     if group is not None:
         check_group(group)
         refuse_named_impl(impl, "group")
-    return Target(make_spec(margin, similarity, eq3, reduction, eps), impl, group, return_stats)
-
-
-remembered_target = functools.lru_cache(REMEMBERED, typed=True)(make_target)
-"""`make_target`, once for each set of hashable options; `typed=True` keeps 1 and True apart."""
+    return Options(make_spec(margin, similarity, eq3, reduction, eps), impl, group, return_stats)
 
 
 def available_impls() -> tuple[str, ...]:
@@ -193,6 +180,53 @@ def check_embeddings(
         )
     if ref_labels is not None:
         _check_labels("ref_labels", ref_labels, "ref_emb", ref_emb)
+
+
+def check_shape(
+    shape: Any, classes: Any, ref_shape: Any, ref_labels: Any, dtype: Any, device: Any
+) -> tuple[tuple[int, int], int | None, list[int], torch.dtype, torch.device]:
+    """What `explain` takes of a shape: N and D, M, the sizes of classes, dtype and device."""
+    if ref_labels is not None:
+        raise TypeError("ref_labels was given with a shape; give the sizes of classes as labels")
+    dtype = torch.float32 if dtype is None else dtype
+    if dtype not in _FLOATS:
+        raise TypeError(f"dtype must be float64, float32, float16 or bfloat16, got {dtype!r}")
+    sides = [
+        None if given is None else torch.empty(_sizes(name, given), dtype=dtype, device="meta")
+        for name, given in (("embeddings", shape), ("ref_emb", ref_shape))
+    ]
+    assert sides[0] is not None
+    check_embeddings(sides[0], None, sides[1], None)
+    check_batch(sides[0], sides[1])
+    (n, d), m = sides[0].shape, None if sides[1] is None else len(sides[1])
+    counts = _class_sizes(classes, n if m is None else m)
+    return (n, d), m, counts, dtype, torch.device("cpu" if device is None else device)
+
+
+def _sizes(name: str, given: Any) -> tuple[int, ...]:
+    are_two = isinstance(given, tuple | list) and len(given) == 2
+    if are_two and all(type(size) is int and size >= 0 for size in given):
+        return tuple(given)
+    raise TypeError(f"{name} must be a torch.Tensor or a shape of two sizes, got {_named(given)}")
+
+
+def _class_sizes(classes: Any, columns: int) -> list[int]:
+    """The sizes of classes as they are given, or of so many that are as even as can be."""
+    if type(classes) is int:
+        if not 1 <= classes <= columns:
+            raise ValueError(f"labels must be 1 to {columns} classes of a shape, got {classes}")
+        return [columns // classes + (k < columns % classes) for k in range(classes)]
+    if not isinstance(classes, tuple | list) or any(type(c) is not int for c in classes):
+        raise TypeError(
+            "labels must be how many classes a shape has, or the sizes of all, got "
+            f"{_named(classes)}"
+        )
+    if sum(classes) != columns or min(classes, default=0) < 1:
+        raise ValueError(
+            f"labels must be sizes of classes, each at least 1, that add up to {columns}, got "
+            f"{list(classes)[:9]} that add up to {sum(classes)}"
+        )
+    return list(classes)
 
 
 def check_indices(indices_tuple: tuple[Tensor, ...]) -> None:

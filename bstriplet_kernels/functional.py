@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,15 +22,15 @@ from ._torch import (
 )
 from .autograd import BatchSimilarity
 from .checks import (
-    Target,
+    Options,
     check_batch,
     check_embeddings,
     check_indices,
+    check_shape,
+    make_options,
     make_spec,
-    make_target,
     refuse_input,
     refuse_named_impl,
-    remembered_target,
 )
 from .spec import Rows, Spec, hinge
 
@@ -104,16 +105,8 @@ def bstriplet_loss(
         TypeError, ValueError: naming the argument, its value and what is allowed.
         RuntimeError: a named `impl` that cannot run here, saying what is missing.
     """
-    options = margin, similarity, eq3, reduction, eps, impl, return_stats
-    target = None
-    if group is None and not is_dynamo_compiling():
-        try:
-            target = remembered_target(*options)
-        except TypeError:  # an unhashable option: `make_target` raises the proper error
-            target = None
-    if target is None:
-        target = make_target(*options, group)
-    return compute(embeddings, labels, target, ref_emb, ref_labels)
+    options = make_options(margin, similarity, eq3, reduction, eps, impl, return_stats, group)
+    return compute(embeddings, labels, options, ref_emb, ref_labels)
 
 
 _Given = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # ..., ref_emb, ref_labels
@@ -122,7 +115,7 @@ _Given = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # ..., ref_emb, re
 def compute(
     embeddings: Tensor,
     labels: Tensor,
-    target: Target,
+    options: Options,
     ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, BSTripletStats]:
@@ -132,37 +125,37 @@ def compute(
         or type(labels) not in PLAIN_TENSORS
         or (ref_emb is not None and type(ref_emb) not in PLAIN_TENSORS)
         or (ref_labels is not None and type(ref_labels) not in PLAIN_TENSORS)
-        or target.group is not None
+        or options.group is not None
         or is_traced()
         or embeddings.is_meta
     ):
-        return _compute_otherwise((embeddings, labels, ref_emb, ref_labels), target)
+        return _compute_otherwise((embeddings, labels, ref_emb, ref_labels), options)
     wants_gradient = torch.is_grad_enabled() and (
         embeddings.requires_grad or (ref_emb is not None and ref_emb.requires_grad)
     )
-    spec, path = plan.checked_plan(embeddings, labels, ref_emb, ref_labels, target, wants_gradient)
+    spec, path = plan.checked_plan(embeddings, labels, ref_emb, ref_labels, options, wants_gradient)
     if labels.dtype != torch.int64:
         labels = labels.to(torch.int64)
     if ref_labels is not None:
         ref_labels = ref_labels.to(torch.int64)
     others = labels, ref_labels, spec, path
-    if not target.return_stats:
+    if not options.return_stats:
         return BatchSimilarity.apply(embeddings, ref_emb, others)
     loss, *rows = BatchSimilarity.apply(embeddings, ref_emb, others)
     return loss, _stats(Rows(*rows), spec)
 
 
-def _compute_otherwise(given: _Given, target: Target) -> Tensor | tuple[Tensor, BSTripletStats]:
+def _compute_otherwise(given: _Given, options: Options) -> Tensor | tuple[Tensor, BSTripletStats]:
     """`compute` where it is not the eager loss of plain tensors in one process."""
     if not is_dynamo_compiling():
         if has_torch_function(given):
-            return _compute_by_class(given, target)
+            return _compute_by_class(given, options)
         embeddings, labels, ref_emb, ref_labels = plain = tuple(map(_undressed, given))
         if any(new is not old for new, old in zip(plain, given, strict=True)):
-            return compute(embeddings, labels, target, ref_emb, ref_labels)
+            return compute(embeddings, labels, options, ref_emb, ref_labels)
     embeddings, labels, ref_emb, ref_labels = given
-    if target.group is None:
-        return _compute_traced(*given, target)
+    if options.group is None:
+        return _compute_traced(*given, options)
     check_embeddings(*given)
     if not is_dynamo_compiling() and (
         is_traced() or embeddings.is_meta or any(map(dispatches_itself, (embeddings, labels)))
@@ -172,10 +165,10 @@ def _compute_otherwise(given: _Given, target: Target) -> Tensor | tuple[Tensor, 
             "forward-mode AD, nor with meta or fake tensors: ranks exchange rows while the loss "
             "runs. torch.compile is fine"
         )
-    return _global_loss(embeddings, labels.to(torch.int64), ref_emb, target)
+    return _global_loss(embeddings, labels.to(torch.int64), ref_emb, options)
 
 
-def _compute_by_class(given: _Given, target: Target) -> Any:
+def _compute_by_class(given: _Given, options: Options) -> Any:
     """As torch's own losses do: a class with `__torch_function__` takes the whole call.
 
     torch refuses to mix unrelated subclasses, so labels of one are stripped.
@@ -187,10 +180,10 @@ def _compute_by_class(given: _Given, target: Target) -> Any:
     ):
         labels = _undressed(labels)
     taken = embeddings, labels, ref_emb, ref_labels
-    options = target.keywords | {"ref_emb": ref_emb, "ref_labels": ref_labels}
-    if not target.return_stats:
-        return handle_torch_function(bstriplet_loss, taken, embeddings, labels, **options)
-    result = handle_torch_function(loss_and_stats, taken, embeddings, labels, **options)
+    keywords = options.keywords | {"ref_emb": ref_emb, "ref_labels": ref_labels}
+    if not options.return_stats:
+        return handle_torch_function(bstriplet_loss, taken, embeddings, labels, **keywords)
+    result = handle_torch_function(loss_and_stats, taken, embeddings, labels, **keywords)
     return result[0], BSTripletStats(result[1], result[2], result[3])
 
 
@@ -215,7 +208,7 @@ def _compute_traced(
     labels: Tensor,
     ref_emb: Tensor | None,
     ref_labels: Tensor | None,
-    target: Target,
+    options: Options,
 ) -> Tensor | tuple[Tensor, BSTripletStats]:
     """By the operator, which looks at sizes when it runs; here they may be symbols."""
     if is_transform_traced_above_autograd():
@@ -226,63 +219,83 @@ def _compute_traced(
     with numbers_of_shapes():
         check_embeddings(embeddings, labels, ref_emb, ref_labels)
         check_batch(embeddings, ref_emb)
-        if target.impl != "auto" and not embeddings.is_meta:  # which stands for any device
-            refuse_input(target.impl, embeddings, ref_emb, target.spec)
+        if options.impl != "auto" and not embeddings.is_meta:  # which stands for any device
+            refuse_input(options.impl, embeddings, ref_emb, options.spec)
     # torch.jit.trace traces once more without recording, and both graphs must be the same.
     wants_gradient = (
         not is_jit_traced()
         and torch.is_grad_enabled()
         and any(side is not None and side.requires_grad for side in (embeddings, ref_emb))
     )
-    spec = target.spec._replace(wants_gradient=wants_gradient)
+    spec = options.spec._replace(wants_gradient=wants_gradient)
     loss, means = operators.loss_and_means(
-        embeddings, labels, ref_emb, ref_labels, spec, target.impl
+        embeddings, labels, ref_emb, ref_labels, spec, options.impl
     )
-    return (loss, _stats(Rows(means[0], means[1]), spec)) if target.return_stats else loss
+    return (loss, _stats(Rows(means[0], means[1]), spec)) if options.return_stats else loss
 
 
 def compute_listed(
     embeddings: Tensor,
     indices_tuple: tuple[Tensor, ...],
-    target: Target,
+    options: Options,
     ref_emb: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, BSTripletStats]:
     """The loss over a miner's pairs instead of labels; see `BSTripletLoss.forward`."""
-    if target.group is not None:
+    if options.group is not None:
         raise ValueError("indices_tuple cannot be given together with group")
-    if target.impl != "reference":
-        refuse_named_impl(target.impl, "indices_tuple")
+    if options.impl != "reference":
+        refuse_named_impl(options.impl, "indices_tuple")
     with numbers_of_shapes():
         check_indices(indices_tuple)
         check_embeddings(embeddings, None, ref_emb, None)
         check_batch(embeddings, ref_emb)
     with without_autocast(embeddings.device):
-        loss, rows = reference.listed_pairs_loss(embeddings, ref_emb, indices_tuple, target.spec)
-    return (loss, _stats(rows, target.spec)) if target.return_stats else loss
+        loss, rows = reference.listed_pairs_loss(embeddings, ref_emb, indices_tuple, options.spec)
+    return (loss, _stats(rows, options.spec)) if options.return_stats else loss
 
 
 def explain(
-    embeddings: Tensor,
-    labels: Tensor,
+    embeddings: Tensor | Sequence[int],
+    labels: Tensor | Sequence[int] | int,
     *,
     similarity: str = "square",
     reduction: str = "mean",
-    ref_emb: Tensor | None = None,
+    ref_emb: Tensor | Sequence[int] | None = None,
     ref_labels: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
 ) -> plan.Plan:
     """What `bstriplet_loss(..., impl="auto")` does with this input, forward and backward, and why.
 
-    Arguments as there. `print` the result: path, reason, FLOPs, bytes, peak extra memory, Eq. 8's
-    figure, predicted times. Counts the classes, so on a GPU it waits for the device.
+    `print` the result: path, reason, FLOPs, bytes, peak extra memory, Eq. 8's figure, predicted
+    times.
+
+    Args:
+        embeddings: as there, or the shape (N, D) of what need not exist, on any device.
+        labels: as there; it counts the classes, so on a GPU it waits for the device. For a shape:
+            how many classes there are, or the sizes of all, of the columns if `ref_emb` is given.
+        similarity: as there.
+        reduction: as there.
+        ref_emb: as there, or the shape (M, D).
+        ref_labels: as there; none for a shape.
+        dtype: of a shape; torch.float32.
+        device: of a shape; "cpu". For "cuda" where there is no GPU, an H200 with Triton and the
+            native library is meant.
     """
     spec = make_spec(0.9, similarity, "corrected", reduction)._replace(wants_gradient=True)
-    check_embeddings(embeddings, labels, ref_emb, ref_labels)
-    check_batch(embeddings, ref_emb)
-    return plan.explain_plan(embeddings, labels, ref_emb, ref_labels, spec)
+    if not isinstance(embeddings, Tensor):
+        described = check_shape(embeddings, labels, ref_emb, ref_labels, dtype, device)
+        return plan.explain_shape(*described, spec)
+    if dtype is not None or device is not None:
+        raise TypeError("dtype and device are of a shape; the embeddings are a tensor with its own")
+    given: tuple[Any, Any, Any, Any] = embeddings, labels, ref_emb, ref_labels
+    check_embeddings(*given)
+    check_batch(embeddings, given[2])
+    return plan.explain_plan(*given, spec)
 
 
 def _global_loss(
-    embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None, target: Target
+    embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None, options: Options
 ) -> Tensor | tuple[Tensor, BSTripletStats]:
     from .distributed import global_loss
 
@@ -290,9 +303,9 @@ def _global_loss(
         raise ValueError(
             "group and ref_emb were both given: with group the rows of all ranks are the reference"
         )
-    assert target.group is not None
-    loss, rows = global_loss(embeddings, labels, target.group, target.spec)
-    return (loss, _stats(rows, target.spec)) if target.return_stats else loss
+    assert options.group is not None
+    loss, rows = global_loss(embeddings, labels, options.group, options.spec)
+    return (loss, _stats(rows, options.spec)) if options.return_stats else loss
 
 
 def _stats(rows: Rows, spec: Spec) -> BSTripletStats:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .checks import check_weight, make_target
+from .checks import check_weight, make_options
 from .functional import BSTripletStats
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class BSTripletLoss(nn.Module):
         return_stats: bool = False,
     ) -> None:
         super().__init__()
-        self._target = make_target(
+        self._options = make_options(
             margin, similarity, eq3, reduction, eps, impl, return_stats, group
         )
 
@@ -69,15 +69,15 @@ class BSTripletLoss(nn.Module):
         has two empty means and counts as the margin.
         """
         if indices_tuple is not None:
-            return functional.compute_listed(embeddings, indices_tuple, self._target, ref_emb)
+            return functional.compute_listed(embeddings, indices_tuple, self._options, ref_emb)
         if labels is None:
             raise TypeError("labels is needed where no indices_tuple is given, got None")
-        return functional.compute(embeddings, labels, self._target, ref_emb, ref_labels)
+        return functional.compute(embeddings, labels, self._options, ref_emb, ref_labels)
 
     def extra_repr(self) -> str:
-        options = self._target.keywords
-        options["group"] = None if options["group"] is None else "..."
-        return ", ".join(f"{name}={value}" for name, value in options.items())
+        keywords = self._options.keywords
+        keywords["group"] = None if keywords["group"] is None else "..."
+        return ", ".join(f"{name}={value}" for name, value in keywords.items())
 
 
 class CrossEntropyBSTripletLoss(nn.Module):

@@ -16,7 +16,6 @@ reverse mode are the paths'; all others are those of the reference, in plain tor
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -33,10 +32,10 @@ from ._torch import (
     require_grad,
     without_autocast,
 )
-from .checks import REMEMBERED, Target
+from .checks import Options
 from .paths import PATHS
 from .plan import checked_plan
-from .spec import Gradients, Path, Spec, accumulation_dtype
+from .spec import Kept, Path, Spec, accumulation_dtype
 
 _PROBLEM = (
     "Tensor embeddings, Tensor labels, Tensor? ref_emb=None, Tensor? ref_labels=None, "
@@ -104,8 +103,8 @@ class Problem(NamedTuple):
     def planned(self) -> tuple[Spec, Path]:
         """What to run, and by which path; raises where an argument is wrong."""
         spec = self.spec
-        target = _target(spec, self.impl)
-        spec, name = checked_plan(*self.tensors, target, spec.wants_gradient)
+        options = Options(spec, self.impl, group=None, return_stats=True)  # means are outputs
+        spec, name = checked_plan(*self.tensors, options, spec.wants_gradient)
         return spec, PATHS[name]
 
     @property
@@ -113,11 +112,6 @@ class Problem(NamedTuple):
         """The tensors as the functions of a path take them."""
         ref_labels = None if self.ref_labels is None else self.ref_labels.to(torch.int64)
         return self.embeddings, self.ref_emb, self.labels.to(torch.int64), ref_labels
-
-
-@functools.lru_cache(REMEMBERED)
-def _target(spec: Spec, impl: str) -> Target:
-    return Target(spec, impl, group=None, return_stats=True)  # the means are outputs
 
 
 _N_PROBLEM = len(Problem._fields) - 1
@@ -175,19 +169,18 @@ def _run_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     problem = Problem(*args)
     (spec, path), inputs = problem.planned(), problem.path_inputs
     with without_autocast(problem.embeddings.device):
-        loss, rows, state = path.forward(*inputs, spec)
+        loss, rows, kept = path.forward(*inputs, spec)
         assert rows is not None
         grads: Sequence[Tensor | None] = ()
-        if type(state) is Gradients:
-            grads = state
+        if kept.is_gradient:
+            grads = kept.tensors
         elif spec.wants_gradient:
-            grads = path.backward(torch.ones_like(loss), *inputs, rows, state, spec)
+            grads = path.backward(torch.ones_like(loss), *inputs, rows, kept.tensors, spec)
     return loss, torch.stack(rows), *_pair(grads, loss)
 
 
 def _run_loss_gradient(grad_loss: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    # The gradient is `backward`'s work: the forward need not compute it too.
-    problem = Problem(*args[:_N_PROBLEM])._replace(gradient=False)
+    problem = Problem(*args[:_N_PROBLEM])._replace(gradient=True)
     (spec, path), inputs = problem.planned(), problem.path_inputs
     _check_upstream(grad_loss, problem)
     known = args[_N_PROBLEM:]
@@ -195,10 +188,12 @@ def _run_loss_gradient(grad_loss: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         known = known[: len(problem.sides)]
         _check_known(known, problem)
         return _pair([gradient * grad_loss for gradient in known], grad_loss)
-    dtype = accumulation_dtype(*problem.sides)
+    grad_loss = grad_loss.to(accumulation_dtype(*problem.sides))
     with without_autocast(problem.embeddings.device):
-        rows, state = path.forward(*inputs, spec)[1:] if path.keeps else (None, ())
-        grads = path.backward(grad_loss.to(dtype), *inputs, rows, state, spec)
+        rows, kept = path.forward(*inputs, spec)[1:] if path.keeps else (None, Kept())
+        if kept.is_gradient:
+            return _pair([gradient * grad_loss for gradient in kept.tensors], grad_loss)
+        grads = path.backward(grad_loss, *inputs, rows, kept.tensors, spec)
     return _pair(grads, grads[0])
 
 

@@ -17,8 +17,7 @@ from torch import Tensor
 from ._torch import PLAIN_TENSORS, dispatches_itself
 from .calibration import CONSTANTS
 from .checks import (
-    REMEMBERED,
-    Target,
+    Options,
     check_batch,
     check_embeddings,
     check_spec,
@@ -95,6 +94,8 @@ def path_cost(path: str, work: Work, class_sizes: Sequence[int]) -> Cost:
     return Cost(counted.flops, counted.bytes, extra_memory, counted.launches)
 
 
+REMEMBERED = 4096
+"""How many forms of input are checked and planned once, and not again."""
 _planned: dict[tuple[object, ...], tuple[Spec, str]] = {}
 
 
@@ -103,7 +104,7 @@ def checked_plan(
     labels: Tensor,
     ref_emb: Tensor | None,
     ref_labels: Tensor | None,
-    target: Target,
+    options: Options,
     wants_gradient: bool,
 ) -> tuple[Spec, str]:
     """Check the inputs; return the spec to run and the path's name. Raises as `bstriplet_loss`.
@@ -121,7 +122,7 @@ def checked_plan(
             labels.dtype,
             labels.layout,
             labels.is_cpu or labels.device,
-            target,
+            options,
             wants_gradient,
         )
         if ref_emb is not None or ref_labels is not None:
@@ -131,13 +132,13 @@ def checked_plan(
             return planned
     check_embeddings(embeddings, labels, ref_emb, ref_labels)
     check_batch(embeddings, ref_emb)
-    check_spec(target.spec)
-    spec = target.spec._replace(wants_gradient=wants_gradient, wants_rows=target.return_stats)
-    if target.impl == "auto":
+    check_spec(options.spec)
+    spec = options.spec._replace(wants_gradient=wants_gradient, wants_rows=options.return_stats)
+    if options.impl == "auto":
         planned = spec, choose(embeddings, ref_emb, spec)
     else:
-        refuse_input(target.impl, embeddings, ref_emb, spec)
-        planned = spec, target.impl
+        refuse_input(options.impl, embeddings, ref_emb, spec)
+        planned = spec, options.impl
     if key is not None:
         if len(_planned) >= REMEMBERED:
             _planned.clear()
@@ -168,10 +169,35 @@ def explain_plan(
     counted = labels if ref_labels is None else ref_labels
     if counted.is_meta or dispatches_itself(counted):
         raise ValueError("explain counts classes, and these labels have no values: pass plain ones")
-    work = _work(embeddings, ref_emb, spec)
     sizes = counted.to(torch.int64).unique(return_counts=True)[1].tolist()
-    takers, path = _takers(embeddings, ref_emb, spec), choose(embeddings, ref_emb, spec)
-    predicted = _predicted(takers, work, sizes)
+    work, takers = _work(embeddings, ref_emb, spec), _takers(embeddings, ref_emb, spec)
+    return _explained(work, takers, sizes)
+
+
+def explain_shape(
+    shape: tuple[int, int],
+    ref_rows: int | None,
+    class_sizes: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    spec: Spec,
+) -> Plan:
+    """The same of tensors that need not exist, on a device that need not be here.
+
+    Where it is not, all paths count that a machine with it can have.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    is_here = device.type != "cuda" or torch.cuda.is_available()
+    with FakeTensorMode():
+        embeddings = torch.empty(shape, dtype=dtype, device=device)
+        ref_emb = None if ref_rows is None else embeddings.new_empty(ref_rows, shape[1])
+    takers = _takers(embeddings, ref_emb, spec, is_here)
+    return _explained(_work(embeddings, ref_emb, spec), takers, class_sizes)
+
+
+def _explained(work: Work, takers: Sequence[str], sizes: Sequence[int]) -> Plan:
+    path, predicted = fastest(takers, work), _predicted(takers, work, sizes)
     return Plan(
         path=path,
         reason=_reason(path, takers, work, predicted),
@@ -192,12 +218,17 @@ def _work(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> Work:
     return Work(n, m, d, dtype, spec.reduction, spec.wants_gradient, device)
 
 
-def _takers(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> tuple[str, ...]:
-    """The paths that can run here and take this input. The reference always does."""
+def _takers(
+    embeddings: Tensor, ref_emb: Tensor | None, spec: Spec, is_here: bool = True
+) -> tuple[str, ...]:
+    """The paths that can run and take this input, always the reference among them.
+
+    is_here: whether the device is; else it does not matter what is missing here.
+    """
     return tuple(
         name
         for name, path in PATHS.items()
-        if path.missing() is None and path.refuses(embeddings, ref_emb, spec) is None
+        if not (is_here and path.missing()) and path.refuses(embeddings, ref_emb, spec) is None
     )
 
 

@@ -37,17 +37,16 @@ class Rows(NamedTuple):
     negative: Tensor
 
 
-State = tuple[Tensor, ...]
-"""What a path's backward wants kept from its forward."""
+class Kept(NamedTuple):
+    """What a path's forward keeps for the backward.
 
-
-class Gradients(tuple[Tensor, ...]):
-    """A state that is the gradient already, for an upstream of 1.
-
-    Of the embeddings and, where there is one, of ref_emb.
+    tensors: what the path's `backward` needs, in an order of its own. is_gradient: they are the
+    gradients of the embeddings and, where there is one, of ref_emb, for an upstream of 1: the
+    caller multiplies them by the upstream number, and `backward` is not called.
     """
 
-    __slots__ = ()
+    tensors: tuple[Tensor, ...] = ()
+    is_gradient: bool = False
 
 
 def _nothing_missing() -> None:
@@ -62,10 +61,9 @@ class Path(NamedTuple):
     """One way of computing the loss, as functions of tensors and numbers.
 
     forward(embeddings [N, D], ref_emb [M, D] or None, labels [N] int64, ref_labels [M] int64 or
-    None, spec) -> (loss, rows, state): the reduced loss, Eq. 3's two means for each row, and the
-    tensors that `backward` wants kept. Where the state is the gradient and spec does not want the
-    rows they may be None.
-    backward(grad_loss, embeddings, ref_emb, labels, ref_labels, rows, state, spec) ->
+    None, spec) -> (loss, rows, kept): the reduced loss, Eq. 3's two means for each row, and what is
+    kept. Where that is the gradient and spec does not want the rows they may be None.
+    backward(grad_loss, embeddings, ref_emb, labels, ref_labels, rows, kept.tensors, spec) ->
     (gradient of the embeddings, gradient of ref_emb or None), both in the accumulation dtype: the
     upstream number, such as a loss scale, must be multiplied in before half precision underflows.
     operations(work, class_sizes) -> FLOPs, bytes and launches of the schedule that will run.
@@ -74,11 +72,11 @@ class Path(NamedTuple):
     missing() -> what is not installed that the path needs and how to get it, or None.
     refuses(embeddings, ref_emb, spec) -> why the path cannot take this input, or None; it looks at
     shapes, dtypes and devices alone.
-    keeps: whether `backward` wants the rows and the state; else they may be None and ().
+    keeps: whether `backward` needs the rows and what is kept; else they may be None and ().
     heeds_autocast: whether autocast would change the dtype of products in `forward`.
     """
 
-    forward: Callable[..., tuple[Tensor, Rows | None, State]]
+    forward: Callable[..., tuple[Tensor, Rows | None, Kept]]
     backward: Callable[..., tuple[Tensor, Tensor | None]]
     operations: Callable[[Work, Sequence[int]], Operations]
     extra_memory: Callable[[Work, Sequence[int]], int]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from .. import reference
 from ..spec import Path
-from . import gram, native, plain, triton
+from . import moments, native, triton
 
 PATHS: dict[str, Path] = {
-    "reference": plain.PATH,
+    "reference": reference.PATH,
     "triton": triton.PATH,
     "native": native.PATH,
-    "gram": gram.PATH,
+    "gram": moments.PATH,
 }
 """The paths by the name that `impl` takes, whether or not they can run here."""

@@ -67,7 +67,8 @@ def refuses(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"its kernels run on GPUs, and the embeddings are on {device}"
-    if torch.version.hip is not None:
+    # Where there is no GPU, a tensor on one is a fake of what another machine will run.
+    if torch.version.hip is not None or not torch.cuda.is_available():
         return None
     if torch.cuda.get_device_capability(device)[0] < _FIRST_CAPABILITY:
         return f"its kernels need compute capability {_FIRST_CAPABILITY}.0 or later"

@@ -26,7 +26,7 @@ from .._torch import (
     require_grad,
 )
 from ..cost import Operations, Work, round_up
-from ..spec import Gradients, Path, Rows, Spec, State, accumulation_dtype, reduce_losses
+from ..spec import Kept, Path, Rows, Spec, accumulation_dtype, reduce_losses
 
 _REINSTALL = (
     "reinstall bstriplet-kernels where torch and a C++ compiler are, with "
@@ -188,7 +188,7 @@ def forward(
     labels: Tensor,
     ref_labels: Tensor | None,
     spec: Spec,
-) -> tuple[Tensor, Rows | None, State]:
+) -> tuple[Tensor, Rows | None, Kept]:
     """One call, which brings the gradient too where one number will come from upstream."""
     scalar = spec.reduction != "none"
     with_gradient = scalar and spec.wants_gradient
@@ -202,9 +202,9 @@ def forward(
     # To take the means apart costs as much as a small batch's arithmetic.
     rows = None if with_gradient and not spec.wants_rows else Rows(*means.unbind())
     if with_gradient:
-        return loss, rows, Gradients((grad,) if ref_emb is None else (grad, grad_ref))
+        return loss, rows, Kept((grad,) if ref_emb is None else (grad, grad_ref), is_gradient=True)
     assert rows is not None
-    return loss if scalar else reduce_losses(rows, spec), rows, ()
+    return loss if scalar else reduce_losses(rows, spec), rows, Kept()
 
 
 def backward(
@@ -214,7 +214,7 @@ def backward(
     labels: Tensor,
     ref_labels: Tensor | None,
     rows: Rows | None,
-    state: State,
+    kept: tuple[Tensor, ...],
     spec: Spec,
 ) -> tuple[Tensor, Tensor | None]:
     """One call, with an upstream for each row."""

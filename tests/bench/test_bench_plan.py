@@ -13,7 +13,8 @@ from bench.cases import DTYPES, Case, Problem
 from bench.suites import suites
 from bstriplet_kernels import plan
 from bstriplet_kernels.cost import Constants, Operations
-from bstriplet_kernels.paths import PATHS, gram_triton
+from bstriplet_kernels.paths import PATHS
+from bstriplet_kernels.paths.moments import on_gpu
 from bstriplet_kernels.paths.triton import cost as triton_cost
 from bstriplet_kernels.paths.triton import small
 
@@ -26,7 +27,7 @@ TRUE = {
     triton_cost.TILES: Constants(6e-5, 2e-15, 3e-13, 5e-6, half=4e-15),
     triton_cost.PANELS: Constants(6e-5, 2.2e-15, 3e-13, 5e-6, half=2e-15),
     "gram": Constants(1e-4, 2.5e-14, 3e-13, 5e-6, half=2.4e-14),
-    gram_triton.SCHEDULE: Constants(1e-4, 6e-15, 3e-13, 5e-6, half=5e-15),
+    on_gpu.SCHEDULE: Constants(1e-4, 6e-15, 3e-13, 5e-6, half=5e-15),
     "reference": Constants(5e-5, 2.2e-14, 4e-13, 5e-6, half=2.1e-14),
 }
 """A GPU that never was: eager. A graph's replay has a fifth of its launches' time, and no call."""
@@ -80,7 +81,7 @@ def test_a_gpus_constants_are_found_again(fitted):
         counted = Operations(row.flops, row.bytes, row.launches)
         predicted = fitted[row.path].seconds(counted, DTYPES[row.dtype])
         assert predicted == pytest.approx(1e-3 * row.ms, rel=0.1)
-    for name in (triton_cost.TILES, triton_cost.PANELS, gram_triton.SCHEDULE):
+    for name in (triton_cost.TILES, triton_cost.PANELS, on_gpu.SCHEDULE):
         assert fitted[name].flop == pytest.approx(TRUE[name].flop, rel=0.15)
         assert fitted[name].half == pytest.approx(TRUE[name].half, rel=0.15)
 
@@ -113,7 +114,7 @@ def test_the_plan_follows_the_constants_of_a_gpu(fitted):
         takers = ("reference", "triton", "gram", *(["native"] if n <= 64 else []))
         path = plan.fastest(takers, work)
         chosen.add(PATHS[path].operations(work, [n]).schedule or path)
-    schedules = triton_cost.TILES, triton_cost.PANELS, gram_triton.SCHEDULE
+    schedules = triton_cost.TILES, triton_cost.PANELS, on_gpu.SCHEDULE
     assert chosen == {"native", "gram", *schedules}
 
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 
 from bstriplet_kernels import bstriplet_loss, plan
-from bstriplet_kernels.paths import gram, gram_device, gram_triton, native
+from bstriplet_kernels.paths import moments, native
+from bstriplet_kernels.paths.moments import anywhere, on_gpu
 from bstriplet_kernels.paths.triton import pairs
 
 
@@ -110,8 +111,8 @@ def main():
     if schedule == "gram_host":
         native._MISSING = "taken away"
     if schedule == "gram_device":
-        gram._schedule = lambda *_: gram_device
-        gram_triton.serves = lambda _: False
+        moments._schedule = lambda *_: anywhere
+        on_gpu.serves = lambda _: False
     if schedule == "triton":
         pairs._normalised = collected(pairs._normalised)
     torch.set_num_threads(1)

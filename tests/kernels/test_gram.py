@@ -14,28 +14,29 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bstriplet_kernels import bstriplet_loss
 from bstriplet_kernels.cost import Work
-from bstriplet_kernels.paths import gram, gram_device, gram_host, gram_native, native
+from bstriplet_kernels.paths import moments, native
+from bstriplet_kernels.paths.moments import anywhere, on_cpu, on_cpu_native
 
-SCHEDULES = [gram_host, gram_native, gram_device]
+SCHEDULES = [on_cpu, on_cpu_native, anywhere]
 
 
 @pytest.fixture(autouse=True)
 def _every_class_size_meets_both_ways(monkeypatch):
     """Small batches then hold classes with and without a moment matrix, and several panels."""
-    monkeypatch.setattr(gram_host, "SMALLEST_MOMENT", 6)
-    monkeypatch.setattr(gram_host, "panel_rows", lambda d: 7)
-    monkeypatch.setattr(gram_native, "SMALLEST_MOMENT", 6)
-    monkeypatch.setattr(gram_device, "CHUNK_NUMBERS", 1 << 12)
+    monkeypatch.setattr(on_cpu, "SMALLEST_MOMENT", 6)
+    monkeypatch.setattr(on_cpu, "panel_rows", lambda d: 7)
+    monkeypatch.setattr(on_cpu_native, "SMALLEST_MOMENT", 6)
+    monkeypatch.setattr(anywhere, "CHUNK_NUMBERS", 1 << 12)
 
 
 @pytest.fixture(params=SCHEDULES, ids=["host", "native", "device"])
 def schedule(request, monkeypatch):
     """Every schedule, on CPU tensors, behind the public function."""
-    if request.param is gram_native and native.missing() is not None:
+    if request.param is on_cpu_native and native.missing() is not None:
         pytest.skip(native.missing())
-    monkeypatch.setattr(gram, "_schedule", lambda embeddings, ref_emb: request.param)
-    if request.param is gram_device:
-        monkeypatch.setattr(gram_device, "smallest_moment", lambda d: max(d, 5))
+    monkeypatch.setattr(moments, "_schedule", lambda embeddings, ref_emb: request.param)
+    if request.param is anywhere:
+        monkeypatch.setattr(anywhere, "smallest_moment", lambda d: max(d, 5))
     return request.param
 
 
@@ -102,7 +103,7 @@ def test_others_of_a_dominating_class_do_not_cancel(schedule, members):
     a = torch.full((4000,), 1 / 4000)
     grads = [
         s.gradients(a.to(t.dtype), t, None, s.forward(t, None, labels, None, 1e-12)[2:], -1.0)[0]
-        for s, t in ((schedule, x), (gram_host, x.double()))
+        for s, t in ((schedule, x), (on_cpu, x.double()))
     ]
     assert (grads[0][members:] - grads[1][members:]).norm() <= 4e-6 * grads[1][members:].norm()
 
@@ -124,11 +125,11 @@ def test_active_rows_are_found_one_by_one(schedule, share):
 
 def test_schedules_agree_and_repeat_their_bits(schedule):
     x, labels = sized([40, 33, 8, 8, 3, 1, 1], 12, 5, torch.float32)
-    runs = [gram_host.forward(x, None, labels, None, 1e-12), *(
+    runs = [on_cpu.forward(x, None, labels, None, 1e-12), *(
         schedule.forward(x, None, labels, None, 1e-12) for _ in range(2)
     )]  # fmt: skip
     a = torch.rand(len(x))
-    grads = [gram_host.gradients(a, x, None, runs[0][2:], 1.0)[0]]
+    grads = [on_cpu.gradients(a, x, None, runs[0][2:], 1.0)[0]]
     grads += [schedule.gradients(a, x, None, r[2:], 1.0)[0] for r in runs[1:]]
     for of_host, first, second in zip(
         (*runs[0][:2], grads[0]), (*runs[1][:2], grads[1]), (*runs[2][:2], grads[2]), strict=True
@@ -145,7 +146,7 @@ class TestNative:
     @pytest.mark.parametrize("reduction", ["mean", "none"])
     def test_many_blocks_of_many_parts(self, reduction, labels_are, monkeypatch):
         """Classes of more rows than one block, one sum or one batch of packed matrices holds."""
-        monkeypatch.setattr(gram_native, "SMALLEST_MOMENT", 100)
+        monkeypatch.setattr(on_cpu_native, "SMALLEST_MOMENT", 100)
         x, labels = sized([700, 500, 110, *[40] * 10, *range(1, 90, 9)], 24, 0, torch.float32)
         if labels_are == "sparse":
             labels = labels * (1 << 40) - (1 << 50)
@@ -156,9 +157,9 @@ class TestNative:
         before, results = torch.get_num_threads(), []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            outputs = gram_native.forward(x, None, labels, None, 1e-12)
+            outputs = on_cpu_native.forward(x, None, labels, None, 1e-12)
             a = torch.linspace(0, 1, len(x))
-            results.append((*outputs, *gram_native.gradients(a, x, None, outputs[2:], 1.0)))
+            results.append((*outputs, *on_cpu_native.gradients(a, x, None, outputs[2:], 1.0)))
         torch.set_num_threads(before)
         assert all(
             torch.equal(a, b) for r in results[1:] for a, b in zip(results[0], r, strict=True)
@@ -172,8 +173,8 @@ class TestNative:
             state = schedule.forward(x, None, labels, None, 1e-12)[2:]
             return schedule.gradients(torch.ones(len(x)).to(x), x, None, state, 1.0)[0]
 
-        truth = gradient(gram_host, x.double())
-        assert (gradient(gram_native, x) - truth).norm() / truth.norm() < 1e-5
+        truth = gradient(on_cpu, x.double())
+        assert (gradient(on_cpu_native, x) - truth).norm() / truth.norm() < 1e-5
 
     @pytest.mark.parametrize(
         ("name", "change"),
@@ -215,8 +216,8 @@ def test_device_schedule_reads_no_value_of_a_tensor():
     """A fake tensor has no values: reading one, as a synchronisation would, raises."""
     with FakeTensorMode():
         x, labels = torch.empty(500, 24, dtype=torch.bfloat16), torch.empty(500, dtype=torch.int64)
-        outputs = gram_device.forward(x, None, labels, None, 1e-12)
-        grads = gram_device.gradients(torch.empty(500), x, None, outputs[2:], 1.0)
+        outputs = anywhere.forward(x, None, labels, None, 1e-12)
+        grads = anywhere.gradients(torch.empty(500), x, None, outputs[2:], 1.0)
     assert [(g.shape, g.dtype) for g in grads] == [(x.shape, torch.float32)]
 
 
@@ -228,10 +229,10 @@ def test_device_schedule_costs_what_it_says(monkeypatch):
     with FakeTensorMode():
         x, labels = torch.empty(n, d), torch.empty(n, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:
-            outputs = gram_device.forward(x, None, labels, None, 1e-12)
+            outputs = anywhere.forward(x, None, labels, None, 1e-12)
         counted.append(counter.get_total_flops())
         with FlopCounterMode(display=False) as counter:
-            gram_device.gradients(torch.empty(n), x, None, outputs[2:], 1.0)
+            anywhere.gradients(torch.empty(n), x, None, outputs[2:], 1.0)
         counted.append(counter.get_total_flops())
     forward, backward = (flops / (2 * n * d * d) for flops in counted)
     assert forward == pytest.approx(5.75, rel=0.02)
@@ -266,8 +267,8 @@ class Additions(TorchDispatchMode):
 def test_moments_on_a_device_add_once_to_a_segment_in_each_chunk(sizes, d, chunk):
     """So atomics on a GPU, in whatever order, give the same bits."""
     x, labels = sized(sizes, d, 0)
-    with mock.patch.object(gram_device, "CHUNK_NUMBERS", chunk):
-        batch = gram_device.Batch(x, gram_device.make_layout(x, labels, 1e-12))
+    with mock.patch.object(anywhere, "CHUNK_NUMBERS", chunk):
+        batch = anywhere.TiledRows(x, anywhere.make_layout(x, labels, 1e-12))
         weights = torch.linspace(-1, 1, len(x), dtype=x.dtype)
         with Additions() as additions:
             moments = batch.moments(weights)
@@ -283,7 +284,7 @@ def test_moments_on_a_device_add_once_to_a_segment_in_each_chunk(sizes, d, chunk
 def test_moments_on_a_device_keep_a_bad_row_in_its_segment(bad):
     x, labels = sized([40, 40, 3, 2], 4, 0)
     x[0, 1] = bad
-    batch = gram_device.Batch(x, gram_device.make_layout(x, labels, 1e-12))
+    batch = anywhere.TiledRows(x, anywhere.make_layout(x, labels, 1e-12))
     moments = batch.moments()
     spoilt = batch.layout.segment[batch.layout.order == 0].item()
     assert moments[spoilt].isnan().all()
@@ -294,8 +295,8 @@ def test_device_schedule_runs_where_torch_is_deterministic():
     x, labels = sized([70, 40, 3, 2], 4, 0)
     torch.use_deterministic_algorithms(True)
     try:
-        outputs = gram_device.forward(x, None, labels, None, 1e-12)
-        (gradient,) = gram_device.gradients(torch.ones(len(x)).double(), x, None, outputs[2:], 1.0)
+        outputs = anywhere.forward(x, None, labels, None, 1e-12)
+        (gradient,) = anywhere.gradients(torch.ones(len(x)).double(), x, None, outputs[2:], 1.0)
     finally:
         torch.use_deterministic_algorithms(False)
     assert gradient.isfinite().all()
@@ -316,14 +317,14 @@ def test_operations_of_the_device_schedule_are_those_it_calls(monkeypatch, n, d,
     with FakeTensorMode():
         x, labels = on_fake_gpu(n, d, dtype)
         with Launches() as forward:
-            _, _, *state = gram_device.forward(x, None, labels, None, 1e-12)
+            _, _, *state = anywhere.forward(x, None, labels, None, 1e-12)
         a = state[0].new_empty(n)
         with Launches() as backward:
-            gram_device.gradients(a, x, None, state, 1.0)
+            anywhere.gradients(a, x, None, state, 1.0)
     work = Work(n, None, d, dtype, wants_gradient=False, device="cuda")
     counts = [forward], [forward, backward]
     for wanted, phases in zip((False, True), counts, strict=True):
-        got = gram_device.operations(work._replace(wants_gradient=wanted))
+        got = anywhere.operations(work._replace(wants_gradient=wanted))
         assert got.launches == sum(phase.launches for phase in phases)
         assert got.flops == pytest.approx(sum(phase.flops for phase in phases), rel=0.01)
         rel = 0.15 if n < 100 else 0.03
@@ -333,7 +334,7 @@ def test_operations_of_the_device_schedule_are_those_it_calls(monkeypatch, n, d,
 def test_operations_of_the_device_schedule_grow_with_the_batch(monkeypatch):
     monkeypatch.undo()
     small, large = (
-        gram_device.operations(Work(n, None, 128, torch.float32)) for n in (1 << 18, 1 << 22)
+        anywhere.operations(Work(n, None, 128, torch.float32)) for n in (1 << 18, 1 << 22)
     )
     assert large.bytes <= 16.2 * small.bytes
     assert large.launches <= 6000
@@ -341,10 +342,10 @@ def test_operations_of_the_device_schedule_grow_with_the_batch(monkeypatch):
 
 def test_device_schedule_refuses_reference_embeddings():
     x, ref = torch.empty(4, 3, device="meta"), torch.empty(5, 3, device="meta")
-    spec = gram.Spec()
-    assert "with ref_emb" in gram.refuses(x, ref, spec)
-    assert gram.refuses(x, None, spec) is None
-    assert "second-moment" in gram.refuses(x, None, spec._replace(signed=True))
+    spec = moments.Spec()
+    assert "with ref_emb" in moments.refuses(x, ref, spec)
+    assert moments.refuses(x, None, spec) is None
+    assert "second-moment" in moments.refuses(x, None, spec._replace(signed=True))
 
 
 @given(
@@ -353,17 +354,17 @@ def test_device_schedule_refuses_reference_embeddings():
 )
 def test_device_schedule_has_the_same_shapes_for_any_labels(sizes, d):
     x, labels = sized(sizes, d, 0, torch.float32)
-    outputs = gram_device.forward(x, None, labels, None, 1e-12)
+    outputs = anywhere.forward(x, None, labels, None, 1e-12)
     with FakeTensorMode():
         unknown = torch.empty(x.shape), torch.empty(labels.shape, dtype=torch.int64)
-        declared = gram_device.forward(unknown[0], None, unknown[1], None, 1e-12)
+        declared = anywhere.forward(unknown[0], None, unknown[1], None, 1e-12)
     assert [(t.shape, t.dtype) for t in outputs] == [(t.shape, t.dtype) for t in declared]
 
 
 def test_moment_sums_do_not_lose_digits_with_the_number_of_panels():
     x, labels = sized([20000, 20000], 4, 0)
-    truth = gram_host.forward(x, None, labels, None, 1e-12)
-    got = gram_host.forward(x.float(), None, labels, None, 1e-12)
+    truth = on_cpu.forward(x, None, labels, None, 1e-12)
+    got = on_cpu.forward(x.float(), None, labels, None, 1e-12)
     for exact, rounded in zip(truth[:2], got[:2], strict=True):
         assert (rounded - exact).norm() <= 3e-7 * exact.norm()
 
@@ -378,17 +379,17 @@ class TestCosts:
     def test_flops_by_hand(self):
         n, d = 1024, 64  # one block: nothing of a symmetric product is saved
         products = (1 + 2 + 1) * n * d * d
-        assert gram.flops(n, d, [512, 512]) == 2 * products
-        assert gram.flops(n, d, [512, 512], one_weight=False) == 2 * (products + 2 * n * d * d)
+        assert moments.flops(n, d, [512, 512]) == 2 * products
+        assert moments.flops(n, d, [512, 512], one_weight=False) == 2 * (products + 2 * n * d * d)
 
     def test_flops_of_small_classes_count_their_blocks(self):
         n, d = 1024, 64
-        assert gram.flops(n, d, [8] * 128) == 2 * (3 * n * d * d + 3 * n * 8 * d)
+        assert moments.flops(n, d, [8] * 128) == 2 * (3 * n * d * d + 3 * n * 8 * d)
 
     def test_flops_are_linear_in_the_batch(self):
-        assert gram.flops(20000, 128, [1000] * 20) == 2 * gram.flops(10000, 128, [1000] * 10)
+        assert moments.flops(20000, 128, [1000] * 20) == 2 * moments.flops(10000, 128, [1000] * 10)
 
-    @pytest.mark.parametrize("counts", [gram_host, gram_native])
+    @pytest.mark.parametrize("counts", [on_cpu, on_cpu_native])
     @pytest.mark.parametrize(
         ("classes", "most"),
         [(2, 1.2), (100, 1.2), (1 << 17, 1.2), (1 << 13, 3.2)],
@@ -400,4 +401,4 @@ class TestCosts:
         assert counts.extra_memory(work, [n // classes] * classes) <= most * work.embedding_bytes
 
     def test_traffic_is_linear_in_the_batch(self):
-        assert gram.traffic(2 << 20, 128) == 2 * gram.traffic(1 << 20, 128)
+        assert moments.traffic(2 << 20, 128) == 2 * moments.traffic(1 << 20, 128)

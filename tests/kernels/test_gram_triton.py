@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from bstriplet_kernels import available_impls, bstriplet_loss, reference
 from bstriplet_kernels.cost import Work
-from bstriplet_kernels.paths import gpu, gram_triton
+from bstriplet_kernels.paths import gpu
+from bstriplet_kernels.paths.moments import on_gpu
 from bstriplet_kernels.spec import Spec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,16 +32,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.fixture
 def small(monkeypatch):
     """Small batches then hold classes with and without matrices, in several runs."""
-    monkeypatch.setattr(gram_triton, "takes", lambda embeddings, ref_emb: True)
-    monkeypatch.setattr(gram_triton, "smallest_moment", lambda d, joint=False: 6)
-    monkeypatch.setattr(gram_triton, "_MULTIPLE", 4)
+    monkeypatch.setattr(on_gpu, "takes", lambda embeddings, ref_emb: True)
+    monkeypatch.setattr(on_gpu, "smallest_moment", lambda d, joint=False: 6)
+    monkeypatch.setattr(on_gpu, "_MULTIPLE", 4)
 
 
 @pytest.fixture
 def wide(small, monkeypatch):
     """Matrices of D > 20 are then in tiles of 16, added up down to their diagonal."""
-    monkeypatch.setattr(gram_triton, "NARROW_DEPTH", 20)
-    monkeypatch.setattr(gram_triton, "_TILE", 16)
+    monkeypatch.setattr(on_gpu, "NARROW_DEPTH", 20)
+    monkeypatch.setattr(on_gpu, "_TILE", 16)
 
 
 def sized(sizes, d, seed, dtype=torch.float32):
@@ -55,7 +56,7 @@ def sized(sizes, d, seed, dtype=torch.float32):
 def both_ways(x, labels, spec, upstream=None):
     """(loss, positive, negative, gradient) by the kernels, and by the reference in float64."""
     found = []
-    for forward in (gram_triton.forward, None):
+    for forward in (on_gpu.forward, None):
         if forward is None:
             loss, rows = reference.forward(x.double(), None, labels, None, spec)
         else:
@@ -64,7 +65,7 @@ def both_ways(x, labels, spec, upstream=None):
         if forward is None:
             gradient = reference.gradient(up, x.double(), None, labels, None, spec)[0]
         else:
-            gradient = gram_triton.backward(up, x, state, spec)
+            gradient = on_gpu.backward(up, x, state, spec)
         found.append((loss, *rows, gradient))
     return found
 
@@ -133,7 +134,7 @@ def test_matrices_in_blocks(monkeypatch, sizes, d, margin, reduction, hopper, dt
 @pytest.mark.usefixtures("wide")
 def test_a_band_of_several_blocks(monkeypatch):
     """What later blocks of a small class add to the gradient is added to what earlier ones did."""
-    monkeypatch.setattr(gram_triton, "smallest_moment", lambda d, joint=False: 200)
+    monkeypatch.setattr(on_gpu, "smallest_moment", lambda d, joint=False: 200)
     x, labels = sized([150, 20], 33, 0)
     got, truth = both_ways(x, labels, Spec(margin=0.0))
     assert_near(got[1:], truth[1:], 1e-6)  # at this margin losses are differences
@@ -173,9 +174,9 @@ def test_bad_rows_of_wide_embeddings():
     got, truth = both_ways(x, labels, Spec())
     assert_near(got, truth, 1e-6)
     assert (got[3][5] == 0).all()
-    loss, _, state = gram_triton.forward(x, labels, Spec(margin=-1.5))
+    loss, _, state = on_gpu.forward(x, labels, Spec(margin=-1.5))
     inf = torch.full_like(loss, torch.inf)
-    assert (gram_triton.backward(inf, x, state, Spec(margin=-1.5)) == 0).all()
+    assert (on_gpu.backward(inf, x, state, Spec(margin=-1.5)) == 0).all()
     x[5, 3] = torch.nan
     got, _ = both_ways(x, labels, Spec())
     assert got[0].isnan()
@@ -214,8 +215,8 @@ def test_rows_that_lie_close_together(dtype):
 @runs_here
 @pytest.mark.parametrize("processors", [2, 48])
 def test_runs_of_many_blocks_and_many_runs(monkeypatch, processors):
-    monkeypatch.setattr(gram_triton, "takes", lambda embeddings, ref_emb: True)
-    monkeypatch.setattr(gram_triton, "_MULTIPLE", 4)
+    monkeypatch.setattr(on_gpu, "takes", lambda embeddings, ref_emb: True)
+    monkeypatch.setattr(on_gpu, "_MULTIPLE", 4)
     monkeypatch.setattr(gpu, "processors", lambda _: processors)
     sizes = [500, 300, *[100] * 4] if processors == 2 else [150, 130, 40, 20, 20]
     x, labels = sized(sizes, 8, 0)
@@ -230,23 +231,23 @@ def test_runs_of_many_blocks_and_many_runs(monkeypatch, processors):
 @pytest.mark.usefixtures("small")
 def test_inactive_rows_have_no_gradient_whatever_comes_from_upstream(reduction):
     x, labels = sized([40, 30, 4], 8, 0)
-    loss, _, state = gram_triton.forward(x, labels, Spec(margin=-1.5, reduction=reduction))
+    loss, _, state = on_gpu.forward(x, labels, Spec(margin=-1.5, reduction=reduction))
     upstream = torch.full_like(loss, torch.inf)
     spec = Spec(margin=-1.5, reduction=reduction)
-    assert (gram_triton.backward(upstream, x, state, spec) == 0).all()
+    assert (on_gpu.backward(upstream, x, state, spec) == 0).all()
 
 
 @runs_here
 @pytest.mark.usefixtures("small")
 def test_the_backward_multiplies_as_its_forward_did():
     x, labels = sized([40, 33, 8, 3], 12, 5)
-    loss, _, state = gram_triton.forward(x, labels, Spec())
-    gradients = [gram_triton.backward(torch.ones_like(loss), x, state, Spec())]
+    loss, _, state = on_gpu.forward(x, labels, Spec())
+    gradients = [on_gpu.backward(torch.ones_like(loss), x, state, Spec())]
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
-        assert not gram_triton.splits(torch.float32)
-        gradients.append(gram_triton.backward(torch.ones_like(loss), x, state, Spec()))
+        assert not on_gpu.splits(torch.float32)
+        gradients.append(on_gpu.backward(torch.ones_like(loss), x, state, Spec()))
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     assert torch.equal(*gradients)
@@ -306,7 +307,7 @@ def test_tf32_is_one_product():
     x, labels = sized([40, 33, 8, 3], 12, 5)
     torch.set_float32_matmul_precision("high")
     try:
-        _, _, state = gram_triton.forward(x, labels, Spec())
+        _, _, state = on_gpu.forward(x, labels, Spec())
         got, truth = both_ways(x, labels, Spec())
     finally:
         torch.set_float32_matmul_precision("highest")
@@ -374,13 +375,13 @@ class NotRun:
 def test_predicted_launches_and_memory_are_those_made(monkeypatch, n, d, m, dtype, reduction):
     """On fake tensors of a GPU: as many launches for any batch, three times the embeddings."""
     kernels = NotRun()
-    make = gram_triton.Launcher.__init__
+    make = on_gpu.Launcher.__init__
 
     def counted(self, *args, **keywords):
         make(self, *args, **keywords)
         self.kernels = self.wide_kernels = kernels
 
-    monkeypatch.setattr(gram_triton.Launcher, "__init__", counted)
+    monkeypatch.setattr(on_gpu.Launcher, "__init__", counted)
     monkeypatch.setattr(gpu, "current", lambda _: nullcontext())
     monkeypatch.setattr(gpu, "processors", lambda _: 132)
     monkeypatch.setattr(gpu, "is_hopper", lambda _: True)
@@ -389,42 +390,42 @@ def test_predicted_launches_and_memory_are_those_made(monkeypatch, n, d, m, dtyp
         others = (None, None) if m is None else on_fake_gpu(m, d, dtype)
         given = peak.held
         spec = Spec(reduction=reduction, wants_gradient=True)
-        loss, _, state = gram_triton.forward(x, labels, spec, *others)
+        loss, _, state = on_gpu.forward(x, labels, spec, *others)
         forward = torchs.launches + kernels.launches
-        gradient = gram_triton.backward(torch.empty_like(loss), x, state, spec)
+        gradient = on_gpu.backward(torch.empty_like(loss), x, state, spec)
         sides = (gradient,) if m is None else gradient.split([n, m])
         gradient = [side.to(dtype) for side in sides]  # as the caller does
         both = torchs.launches + kernels.launches
     work = Work(n, m, d, dtype, reduction, device="cuda")
-    assert gram_triton.serves(work)
-    got = gram_triton.operations(work, [n // 2] * 2)
-    assert (got.launches, got.schedule) == (both, gram_triton.SCHEDULE)
-    one = gram_triton.operations(work._replace(wants_gradient=False), [n // 2] * 2)
+    assert on_gpu.serves(work)
+    got = on_gpu.operations(work, [n // 2] * 2)
+    assert (got.launches, got.schedule) == (both, on_gpu.SCHEDULE)
+    one = on_gpu.operations(work._replace(wants_gradient=False), [n // 2] * 2)
     assert one.launches == forward
     assert both <= (16 if m is None else 25)
-    explained = gram_triton.extra_memory(work, [n // 2] * 2)
+    explained = on_gpu.extra_memory(work, [n // 2] * 2)
     assert explained == pytest.approx(peak.most - given, rel=0.05)
     if m is not None:
         return
-    products = 3 if gram_triton.splits(dtype) else 1
-    each, half = (2 * k * n * products for k in (d * d, gram_triton.matrix_numbers(d)))
+    products = 3 if on_gpu.splits(dtype) else 1
+    each, half = (2 * k * n * products for k in (d * d, on_gpu.matrix_numbers(d)))
     more = (1 if reduction == "mean" else 2) * each
     assert (one.flops, got.flops) == (3 * half, 4 * half + more)
     if dtype == torch.float32 and n >= 100 * d and (n > 100_000 or d > 256):
-        assert gram_triton.extra_memory(work, [n]) <= 3 * work.embedding_bytes
+        assert on_gpu.extra_memory(work, [n]) <= 3 * work.embedding_bytes
         assert d > 256 or got.bytes <= 4e9
 
 
 def test_what_it_does_not_take():
     x = torch.empty(4096, 128, device="meta")
     for refused in (x.double(), torch.empty(1 << 16, 2049, device="meta"), x[:1000], x):
-        assert not gram_triton.takes(refused, None)
+        assert not on_gpu.takes(refused, None)
     work = Work(4096, None, 128, torch.float32, device="cuda")
-    assert gram_triton.serves(work)
+    assert on_gpu.serves(work)
     for refused in (
         work._replace(m=1000),
         work._replace(n=1 << 16, d=2049),
         work._replace(dtype=torch.float64),
         work._replace(n=1000),
     ):
-        assert not gram_triton.serves(refused)
+        assert not on_gpu.serves(refused)

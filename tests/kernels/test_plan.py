@@ -10,9 +10,10 @@ from launches import Launches
 from oracle import batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bstriplet_kernels import available_impls, bstriplet_loss, checks, explain, plan
+from bstriplet_kernels import available_impls, bstriplet_loss, explain, plan
 from bstriplet_kernels.cost import Constants, Operations
-from bstriplet_kernels.paths import PATHS, gram_triton, native
+from bstriplet_kernels.paths import PATHS, native
+from bstriplet_kernels.paths.moments import on_gpu
 from bstriplet_kernels.paths.triton import cost as triton_cost
 from bstriplet_kernels.spec import Spec
 
@@ -20,7 +21,6 @@ from bstriplet_kernels.spec import Spec
 @pytest.fixture(autouse=True)
 def _nothing_remembered(monkeypatch):
     monkeypatch.setattr(plan, "_planned", {})
-    checks.remembered_target.cache_clear()
 
 
 def test_equation_8_for_the_papers_batch():
@@ -206,7 +206,7 @@ def test_launches_take_their_time(monkeypatch):
     """On a GPU a path of many launches is left to large batches; the CPU launches nothing."""
     slow = Constants(call=1e-5, flop=1e-11, byte=0, launch=1e-5)
     fast = Constants(call=1e-5, flop=1e-12, byte=0, launch=1e-5)
-    measured = {"reference": slow, "gram": fast, gram_triton.SCHEDULE: fast}
+    measured = {"reference": slow, "gram": fast, on_gpu.SCHEDULE: fast}
     monkeypatch.setattr(plan, "CONSTANTS", {"cuda": measured})
     assert rule(256, 128, "reference", "gram") == "reference"
     assert rule(8192, 128, "reference", "gram") == "gram"
@@ -258,9 +258,9 @@ def launches(impl, n, m, d, dtype, gradient):
         sides = empty(n, d), None if m is None else empty(m, d)
         labels = empty(n, dtype=torch.int64), m and empty(m, dtype=torch.int64)
         with Launches() as run, torch.no_grad():
-            loss, rows, state = path.forward(*sides, *labels, spec)
+            loss, rows, kept = path.forward(*sides, *labels, spec)
             if gradient:
-                grads = path.backward(loss, *sides, *labels, rows, state, spec)
+                grads = path.backward(loss, *sides, *labels, rows, kept.tensors, spec)
                 _ = [grad.to(dtype) for grad in grads if grad is not None]
     work = plan.Work(n, m, d, dtype, wants_gradient=gradient, device="cuda")
     return path.operations(work, [n if m is None else m]).launches, run.launches
@@ -341,3 +341,54 @@ def test_auto_compiles_whole_across_the_crossover():
         grads = [torch.autograd.grad(loss, x)[0] for loss in losses]
         torch.testing.assert_close(*losses)
         torch.testing.assert_close(*grads)
+
+
+def test_a_shape_is_explained_as_its_tensors_are():
+    x, labels = torch.randn(300, 40), torch.arange(300) % 7
+    assert explain((300, 40), 7) == explain(x, labels)
+    uneven = torch.tensor([0] * 290 + [1] * 10)
+    assert explain([300, 40], [290, 10]) == explain(x, uneven)
+    ref = torch.randn(50, 40, dtype=torch.float64)
+    given = {"ref_emb": ref, "ref_labels": torch.arange(50) % 5}
+    assert explain((300, 40), 5, ref_emb=(50, 40), dtype=torch.float64) == explain(
+        x.double(), labels, **given
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "classes", "options", "path"),
+    [
+        ((36, 1280), 3, {}, "native"),
+        ((1024, 128), 3, {}, "triton"),
+        ((4096, 512), 8, {"dtype": torch.bfloat16}, "triton"),
+        ((1 << 20, 128), 10, {}, "gram"),
+        ((1 << 20, 128), 10, {"similarity": "signed_square"}, "triton"),
+        ((1 << 17, 128), 10, {"ref_emb": (1 << 17, 128)}, "gram"),
+    ],
+)
+def test_a_gpu_that_is_not_here_is_explained_too(shape, classes, options, path):
+    found = explain(shape, classes, device="cuda", **options)
+    assert (found.path, found.work.device) == (path, "cuda")
+    assert found.cost.launches > 0
+    assert found.predicted[path] == min(found.predicted.values())
+    assert f"path          {path}" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("given", "keywords", "error", "message"),
+    [
+        (("x", 3), {}, TypeError, "embeddings must be a torch.Tensor or a shape of two sizes, got"),
+        (((8,), 3), {}, TypeError, "embeddings must be a torch.Tensor or a shape of two sizes"),
+        (((8, 4), 9), {}, ValueError, "labels must be 1 to 8 classes of a shape, got 9"),
+        (((8, 4), [3, 4]), {}, ValueError, "add up to 8, got .3, 4. that add up to 7"),
+        (((8, 4), torch.arange(8)), {}, TypeError, "labels must be how many classes"),
+        (((8, 4), 2), {"dtype": torch.int8}, TypeError, "dtype must be float64"),
+        (((1, 4), 1), {}, ValueError, "embeddings has 1 row,"),
+        (((8, 4), 2), {"ref_emb": (3, 5)}, ValueError, "ref_emb must have as many columns"),
+        (((8, 4), 2), {"ref_labels": torch.arange(8)}, TypeError, "ref_labels was given with a"),
+        ((torch.ones(8, 4), torch.arange(8)), {"device": "cuda"}, TypeError, "are of a shape"),
+    ],
+)
+def test_what_explain_takes_of_a_shape(given, keywords, error, message):
+    with pytest.raises(error, match=message):
+        explain(*given, **keywords)

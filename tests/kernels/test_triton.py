@@ -22,7 +22,7 @@ from bstriplet_kernels import autograd, available_impls, bstriplet_loss
 from bstriplet_kernels.cost import Work
 from bstriplet_kernels.paths import PATHS, gpu
 from bstriplet_kernels.paths.triton import blocks, cost, pairs, small
-from bstriplet_kernels.spec import Gradients, Spec
+from bstriplet_kernels.spec import Spec
 
 HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -103,6 +103,7 @@ def test_refuses_tensors_where_no_kernel_runs(monkeypatch):
 def test_refuses_gpus_before_tensor_cores_for_float32(monkeypatch):
     on_gpu = SimpleNamespace(device=torch.device("cuda", 0))
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for major, is_refused in ((7, True), (8, False), (9, False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, of=major: (of, 0))
         assert bool(PATHS["triton"].refuses(on_gpu, None, Spec())) is is_refused
@@ -451,9 +452,9 @@ def test_pairs_read_no_value_of_a_tensor(monkeypatch):
         for dtype in TOLERANCE:
             with FakeTensorMode():
                 x, labels = torch.empty(200, 24, dtype=dtype), torch.empty(200, dtype=torch.int64)
-                loss, rows, state = PATHS["triton"].forward(x, None, labels, None, Spec())
+                loss, rows, kept = PATHS["triton"].forward(x, None, labels, None, Spec())
                 gradient, _ = PATHS["triton"].backward(
-                    loss, x, None, labels, None, rows, state, Spec()
+                    loss, x, None, labels, None, rows, kept.tensors, Spec()
                 )
             assert gradient.shape == x.shape
 
@@ -535,15 +536,16 @@ def test_predicted_launches_are_those_made(monkeypatch, n, m, d, by_panels, dtyp
         both = x, others[0], labels, others[1]
         spec = Spec(wants_gradient=True)
         with Launches() as forward:
-            loss, rows, state = PATHS["triton"].forward(*both, spec)
+            loss, rows, kept = PATHS["triton"].forward(*both, spec)
         launches = forward.launches + kernel.launches
         assert counted(n, m, d, dtype, wants_gradient=False).launches == launches
         upstream = torch.empty_like(loss)
         with Launches() as backward:
-            if type(state) is Gradients:
-                autograd._scaled(state[0], upstream, dtype)
+            if kept.is_gradient:
+                autograd._scaled(kept.tensors[0], upstream, dtype)
             else:
-                for gradient in PATHS["triton"].backward(upstream, *both, rows, state, spec):
+                given = upstream, *both, rows, kept.tensors, spec
+                for gradient in PATHS["triton"].backward(*given):
                     _ = None if gradient is None else gradient.to(dtype)  # as the caller does
     launches = forward.launches + backward.launches + kernel.launches
     assert counted(n, m, d, dtype).launches == launches

@@ -58,7 +58,7 @@ def specialisations():
     """Printed by a child: names of sizes that a kernel would be compiled anew for."""
     from triton.runtime.jit import JITFunction
 
-    from bstriplet_kernels.paths import moment_kernels
+    from bstriplet_kernels.paths.moments import kernels as moment_kernels
     from bstriplet_kernels.paths.triton import pair_kernels, small_kernels
 
     ragged = {"n", "m", "n_rows", "column_rows", "row_tiles", "column_tiles", "parts", "tiles"}

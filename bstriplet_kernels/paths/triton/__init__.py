@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..._torch import in_memory
 from ...cost import Operations, Work
-from ...spec import Gradients, Path, Rows, Spec, State, accumulation_dtype
+from ...spec import Kept, Path, Rows, Spec, accumulation_dtype
 from .. import gpu
 from . import cost, pairs, small
 
@@ -26,16 +26,17 @@ def forward(
     labels: Tensor,
     ref_labels: Tensor | None,
     spec: Spec,
-) -> tuple[Tensor, Rows, State]:
-    """Eqs. 2-4; the state is dL/df for an upstream of 1, or what `pairs` keeps."""
+) -> tuple[Tensor, Rows, Kept]:
+    """Eqs. 2-4; of a small batch dL/df for an upstream of 1 is kept."""
     embeddings, ref_emb, labels, ref_labels = _in_memory(embeddings, ref_emb, labels, ref_labels)
     with gpu.current(embeddings):
         if _is_small(embeddings, ref_emb, spec):
             loss, rows, gradient = small.forward(embeddings, labels, spec)
-            return loss, rows, Gradients((gradient,)) if spec.wants_gradient else ()
+            return loss, rows, Kept((gradient,), True) if spec.wants_gradient else Kept()
         sides = _in_one_dtype(embeddings, ref_emb)
         panels = _by_panels(embeddings, ref_emb)
-        return pairs.forward(*sides, labels, ref_labels, spec, panels)
+        loss, rows, tensors = pairs.forward(*sides, labels, ref_labels, spec, panels)
+        return loss, rows, Kept(tensors)
 
 
 def backward(
@@ -45,19 +46,15 @@ def backward(
     labels: Tensor,
     ref_labels: Tensor | None,
     rows: Rows,
-    state: State,
+    kept: tuple[Tensor, ...],
     spec: Spec,
 ) -> tuple[Tensor, Tensor | None]:
-    """dL/df of both sides, from the tiles of S anew, or by one multiply."""
-    embeddings, ref_emb, labels, grad_loss = _in_memory(embeddings, ref_emb, labels, grad_loss)
+    """dL/df of both sides, from tiles of S."""
+    embeddings, ref_emb, grad_loss = _in_memory(embeddings, ref_emb, grad_loss)
     with gpu.current(embeddings):
-        if _is_small(embeddings, ref_emb, spec):
-            spec = spec._replace(wants_gradient=True)
-            gradient = state[0] if state else small.forward(embeddings, labels, spec)[2]
-            return gradient * grad_loss, None
         sizes, dtype = _sizes(embeddings, ref_emb), _one_dtype(embeddings, ref_emb)
         panels = _by_panels(embeddings, ref_emb)
-        return pairs.backward(grad_loss, *sizes, dtype, state, spec, panels)
+        return pairs.backward(grad_loss, *sizes, dtype, kept, spec, panels)
 
 
 def _in_memory(*tensors: Any) -> Any:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ...cost import round_up
-from ...spec import Rows, Spec, State, accumulation_dtype
+from ...spec import Rows, Spec, accumulation_dtype
 from .blocks import (
     ROWS,
     Form,
@@ -107,7 +107,7 @@ def forward(
     ref_labels: Tensor | None,
     spec: Spec,
     panels: bool,
-) -> tuple[Tensor, Rows, State]:
+) -> tuple[Tensor, Rows, tuple[Tensor, ...]]:
     """The loss, Eq. 3's means, and what `backward` needs; panels: which way that will go.
 
     It needs the rows' pulls, their scale, the prepared rows, and the prepared columns or, where
@@ -117,14 +117,14 @@ def forward(
     m, own = n, True
     form = form_of(d, dtype, is_split(dtype), embeddings.device)
     side = columns = _prepare(form, embeddings, labels, ref_labels, spec.eps)
-    kept: tuple[Tensor, ...] = ()
+    more: tuple[Tensor, ...] = ()
     if ref_emb is not None and ref_labels is not None:
         m, own = ref_emb.shape[0], False
-        kept = columns = _prepare(form, ref_emb, ref_labels, None, spec.eps)
+        more = columns = _prepare(form, ref_emb, ref_labels, None, spec.eps)
     if half_tiles(form, side.rows, own):
         keeps = panels and spec.wants_gradient and keeps_similarities(form, side.rows, own)
         slots, similarities = _own_row_sums(form, side, spec.signed, keeps)
-        kept = (similarities,) if keeps else ()
+        more = (similarities,) if keeps else ()
     else:
         slots = _row_sums(form, side, columns, own, spec.signed)
     row_loss, positive, negative = (slots.new_empty(n) for _ in range(3))
@@ -142,7 +142,7 @@ def forward(
             row_loss, pull, loss, scale, n, side.rows, mean,
             LARGEST=largest_weight(form), BLOCK_N=2048, num_warps=8,
         )  # fmt: skip
-    return loss, Rows(positive, negative), (pull, scale, *side, *kept)
+    return loss, Rows(positive, negative), (pull, scale, *side, *more)
 
 
 def backward(
@@ -151,13 +151,13 @@ def backward(
     m: int | None,
     d: int,
     dtype: torch.dtype,
-    state: State,
+    kept: tuple[Tensor, ...],
     spec: Spec,
     panels: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """dL/df of rows [n, d], and of m columns where they are others, from what `forward` kept."""
-    pull, scale, *kept = state
-    side, more = Side(*kept[:4]), kept[4:]
+    pull, scale, *tensors = kept
+    side, more = Side(*tensors[:4]), tensors[4:]
     form = form_of(d, dtype, side.low.numel() > 0, side.high.device)
     weights = Weights(pull, scale)
     if spec.reduction == "none":

@@ -1,6 +1,6 @@
 """Kernels of second moments of wide embeddings, whose matrices no program holds as a whole.
 
-As `moment_kernels`, whose rows, split numbers and class numbers these share, but D' is any multiple
+As `kernels`, whose rows, split numbers and class numbers these share, but D' is any multiple
 of TILE, and everything is in blocks of columns. A symmetric matrix is added up down to its diagonal
 blocks, which stand in memory one after another. Once complete it is stored in two float16 parts,
 and a block of TILE x SCALED numbers shares a scale.
@@ -12,7 +12,7 @@ the rows of other classes are zeros. It is of one class but where classes meet.
 import triton
 import triton.language as tl
 
-from .moment_kernels import (
+from .kernels import (
     UNIT,
     _add_slots,
     _band,
@@ -105,7 +105,7 @@ def moment_matrices(
     SCALED: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """T_c and T - T_c of every large class, T in place of the last T - T_c: see `moment_kernels`.
+    """T_c and T - T_c of every large class, T in place of the last T - T_c: see `kernels`.
 
     Program (k, t) has the t-th block of the matrices of number k.
     """
@@ -155,7 +155,7 @@ def gradient_matrices(
     UNIFORM: tl.constexpr,
 ):
     """K_c and B_c of every large class, and what small rows have in their place: see
-    `moment_kernels`. K_c + B_c for K_c where UNIFORM and rows are columns.
+    `kernels`. K_c + B_c for K_c where UNIFORM and rows are columns.
 
     Program (k, t) has the t-th block of the matrices of number k.
     """
@@ -283,7 +283,7 @@ def row_means(
     SPLIT: tl.constexpr,
     BY_ROW: tl.constexpr,
 ):
-    """Eq. 3's two means of a block of rows, in the given order: see `moment_kernels`.
+    """Eq. 3's two means of a block of rows, in the given order: see `kernels`.
 
     losses[p]: the sum over the block. 6 D^2 FLOPs a row (2 D^2 without SPLIT) and what diagonal
     blocks have beyond their halves; half of that for small rows.
@@ -352,7 +352,7 @@ def band_gradient(
     SPLIT: tl.constexpr,
     UNIFORM: tl.constexpr,
 ):
-    """What a small row's own class adds to dL/du_i: see `moment_kernels`.
+    """What a small row's own class adds to dL/du_i: see `kernels`.
 
     Program (p, s) has every num_programs(1)-th block of the p-th run. It forms each block of S once
     and adds what that makes of BLOCK_V columns at a time to their sum in `gradient`, which L2 holds

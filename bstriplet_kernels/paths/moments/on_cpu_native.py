@@ -1,6 +1,6 @@
 """The second-moment path by the native operators of csrc/, on the CPU, without `ref_emb`.
 
-The same classes, moments and weights as `gram_host`, and the same state between forward and
+The same classes, moments and weights as `on_cpu`, and the same state between forward and
 backward; rows are read where they lie instead of being moved in class order first.
 """
 
@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .._torch import below_autograd
-from ..cost import Work, round_up
-from . import gram_host, native
+from ..._torch import below_autograd
+from ...cost import Work, round_up
+from .. import native
+from . import on_cpu
 
 SMALLEST_MOMENT = 64
 BLOCK_PRODUCTS = 2  # of the members of a small class: half of S twice, and its weights
@@ -64,7 +65,7 @@ def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
     half of the classes.
     """
     n, d, number = work.n, work.d, work.accumulated
-    large, small = gram_host.split_sizes(class_sizes, n, smallest_moment(d))
+    large, small = on_cpu.split_sizes(class_sizes, n, smallest_moment(d))
     matrix, width = d * d * number, round_up(d, _WIDEST_PANEL)
 
     runs = [*large, *(size * count for size, count in small.items())]

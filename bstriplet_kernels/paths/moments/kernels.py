@@ -1,4 +1,4 @@
-"""Triton kernels of second moments, which `gram_triton` launches. Importing this needs triton.
+"""Triton kernels of second moments, which `on_gpu` launches. Importing this needs triton.
 
 Rows are in class order, as unit rows times 2^8 in two float16 numbers, high + low: to 2^-23 of
 their size. A product of two such matrices is three float16 products (low low^T is below 2^-22), or
@@ -475,7 +475,7 @@ def gradient_matrices(
     SPLIT: tl.constexpr,
     UNIFORM: tl.constexpr,
 ):
-    """K_c and B_c of every large class (see `second_moments`): what makes dL/du_i of an active row
+    """K_c and B_c of every large class (see `mathematics`): what makes dL/du_i of an active row
     and of one that is not. UNIFORM: active rows have K_c + B_c at once.
 
     For small rows K = 2 sigma T, which q_i is to multiply, and B = 2 sigma sum_c q_c A_c. Program

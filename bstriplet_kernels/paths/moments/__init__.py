@@ -1,8 +1,8 @@
 """impl="gram": exact, in time linear in the batch, by second moments. Nothing is N x M.
 
-One mathematics (`second_moments`), four schedules. On the CPU, where sizes can be read,
-`gram_native` where the native library is, else `gram_host`. Where reading them would stop a GPU,
-`gram_triton` in thirteen launches, and `gram_device` in plain torch for what these do not take.
+One mathematics (`mathematics`), four schedules. On the CPU, where sizes can be read,
+`on_cpu_native` where the native library is, else `on_cpu`. Where reading them would stop a GPU,
+`on_gpu` in thirteen launches, and `anywhere` in plain torch for what these do not take.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ from types import ModuleType
 
 from torch import Tensor
 
-from ..cost import Operations, Work
-from ..spec import Path, Rows, Spec, State, reduce_losses, row_gradient
-from . import gram_device, gram_host, gram_native, gram_triton, native
-from .second_moments import form_fraction, moment_fraction
+from ...cost import Operations, Work
+from ...spec import Kept, Path, Rows, Spec, reduce_losses, row_gradient
+from .. import native
+from . import anywhere, on_cpu, on_cpu_native, on_gpu
+from .mathematics import form_fraction, moment_fraction
 
 _BYTES_A_ROW = 96  # order, inverse norms, means, a and the vectors that make them
 
 
 def _schedule(embeddings: Tensor, ref_emb: Tensor | None) -> ModuleType:
-    """The module that serves this input, where `gram_triton` does not."""
-    if gram_native.takes(embeddings, ref_emb):
-        return gram_native
-    return gram_host if embeddings.is_cpu else gram_device
+    """The module that serves this input, where `on_gpu` does not."""
+    if on_cpu_native.takes(embeddings, ref_emb):
+        return on_cpu_native
+    return on_cpu if embeddings.is_cpu else anywhere
 
 
 def forward(
@@ -33,14 +34,17 @@ def forward(
     labels: Tensor,
     ref_labels: Tensor | None,
     spec: Spec,
-) -> tuple[Tensor, Rows, State]:
-    """Moments of the columns, then two quadratic forms a row; see `second_moments`."""
-    if gram_triton.takes(embeddings, ref_emb):
-        return gram_triton.forward(embeddings, labels, spec, ref_emb, ref_labels)
+) -> tuple[Tensor, Rows, Kept]:
+    """Moments of the columns, then two quadratic forms a row; see `mathematics`."""
+    if on_gpu.takes(embeddings, ref_emb):
+        loss, rows, tensors = on_gpu.forward(embeddings, labels, spec, ref_emb, ref_labels)
+        return loss, rows, Kept(tensors)
     schedule = _schedule(embeddings, ref_emb)
-    positive, negative, *state = schedule.forward(embeddings, ref_emb, labels, ref_labels, spec.eps)
+    positive, negative, *tensors = schedule.forward(
+        embeddings, ref_emb, labels, ref_labels, spec.eps
+    )
     rows = Rows(positive, negative)
-    return reduce_losses(rows, spec), rows, tuple(state)
+    return reduce_losses(rows, spec), rows, Kept(tuple(tensors))
 
 
 def backward(
@@ -50,17 +54,17 @@ def backward(
     labels: Tensor,
     ref_labels: Tensor | None,
     rows: Rows,
-    state: State,
+    kept: tuple[Tensor, ...],
     spec: Spec,
 ) -> tuple[Tensor, Tensor | None]:
-    """One matrix a class where its rows share one weight, else two; see `second_moments`."""
-    if gram_triton.takes(embeddings, ref_emb):
-        gradient = gram_triton.backward(grad_loss, embeddings, state, spec)
+    """One matrix a class where its rows share one weight, else two; see `mathematics`."""
+    if on_gpu.takes(embeddings, ref_emb):
+        gradient = on_gpu.backward(grad_loss, embeddings, kept, spec)
         n = len(embeddings)
         return (gradient, None) if ref_emb is None else (gradient[:n], gradient[n:])
     a = row_gradient(grad_loss.to(rows.positive.dtype), rows, spec)
     schedule = _schedule(embeddings, ref_emb)
-    gradient, *ref_gradient = schedule.gradients(a, embeddings, ref_emb, list(state), spec.sigma)
+    gradient, *ref_gradient = schedule.gradients(a, embeddings, ref_emb, list(kept), spec.sigma)
     return gradient, ref_gradient[0] if ref_gradient else None
 
 
@@ -68,7 +72,7 @@ def refuses(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str | Non
     """What has no second-moment form, or no schedule."""
     if spec.signed:
         return 'similarity="signed_square" has no second-moment form'
-    if ref_emb is None or embeddings.is_cpu or gram_triton.takes(embeddings, ref_emb):
+    if ref_emb is None or embeddings.is_cpu or on_gpu.takes(embeddings, ref_emb):
         return None
     return "with ref_emb it runs on the CPU, and on a GPU where its Triton kernels take the input"
 
@@ -76,9 +80,9 @@ def refuses(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str | Non
 def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
     """Of the schedule that will run; the columns' classes are those that have moments."""
     if work.device != "cpu":
-        if gram_triton.serves(work):
-            return gram_triton.operations(work, class_sizes)
-        return gram_device.operations(work)
+        if on_gpu.serves(work):
+            return on_gpu.operations(work, class_sizes)
+        return anywhere.operations(work)
     n, d = max(work.n, work.columns), work.d
     counted = flops(n, d, class_sizes, work.reduction != "none", _by_native(work))
     return Operations(counted, traffic(n, d, work.dtype.itemsize), 0)
@@ -93,9 +97,9 @@ def flops(
     the reduction is a scalar; otherwise the weighted moments and a second product are added.
     by_native: by the native operators, which compute less of what is symmetric.
     """
-    schedule = gram_native if by_native else gram_host
+    schedule = on_cpu_native if by_native else on_cpu
     smallest = schedule.smallest_moment(d)
-    half = moment_fraction(d, gram_native.PANEL)
+    half = moment_fraction(d, on_cpu_native.PANEL)
     large = [s for s in class_sizes if s >= smallest or 2 * s > n]
     blocks = [s for s in class_sizes if not (s >= smallest or 2 * s > n)]
     moments = n * (half if by_native else moment_fraction(d))
@@ -119,10 +123,10 @@ def traffic(n: int, d: int, itemsize: int = 4) -> int:
 def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
     """Peak bytes beyond the inputs, the gradient included, of the schedule that will run."""
     if work.device != "cpu":
-        if gram_triton.serves(work):
-            return gram_triton.extra_memory(work, class_sizes)
-        return gram_device.extra_memory(work, class_sizes)
-    return (gram_native if _by_native(work) else gram_host).extra_memory(work, class_sizes)
+        if on_gpu.serves(work):
+            return on_gpu.extra_memory(work, class_sizes)
+        return anywhere.extra_memory(work, class_sizes)
+    return (on_cpu_native if _by_native(work) else on_cpu).extra_memory(work, class_sizes)
 
 
 def _by_native(work: Work) -> bool:

@@ -1,7 +1,7 @@
 """The second-moment path on a GPU in thirteen launches (fifteen by row), whatever the labels are.
 
-Kernels are in `moment_kernels`; those that meet whole matrices are others where embeddings are
-wide, in `wide_moment_kernels`. No shape depends on the labels and nothing is asked of the device:
+Kernels are in `kernels`; those that meet whole matrices are others where embeddings are
+wide, in `wide_kernels`. No shape depends on the labels and nothing is asked of the device:
 large classes are those of `smallest_moment(d)` members or more, and buffers have room for as many
 as there can be. Smaller classes meet in a band around the diagonal of S in class order. Sums have a
 fixed order: the same bits from run to run. Other columns (`ref_emb`) stand in one batch with the
@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..cost import Operations, Work, round_up
-from ..spec import Rows, Spec, State
-from . import gpu
+from ...cost import Operations, Work, round_up
+from ...spec import Rows, Spec
+from .. import gpu
 
 SCHEDULE = "gram triton"
 """The schedule, by the name under which its measured speed stands."""
@@ -36,7 +36,7 @@ _MOST_RUNS, _MOST_ROUNDS = 40, 8  # of wide runs, and of the programs that share
 BLOCK_NUMBERS = 16_384  # of a block of rows at most: what registers hold
 
 
-class Blocks(NamedTuple):
+class Cut(NamedTuple):
     """How a kernel is cut: rows, columns of embeddings at a time; its warps and stages."""
 
     rows: int
@@ -48,47 +48,47 @@ class Blocks(NamedTuple):
 class Cuts(NamedTuple):
     """The blocks of each kernel that multiplies; the last depth is of columns of the gradient."""
 
-    class_moments: Blocks
-    row_means: Blocks
-    row_gradients: Blocks
-    band_sums: Blocks
-    band_gradient: Blocks
+    class_moments: Cut
+    row_means: Cut
+    row_gradients: Cut
+    band_sums: Cut
+    band_gradient: Cut
 
 
 # The fastest of those tried on an H200.
 HOPPER = Cuts(
-    class_moments=Blocks(64, 0, 8, 3),
-    row_means=Blocks(128, 64, 8, 2),
-    row_gradients=Blocks(128, 64, 8, 2),
-    band_sums=Blocks(64, 64, 4, 3),
-    band_gradient=Blocks(64, 64, 4, 3),
+    class_moments=Cut(64, 0, 8, 3),
+    row_means=Cut(128, 64, 8, 2),
+    row_gradients=Cut(128, 64, 8, 2),
+    band_sums=Cut(64, 64, 4, 3),
+    band_gradient=Cut(64, 64, 4, 3),
 )
 OTHERS = Cuts(
-    class_moments=Blocks(32, 0, 8, 2),
-    row_means=Blocks(64, 32, 8, 2),
-    row_gradients=Blocks(64, 32, 8, 2),
-    band_sums=Blocks(64, 64, 4, 2),
-    band_gradient=Blocks(64, 64, 4, 2),
+    class_moments=Cut(32, 0, 8, 2),
+    row_means=Cut(64, 32, 8, 2),
+    row_gradients=Cut(64, 32, 8, 2),
+    band_sums=Cut(64, 64, 4, 2),
+    band_gradient=Cut(64, 64, 4, 2),
 )
 """For the 99 KB that a program may take on most GPUs."""
 WIDE_HOPPER = Cuts(
-    class_moments=Blocks(64, 0, 8, 3),
-    row_means=Blocks(128, 64, 8, 3),
-    row_gradients=Blocks(128, 64, 8, 3),
-    band_sums=Blocks(64, 64, 4, 3),
-    band_gradient=Blocks(64, 128, 8, 3),
+    class_moments=Cut(64, 0, 8, 3),
+    row_means=Cut(128, 64, 8, 3),
+    row_gradients=Cut(128, 64, 8, 3),
+    band_sums=Cut(64, 64, 4, 3),
+    band_gradient=Cut(64, 128, 8, 3),
 )
 WIDE_OTHERS = Cuts(
-    class_moments=Blocks(32, 0, 8, 2),
-    row_means=Blocks(64, 32, 8, 3),
-    row_gradients=Blocks(64, 32, 8, 3),
-    band_sums=Blocks(64, 64, 4, 2),
-    band_gradient=Blocks(64, 64, 8, 2),
+    class_moments=Cut(32, 0, 8, 2),
+    row_means=Cut(64, 32, 8, 3),
+    row_gradients=Cut(64, 32, 8, 3),
+    band_sums=Cut(64, 64, 4, 2),
+    band_gradient=Cut(64, 64, 8, 2),
 )
-SPLIT_ROWS = Blocks(32, 0, 4, 1)
+SPLIT_ROWS = Cut(32, 0, 4, 1)
 BAND_PARTS = 4
 """Programs among which the blocks of a run are shared out."""
-TOTALS = Blocks(64, 32, 4, 1)
+TOTALS = Cut(64, 32, 4, 1)
 """Numbers of the total, and addends, at a time."""
 
 
@@ -101,7 +101,7 @@ def takes(embeddings: Tensor, ref_emb: Tensor | None) -> bool:
         _has_kernels(n, m, d, dtype)
         and embeddings.device.type == "cuda"
         and torch.version.hip is None
-        and gpu.missing() is None
+        and gpu.has_triton()
         and gpu.refuses(embeddings.device) is None
     )
 
@@ -184,7 +184,7 @@ class Matrices(NamedTuple):
     scale: Tensor
 
 
-class Batch(NamedTuple):
+class SortedRows(NamedTuple):
     """Rows in class order, N of D' numbers. State of the path.
 
     high, low: unit rows times 2^8 in two float16 parts, [N, D'] (low is empty where there is one).
@@ -215,11 +215,11 @@ class Launcher:
     def __init__(
         self, n: int, d: int, split: bool, device: torch.device, joint: bool = False
     ) -> None:
-        from . import moment_kernels, wide_moment_kernels
+        from . import kernels, wide_kernels
 
         self.wide, self.joint = is_wide(d, joint), joint
-        self.kernels: ModuleType = moment_kernels
-        self.wide_kernels: ModuleType = wide_moment_kernels
+        self.kernels: ModuleType = kernels
+        self.wide_kernels: ModuleType = wide_kernels
         self.n, self.d, self.depth, self.split = n, d, padded(d, joint), split
         self.least, self.classes = smallest_moment(d, joint), class_count(n, d, joint)
         self.run = run_length(n, d, gpu.processors(device), joint)
@@ -237,14 +237,14 @@ class Launcher:
             self.cuts = HOPPER if hopper else OTHERS
         self.whole = hopper and self.depth <= WHOLE_DEPTH
 
-    def options(self, blocks: Blocks) -> dict[str, object]:
+    def options(self, cut: Cut) -> dict[str, object]:
         """Constants of a kernel that walks blocks of rows."""
         return {
             "DP": self.depth,
-            "BLOCK": blocks.rows if self.wide else min(blocks.rows, BLOCK_NUMBERS // self.depth),
+            "BLOCK": cut.rows if self.wide else min(cut.rows, BLOCK_NUMBERS // self.depth),
             "SPLIT": self.split,
-            "num_warps": blocks.warps,
-            "num_stages": blocks.stages,
+            "num_warps": cut.warps,
+            "num_stages": cut.stages,
         }
 
     def matrices(self, like: Tensor, count: int) -> Matrices:
@@ -254,12 +254,12 @@ class Launcher:
         scales = self.blocks if self.wide else self.depth
         return Matrices(high, low, like.new_empty((count, scales), dtype=torch.float32))
 
-    def sort(self, embeddings: Tensor, labels: Tensor, eps: float) -> Batch:
+    def sort(self, embeddings: Tensor, labels: Tensor, eps: float) -> SortedRows:
         """Rows in class order."""
         n, new = self.n, embeddings.new_empty
         labels, order = labels.sort(stable=True)
         high = new((n, self.depth), dtype=torch.float16)
-        batch = Batch(
+        batch = SortedRows(
             high,
             high.new_empty(high.shape if self.split else 0),
             new(n, dtype=torch.float32),
@@ -268,17 +268,17 @@ class Launcher:
             new(n, dtype=torch.int32),
         )
         width = self.tile if self.wide else self.depth
-        blocks = SPLIT_ROWS._replace(rows=max(1, SPLIT_ROWS.rows * 128 // width))
-        self.kernels.split_rows[(-(-n // blocks.rows),)](
+        cut = SPLIT_ROWS._replace(rows=max(1, SPLIT_ROWS.rows * 128 // width))
+        self.kernels.split_rows[(-(-n // cut.rows),)](
             embeddings, labels, *batch,
             n, self.d, *embeddings.stride(), eps * eps, n.bit_length(),
-            WIDTH=width, **self.options(blocks),
+            WIDTH=width, **self.options(cut),
         )  # fmt: skip
         return batch
 
     def sums(
         self,
-        batch: Batch,
+        batch: SortedRows,
         before: Tensor | None,
         weights: Tensor | None,
         largest: Tensor | None,
@@ -315,9 +315,9 @@ class Launcher:
             grid = count, self.depth // _MATRIX_ROWS
             getattr(self.kernels, kernel)[grid](*arguments, ROWS=_MATRIX_ROWS, **shape)
 
-    def row_programs(self, blocks: Blocks) -> int:
+    def row_programs(self, cut: Cut) -> int:
         """How many programs share out the rows: one for each run, or for each block if wide."""
-        return -(-self.n // blocks.rows) if self.wide else self.runs
+        return -(-self.n // cut.rows) if self.wide else self.runs
 
     def of_rows(self, before: Tensor | None, small_rows: Tensor) -> tuple[Tensor | None, ...]:
         """What kernels that multiply rows are told beside their classes: wide ones of columns, the
@@ -325,37 +325,35 @@ class Launcher:
         """
         return (before,) if self.wide else (small_rows,)
 
-    def multiply_rows(
-        self, kernel: str, blocks: Blocks, *arguments: object, **constants: object
-    ) -> None:
+    def multiply_rows(self, kernel: str, cut: Cut, *arguments: object, **constants: object) -> None:
         """Run a kernel that multiplies rows with the matrices of their classes."""
-        shape = self.options(blocks) | constants
-        grid = (self.row_programs(blocks),)
+        shape = self.options(cut) | constants
+        grid = (self.row_programs(cut),)
         if self.wide:
             shape |= {"TILE": self.tile, "SCALED": self.scaled}
-            shape["BLOCK_K"] = min(self.scaled, blocks.depth)
+            shape["BLOCK_K"] = min(self.scaled, cut.depth)
             getattr(self.wide_kernels, kernel)[grid](*arguments, **shape)
         else:
-            shape["BLOCK_K"] = self.depth if self.whole else min(self.depth, blocks.depth)
+            shape["BLOCK_K"] = self.depth if self.whole else min(self.depth, cut.depth)
             getattr(self.kernels, kernel)[grid](*arguments, **shape)
 
-    def multiply_band(self, blocks: Blocks, *arguments: object, **constants: object) -> None:
+    def multiply_band(self, cut: Cut, *arguments: object, **constants: object) -> None:
         """Run `band_gradient`, which wide rows have of their own."""
-        shape = self.options(blocks) | constants
+        shape = self.options(cut) | constants
         shape |= {
-            "BLOCK_D": min(self.scaled, blocks.depth),
-            "BLOCK_V": min(self.tile, blocks.depth),
+            "BLOCK_D": min(self.scaled, cut.depth),
+            "BLOCK_V": min(self.tile, cut.depth),
         }
-        grid = self.runs, self.band_parts(blocks)
+        grid = self.runs, self.band_parts(cut)
         if self.wide:
             self.wide_kernels.band_gradient[grid](*arguments, **shape)
         else:
-            slices = -(-self.d // min(self.tile, blocks.depth))
+            slices = -(-self.d // min(self.tile, cut.depth))
             self.kernels.band_gradient[(*grid, slices)](*arguments, **shape)
 
-    def band_parts(self, blocks: Blocks) -> int:
+    def band_parts(self, cut: Cut) -> int:
         """Among how many programs a run's blocks of rows are shared out."""
-        return -(-self.run // blocks.rows) if self.wide else BAND_PARTS
+        return -(-self.run // cut.rows) if self.wide else BAND_PARTS
 
 
 def forward(
@@ -364,7 +362,7 @@ def forward(
     spec: Spec,
     ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None,
-) -> tuple[Tensor, Rows, State]:
+) -> tuple[Tensor, Rows, tuple[Tensor, ...]]:
     """The loss, the two means of Eq. 3, and what `backward` wants.
 
     Other columns stand in the batch behind the rows: of weight 1 in T_c, 0 in A_c; rows 0 and a.
@@ -399,13 +397,13 @@ def forward(
         )  # fmt: skip
         rows = Rows(new(n, dtype=torch.float32), new(n, dtype=torch.float32))
         by_row = spec.reduction == "none"
-        blocks = launcher.cuts.row_means
-        losses = new(n if by_row else launcher.row_programs(blocks), dtype=torch.float32)
+        cut = launcher.cuts.row_means
+        losses = new(n if by_row else launcher.row_programs(cut), dtype=torch.float32)
         active = new(every, dtype=torch.bool)
         if joint:
             active.zero_()  # of columns
         launcher.multiply_rows(
-            "row_means", blocks,
+            "row_means", cut,
             batch.high, batch.low, batch.order, *place, *launcher.of_rows(before, sums.small_rows),
             in_band, *own, *others, active, *rows, losses, *launcher.numbers,
             spec.margin, spec.sigma, 1 / n if spec.reduction == "mean" else 1.0,
@@ -418,10 +416,12 @@ def forward(
 _STATE = 13  # tensors of a state without other columns
 
 
-def backward(grad_loss: Tensor, embeddings: Tensor, state: State, spec: Spec) -> Tensor:
+def backward(
+    grad_loss: Tensor, embeddings: Tensor, state: tuple[Tensor, ...], spec: Spec
+) -> Tensor:
     """dL/d(embeddings), [N, D]; [N + M, D] of rows and other columns."""
     n, d = embeddings.shape
-    batch, active, matrices = Batch(*state[:6]), state[6], state[7:_STATE]
+    batch, active, matrices = SortedRows(*state[:6]), state[6], state[7:_STATE]
     before = state[_STATE] if len(state) > _STATE else None
     every, joint = len(batch.order), before is not None
     launcher = Launcher(every, d, batch.low.numel() > 0, embeddings.device, joint)

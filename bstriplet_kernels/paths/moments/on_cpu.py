@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..cost import Work
-from ..spec import accumulation_dtype
-from .second_moments import (
+from ...cost import Work
+from ...spec import accumulation_dtype
+from .mathematics import (
     add_moment,
     class_weights,
     half_matrices,
@@ -36,7 +36,7 @@ BLOCK_PRODUCTS = 3  # of the members of a small class: S forward, S and its weig
 SMALLEST_MOMENT = 256  # a smaller class costs less as a block than the operator calls of a matrix
 
 
-class Run(NamedTuple):
+class ClassRun(NamedTuple):
     """`classes` consecutive classes of n rows and m columns each, in class order.
 
     p, q: weights of Eq. 3 for a row. slot: the moment matrix of the one class, or None for blocks.
@@ -51,12 +51,12 @@ class Run(NamedTuple):
     q: float
     slot: int | None
 
-    def swapped(self) -> Run:
+    def swapped(self) -> ClassRun:
         """The run as its columns see it."""
         return self._replace(row=self.column, n=self.m, column=self.row, m=self.n)
 
 
-class Side(NamedTuple):
+class SortedSide(NamedTuple):
     """Embeddings [N, D] in class order: row k of the side is embeddings[order[k]].
 
     inverse: 1 / norm in class order, in the accumulation dtype.
@@ -131,7 +131,7 @@ def reorder_classes(order: Tensor, sizes: Tensor, classes: Tensor) -> Tensor:
     return order[positions.add_(torch.arange(len(order)))]
 
 
-def make_runs(table: Tensor, d: int, own: bool) -> list[Run]:
+def make_runs(table: Tensor, d: int, own: bool) -> list[ClassRun]:
     """The runs of a class table; a class with most of the columns always has a slot.
 
     T - T_c of that class would cancel; with a slot its others are summed without it.
@@ -143,7 +143,9 @@ def make_runs(table: Tensor, d: int, own: bool) -> list[Run]:
         has_slot = m >= smallest_moment(d) or 2 * m > columns
         for _ in range(k if has_slot else 1):
             classes = 1 if has_slot else k
-            runs.append(Run(row, n, column, m, classes, p[i], q[i], slot if has_slot else None))
+            runs.append(
+                ClassRun(row, n, column, m, classes, p[i], q[i], slot if has_slot else None)
+            )
             row, column, slot = row + n * classes, column + m * classes, slot + has_slot
     return runs
 
@@ -161,7 +163,7 @@ def forward(
     if ref_emb is None:
         dtype = accumulation_dtype(embeddings)
         rows = columns = make_side(embeddings, row_order, eps, dtype)
-        sides: tuple[Side, ...] = (rows,)
+        sides: tuple[SortedSide, ...] = (rows,)
     else:
         dtype = accumulation_dtype(embeddings, ref_emb)
         rows = make_side(embeddings, row_order, eps, dtype)
@@ -173,12 +175,12 @@ def forward(
     return [positive, negative, table, *moments, *(t for s in sides for t in (s.order, s.inverse))]
 
 
-def make_side(embeddings: Tensor, order: Tensor, eps: float, dtype: torch.dtype) -> Side:
+def make_side(embeddings: Tensor, order: Tensor, eps: float, dtype: torch.dtype) -> SortedSide:
     """The side of these embeddings in this order."""
-    return Side(embeddings, order, inverse_norms(embeddings, eps, dtype)[order])
+    return SortedSide(embeddings, order, inverse_norms(embeddings, eps, dtype)[order])
 
 
-def column_moments(columns: Side, runs: list[Run]) -> Moments:
+def column_moments(columns: SortedSide, runs: list[ClassRun]) -> Moments:
     """T_c of every class with a slot; of the others, the sums of T_c and q_c T_c."""
     d = columns.embeddings.shape[1]
     small = torch.zeros(2, d, d, dtype=torch.float64)
@@ -193,7 +195,7 @@ def column_moments(columns: Side, runs: list[Run]) -> Moments:
     return Moments(small.to(slots.dtype), slots)
 
 
-def range_moment(side: Side, start: int, stop: int, weights: Tensor | None = None) -> Tensor:
+def range_moment(side: SortedSide, start: int, stop: int, weights: Tensor | None = None) -> Tensor:
     """sum_j w_j u_j u_j^T over a range of a side, [D, D]; weights [N] None: ones.
 
     Panels are multiplied in the accumulation dtype; several are added up in float64, so that the
@@ -235,13 +237,13 @@ class Complements:
         return torch.sub(self.total, matrix, alpha=scale)
 
 
-def dominating_slot(runs: list[Run], columns: int) -> int | None:
+def dominating_slot(runs: list[ClassRun], columns: int) -> int | None:
     """The slot of the class with more than half of the columns, if there is one."""
     return next((r.slot for r in runs if 2 * r.m > columns), None)
 
 
 def means(
-    rows: Side, columns: Side, runs: list[Run], moments: Moments, own: bool
+    rows: SortedSide, columns: SortedSide, runs: list[ClassRun], moments: Moments, own: bool
 ) -> tuple[Tensor, Tensor]:
     """The two means of Eq. 3 for each row, [N] each in the rows' given order."""
     dtype = rows.inverse.dtype
@@ -281,7 +283,7 @@ class Tile(NamedTuple):
     m: int
 
 
-def tiles(run: Run, rows: Side, columns: Side) -> Iterator[Tile]:
+def tiles(run: ClassRun, rows: SortedSide, columns: SortedSide) -> Iterator[Tile]:
     """The rows of a run, as many whole classes at once as fit a panel."""
     count = max(1, panel_rows(rows.embeddings.shape[1]) // max(run.n, run.m))
     for first in range(0, run.classes, count):
@@ -292,7 +294,7 @@ def tiles(run: Run, rows: Side, columns: Side) -> Iterator[Tile]:
             yield Tile(rows.units(a, b), slice(a, b), classes, column, run.m)
 
 
-def column_blocks(tile: Tile, columns: Side, own: bool) -> Iterator[tuple[slice, Tensor]]:
+def column_blocks(tile: Tile, columns: SortedSide, own: bool) -> Iterator[tuple[slice, Tensor]]:
     """The columns of a tile's classes: (their range, unit rows [classes, m, D]), by panels.
 
     More than one panel only where the tile has a single class; none where a row of the batch is
@@ -306,7 +308,7 @@ def column_blocks(tile: Tile, columns: Side, own: bool) -> Iterator[tuple[slice,
         yield slice(a, b), unit.unflatten(0, (tile.classes, -1))
 
 
-def block_sums(tile: Tile, columns: Side, own: bool) -> Tensor:
+def block_sums(tile: Tile, columns: SortedSide, own: bool) -> Tensor:
     """sum_j s_ij^2 over the members of each row's class, without the row itself; [rows]."""
     unit = tile.unit.unflatten(0, (tile.classes, -1))
     sums = unit.new_zeros(unit.shape[:2])
@@ -318,7 +320,7 @@ def block_sums(tile: Tile, columns: Side, own: bool) -> Tensor:
     return sums.flatten()
 
 
-def moment_complements(moments: Moments, runs: list[Run], columns: int) -> Complements:
+def moment_complements(moments: Moments, runs: list[ClassRun], columns: int) -> Complements:
     """Sums of T_c over all classes but one."""
     used = [(moments.slots[run.slot], 1.0) for run in runs if run.slot is not None]
     return Complements(moments.small[0], used, dominating_slot(runs, columns))
@@ -331,8 +333,8 @@ def gradients(
     own = ref_emb is None
     table, small, slots, *orders = state
     moments = Moments(small, slots)
-    rows = Side(embeddings, *orders[:2])
-    columns = rows if ref_emb is None else Side(ref_emb, *orders[2:])
+    rows = SortedSide(embeddings, *orders[:2])
+    columns = rows if ref_emb is None else SortedSide(ref_emb, *orders[2:])
     runs = make_runs(table, embeddings.shape[1], own)
     a = a[rows.order]
     of_columns = moment_complements(moments, runs, len(columns.order))
@@ -341,13 +343,13 @@ def gradients(
     weighted = [(m, q * scale) for q, (m, scale) in zip(qs, served.slots, strict=True)]
     of_rows = Complements(served.small, weighted, dominating_slot(runs, len(columns.order)))
 
-    def row_share(run: Run) -> Tensor:
+    def row_share(run: ClassRun) -> Tensor:
         if run.slot is None:
             return 2 * sigma * run.q * of_columns.total
         matrix = slots[run.slot]
         return own_share(matrix, of_columns.without(run.slot, matrix), run.p, run.q, sigma)
 
-    def column_share(run: Run) -> Tensor:
+    def column_share(run: ClassRun) -> Tensor:
         if run.slot is None:
             return 2 * sigma * of_rows.total
         matrix, scale = served.slots[run.slot]
@@ -374,7 +376,9 @@ class Weighted(NamedTuple):
     slots: list[tuple[Tensor, float]]
 
 
-def weighted_moments(rows: Side, a: Tensor, runs: list[Run], moments: Moments | None) -> Weighted:
+def weighted_moments(
+    rows: SortedSide, a: Tensor, runs: list[ClassRun], moments: Moments | None
+) -> Weighted:
     """A_c for a in class order. moments: those of the columns where these are the rows, else None.
 
     Where all rows of a class have one weight, A_c is that times T_c, and costs no product.
@@ -428,13 +432,13 @@ class Weights(NamedTuple):
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
-Share = Callable[[Run], Tensor]
+Share = Callable[[ClassRun], Tensor]
 
 
 def side_gradient(
-    rows: Side,
-    columns: Side,
-    runs: list[Run],
+    rows: SortedSide,
+    columns: SortedSide,
+    runs: list[ClassRun],
     weights: Weights,
     row_share: Share | None,
     column_share: Share | None,
@@ -459,7 +463,7 @@ def side_gradient(
 
 
 def run_operator(
-    run: Run, level: float | None, row_share: Share | None, column_share: Share | None
+    run: ClassRun, level: float | None, row_share: Share | None, column_share: Share | None
 ) -> Tensor:
     """level K + B, [D, D], where the rows of a run have one weight; else K and B, [D, 2 D]."""
     shares = [share(run) for share in (row_share, column_share) if share is not None]
@@ -480,7 +484,7 @@ def apply_operator(unit: Tensor, operator: Tensor, a: Tensor | None) -> Tensor:
     return torch.add(row_share, column_share[0]) if column_share else row_share
 
 
-def add_blocks(v: Tensor, tile: Tile, columns: Side, weights: Weights, scale: float) -> None:
+def add_blocks(v: Tensor, tile: Tile, columns: SortedSide, weights: Weights, scale: float) -> None:
     """Add scale * sum_j w_ij s_ij u_j over the members of each row's class to v [rows, D]."""
     own = weights.rows is not None and weights.columns is not None
     unit = tile.unit.unflatten(0, (tile.classes, -1))

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..cost import Operations, Work, round_up
-from ..spec import accumulation_dtype
-from .second_moments import class_weights, inverse_norms, through_normalisation
+from ...cost import Operations, Work, round_up
+from ...spec import accumulation_dtype
+from .mathematics import class_weights, inverse_norms, through_normalisation
 
 CHUNK_NUMBERS = 1 << 24  # what is computed at once may hold: 64 MiB of float32
 
@@ -49,7 +49,7 @@ class Tiles(NamedTuple):
     rows: Tensor
 
 
-class Blocks(NamedTuple):
+class BandBlocks(NamedTuple):
     """Consecutive blocks of rows and the rows behind them that share small classes with them.
 
     start: the first position. own: unit rows [k, b, D]. near: for each block the units of its own
@@ -62,7 +62,7 @@ class Blocks(NamedTuple):
     apart: Tensor
 
 
-class Moments(NamedTuple):
+class SplitMoments(NamedTuple):
     """Of all segments together, [D, D] each: all but a dominating one, and that one alone."""
 
     rest: Tensor
@@ -94,7 +94,7 @@ def tiles_at_once(n: int, d: int) -> int:
 
 
 def blocks_at_once(n: int, d: int) -> int:
-    """Blocks of a chunk, each with its rows, what is made of them and its band of S."""
+    """BandBlocks of a chunk, each with its rows, what is made of them and its band of S."""
     block = max(16, d // 4)
     window = block + round_up(smallest_moment(d), block)
     return max(1, numbers_at_once(n, d) // (block * (4 * window + 6 * d)))
@@ -108,7 +108,7 @@ def forward(
     eps: float,
 ) -> list[Tensor]:
     """[positive [N], negative [N], *state]: the two means of Eq. 3, and what `gradients` wants."""
-    batch = Batch(embeddings, make_layout(embeddings, labels, eps))
+    batch = TiledRows(embeddings, make_layout(embeddings, labels, eps))
     moments = batch.moments()
     return [*batch.means(moments), moments, *batch.layout]
 
@@ -118,7 +118,7 @@ def gradients(
 ) -> list[Tensor]:
     """[dL/d(embeddings)] for a = dL/dl [h > 0], [N]."""
     moments, *layout = state
-    batch = Batch(embeddings, Layout(*layout))
+    batch = TiledRows(embeddings, Layout(*layout))
     return [batch.gradient(a[batch.layout.order], moments, sigma)]
 
 
@@ -144,7 +144,7 @@ def dominating(members: Tensor, n: int) -> Tensor:
     return 2 * members > n
 
 
-class Batch:
+class TiledRows:
     """The embeddings [N, D] in class order, cut into tiles and into blocks.
 
     What is looked up by position goes on beyond N, as far as blocks reach, so that no chunk has to
@@ -194,7 +194,7 @@ class Batch:
         for parts in zip(*(t.split(size) for t in self.tiles), strict=True):
             yield Tiles(*parts)
 
-    def blocks(self) -> Iterator[Blocks]:
+    def blocks(self) -> Iterator[BandBlocks]:
         """All rows in blocks, some blocks at once; rows beyond N are zeros of no class."""
         n, d = self.embeddings.shape
         behind = self.blocks_behind * self.block
@@ -207,7 +207,7 @@ class Batch:
             own = slice(count * self.block)
             apart = key[own].view(count, -1, 1) != key.unfold(0, window, self.block)[:, None]
             apart.diagonal(dim1=1, dim2=2).fill_(True)  # no row is its own pair
-            yield Blocks(
+            yield BandBlocks(
                 start,
                 unit[own].view(count, self.block, d),
                 unit.unfold(0, window, self.block).mT,
@@ -242,12 +242,12 @@ class Batch:
             total.index_add_(0, segment[:-1].clamp(max=len(total) - 1), sums)
         return total
 
-    def together(self, matrices: Tensor, scale: Tensor) -> Moments:
+    def together(self, matrices: Tensor, scale: Tensor) -> SplitMoments:
         """Sums over segments of scale [segments] * matrix [segments, D, D]."""
         scales = torch.stack([scale.masked_fill(m, 0.0) for m in (self.dominates, ~self.dominates)])
-        return Moments(*(scales @ matrices.flatten(1)).unflatten(1, matrices.shape[1:]))
+        return SplitMoments(*(scales @ matrices.flatten(1)).unflatten(1, matrices.shape[1:]))
 
-    def times(self, blocks: Blocks, moments: Moments) -> Tensor:
+    def times(self, blocks: BandBlocks, moments: SplitMoments) -> Tensor:
         """Rows [k b, D] times all moments; for rows of a dominating class, those of the others."""
         unit = blocks.own.flatten(0, 1)
         product = unit @ moments.rest
