@@ -123,7 +123,14 @@ def gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """dL/d(embeddings) and dL/d(ref_emb), in the accumulation dtype, by the analytic backward.
 
-    Everything is computed anew from the embeddings, so that differentiating this function gives
+    With a_i = dL/dl_i where h_i > 0, else 0, and f^_i = f_i / n_i, without ref_emb:
+
+        v_i = sum_j w_ij phi'(s_ij) f^_j        dL/df_i = (v_i - (v_i . f^_i) f^_i) / n_i
+        w_ij = -(a_i / N_i+ + a_j / N_j+)       for another row of i's class
+        w_ij = sigma (a_i / N_i- + a_j / N_j-)  for a row of another class
+
+    because each pair stands in S twice. With ref_emb a row keeps its own terms, those of a_i, and a
+    column the others. Everything is computed anew from the embeddings, so that differentiating this function gives
     the second derivative of the loss.
     """
     unit = units(embeddings, ref_emb, spec.eps)
