@@ -289,8 +289,8 @@ def _gpu_crossover() -> tuple[Part, ...]:
     """A coarser grid that reaches further, and in half precision too.
 
     From 65 rows on impl="triton" has two schedules, which are timed apart; second moments have
-    other kernels from D = 257 on. Each D and dtype means new kernels, some seconds of compilation, and so
-    does an N that 16 does not divide: three D, and N_b = 36 is in `paper`.
+    other kernels from D = 257 on. Each D and dtype means new kernels, some seconds of compilation,
+    and so does an N that 16 does not divide: three D, and N_b = 36 is in `paper`.
     """
     small, large, classes = (16, 32, 64), (128, 512, 2048, 8192, 32768), (2, 8, 64)
 

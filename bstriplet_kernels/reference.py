@@ -130,8 +130,8 @@ def gradient(
         w_ij = sigma (a_i / N_i- + a_j / N_j-)  for a row of another class
 
     because each pair stands in S twice. With ref_emb a row keeps its own terms, those of a_i, and a
-    column the others. Everything is computed anew from the embeddings, so that differentiating this function gives
-    the second derivative of the loss.
+    column the others. Everything is computed anew from the embeddings, so that differentiating this
+    function gives the second derivative of the loss.
     """
     unit = units(embeddings, ref_emb, spec.eps)
     similarity = unit.rows @ unit.columns.T
