@@ -12,14 +12,13 @@ from torch import Tensor
 
 from ._torch import is_known_true
 from .paths import PATHS
-from .spec import Spec
+from .spec import SIMILARITIES, Similarity, Spec
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _NUMBER = (float, Real)  # float first: asking an abstract class takes microseconds
-_SIGNED = {"square": False, "signed_square": True}
 _SIGMA = {"corrected": 1.0, "printed": -1.0}
 _REDUCTIONS = ("mean", "sum", "none")
 
@@ -38,7 +37,7 @@ class Options(NamedTuple):
         spec = self.spec
         return {
             "margin": spec.margin,
-            "similarity": "signed_square" if spec.signed else "square",
+            "similarity": spec.similarity.name,
             "eq3": "corrected" if spec.sigma > 0 else "printed",
             "reduction": spec.reduction,
             "group": self.group,
@@ -95,13 +94,19 @@ def make_spec(margin: float, similarity: str, eq3: str, reduction: str, eps: flo
     """The options checked and turned into numbers."""
     if isinstance(margin, bool) or not isinstance(margin, _NUMBER):
         raise TypeError(f"margin must be a number in [0, 1], got {_named(margin)}")
-    _check_word("similarity", similarity, tuple(_SIGNED))
+    phi = check_similarity(similarity)
     _check_word("eq3", eq3, tuple(_SIGMA))
     if isinstance(eps, bool) or not isinstance(eps, _NUMBER):
         raise TypeError(f"eps must be a positive finite number, got {_named(eps)}")
-    spec = Spec(float(margin), _SIGMA[eq3], _SIGNED[similarity], reduction, float(eps))
+    spec = Spec(float(margin), _SIGMA[eq3], phi, reduction, float(eps))
     check_spec(spec)
     return spec
+
+
+def check_similarity(similarity: str) -> Similarity:
+    """phi of that name."""
+    _check_word("similarity", similarity, tuple(SIMILARITIES))
+    return SIMILARITIES[similarity]
 
 
 def check_spec(spec: Spec) -> None:

@@ -10,7 +10,8 @@ import torch
 class Work(NamedTuple):
     """What is to be computed: n rows of d numbers against m columns (None: against themselves).
 
-    device: the type of the embeddings' device, which decides the schedule of some paths.
+    device: the type of the embeddings' device. It and the similarity decide the schedule of some
+    paths.
     """
 
     n: int
@@ -20,6 +21,7 @@ class Work(NamedTuple):
     reduction: str = "mean"
     wants_gradient: bool = True
     device: str = "cpu"
+    similarity: str = "square"
 
     @property
     def columns(self) -> int:

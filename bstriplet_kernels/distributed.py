@@ -93,7 +93,7 @@ class _GlobalBatch(torch.autograd.Function):
             unit, inverse = normalise(everyone.to(accumulation_dtype(everyone)), spec.eps)
             all_labels = _gather_rows(labels, sizes, group)
             counts = _pair_counts(all_labels, unit.dtype)
-            own_means = _own_row_means(unit, all_labels, counts, own, spec.signed)
+            own_means = _own_row_means(unit, all_labels, counts, own, spec)
             rows = Rows(*_gather_rows(own_means, sizes, group).unbind(dim=1))
             loss = reduce_losses(rows, spec)
         ctx.save_for_backward(unit, inverse, all_labels, counts, *rows)
@@ -137,14 +137,12 @@ def _same_class(labels: Tensor, panel: slice) -> Tensor:
     return labels[panel, None] == labels[None, :]
 
 
-def _own_row_means(
-    unit: Tensor, labels: Tensor, counts: Tensor, own: slice, signed: bool
-) -> Tensor:
+def _own_row_means(unit: Tensor, labels: Tensor, counts: Tensor, own: slice, spec: Spec) -> Tensor:
     """The two means of Eq. 3 for this rank's rows, [n, 2]."""
     means = unit.new_zeros(own.stop - own.start, 2)
     for panel in _own_panels(own, unit.shape[0]):
         similarity = unit[panel] @ unit.T
-        phi = similarity * (similarity.abs() if signed else similarity)
+        phi = spec.similarity.phi(similarity)
         phi.diagonal(offset=panel.start).zero_()
         same = _same_class(labels, panel)
         sums = torch.stack(((phi * same).sum(dim=1), (phi * ~same).sum(dim=1)), dim=1)
@@ -166,7 +164,7 @@ def _own_gradient(
     grad = unit.new_zeros(own.stop - own.start, unit.shape[1])
     for panel in _own_panels(own, unit.shape[0]):
         similarity = unit[panel] @ unit.T
-        slope = 2 * (similarity.abs() if spec.signed else similarity)
+        slope = spec.similarity.slope(similarity)
         slope.diagonal(offset=panel.start).zero_()
         pairs = shares[panel, None] + shares[None, :]
         weights = torch.where(

@@ -32,14 +32,14 @@ from ._torch import (
     require_grad,
     without_autocast,
 )
-from .checks import Options
+from .checks import Options, check_similarity
 from .paths import PATHS
 from .plan import checked_plan
 from .spec import Kept, Path, Spec, accumulation_dtype
 
 _PROBLEM = (
     "Tensor embeddings, Tensor labels, Tensor? ref_emb=None, Tensor? ref_labels=None, "
-    "float margin=0.9, float sigma=1.0, bool signed=False, str reduction='mean', "
+    "float margin=0.9, float sigma=1.0, str similarity='square', str reduction='mean', "
     "float eps=1e-12, str impl='auto'"
 )
 _TAG = torch.Tag.pt2_compliant_tag
@@ -72,7 +72,7 @@ class Problem(NamedTuple):
     ref_labels: Tensor | None = None
     margin: float = 0.9
     sigma: float = 1.0
-    signed: bool = False
+    similarity: str = "square"
     reduction: str = "mean"
     eps: float = 1e-12
     impl: str = "auto"
@@ -82,7 +82,13 @@ class Problem(NamedTuple):
     def spec(self) -> Spec:
         """The loss in numbers."""
         wants_gradient = self.gradient and self.reduction != "none"
-        numbers = self.margin, self.sigma, self.signed, self.reduction, self.eps
+        numbers = (
+            self.margin,
+            self.sigma,
+            check_similarity(self.similarity),
+            self.reduction,
+            self.eps,
+        )
         return Spec(*numbers, wants_gradient=wants_gradient, wants_rows=True)
 
     @property
@@ -118,6 +124,11 @@ _N_PROBLEM = len(Problem._fields) - 1
 """The arguments that both operators have; `gradient` is of `loss` alone."""
 
 
+def _numbers(spec: Spec) -> tuple[float, float, str, str, float]:
+    """The loss in numbers and words as the operators take them."""
+    return spec.margin, spec.sigma, spec.similarity.name, spec.reduction, spec.eps
+
+
 def loss_and_means(
     embeddings: Tensor,
     labels: Tensor,
@@ -127,7 +138,7 @@ def loss_and_means(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """The loss and Eq. 3's two means for each row, [2, N], through the operator."""
-    options = (*spec[:5], impl, spec.wants_gradient)
+    options = (*_numbers(spec), impl, spec.wants_gradient)
     # Inside the operator it would be too late: torch.func restores autocast level by level.
     with without_autocast(embeddings.device):
         loss, means, *_ = _LOSS(embeddings, labels, ref_emb, ref_labels, *options)
@@ -149,7 +160,7 @@ def gradients(
     In the accumulation dtype, and differentiable in grad_loss and both sides. known: what `loss`
     returned for an upstream of 1.
     """
-    inputs = embeddings, labels, ref_emb, ref_labels, *spec[:5], impl
+    inputs = embeddings, labels, ref_emb, ref_labels, *_numbers(spec), impl
     with without_autocast(embeddings.device):
         grad, grad_ref = _LOSS_GRADIENT(grad_loss, *inputs, *known)
     return grad, None if ref_emb is None else grad_ref

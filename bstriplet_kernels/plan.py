@@ -25,7 +25,7 @@ from .checks import (
 )
 from .cost import Cost, Work
 from .paths import PATHS
-from .spec import Spec
+from .spec import LINEAR, Spec
 
 _MOMENTS_FROM = {"native": 1 << 14, "triton": 1 << 14, "reference": 1 << 12}
 """Where nothing is measured: the paths of pairs, the first that can run before the others, and how
@@ -215,7 +215,8 @@ def _work(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> Work:
     dtype, device = embeddings.dtype, embeddings.device.type
     if ref_emb is not None:
         dtype = torch.promote_types(dtype, ref_emb.dtype)
-    return Work(n, m, d, dtype, spec.reduction, spec.wants_gradient, device)
+    what = spec.reduction, spec.wants_gradient, device, spec.similarity.name
+    return Work(n, m, d, dtype, *what)
 
 
 def _takers(
@@ -233,7 +234,12 @@ def _takers(
 
 
 def fastest(takers: Sequence[str], work: Work) -> str:
-    """Which of these paths is taken: by predicted time, where any of them has been measured."""
+    """Which of these paths is taken: by predicted time, where any of them has been measured.
+
+    Of similarity="linear" it is the one that does not grow with N^2, whatever N is.
+    """
+    if work.similarity == LINEAR.name:
+        return "gram"
     sizes = [max(1, work.columns // _ASSUMED_CLASSES)] * _ASSUMED_CLASSES
     seconds = _predicted(takers, work, sizes)
     if seconds:
@@ -273,6 +279,8 @@ def _contenders(takers: Sequence[str], work: Work) -> Sequence[str]:
 def _reason(path: str, takers: Sequence[str], work: Work, predicted: dict[str, float]) -> str:
     if len(takers) == 1:
         return "the only path that takes this input here"
+    if work.similarity == LINEAR.name:
+        return "sums of classes take time linear in N"
     if not predicted:
         return f"by rule, {work.device} is not calibrated: {_by_rule(takers, work)[1]}"
     reason = "least predicted time"

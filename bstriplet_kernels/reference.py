@@ -62,16 +62,16 @@ def listed_pair_weights(
     return weights
 
 
-def row_means(similarity: Tensor, weights: Tensor, signed: bool) -> Rows:
+def row_means(similarity: Tensor, weights: Tensor, spec: Spec) -> Rows:
     """The two means of phi(S) in Eq. 3 over each row's positives and negatives."""
-    phi = similarity * (similarity.abs() if signed else similarity)
+    phi = spec.similarity.phi(similarity)
     means = (weights * phi).sum(dim=2) / weights.sum(dim=2).clamp_min(1)
     return Rows(*means.unbind())
 
 
 def similarity_gradient(similarity: Tensor, weights: Tensor, a: Tensor, spec: Spec) -> Tensor:
     """dL/dS, [N, M], for dL/dl_i [h_i > 0] = a: each row's own share, not yet symmetrised."""
-    slope = 2 * (similarity.abs() if spec.signed else similarity)
+    slope = spec.similarity.slope(similarity)
     share = weights / weights.sum(dim=2, keepdim=True).clamp_min(1)
     return a[:, None] * (spec.sigma * share[1] - share[0]) * slope
 
@@ -109,7 +109,7 @@ def forward(
     """The reduced loss and the row means; columns are `ref_emb`, or the batch itself where None."""
     unit = units(embeddings, ref_emb, spec.eps)
     weights = pair_weights(labels, ref_labels, unit.rows.dtype)
-    rows = row_means(unit.rows @ unit.columns.T, weights, spec.signed)
+    rows = row_means(unit.rows @ unit.columns.T, weights, spec)
     return reduce_losses(rows, spec), rows
 
 
@@ -136,7 +136,7 @@ def gradient(
     unit = units(embeddings, ref_emb, spec.eps)
     similarity = unit.rows @ unit.columns.T
     weights = pair_weights(labels, ref_labels, similarity.dtype)
-    rows = row_means(similarity, weights, spec.signed)
+    rows = row_means(similarity, weights, spec)
     a = row_gradient(grad_loss.to(similarity.dtype), rows, spec)
     ds = similarity_gradient(similarity, weights, a, spec)
     if ref_emb is None:  # each pair stands in S twice: in row i and in row j
@@ -154,7 +154,7 @@ def listed_pairs_loss(
     unit = units(embeddings, ref_emb, spec.eps)
     similarity = unit.rows @ unit.columns.T
     weights = listed_pair_weights(indices, similarity.shape, similarity.dtype)
-    rows = row_means(similarity, weights, spec.signed)
+    rows = row_means(similarity, weights, spec)
     return reduce_losses(rows, spec), rows
 
 

@@ -11,23 +11,50 @@ from torch import Tensor
 from .cost import Operations, Work
 
 
+class Similarity(NamedTuple):
+    """phi, what Eq. 3 takes the means of, by the name that the option `similarity` takes."""
+
+    name: str
+
+    def phi(self, s: Tensor) -> Tensor:
+        """phi(s): s^2, s|s| or s."""
+        if self == LINEAR:
+            return s
+        return s * (s.abs() if self == SIGNED_SQUARE else s)
+
+    def slope(self, s: Tensor) -> Tensor:
+        """phi'(s): 2s, 2|s| or 1."""
+        if self == LINEAR:
+            return torch.ones_like(s)
+        return 2 * (s.abs() if self == SIGNED_SQUARE else s)
+
+
+SQUARE, SIGNED_SQUARE, LINEAR = map(Similarity, ("square", "signed_square", "linear"))
+SIMILARITIES = {each.name: each for each in (SQUARE, SIGNED_SQUARE, LINEAR)}
+
+
 class Spec(NamedTuple):
     """The loss in numbers; option names are resolved before one is made.
 
     margin: m of Eq. 3. sigma: +1 (corrected) or -1 (as printed), the sign of the negatives' mean.
-    signed: phi(s) = s|s| instead of s^2. reduction: "mean" (Eq. 4), "sum" or "none".
-    eps: rows of at most this norm count as zero rows. wants_gradient: whether a backward can
-    follow, so that a path may compute the gradient together with a scalar loss. wants_rows: whether
-    the caller wants Eq. 3's two means for each row.
+    similarity: phi. reduction: "mean" (Eq. 4), "sum" or "none". eps: rows of at most this norm
+    count as zero rows. wants_gradient: whether a backward can follow, so that a path may compute
+    the gradient together with a scalar loss. wants_rows: whether the caller wants Eq. 3's two means
+    for each row.
     """
 
     margin: float = 0.9
     sigma: float = 1.0
-    signed: bool = False
+    similarity: Similarity = SQUARE
     reduction: str = "mean"
     eps: float = 1e-12
     wants_gradient: bool = False
     wants_rows: bool = False
+
+    @property
+    def signed(self) -> bool:
+        """Whether phi(s) is s|s| where kernels of squares have the choice."""
+        return self.similarity == SIGNED_SQUARE
 
 
 class Rows(NamedTuple):
@@ -84,6 +111,13 @@ class Path(NamedTuple):
     refuses: Callable[[Tensor, Tensor | None, Spec], str | None] = _refuses_nothing
     keeps: bool = True
     heeds_autocast: bool = True
+
+
+def refuses_linear(spec: Spec) -> str | None:
+    """Why a path over pairs does not take similarity="linear", if that is asked for."""
+    if spec.similarity == LINEAR:
+        return 'of similarity="linear" it has no kernels: impl="gram" takes sums of classes'
+    return None
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:

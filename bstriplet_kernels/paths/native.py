@@ -26,7 +26,7 @@ from .._torch import (
     require_grad,
 )
 from ..cost import Operations, Work, round_up
-from ..spec import Kept, Path, Rows, Spec, accumulation_dtype, reduce_losses
+from ..spec import Kept, Path, Rows, Spec, accumulation_dtype, reduce_losses, refuses_linear
 
 _REINSTALL = (
     "reinstall bstriplet-kernels where torch and a C++ compiler are, with "
@@ -140,8 +140,8 @@ def missing() -> str | None:
 def refuses(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str | None:
     """Devices that it was not built for, and on CUDA what is beyond one launch."""
     device = embeddings.device.type
-    if device == "cpu":
-        return None
+    if device == "cpu" or refuses_linear(spec):
+        return refuses_linear(spec)
     if device != "cuda":
         return f"the native operator runs on the CPU and on CUDA, the embeddings are on {device}"
     if _MISSING_CUDA is not None:

@@ -50,9 +50,8 @@ def loop_losses(rows, labels, columns, column_labels, options):
             norms = math.hypot(*row) * math.hypot(*column)
             zero = math.hypot(*row) <= 1e-12 or math.hypot(*column) <= 1e-12
             s = 0.0 if zero else sum(a * b for a, b in zip(row, column, strict=True)) / norms
-            phi[labels[i] == column_labels[j]].append(
-                s * s if options.similarity == "square" else s * abs(s)
-            )
+            forms = {"square": s * s, "signed_square": s * abs(s), "linear": s}
+            phi[labels[i] == column_labels[j]].append(forms[options.similarity])
         means = {k: math.fsum(v) / len(v) if v else 0.0 for k, v in phi.items()}
         losses.append(max(0.0, options.margin - means[True] + sigma * means[False]))
     return losses
@@ -77,7 +76,7 @@ def plain_loss(x, labels, options, ref=None, ref_labels=None):
     columns, column_labels = (x, labels) if ref is None else (ref, ref_labels)
     normalize = torch.nn.functional.normalize
     s = normalize(x, dim=1) @ normalize(columns, dim=1).T
-    phi = s * s if options.similarity == "square" else s * s.abs()
+    phi = {"square": s * s, "signed_square": s * s.abs(), "linear": s}[options.similarity]
     positive = labels[:, None] == column_labels[None, :]
     negative = ~positive
     if ref is None:
@@ -159,7 +158,7 @@ def batch(n, d, classes, seed, dtype=torch.float64, spread=1.0):
 options_of_the_loss = st.builds(
     Options,
     margin=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
-    similarity=st.sampled_from(["square", "signed_square"]),
+    similarity=st.sampled_from(["square", "signed_square", "linear"]),
     eq3=st.sampled_from(["corrected", "printed"]),
     reduction=st.sampled_from(["mean", "sum", "none"]),
 )

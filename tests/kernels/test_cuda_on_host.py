@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from bstriplet_kernels import reference
-from bstriplet_kernels.spec import Spec, accumulation_dtype
+from bstriplet_kernels.spec import SIGNED_SQUARE, SQUARE, Spec, accumulation_dtype
 
 HERE = Path(__file__).parent / "cuda_on_host"
 KERNEL = Path(__file__).parents[2] / "csrc/cuda/small_batch.cu"
@@ -190,7 +190,7 @@ def cases():
         options = {
             "margin": draw.choice((0.3, 0.9)),
             "sigma": draw.choice((1.0, -1.0)),
-            "signed": draw.random() < 0.5,
+            "similarity": draw.choice([SQUARE, SIGNED_SQUARE]),
             "reduction": draw.choice(("mean", "sum")),
             "wants_gradient": draw.random() < 0.8,
         }

@@ -61,6 +61,7 @@ def equals_one_process(rank, world, splits=((7, 7, 7), (1, 12, 5), (0, 3, 9), (2
         for options in (
             Options(),
             Options(similarity="signed_square", reduction="sum", eq3="printed"),
+            Options(0.5, similarity="linear"),
             Options(reduction="none", margin=0.5),
         ):
             x, labels = batch(sum(sizes), 6, 3, seed)

@@ -53,7 +53,13 @@ def train(model, x, labels):
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize(
-    "options", [{}, {"similarity": "signed_square"}, {"impl": "gram", "reduction": "sum"}]
+    "options",
+    [
+        {},
+        {"similarity": "signed_square"},
+        {"similarity": "linear"},
+        {"impl": "gram", "reduction": "sum"},
+    ],
 )
 def test_a_dynamic_batch_of_any_size_from_2(strict, options):
     model = Model(**options)

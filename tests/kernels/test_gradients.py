@@ -7,7 +7,7 @@ from oracle import Options, batch, plain_loss, skip_if_refused
 from bstriplet_kernels import BSTripletLoss, bstriplet_loss
 
 
-@pytest.mark.parametrize("similarity", ["square", "signed_square"])
+@pytest.mark.parametrize("similarity", ["square", "signed_square", "linear"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("eq3", ["corrected", "printed"])
 def test_gradcheck_and_gradgradcheck(impl, similarity, reduction, eq3):

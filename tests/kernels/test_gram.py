@@ -16,6 +16,7 @@ from bstriplet_kernels import bstriplet_loss
 from bstriplet_kernels.cost import Work
 from bstriplet_kernels.paths import moments, native
 from bstriplet_kernels.paths.moments import anywhere, on_cpu, on_cpu_native
+from bstriplet_kernels.spec import SIGNED_SQUARE
 
 SCHEDULES = [on_cpu, on_cpu_native, anywhere]
 
@@ -34,7 +35,7 @@ def schedule(request, monkeypatch):
     """Every schedule, on CPU tensors, behind the public function."""
     if request.param is on_cpu_native and native.missing() is not None:
         pytest.skip(native.missing())
-    monkeypatch.setattr(moments, "_schedule", lambda embeddings, ref_emb: request.param)
+    monkeypatch.setattr(moments, "_schedule", lambda *_: request.param)
     if request.param is anywhere:
         monkeypatch.setattr(anywhere, "smallest_moment", lambda d: max(d, 5))
     return request.param
@@ -345,7 +346,7 @@ def test_device_schedule_refuses_reference_embeddings():
     spec = moments.Spec()
     assert "with ref_emb" in moments.refuses(x, ref, spec)
     assert moments.refuses(x, None, spec) is None
-    assert "second-moment" in moments.refuses(x, None, spec._replace(signed=True))
+    assert "second-moment" in moments.refuses(x, None, spec._replace(similarity=SIGNED_SQUARE))
 
 
 @given(

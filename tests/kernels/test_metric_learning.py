@@ -50,7 +50,12 @@ def listed_loss(x, columns, positive, negative, margin=0.9):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"margin": 0.4, "similarity": "signed_square"}, {"eq3": "printed", "impl": "reference"}],
+    [
+        {},
+        {"similarity": "linear"},
+        {"margin": 0.4, "similarity": "signed_square"},
+        {"eq3": "printed", "impl": "reference"},
+    ],
 )
 def test_is_the_core_loss_to_the_bit(options):
     ours = value_and_gradient(lambda x: BSTripletLoss(**options)(x, Y))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bstriplet_kernels import BSTripletLoss, bstriplet_loss, reference
 from bstriplet_kernels.paths import native
-from bstriplet_kernels.spec import Spec, accumulation_dtype
+from bstriplet_kernels.spec import SIGNED_SQUARE, SQUARE, Spec, accumulation_dtype
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 
@@ -78,7 +78,7 @@ def problems(draw):
     rows = side(n, dtype, draw(layout))
     columns = side(m, draw(st.sampled_from(DTYPES)), draw(layout)) if m else (None, None)
     spec = Spec(margin=draw(st.floats(0, 1)), sigma=draw(st.sampled_from([1.0, -1.0])))
-    return *rows, *columns, spec._replace(signed=draw(st.booleans()))
+    return *rows, *columns, spec._replace(similarity=draw(st.sampled_from([SQUARE, SIGNED_SQUARE])))
 
 
 @given(problem=problems(), mean=st.booleans(), per_row=st.booleans())
@@ -236,7 +236,7 @@ def test_opcheck():
         ({"margin": 0.5}, 2),
         ({"reduction": "sum"}, 3),
         ({"reduction": "none"}, 3),
-        ({"signed": True}, 4),
+        ({"similarity": SIGNED_SQUARE}, 4),
         ({"sigma": -1.0}, 5),
         ({"eps": 1e-3}, 6),
     ],

@@ -80,7 +80,7 @@ def test_gradients_of_half_stay_in_float32_until_the_upstream_is_in(impl, dtype)
         ({"sigma": 0.5}, "sigma must be 1 or -1, got 0.5"),
         ({"eps": 0.0}, "eps must be a positive finite number"),
         ({"impl": "fastest"}, "impl must be one of"),
-        ({"impl": "gram", "signed": True}, "impl='gram' does not take this input"),
+        ({"impl": "gram", "similarity": "signed_square"}, "impl='gram' does not take this input"),
     ],
 )
 def test_options_are_checked_when_it_runs(options, message):

@@ -15,7 +15,7 @@ from bstriplet_kernels.cost import Constants, Operations
 from bstriplet_kernels.paths import PATHS, native
 from bstriplet_kernels.paths.moments import on_gpu
 from bstriplet_kernels.paths.triton import cost as triton_cost
-from bstriplet_kernels.spec import Spec
+from bstriplet_kernels.spec import SIGNED_SQUARE, Spec
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def test_the_choice_follows_predicted_time(monkeypatch):
     small, large = torch.randn(4, 8), torch.randn(3000, 8)
     assert plan.choose(small, None, Spec()) == "reference"
     assert plan.choose(large, None, Spec()) == "gram"
-    assert plan.choose(large, None, Spec(signed=True)) == "reference"
+    assert plan.choose(large, None, Spec(similarity=SIGNED_SQUARE)) == "reference"
     explained = explain(large, torch.arange(3000) % 4)
     assert explained.path == "gram"
     assert explained.reason == "least predicted time"
@@ -165,8 +165,8 @@ def test_the_rule_is_followed_on_a_gpu(monkeypatch):
         "native", "native", "triton", "triton", "gram"
     ]  # fmt: skip
     assert choose(36, 128, m=100) == choose(1 << 17, 128, m=100) == "triton"
-    assert choose(36, 128, signed=True) == "native"
-    assert choose(1 << 17, 128, signed=True) == "triton"
+    assert choose(36, 128, similarity=SIGNED_SQUARE) == "native"
+    assert choose(1 << 17, 128, similarity=SIGNED_SQUARE) == "triton"
     with monkeypatch.context() as older:
         older.setattr(torch.cuda, "is_available", lambda: True)
         older.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
@@ -175,7 +175,7 @@ def test_the_rule_is_followed_on_a_gpu(monkeypatch):
     assert choose(36, 128) == "triton"
     monkeypatch.setitem(PATHS, "triton", triton._replace(refuses=lambda *given: "too old"))
     assert [choose(n, 128) for n in (36, 4095, 4096)] == ["reference", "reference", "gram"]
-    assert choose(1 << 17, 128, signed=True) == "reference"
+    assert choose(1 << 17, 128, similarity=SIGNED_SQUARE) == "reference"
 
 
 def test_the_reason_names_the_rule(monkeypatch):

@@ -195,7 +195,7 @@ def test_eps_is_the_norm_of_a_zero_row(impl):
         ("all zero", [[0.0, 0], [0, 0], [0, 0]], [0, 0, 1]),
     ],
 )
-@pytest.mark.parametrize("similarity", ["square", "signed_square"])
+@pytest.mark.parametrize("similarity", ["square", "signed_square", "linear"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_corners(impl, name, x, labels, similarity, reduction):
     x, labels = torch.tensor(x, dtype=torch.float64), torch.tensor(labels)

@@ -1,6 +1,7 @@
-"""impl="gram": exact, in time linear in the batch, by second moments. Nothing is N x M.
+"""impl="gram": exact, in time linear in the batch, by moments. Nothing is N x M.
 
-One mathematics (`mathematics`), four schedules. On the CPU, where sizes can be read,
+similarity="linear" takes first moments, sums of classes, by `class_sums`. "square" takes second
+ones. One mathematics (`mathematics`), four schedules. On the CPU, where sizes can be read,
 `on_cpu_native` where the native library is, else `on_cpu`. Where reading them would stop a GPU,
 `on_gpu` in thirteen launches, and `anywhere` in plain torch for what these do not take.
 """
@@ -13,16 +14,22 @@ from types import ModuleType
 from torch import Tensor
 
 from ...cost import Operations, Work
-from ...spec import Kept, Path, Rows, Spec, reduce_losses, row_gradient
+from ...spec import LINEAR, Kept, Path, Rows, Spec, reduce_losses, row_gradient
 from .. import native
-from . import anywhere, on_cpu, on_cpu_native, on_gpu
+from . import anywhere, class_sums, on_cpu, on_cpu_native, on_gpu
 from .mathematics import form_fraction, moment_fraction
 
 _BYTES_A_ROW = 96  # order, inverse norms, means, a and the vectors that make them
 
 
-def _schedule(embeddings: Tensor, ref_emb: Tensor | None) -> ModuleType:
+def _is_on_gpu(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> bool:
+    return spec.similarity != LINEAR and on_gpu.takes(embeddings, ref_emb)
+
+
+def _schedule(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> ModuleType:
     """The module that serves this input, where `on_gpu` does not."""
+    if spec.similarity == LINEAR:
+        return class_sums
     if on_cpu_native.takes(embeddings, ref_emb):
         return on_cpu_native
     return on_cpu if embeddings.is_cpu else anywhere
@@ -35,11 +42,11 @@ def forward(
     ref_labels: Tensor | None,
     spec: Spec,
 ) -> tuple[Tensor, Rows, Kept]:
-    """Moments of the columns, then two quadratic forms a row; see `mathematics`."""
-    if on_gpu.takes(embeddings, ref_emb):
+    """Moments of the columns, then two forms a row; see `mathematics` and `class_sums`."""
+    if _is_on_gpu(embeddings, ref_emb, spec):
         loss, rows, tensors = on_gpu.forward(embeddings, labels, spec, ref_emb, ref_labels)
         return loss, rows, Kept(tensors)
-    schedule = _schedule(embeddings, ref_emb)
+    schedule = _schedule(embeddings, ref_emb, spec)
     positive, negative, *tensors = schedule.forward(
         embeddings, ref_emb, labels, ref_labels, spec.eps
     )
@@ -58,20 +65,22 @@ def backward(
     spec: Spec,
 ) -> tuple[Tensor, Tensor | None]:
     """One matrix a class where its rows share one weight, else two; see `mathematics`."""
-    if on_gpu.takes(embeddings, ref_emb):
+    if _is_on_gpu(embeddings, ref_emb, spec):
         gradient = on_gpu.backward(grad_loss, embeddings, kept, spec)
         n = len(embeddings)
         return (gradient, None) if ref_emb is None else (gradient[:n], gradient[n:])
     a = row_gradient(grad_loss.to(rows.positive.dtype), rows, spec)
-    schedule = _schedule(embeddings, ref_emb)
+    schedule = _schedule(embeddings, ref_emb, spec)
     gradient, *ref_gradient = schedule.gradients(a, embeddings, ref_emb, list(kept), spec.sigma)
     return gradient, ref_gradient[0] if ref_gradient else None
 
 
 def refuses(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str | None:
-    """What has no second-moment form, or no schedule."""
+    """What has no moments, or no schedule."""
     if spec.signed:
         return 'similarity="signed_square" has no second-moment form'
+    if spec.similarity == LINEAR:
+        return None
     if ref_emb is None or embeddings.is_cpu or on_gpu.takes(embeddings, ref_emb):
         return None
     return "with ref_emb it runs on the CPU, and on a GPU where its Triton kernels take the input"
@@ -79,6 +88,8 @@ def refuses(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str | Non
 
 def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
     """Of the schedule that will run; the columns' classes are those that have moments."""
+    if work.similarity == LINEAR.name:
+        return class_sums.operations(work)
     if work.device != "cpu":
         if on_gpu.serves(work):
             return on_gpu.operations(work, class_sizes)
@@ -122,6 +133,8 @@ def traffic(n: int, d: int, itemsize: int = 4) -> int:
 
 def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
     """Peak bytes beyond the inputs, the gradient included, of the schedule that will run."""
+    if work.similarity == LINEAR.name:
+        return class_sums.extra_memory(work, class_sizes)
     if work.device != "cpu":
         if on_gpu.serves(work):
             return on_gpu.extra_memory(work, class_sizes)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..._torch import in_memory
 from ...cost import Operations, Work
-from ...spec import Kept, Path, Rows, Spec, accumulation_dtype
+from ...spec import Kept, Path, Rows, Spec, accumulation_dtype, refuses_linear
 from .. import gpu
 from . import cost, pairs, small
 
@@ -90,8 +90,8 @@ def _in_one_dtype(embeddings: Tensor, ref_emb: Tensor | None) -> tuple[Tensor, T
 
 
 def refuses(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str | None:
-    """Tensors that lie where no kernel runs."""
-    return gpu.refuses(embeddings.device)
+    """Tensors that lie where no kernel runs, and a similarity that has none."""
+    return refuses_linear(spec) or gpu.refuses(embeddings.device)
 
 
 def operations(work: Work, class_sizes: Sequence[int]) -> Operations:

@@ -1,0 +1,78 @@
+"""similarity="linear" by sums of classes: as on the CPU, and as where sizes are not asked for."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import Options, assert_as_exact_as_plain, batch
+
+from bstriplet_kernels import bstriplet_loss, explain
+from bstriplet_kernels.paths import PATHS
+from bstriplet_kernels.paths.moments import class_sums
+from bstriplet_kernels.spec import LINEAR, Spec
+
+
+@pytest.fixture(params=["counted", "not counted"], autouse=True)
+def _classes(request, monkeypatch):
+    """Whether the schedule may ask how many classes there are; panels of a few rows."""
+    monkeypatch.setattr(class_sums, "_may_count", lambda labels: request.param == "counted")
+    monkeypatch.setattr(class_sums, "_PANEL_NUMBERS", 100)
+    monkeypatch.setattr(class_sums, "_BLOCK", 8)
+
+
+@given(
+    n=st.integers(2, 150), m=st.integers(0, 90), d=st.integers(1, 30), classes=st.integers(1, 40),
+    seed=st.integers(0, 99), dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    margin=st.sampled_from([0.0, 0.5, 1.0]), eq3=st.sampled_from(["corrected", "printed"]),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+)  # fmt: skip
+def test_as_exact_as_plain(n, m, d, classes, seed, dtype, margin, eq3, reduction):
+    options = Options(margin, "linear", eq3, reduction)
+    x, labels = batch(n, d, classes, seed, dtype)
+    ref = batch(m, d, classes + 2, seed + 1, dtype) if m else ()
+    assert_as_exact_as_plain("gram", x, labels - 3, options, *ref)
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 64, 65, 600])
+def test_running_sums_of_any_length(n):
+    x = torch.randn(n, 3, dtype=torch.float64)
+    sums = class_sums.running_sums(x)
+    torch.testing.assert_close(sums[1:], x.cumsum(0))
+    assert not sums[0].any()
+
+
+def test_a_class_that_holds_nearly_everything():
+    """The mean over the few others is of sums from which that class's have cancelled."""
+    x = torch.randn(1, 20).repeat(4000, 1) + 1e-3 * torch.randn(4000, 20)
+    labels = torch.zeros(4000, dtype=torch.int64)
+    labels[:3] = torch.tensor([1, 1, 2])
+    assert_as_exact_as_plain("gram", x, labels, Options(similarity="linear"))
+
+
+def test_the_same_bits_again():
+    x, labels = batch(300, 17, 5, 0, torch.float32)
+    x.requires_grad_()
+    first, again = (
+        torch.autograd.grad(bstriplet_loss(x, labels, similarity="linear"), x)[0] for _ in range(2)
+    )
+    assert torch.equal(first, again)
+
+
+def test_nothing_is_n_by_n():
+    """A batch whose pairs would take 2 TB."""
+    n = 1 << 19
+    x, labels = torch.randn(n, 4), torch.arange(n) % 1000
+    loss = bstriplet_loss(x.requires_grad_(), labels, similarity="linear")
+    loss.backward()
+    assert loss.isfinite()
+    explained = explain((n, 4), 1000, similarity="linear")
+    assert explained.path == "gram"
+    assert explained.cost.extra_memory < 64 * x.nbytes
+    assert "linear in N" in str(explained)
+
+
+@pytest.mark.parametrize("impl", ["native", "triton"])
+def test_paths_over_pairs_refuse_it_and_say_what_takes_it(impl):
+    x = torch.ones(4, 2, device="cpu" if impl == "native" else "meta")
+    refused = PATHS[impl].refuses(x, None, Spec(similarity=LINEAR))
+    assert 'impl="gram" takes sums of classes' in refused
