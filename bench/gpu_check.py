@@ -42,7 +42,8 @@ TOLERANCE = {
 SHAPES = ((2, 1), (17, 5), (36, 1280), (64, 70), (65, 128), (300, 257), (1000, 64))
 QUICK_SHAPES = ((36, 100), (60, 33), (70, 33))  # a race detector takes a minute for 36 x 1,280
 WIDE, QUICK_WIDE = (1024, 2048), (140, 70)  # where S is multiplied in panels
-MANY, QUICK_MANY = ((7000, 128), (5000, 100)), ((500, 16), (300, 16))  # for second moments
+MANY = ((7000, 128), (5000, 100), (6000, 300))  # for second moments, narrow and wide
+QUICK_MANY = ((500, 16), (300, 16))
 KERNELS = {"forward": 2, "backward": 1}  # at most, at N_b = 36 and D = 1280, in one launch
 _SMALL = ("native", "triton")  # the paths that serve that batch in one launch
 _SHOWN = 5  # failures of one check that are printed in full
@@ -134,9 +135,9 @@ def is_exact(subject: Subject) -> str:
     impl, device, quick = subject.impl, subject.device, subject.quick
     tally, worst = Tally(), 0.0
     judge = "cpu" if quick else device  # not in a sanitizer, which would look at its kernels too
-    shapes = QUICK_SHAPES if quick else SHAPES
+    shapes = (*QUICK_SHAPES, QUICK_WIDE) if quick else SHAPES
     if device == "cuda":  # left out on a CPU: too slow in the interpreter
-        shapes = (*shapes, QUICK_WIDE if quick else WIDE, *(QUICK_MANY if quick else MANY))
+        shapes = (*shapes, *QUICK_MANY) if quick else (*shapes, WIDE, *MANY)
     for (n, d), dtype, similarity, eq3, reduction, with_ref in itertools.product(
         shapes,
         subject.dtypes,

@@ -144,6 +144,7 @@ def second(python: str, device: str, results: Path) -> tuple[Step, ...]:
                 *(check(impl, "exact", dtype=dtype) for impl in impls for dtype in DTYPES[::3]),
                 *(check(impl, "compile") for impl in impls),
                 *(tool for impl in impls for tool in _sanitized(python, device, impl)),
+                *_sanitized(python, device, "triton", "bfloat16"),
                 *(_compiled(python, device, suite) for suite in _TIMED),
             ),
         ),
@@ -211,16 +212,16 @@ def _compiled(python: str, device: str, suite: str) -> Command:
     return _module(python, "bench.run", *options, suite, label=f"{suite} compiled")
 
 
-def _sanitized(python: str, device: str, impl: str) -> tuple[Command, ...]:
+def _sanitized(python: str, device: str, impl: str, dtype: str = "float32") -> tuple[Command, ...]:
     """Races and stray accesses of one path's kernels; on what has a sanitizer."""
     if device != "cuda":
         return ()
-    check = _checks(python, device)(impl, "exact", dtype="float32")
+    check = _checks(python, device)(impl, "exact", dtype=dtype)
     of_path = tuple(o for name in KERNELS[impl] for o in ("--kernel-name", f"kns={name}"))
     sanitizer = (*_SANITIZER.split(), *of_path, "--tool")
     return tuple(
         Command(
-            f"{impl} {tool}",
+            f"{impl} {tool}" if dtype == "float32" else f"{impl} {dtype} {tool}",
             (*prefix, *sanitizer, tool, *check.arguments, "--quick"),
             "compute-sanitizer",
         )

@@ -135,6 +135,13 @@ def function_for_kernels(
     return apply
 
 
+def fake_tensors() -> AbstractContextManager[Any]:
+    """While entered, new tensors have shapes, dtypes and devices, and no numbers."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # it brings sympy
+
+    return FakeTensorMode()
+
+
 _LIBRARY = torch.library.Library("bstriplet", "FRAGMENT")
 
 

@@ -31,6 +31,7 @@ from .checks import (
     make_spec,
     refuse_input,
     refuse_named_impl,
+    remembered_options,
 )
 from .spec import Rows, Spec, hinge
 
@@ -77,7 +78,8 @@ def bstriplet_loss(
         embeddings: [N, D] float64, float32, float16 or bfloat16, any strides, any device; N >= 2.
         labels: [N] of any integer dtype or bool, any values, on the same device.
         margin: m of Eq. 3, in [0, 1].
-        similarity: "square", or "signed_square" for s|s| where cosines can be negative.
+        similarity: "square"; "signed_square" for s|s| where cosines can be negative; or "linear"
+            for s, Eq. 1's own form over a batch, where l_i reaches margin + 2.
         eq3: "corrected", or "printed" for the sign of the negatives' mean as typeset.
         reduction: "mean" (Eq. 4), "sum", or "none" for the [N] values l_i.
         ref_emb: [M, D], M >= 1; compare each row with these instead of with the batch. No
@@ -92,7 +94,8 @@ def bstriplet_loss(
             `impl` must be "auto" here.
         impl: "auto", or one of `available_impls()`: "reference" and "native" compare all pairs,
             "triton" does so in tiles, "gram" takes time linear in N; similarity="signed_square"
-            has no such form, and is quadratic in N by every path.
+            has no such form, and is quadratic in N by every path. "linear" is by "gram", and by
+            "reference".
         eps: a row of at most this norm is a zero row: similarity 0 to all, gradient 0.
         return_stats: also return `BSTripletStats`.
 
@@ -105,7 +108,15 @@ def bstriplet_loss(
         TypeError, ValueError: naming the argument, its value and what is allowed.
         RuntimeError: a named `impl` that cannot run here, saying what is missing.
     """
-    options = make_options(margin, similarity, eq3, reduction, eps, impl, return_stats, group)
+    given = margin, similarity, eq3, reduction, eps, impl, return_stats
+    options = None
+    if group is None and not is_dynamo_compiling():
+        try:
+            options = remembered_options(*given)
+        except TypeError:  # of a wrong type, or unhashable: `make_options` raises the proper error
+            options = None
+    if options is None:
+        options = make_options(*given, group)
     return compute(embeddings, labels, options, ref_emb, ref_labels)
 
 

@@ -25,7 +25,7 @@ class BSTripletLoss(nn.Module):
 
     Args:
         margin: m of Eq. 3, in [0, 1].
-        similarity: "square" or "signed_square".
+        similarity: "square", "signed_square" or "linear".
         eq3: "corrected" or "printed".
         reduction: "mean", "sum" or "none".
         group: process group whose ranks' rows together are the batch; its cost is in

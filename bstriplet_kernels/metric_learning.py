@@ -61,7 +61,7 @@ class BSTripletLoss(losses.BaseMetricLossFunction):
 
     Args:
         margin: m of Eq. 3, in [0, 1]; read-only as an attribute.
-        similarity: "square" or "signed_square".
+        similarity: "square", "signed_square" or "linear".
         eq3: "corrected" or "printed".
         impl: "auto" or one of `available_impls()`.
         eps: a row of at most this norm is a zero row.

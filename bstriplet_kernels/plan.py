@@ -8,13 +8,14 @@ device that has not been measured it goes by a rule, `_by_rule`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ._torch import PLAIN_TENSORS, dispatches_itself
+from ._torch import PLAIN_TENSORS, dispatches_itself, fake_tensors
 from .calibration import CONSTANTS
 from .checks import (
     Options,
@@ -24,7 +25,7 @@ from .checks import (
     refuse_input,
 )
 from .cost import Cost, Work
-from .paths import PATHS
+from .paths import PATHS, gpu
 from .spec import LINEAR, Spec
 
 _MOMENTS_FROM = {"native": 1 << 14, "triton": 1 << 14, "reference": 1 << 12}
@@ -186,14 +187,12 @@ def explain_shape(
 
     Where it is not, all paths count that a machine with it can have.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     is_here = device.type != "cuda" or torch.cuda.is_available()
-    with FakeTensorMode():
-        embeddings = torch.empty(shape, dtype=dtype, device=device)
+    with contextlib.nullcontext() if is_here else gpu.imagined(), fake_tensors():
+        embeddings = torch.empty(shape, dtype=dtype, device=device.type)
         ref_emb = None if ref_rows is None else embeddings.new_empty(ref_rows, shape[1])
-    takers = _takers(embeddings, ref_emb, spec, is_here)
-    return _explained(_work(embeddings, ref_emb, spec), takers, class_sizes)
+        work, takers = _work(embeddings, ref_emb, spec), _takers(embeddings, ref_emb, spec)
+        return _explained(work, takers, class_sizes)
 
 
 def _explained(work: Work, takers: Sequence[str], sizes: Sequence[int]) -> Plan:
@@ -219,17 +218,13 @@ def _work(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> Work:
     return Work(n, m, d, dtype, *what)
 
 
-def _takers(
-    embeddings: Tensor, ref_emb: Tensor | None, spec: Spec, is_here: bool = True
-) -> tuple[str, ...]:
-    """The paths that can run and take this input, always the reference among them.
-
-    is_here: whether the device is; else it does not matter what is missing here.
-    """
+def _takers(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> tuple[str, ...]:
+    """The paths that can run and take this input, always the reference among them."""
     return tuple(
         name
         for name, path in PATHS.items()
-        if not (is_here and path.missing()) and path.refuses(embeddings, ref_emb, spec) is None
+        if (gpu.is_imagined() or path.missing() is None)
+        and path.refuses(embeddings, ref_emb, spec) is None
     )
 
 

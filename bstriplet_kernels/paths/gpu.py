@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ USUAL_PROCESSORS = 132
 """For predictions: an H100's."""
 _INTERPRETER_PROCESSORS = 6  # so that small inputs are shared out among programs there too
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+_IS_IMAGINED = False
 _FIRST_CAPABILITY = 8  # the first with bfloat16 and tf32 products
 
 
@@ -47,9 +49,25 @@ def products_are_exact() -> bool:
     return torch.backends.cuda.matmul.fp32_precision != "tf32"
 
 
+@contextlib.contextmanager
+def imagined() -> Iterator[None]:
+    """While entered, GPUs are those of another machine, on which all is installed."""
+    global _IS_IMAGINED
+    before, _IS_IMAGINED = _IS_IMAGINED, True
+    try:
+        yield
+    finally:
+        _IS_IMAGINED = before
+
+
+def is_imagined() -> bool:
+    """Whether what is installed here does not matter."""
+    return _IS_IMAGINED
+
+
 def has_triton() -> bool:
     """Whether Triton is installed."""
-    return _HAS_TRITON
+    return _HAS_TRITON or _IS_IMAGINED
 
 
 def missing() -> str | None:

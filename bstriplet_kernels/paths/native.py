@@ -27,6 +27,7 @@ from .._torch import (
 )
 from ..cost import Operations, Work, round_up
 from ..spec import Kept, Path, Rows, Spec, accumulation_dtype, reduce_losses, refuses_linear
+from . import gpu
 
 _REINSTALL = (
     "reinstall bstriplet-kernels where torch and a C++ compiler are, with "
@@ -144,7 +145,7 @@ def refuses(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str | Non
         return refuses_linear(spec)
     if device != "cuda":
         return f"the native operator runs on the CPU and on CUDA, the embeddings are on {device}"
-    if _MISSING_CUDA is not None:
+    if _MISSING_CUDA is not None and not gpu.is_imagined():
         return _MISSING_CUDA
     if ref_emb is not None or embeddings.shape[0] > CUDA_ROWS:
         return f"on CUDA the native operator takes at most {CUDA_ROWS} rows and no ref_emb"

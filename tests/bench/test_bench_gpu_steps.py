@@ -108,6 +108,7 @@ def test_sanitizers_look_at_the_kernels_of_the_path():
     sources = {
         "native": "csrc/cuda/small_batch.cu",
         "triton": "bstriplet_kernels/paths/triton/*_kernels.py",
+        "gram": "bstriplet_kernels/paths/moments/*kernels.py",
     }
     for impl, source in sources.items():
         before = r"__global__ [^;{]*?" if impl == "native" else r"@triton\.jit[^\n]*\ndef "

@@ -53,8 +53,10 @@ REF, REF_Y = batch(5, 4, 2, 1, torch.float32)
          {"margin": True}),
         (TypeError, r"margin must be a number in \[0, 1\], got \[0.9\] of type list",
          {"margin": [0.9]}),
-        (ValueError, r"similarity must be one of 'square', 'signed_square', 'linear', got 'signed'; "
-         r"did you mean 'signed_square'", {"similarity": "signed"}),
+        (ValueError, r"similarity must be one of 'square', 'signed_square', 'linear', got "
+         r"'signed'; did you mean 'signed_square'", {"similarity": "signed"}),
+        (TypeError, r"return_stats must be True or False, got \[1\] of type list",
+         {"return_stats": [1]}),
         (ValueError, r"eq3 must be one of .*got 'print'; did you mean 'printed'", {"eq3": "print"}),
         (ValueError, r"reduction must be one of .*got 'avg'", {"reduction": "avg"}),
         (ValueError, r"reduction must be one of .*got None", {"reduction": None}),

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bstriplet_kernels import available_impls, bstriplet_loss, explain, plan
 from bstriplet_kernels.cost import Constants, Operations
-from bstriplet_kernels.paths import PATHS, native
+from bstriplet_kernels.paths import PATHS, gpu, native
 from bstriplet_kernels.paths.moments import on_gpu
 from bstriplet_kernels.paths.triton import cost as triton_cost
 from bstriplet_kernels.spec import SIGNED_SQUARE, Spec
@@ -366,7 +366,10 @@ def test_a_shape_is_explained_as_its_tensors_are():
         ((1 << 17, 128), 10, {"ref_emb": (1 << 17, 128)}, "gram"),
     ],
 )
-def test_a_gpu_that_is_not_here_is_explained_too(shape, classes, options, path):
+def test_a_gpu_that_is_not_here_is_explained_too(monkeypatch, shape, classes, options, path):
+    """As one on which all is installed, whatever is here."""
+    monkeypatch.setattr(native, "_MISSING_CUDA", "no nvcc")
+    monkeypatch.setattr(gpu, "_HAS_TRITON", False)
     found = explain(shape, classes, device="cuda", **options)
     assert (found.path, found.work.device) == (path, "cuda")
     assert found.cost.launches > 0
@@ -383,6 +386,9 @@ def test_a_gpu_that_is_not_here_is_explained_too(shape, classes, options, path):
         (((8, 4), [3, 4]), {}, ValueError, "add up to 8, got .3, 4. that add up to 7"),
         (((8, 4), torch.arange(8)), {}, TypeError, "labels must be how many classes"),
         (((8, 4), 2), {"dtype": torch.int8}, TypeError, "dtype must be float64"),
+        (((8, 4), 2), {"device": "cdua:1"}, ValueError, "device must be .*did you mean 'cuda'"),
+        ((None, 2), {}, TypeError, "embeddings must be a torch.Tensor or a shape"),
+        (((1 << 62, 4), 2), {}, TypeError, "embeddings must be a torch.Tensor or a shape"),
         (((1, 4), 1), {}, ValueError, "embeddings has 1 row,"),
         (((8, 4), 2), {"ref_emb": (3, 5)}, ValueError, "ref_emb must have as many columns"),
         (((8, 4), 2), {"ref_labels": torch.arange(8)}, TypeError, "ref_labels was given with a"),

@@ -59,6 +59,7 @@ def specialisations():
     from triton.runtime.jit import JITFunction
 
     from bstriplet_kernels.paths.moments import kernels as moment_kernels
+    from bstriplet_kernels.paths.moments import wide_kernels
     from bstriplet_kernels.paths.triton import pair_kernels, small_kernels
 
     ragged = {"n", "m", "n_rows", "column_rows", "row_tiles", "column_tiles", "parts", "tiles"}
@@ -76,6 +77,7 @@ def specialisations():
         (small_kernels, ragged, 2),
         (pair_kernels, ragged, 10),
         (moment_kernels, of_moments, 9),
+        (wide_kernels, of_moments, 5),
     ):
         kernels = [
             kernel
