@@ -10,10 +10,10 @@ multiple of `least` among its rows, over `least`: no two classes share one. Each
 of consecutive rows; a large class that has rows in it has the first of them, the last, or a
 multiple of `least` in between.
 
-Arguments that belong together are tuples, as `on_gpu` describes them: `rows` are `SortedRows`,
-`weights` are `Weights`, `sums` are `Sums` and `own`, `others`, `active` and `back` are `Matrices`.
-Sizes stay arguments of their own, since Triton would specialise on those in a tuple. A block
-of numbers in two parts is a pair (high, low) too, whose parts are the same block without SPLIT.
+Arguments that belong together are a tuple, which `on_gpu` describes: `rows` is a `SortedRows`,
+`weights` a `Weights`, `sums` a `Sums`; `own`, `others`, `active` and `back` are `Matrices`. Sizes
+are arguments of their own: Triton specialises on numbers in a tuple whatever `do_not_specialize`
+says. In a kernel a block in two parts is a pair (high, low), of the same block without SPLIT.
 """
 
 import triton
@@ -175,9 +175,9 @@ def split_rows(
     BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """All of `rows` but their order, which is given beside the sorted labels.
+    """All of `rows` but `order`, which is given as the labels are, sorted.
 
-    A class's ends are found by `steps` of bisection. Reads n d numbers, writes as many: bound by
+    Ends of classes are found by `steps` of bisection. Reads n d numbers, writes as many: bound by
     memory. Takes WIDTH columns at a time; a row of several such parts is read twice.
     """
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -272,10 +272,7 @@ def _add_moment(
     acc, rows, r, mask, w, i, j,
     DP: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """acc + what rows r of these weights add to rows i, columns j of a moment, times 2^16.
-
-    WEIGHTED: weights are not only 0 and 1.
-    """
+    """acc + w u u^T of rows r at rows i, columns j, times 2^16. WEIGHTED: w is not only 0 or 1."""
     mask = mask & (w != 0)
     u = _load_rows(rows, r, mask, i, DP, SPLIT)
     weighted = u
@@ -518,8 +515,8 @@ def _times(
     u, held, rows, r, mask, matrices, number,
     DP: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """(M u) but for the scale of M's rows, [rows, DP]; of a M that is not held, BLOCK_K columns
-    at a time.
+    """(M u) but for the scale of M's rows, [rows, DP]. An M that is not held is read here, BLOCK_K
+    columns at a time.
     """
     if DP == BLOCK_K:
         return _product(u, held, SPLIT)

@@ -202,8 +202,8 @@ class SortedRows(NamedTuple):
 class Sums(NamedTuple):
     """What runs of rows add up to.
 
-    slots: of each run and class, [.., size]. total: of each run, [runs, size] in float64, and once
-    these are added up [size]. small_rows: how many rows of each run are of small classes.
+    slots: of each run and class, [runs + classes, size]. total: float64, of each run, [runs, size],
+    then of all of them, [size]. small_rows: int32, how many rows of each run are of small classes.
     """
 
     slots: Tensor
@@ -212,10 +212,11 @@ class Sums(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What rows weigh in a sum.
+    """What rows weigh in a sum over them.
 
-    of_rows: whether each counts, in class order; or its weight, in the given order.
-    largest: the scalar that makes weights of the kernels' ones, at most 1 in size.
+    of_rows: bool, which of them count, in class order; or float32 weights, in the given order.
+    largest: scalar. The largest of float32 weights: kernels divide by it first and multiply the
+    gradient by it last. Of bool ones dL/dL, for the gradient alone.
     """
 
     of_rows: Tensor
@@ -238,10 +239,10 @@ class Launcher:
         self.run = run_length(n, d, gpu.processors(device), joint)
         self.runs = -(-n // self.run)
         self.of_runs = n, self.run, self.least
-        """Sizes that kernels are told which walk runs."""
+        """Sizes for kernels that walk runs of rows."""
         run = () if self.wide else (self.run,)
         self.of_rows = n, *run, self.least, self.classes
-        """Those that kernels are told which multiply rows."""
+        """Sizes for kernels that multiply rows with matrices."""
         self.tile, self.size = min(self.depth, _TILE), matrix_numbers(d, joint)
         self.scaled = min(self.tile, _SCALED)
         self.blocks = self.depth**2 // (self.tile * self.scaled)
@@ -390,7 +391,7 @@ def forward(
             is_column = batch.order >= n
             before = new(every + 1, dtype=torch.int32).zero_()
             torch.cumsum(is_column, 0, dtype=torch.int32, out=before[1:])
-            weights = Weights(is_column, new((), dtype=torch.float32))  # each is 0 or 1
+            weights = Weights(is_column, new((), dtype=torch.float32))  # there is no dL/dL yet
         sums = launcher.sums(batch, before, weights, uniform=True, by_q=False)
         own = launcher.matrices(embeddings, launcher.classes)
         others = launcher.matrices(embeddings, launcher.classes + 1)

@@ -8,8 +8,8 @@ and a block of TILE x SCALED numbers shares a scale.
 A block of rows is multiplied with the matrices that its rows need, one after another: with each,
 the rows of other classes are zeros. It is of one class but where classes meet.
 
-Kernels have the arguments of those of the same name in `kernels`, or `columns_before` beside them,
-which a block of rows needs where a run is told of its small rows.
+Arguments are as in `kernels`. These alone serve rows that are compared with other columns:
+`columns_before` is how many of those stand before each row, or None.
 """
 
 import triton
