@@ -34,6 +34,7 @@ from triton.compiler import ASTSource
 from bstriplet_kernels.paths.moments import kernels as moment_kernels
 from bstriplet_kernels.paths.moments import on_gpu, wide_kernels
 from bstriplet_kernels.paths.triton import blocks, pair_kernels, pairs, small, small_kernels
+from bstriplet_kernels.spec import Rows
 
 RESULTS = Path(__file__).parent / "results" / "compile" / "triton_resources.csv"
 PRODUCT = r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\.\S*?(m\d+n\d+k\d+|kind::\w+)\S*"
@@ -53,14 +54,21 @@ INT64_POINTERS = ("labels", "column_labels")
 SIDES = ("side", "rows", "columns")
 MOMENTS = {
     **dict.fromkeys(("n", "run", "runs", "least", "classes", "d", "stride", "steps"), "i32"),
-    **dict.fromkeys(("labels", "order"), "*i64"),
-    **dict.fromkeys(("first", "last", "small_rows"), "*i32"),
+    "labels": "*i64",
+    "small_rows": "*i32",
     **dict.fromkeys(("totals", "total"), "*fp64"),
-    **dict.fromkeys(("weights", "active"), "*i1"),
+    "is_active": "*i1",
     **dict.fromkeys(("margin", "scale", "squared_eps"), "fp64"),
     "sigma": "fp32",
+    "rows": on_gpu.SortedRows("*fp16", "*fp16", "*fp32", "*i64", "*i32", "*i32"),
+    **dict.fromkeys(
+        ("own", "others", "active", "back"), on_gpu.Matrices("*fp16", "*fp16", "*fp32")
+    ),
+    "sums": on_gpu.Sums("*fp32", "*fp64", "*i32"),
+    "weights": on_gpu.Weights("*i1", "*fp32"),
+    "means": Rows("*fp32", "*fp32"),
 }
-"""Arguments of the kernels of moments; other names are float16 parts, or float32."""
+"""Arguments of the kernels of moments; other names are float32."""
 EMBEDDINGS = ("embeddings",)
 ALIGNED = ("d", "width", *EMBEDDINGS)
 SPILLS = {
@@ -336,7 +344,7 @@ def _source(configuration: Configuration, constants: dict[str, Any]) -> ASTSourc
             signature[name] = "fp32"
         elif name in INT64_POINTERS:
             signature[name] = "*i64"
-        elif (of_moments and name.endswith(("high", "low"))) or name == "similarities":
+        elif name == "similarities":
             signature[name] = "*fp16"
         else:
             signature[name] = "*" + (element if name in EMBEDDINGS else accumulator)

@@ -9,6 +9,11 @@ A class of `least` members or more is large: it has matrices of its own, whose n
 multiple of `least` among its rows, over `least`: no two classes share one. Each program has a run
 of consecutive rows; a large class that has rows in it has the first of them, the last, or a
 multiple of `least` in between.
+
+Arguments that belong together are a tuple, which `on_gpu` describes: `rows` is a `SortedRows`,
+`weights` a `Weights`, `sums` a `Sums`; `own`, `others`, `active` and `back` are `Matrices`. Sizes
+are arguments of their own: Triton specialises on numbers in a tuple whatever `do_not_specialize`
+says. In a kernel a block in two parts is a pair (high, low), of the same block without SPLIT.
 """
 
 import triton
@@ -35,41 +40,59 @@ def _split(x):
 
 
 @triton.jit
-def _load_rows(high, low, r, mask, c, DP: tl.constexpr, SPLIT: tl.constexpr):
-    """Rows r, columns c, of both parts; 0 where the mask is off."""
+def _load_parts(high, low, r, mask, c, DP: tl.constexpr, SPLIT: tl.constexpr):
+    """Rows r, columns c from there, of both parts; 0 where the mask is off."""
     at = r[:, None].to(tl.int64) * DP + c[None, :]
-    uh = tl.load(high + at, mask=mask[:, None], other=0.0)
+    block = tl.load(high + at, mask=mask[:, None], other=0.0)
     if SPLIT:
-        return uh, tl.load(low + at, mask=mask[:, None], other=0.0)
+        return block, tl.load(low + at, mask=mask[:, None], other=0.0)
     else:
-        return uh, uh
+        return block, block
 
 
 @triton.jit
-def _whole(uh, ul, SPLIT: tl.constexpr):
+def _load_rows(rows, r, mask, c, DP: tl.constexpr, SPLIT: tl.constexpr):
+    """Columns c of rows r, in two parts; 0 where the mask is off."""
+    return _load_parts(rows.high, rows.low, r, mask, c, DP, SPLIT)
+
+
+@triton.jit
+def _load_entries(matrices, number, r, c, DP: tl.constexpr, SPLIT: tl.constexpr):
+    """Rows r, columns c of the matrix of that number, in two parts."""
+    at = number.to(tl.int64) * DP * DP
+    return _load_parts(matrices.high + at, matrices.low + at, r, r < DP, c, DP, SPLIT)
+
+
+@triton.jit
+def _whole(parts, SPLIT: tl.constexpr):
     """The numbers that two parts stand for."""
     if SPLIT:
-        return uh.to(tl.float32) + ul.to(tl.float32)
+        return parts[0].to(tl.float32) + parts[1].to(tl.float32)
     else:
-        return uh.to(tl.float32)
+        return parts[0].to(tl.float32)
 
 
 @triton.jit
-def _product(a_high, a_low, b_high, b_low, SPLIT: tl.constexpr):
+def _transposed(parts):
+    return tl.trans(parts[0]), tl.trans(parts[1])
+
+
+@triton.jit
+def _product(a, b, SPLIT: tl.constexpr):
     """a b of two split matrices; the small products first, so that they add up among themselves."""
     if SPLIT:
-        d = tl.dot(a_low, b_high)
-        d = tl.dot(a_high, b_low, d)
-        d = tl.dot(a_high, b_high, d)
+        d = tl.dot(a[1], b[0])
+        d = tl.dot(a[0], b[1], d)
+        d = tl.dot(a[0], b[0], d)
     else:
-        d = tl.dot(a_high, b_high)
+        d = tl.dot(a[0], b[0])
     return d
 
 
 @triton.jit
-def _class_of(first, last, row):
+def _class_of(rows, row):
     """Where the class of a row begins and ends."""
-    return tl.load(first + row), tl.load(last + row)
+    return tl.load(rows.first + row), tl.load(rows.last + row)
 
 
 @triton.jit
@@ -86,17 +109,18 @@ def _probes(begin, end, least):
 
 
 @triton.jit
-def _probe(first, last, t, begin, end, least):
+def _probe(rows, t, begin, end, least):
     """(first row, last row + 1, number) of the class that has the t-th of these rows."""
     row = tl.where(t == 0, begin, tl.minimum((begin // least + t) * least, end - 1))
-    c_first = tl.load(first + row)
-    return c_first, tl.load(last + row), tl.cdiv(c_first, least)
+    c_first, c_last = _class_of(rows, row)
+    return c_first, c_last, tl.cdiv(c_first, least)
 
 
 @triton.jit
-def _members(first, last, r, mask):
+def _members(rows, r, mask):
     """How many rows the class of each row has."""
-    return tl.load(last + r, mask=mask, other=0) - tl.load(first + r, mask=mask, other=0)
+    last = tl.load(rows.last + r, mask=mask, other=0)
+    return last - tl.load(rows.first + r, mask=mask, other=0)
 
 
 @triton.jit
@@ -139,12 +163,7 @@ def _is_column(columns, r, mask):
 def split_rows(
     embeddings,
     labels,
-    high,
-    low,
-    inverse,
-    order,
-    first,
-    last,
+    rows,
     n,
     d,
     stride_n,
@@ -156,11 +175,10 @@ def split_rows(
     BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """Rows in class order: their class, 1 / norm, and unit rows in two parts.
+    """All of `rows` but `order`, which is given as the labels are, sorted.
 
-    labels, order: sorted labels, and the given index of each row. first, last: where its class
-    begins and ends, by `steps` of bisection. Reads n d numbers, writes as many: bound by memory.
-    Takes WIDTH columns at a time; a row of several such parts is read twice.
+    Ends of classes are found by `steps` of bisection. Reads n d numbers, writes as many: bound by
+    memory. Takes WIDTH columns at a time; a row of several such parts is read twice.
     """
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = r < n
@@ -179,10 +197,10 @@ def split_rows(
         more = more | (middle >= n)
         above = tl.where(more, tl.minimum(middle, above), above)
         end = tl.where(more, end, middle)
-    tl.store(first + r, begin, mask=inside)
-    tl.store(last + r, end + 1, mask=inside)
+    tl.store(rows.first + r, begin, mask=inside)
+    tl.store(rows.last + r, end + 1, mask=inside)
 
-    i = tl.load(order + r, mask=inside, other=0)
+    i = tl.load(rows.order + r, mask=inside, other=0)
     k = tl.arange(0, WIDTH)
     squared = tl.zeros((BLOCK,), tl.float32)
     if WIDTH == DP:
@@ -193,19 +211,19 @@ def split_rows(
             f = _load_embeddings(embeddings, i, inside, start + k, d, stride_n, stride_d)
             squared += tl.sum(f * f, axis=1)
     norm = _norm(squared, tl.full((), squared_eps, tl.float32))
-    tl.store(inverse + r, tl.div_rn(1.0, norm), mask=inside)
+    tl.store(rows.inverse + r, tl.div_rn(1.0, norm), mask=inside)
     for start in range(0, DP, WIDTH):
         if WIDTH < DP:
             f = _load_embeddings(embeddings, i, inside, start + k, d, stride_n, stride_d)
-        uh, ul = _split(tl.div_rn(f, norm[:, None]) * UNIT)
+        high, low = _split(tl.div_rn(f, norm[:, None]) * UNIT)
         at = r[:, None].to(tl.int64) * DP + (start + k)[None, :]
-        tl.store(high + at, uh, mask=inside[:, None])
+        tl.store(rows.high + at, high, mask=inside[:, None])
         if SPLIT:
-            tl.store(low + at, ul, mask=inside[:, None])
+            tl.store(rows.low + at, low, mask=inside[:, None])
 
 
 @triton.jit
-def _weight(weights, largest, order, r, mask, UNIFORM: tl.constexpr):
+def _weight(weights, rows, r, mask, UNIFORM: tl.constexpr):
     """a_i over the largest; where UNIFORM 1 for active rows, else 0. Rows in class order.
 
     What is below 2^-20 of the largest loses digits.
@@ -213,10 +231,11 @@ def _weight(weights, largest, order, r, mask, UNIFORM: tl.constexpr):
     if weights is None:
         return mask.to(tl.float32)
     elif UNIFORM:
-        return tl.load(weights + r, mask=mask, other=0).to(tl.float32)
+        return tl.load(weights.of_rows + r, mask=mask, other=0).to(tl.float32)
     else:
-        a = tl.load(weights + tl.load(order + r, mask=mask, other=0), mask=mask, other=0.0)
-        return tl.where(a == 0, 0.0, a / tl.load(largest))
+        i = tl.load(rows.order + r, mask=mask, other=0)
+        a = tl.load(weights.of_rows + i, mask=mask, other=0.0)
+        return tl.where(a == 0, 0.0, a / tl.load(weights.largest))
 
 
 @triton.jit
@@ -248,19 +267,28 @@ def _part(part, DP: tl.constexpr, TILE: tl.constexpr, HALVED: tl.constexpr):
         return rows, columns, rows[:, None] * DP + columns[None, :], DP * DP
 
 
+@triton.jit
+def _add_moment(
+    acc, rows, r, mask, w, i, j,
+    DP: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """acc + w u u^T of rows r at rows i, columns j, times 2^16. WEIGHTED: w is not only 0 or 1."""
+    mask = mask & (w != 0)
+    u = _load_rows(rows, r, mask, i, DP, SPLIT)
+    weighted = u
+    if WEIGHTED:
+        weighted = _split(_whole(u, SPLIT) * w[:, None])
+    if DP > TILE:
+        u = _load_rows(rows, r, mask, j, DP, SPLIT)
+    return acc + _product(_transposed(weighted), u, SPLIT)
+
+
 @triton.jit(do_not_specialize=["n", "run", "least"])
 def class_moments(
-    high,
-    low,
+    rows,
     weights,
-    largest,
-    order,
-    first,
-    last,
     columns_before,
-    slots,
-    totals,
-    small_rows,
+    sums,
     n,
     run,
     least,
@@ -276,18 +304,18 @@ def class_moments(
 
     Program (p, t) has the p-th run and the t-th TILE x TILE part of the matrices. What it finds of
     class number k is slots[p + k]: no other program writes there, and a class's slots follow each
-    other. totals[p] is the sum over the run in float64, where these very numbers cancel again; with
+    other. total[p] is the sum over the run in float64, where these very numbers cancel again; with
     BY_Q a class counts there times q_c, one over the number of its negatives. small_rows[p]:
     how many rows are of small classes. 6 D^2 FLOPs a row (2 D^2 without SPLIT) on tensor cores,
     little more than half of that where HALVED.
     """
     p, part = tl.program_id(0), tl.program_id(1)
-    rows, columns, within, size = _part(part, DP, TILE, HALVED)
+    i, j, within, size = _part(part, DP, TILE, HALVED)
     begin, end = _run(run, n)
-    total = totals + p.to(tl.int64) * size + within
+    total = sums.total + p.to(tl.int64) * size + within
     done, n_small, found = begin, end - begin, 0
     for t in range(_probes(begin, end, least)):
-        c_first, c_last, number = _probe(first, last, t, begin, end, least)
+        c_first, c_last, number = _probe(rows, t, begin, end, least)
         start, stop = tl.maximum(begin, c_first), tl.minimum(end, c_last)
         members = c_last - c_first
         if (members >= least) & (stop > done):
@@ -297,17 +325,10 @@ def class_moments(
             for at in range(start, stop, BLOCK):
                 r = at + tl.arange(0, BLOCK)
                 mask = r < stop
-                w = _weight(weights, largest, order, r, mask, UNIFORM)
-                uh, ul = _load_rows(high, low, r, mask & (w != 0), rows, DP, SPLIT)
-                if UNIFORM:
-                    wh, wl = uh, ul
-                else:
-                    wh, wl = _split(_whole(uh, ul, SPLIT) * w[:, None])
-                if DP > TILE:
-                    uh, ul = _load_rows(high, low, r, mask & (w != 0), columns, DP, SPLIT)
-                acc += _product(tl.trans(wh), tl.trans(wl), uh, ul, SPLIT)
+                w = _weight(weights, rows, r, mask, UNIFORM)
+                acc = _add_moment(acc, rows, r, mask, w, i, j, DP, TILE, SPLIT, not UNIFORM)
             acc *= 1 / (UNIT * UNIT)
-            tl.store(slots + (p + number).to(tl.int64) * size + within, acc)
+            tl.store(sums.slots + (p + number).to(tl.int64) * size + within, acc)
             counted = acc.to(tl.float64)
             if BY_Q:
                 own, all_ = _counted(members, n, columns_before, c_first, c_last, True)
@@ -315,27 +336,21 @@ def class_moments(
             _add_total(total, counted, found)
             found += 1
     if part == 0:
-        tl.store(small_rows + p, n_small)
+        tl.store(sums.small_rows + p, n_small)
     if n_small > 0:
         acc = tl.zeros((TILE, TILE), tl.float32)
         for at in range(begin, end, BLOCK):
             r = at + tl.arange(0, BLOCK)
             mask = r < end
-            members = _members(first, last, r, mask)
+            members = _members(rows, r, mask)
             mask = mask & (members < least)
             if tl.max(mask.to(tl.int32), axis=0) > 0:
-                w = _weight(weights, largest, order, r, mask, UNIFORM)
-                uh, ul = _load_rows(high, low, r, mask & (w != 0), rows, DP, SPLIT)
+                w = _weight(weights, rows, r, mask, UNIFORM)
                 if BY_Q:  # fewer than half of all rows: n q is between 1 and 2
-                    begins = tl.load(first + r, mask=mask, other=0)
+                    begins = tl.load(rows.first + r, mask=mask, other=0)
                     own, all_ = _counted(members, n, columns_before, begins, begins + members, mask)
-                    q = all_.to(tl.float32) / tl.maximum(all_ - own, 1).to(tl.float32)
-                    wh, wl = _split(_whole(uh, ul, SPLIT) * (w * q)[:, None])
-                else:
-                    wh, wl = uh, ul
-                if DP > TILE:
-                    uh, ul = _load_rows(high, low, r, mask & (w != 0), columns, DP, SPLIT)
-                acc += _product(tl.trans(wh), tl.trans(wl), uh, ul, SPLIT)
+                    w *= all_.to(tl.float32) / tl.maximum(all_ - own, 1).to(tl.float32)
+                acc = _add_moment(acc, rows, r, mask, w, i, j, DP, TILE, SPLIT, BY_Q)
         counted = acc.to(tl.float64) * (1 / (UNIT * UNIT))
         if BY_Q:
             counted /= _counted(n, n, columns_before, 0, 0, True)[1].to(tl.float64)
@@ -365,33 +380,32 @@ def _factor(largest):
 
 
 @triton.jit
-def _store_matrix(matrix, high, low, scale, at_row, rows, DP: tl.constexpr, SPLIT: tl.constexpr):
-    """Rows of a matrix, each times a power of two of its own."""
-    columns = tl.arange(0, DP)
-    factor = _factor(tl.max(tl.abs(matrix), axis=1))
-    uh, ul = _split(matrix * factor[:, None])
-    at = at_row * DP + rows[:, None] * DP + columns[None, :]
-    tl.store(high + at, uh)
-    if SPLIT:
-        tl.store(low + at, ul)
-    tl.store(scale + at_row + rows, 1 / (factor * UNIT))
-
-
-@triton.jit
-def _load_matrix(high, low, scale, number, rows, DP: tl.constexpr, SPLIT: tl.constexpr):
-    """Rows of the matrix of that number, as they were before `_store_matrix`."""
-    columns = tl.arange(0, DP)
+def _store_matrix(matrix, matrices, number, r, DP: tl.constexpr, SPLIT: tl.constexpr):
+    """Rows r of the matrix of that number, each times a power of two of its own."""
     at_row = number.to(tl.int64) * DP
-    uh, ul = _load_rows(high + at_row * DP, low + at_row * DP, rows, rows < DP, columns, DP, SPLIT)
-    return _whole(uh, ul, SPLIT) * (tl.load(scale + at_row + rows) * UNIT)[:, None]
+    factor = _factor(tl.max(tl.abs(matrix), axis=1))
+    high, low = _split(matrix * factor[:, None])
+    at = at_row * DP + r[:, None] * DP + tl.arange(0, DP)[None, :]
+    tl.store(matrices.high + at, high)
+    if SPLIT:
+        tl.store(matrices.low + at, low)
+    tl.store(matrices.scale + at_row + r, 1 / (factor * UNIT))
 
 
 @triton.jit
-def _class_number(first, last, k, n, least):
+def _load_matrix(matrices, number, r, DP: tl.constexpr, SPLIT: tl.constexpr):
+    """Rows r of the matrix of that number, as they were before `_store_matrix`."""
+    at_row = number.to(tl.int64) * DP
+    parts = _load_entries(matrices, number, r, tl.arange(0, DP), DP, SPLIT)
+    return _whole(parts, SPLIT) * (tl.load(matrices.scale + at_row + r) * UNIT)[:, None]
+
+
+@triton.jit
+def _class_number(rows, k, n, least):
     """Where the class of number k begins and ends; n, n where there is none."""
     probe = k * least
     if probe < n:
-        begin, end = _class_of(first, last, probe)
+        begin, end = _class_of(rows, probe)
         found = (end - begin >= least) & (tl.cdiv(begin, least) == k)
         begin, end = tl.where(found, begin, n), tl.where(found, end, n)
     else:
@@ -410,16 +424,10 @@ def _add_slots(slots, k, begin, end, run, within, SIZE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "run", "least"])
 def moment_matrices(
-    slots,
-    total,
-    first,
-    last,
-    own_high,
-    own_low,
-    own_scale,
-    others_high,
-    others_low,
-    others_scale,
+    sums,
+    rows,
+    own,
+    others,
     n,
     run,
     least,
@@ -434,38 +442,26 @@ def moment_matrices(
     is far smaller than T_c.
     """
     k, classes = tl.program_id(0), tl.num_programs(0) - 1
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    within = rows[:, None] * DP + tl.arange(0, DP)[None, :]
-    at_row = k.to(tl.int64) * DP
-    begin, end = _class_number(first, last, k, n, least)
+    r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    within = r[:, None] * DP + tl.arange(0, DP)[None, :]
+    begin, end = _class_number(rows, k, n, least)
     if (begin < n) | (k == classes):
-        others = tl.load(total + within)
+        difference = tl.load(sums.total + within)
         if k < classes:
-            own = _add_slots(slots, k, begin, end, run, within, DP * DP)
-            others -= own
-            _store_matrix(own.to(tl.float32), own_high, own_low, own_scale, at_row, rows, DP, SPLIT)
-        others = others.to(tl.float32)
-        _store_matrix(others, others_high, others_low, others_scale, at_row, rows, DP, SPLIT)
+            moment = _add_slots(sums.slots, k, begin, end, run, within, DP * DP)
+            difference -= moment
+            _store_matrix(moment.to(tl.float32), own, k, r, DP, SPLIT)
+        _store_matrix(difference.to(tl.float32), others, k, r, DP, SPLIT)
 
 
 @triton.jit(do_not_specialize=["n", "run", "least"])
 def gradient_matrices(
-    slots,
-    total,
-    first,
-    last,
-    own_high,
-    own_low,
-    own_scale,
-    others_high,
-    others_low,
-    others_scale,
-    active_high,
-    active_low,
-    active_scale,
-    back_high,
-    back_low,
-    back_scale,
+    sums,
+    rows,
+    own,
+    others,
+    active,
+    back,
     n,
     run,
     least,
@@ -482,97 +478,92 @@ def gradient_matrices(
     (k, s) has ROWS rows of the matrices of number k.
     """
     k, classes = tl.program_id(0), tl.num_programs(0) - 1
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    within = rows[:, None] * DP + tl.arange(0, DP)[None, :]
-    at_row = k.to(tl.int64) * DP
-    begin, end = _class_number(first, last, k, n, least)
+    r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    within = r[:, None] * DP + tl.arange(0, DP)[None, :]
+    begin, end = _class_number(rows, k, n, least)
     if (begin < n) | (k == classes):
-        back = tl.load(total + within)
-        active = _load_matrix(others_high, others_low, others_scale, k, rows, DP, SPLIT)
+        of_all = tl.load(sums.total + within)
+        of_active = _load_matrix(others, k, r, DP, SPLIT)
         if k < classes:
             p, q = _class_weights(end - begin, n)
-            own = _load_matrix(own_high, own_low, own_scale, k, rows, DP, SPLIT)
-            weighted = _add_slots(slots, k, begin, end, run, within, DP * DP)
-            back = sigma * (back - q.to(tl.float64) * weighted) - p * weighted
-            active = sigma * q * active - p * own
+            moment = _load_matrix(own, k, r, DP, SPLIT)
+            weighted = _add_slots(sums.slots, k, begin, end, run, within, DP * DP)
+            of_all = sigma * (of_all - q.to(tl.float64) * weighted) - p * weighted
+            of_active = sigma * q * of_active - p * moment
             if UNIFORM:
-                active += back.to(tl.float32)
+                of_active += of_all.to(tl.float32)
         else:
-            back *= sigma
-            active *= sigma
-        back = 2 * back.to(tl.float32)
-        _store_matrix(2 * active, active_high, active_low, active_scale, at_row, rows, DP, SPLIT)
-        _store_matrix(back, back_high, back_low, back_scale, at_row, rows, DP, SPLIT)
+            of_all *= sigma
+            of_active *= sigma
+        of_all = 2 * of_all.to(tl.float32)
+        _store_matrix(2 * of_active, active, k, r, DP, SPLIT)
+        _store_matrix(of_all, back, k, r, DP, SPLIT)
 
 
 @triton.jit
-def _load_square(high, low, number, DP: tl.constexpr, SPLIT: tl.constexpr):
-    """The matrix of that number, in two parts, transposed."""
-    c = tl.arange(0, DP)
-    at = number.to(tl.int64) * DP * DP
-    uh, ul = _load_rows(high + at, low + at, c, c < DP, c, DP, SPLIT)
-    return tl.trans(uh), tl.trans(ul)
+def _held(matrices, number, DP: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr):
+    """The whole matrix for `_times`, if it fits: where BLOCK_K is DP."""
+    if DP == BLOCK_K:
+        c = tl.arange(0, DP)
+        return _transposed(_load_entries(matrices, number, c, c, DP, SPLIT))
+    else:
+        return 0, 0
 
 
 @triton.jit
-def _times_part(
-    row_high, row_low, r, mask, high, low, number,
+def _times(
+    u, held, rows, r, mask, matrices, number,
     DP: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """(M u) but for the scale of M's rows, [rows, DP], where M does not fit as a whole."""
-    c = tl.arange(0, DP)
-    at = number.to(tl.int64) * DP * DP
-    y = tl.zeros((r.shape[0], DP), tl.float32)
-    for start in range(0, DP, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        uh, ul = _load_rows(row_high, row_low, r, mask, k, DP, SPLIT)
-        mh, ml = _load_rows(high + at, low + at, c, c < DP, k, DP, SPLIT)
-        y += _product(uh, ul, tl.trans(mh), tl.trans(ml), SPLIT)
-    return y
+    """(M u) but for the scale of M's rows, [rows, DP]. An M that is not held is read here, BLOCK_K
+    columns at a time.
+    """
+    if DP == BLOCK_K:
+        return _product(u, held, SPLIT)
+    else:
+        c = tl.arange(0, DP)
+        y = tl.zeros((r.shape[0], DP), tl.float32)
+        for start in range(0, DP, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            part = _load_rows(rows, r, mask, k, DP, SPLIT)
+            matrix = _load_entries(matrices, number, c, k, DP, SPLIT)
+            y += _product(part, _transposed(matrix), SPLIT)
+        return y
 
 
 @triton.jit
 def _store_means(
-    own, others, squared, members, r, inside, order, active, positive, negative, losses,
+    own_form, others_form, squared, members, rows, r, inside, is_active, means, losses,
     n, margin, sigma, BY_ROW: tl.constexpr,
 ):  # fmt: skip
     """Both means of rows from their forms, and whether they are active; their losses, [rows]."""
     p, q = _class_weights(members, n)
-    positive_mean = p * (own - squared * squared)
-    negative_mean = q * others
-    i = tl.load(order + r, mask=inside, other=0)
-    tl.store(positive + i, positive_mean, mask=inside)
-    tl.store(negative + i, negative_mean, mask=inside)
+    positive_mean = p * (own_form - squared * squared)
+    negative_mean = q * others_form
+    i = tl.load(rows.order + r, mask=inside, other=0)
+    tl.store(means.positive + i, positive_mean, mask=inside)
+    tl.store(means.negative + i, negative_mean, mask=inside)
     hinge = margin - positive_mean + sigma * negative_mean
     is_inactive = hinge <= 0  # false for NaN, which counts as active
-    is_active = tl.where(is_inactive, 0, 1).to(tl.uint8)
+    flag = tl.where(is_inactive, 0, 1).to(tl.uint8)
     loss = tl.where(is_inactive | (inside == 0), 0.0, hinge)
     if BY_ROW:
-        tl.store(active + i, is_active, mask=inside)
+        tl.store(is_active + i, flag, mask=inside)
         tl.store(losses + i, loss, mask=inside)
     else:
-        tl.store(active + r, is_active, mask=inside)
+        tl.store(is_active + r, flag, mask=inside)
     return loss
 
 
 @triton.jit(do_not_specialize=["n", "run", "least", "classes"])
 def row_means(
-    high,
-    low,
-    order,
-    first,
-    last,
+    rows,
     small_rows,
     in_band,
-    own_high,
-    own_low,
-    own_scale,
-    others_high,
-    others_low,
-    others_scale,
-    active,
-    positive,
-    negative,
+    own,
+    others,
+    is_active,
+    means,
     losses,
     n,
     run,
@@ -589,10 +580,10 @@ def row_means(
 ):
     """Eq. 3's two means of a run of rows, in the given order, by two quadratic forms each.
 
-    What small rows have from their own class is in `in_band`. active: whether h_i > 0, in class
-    order; losses[p]: the sum over the run of max(0, h_i), times `scale`. BY_ROW: active and losses
-    are of each row, in the given order. 12 D^2 FLOPs a row (4 D^2 without SPLIT), half of that for
-    small rows.
+    What small rows have from their own class is in `in_band`. is_active: whether h_i > 0, in class
+    order; losses[p]: the sum over the run of max(0, h_i), times `scale`. BY_ROW: is_active and
+    losses are of each row, in the given order. 12 D^2 FLOPs a row (4 D^2 without SPLIT), half of
+    that for small rows.
     """
     begin, end = _run(run, n)
     c = tl.arange(0, DP)
@@ -600,71 +591,56 @@ def row_means(
     total = tl.zeros((BLOCK,), tl.float32)
     done = begin
     for t in range(_probes(begin, end, least)):
-        c_first, c_last, number = _probe(first, last, t, begin, end, least)
+        c_first, c_last, number = _probe(rows, t, begin, end, least)
         start, stop = tl.maximum(begin, c_first), tl.minimum(end, c_last)
         members = c_last - c_first
         if (members >= least) & (stop > done):
             done = stop
-            t_scale = tl.load(own_scale + number.to(tl.int64) * DP + c)
-            x_scale = tl.load(others_scale + number.to(tl.int64) * DP + c)
-            if DP == BLOCK_K:
-                th, tl_ = _load_square(own_high, own_low, number, DP, SPLIT)
-                xh, xl = _load_square(others_high, others_low, number, DP, SPLIT)
+            t_scale = tl.load(own.scale + number.to(tl.int64) * DP + c)
+            x_scale = tl.load(others.scale + number.to(tl.int64) * DP + c)
+            t_held = _held(own, number, DP, BLOCK_K, SPLIT)
+            x_held = _held(others, number, DP, BLOCK_K, SPLIT)
             for at in range(start, stop, BLOCK):
                 r = at + tl.arange(0, BLOCK)
                 inside = r < stop
-                uh, ul = _load_rows(high, low, r, inside, c, DP, SPLIT)
-                if DP == BLOCK_K:
-                    own = _product(uh, ul, th, tl_, SPLIT)
-                    others = _product(uh, ul, xh, xl, SPLIT)
-                else:
-                    own = _times_part(
-                        high, low, r, inside, own_high, own_low, number, DP, BLOCK_K, SPLIT
-                    )
-                    others = _times_part(
-                        high, low, r, inside, others_high, others_low, number, DP, BLOCK_K, SPLIT
-                    )
-                u = _whole(uh, ul, SPLIT) * (1 / UNIT)
-                own_form = tl.sum(own * t_scale[None, :] * u, axis=1)
-                others_form = tl.sum(others * x_scale[None, :] * u, axis=1)
+                parts = _load_rows(rows, r, inside, c, DP, SPLIT)
+                t_u = _times(parts, t_held, rows, r, inside, own, number, DP, BLOCK_K, SPLIT)
+                x_u = _times(parts, x_held, rows, r, inside, others, number, DP, BLOCK_K, SPLIT)
+                u = _whole(parts, SPLIT) * (1 / UNIT)
+                own_form = tl.sum(t_u * t_scale[None, :] * u, axis=1)
+                others_form = tl.sum(x_u * x_scale[None, :] * u, axis=1)
                 total += _store_means(
-                    own_form, others_form, tl.sum(u * u, axis=1), members, r, inside, order, active,
-                    positive, negative, losses, n, margin_, sigma, BY_ROW,
+                    own_form, others_form, tl.sum(u * u, axis=1), members, rows, r, inside,
+                    is_active, means, losses, n, margin_, sigma, BY_ROW,
                 )  # fmt: skip
     if tl.load(small_rows + tl.program_id(0)) > 0:
-        x_scale = tl.load(others_scale + classes.to(tl.int64) * DP + c)
-        if DP == BLOCK_K:
-            xh, xl = _load_square(others_high, others_low, classes, DP, SPLIT)
+        x_scale = tl.load(others.scale + classes.to(tl.int64) * DP + c)
+        x_held = _held(others, classes, DP, BLOCK_K, SPLIT)
         for at in range(begin, end, BLOCK):
             r = at + tl.arange(0, BLOCK)
             inside = r < end
-            members = _members(first, last, r, inside)
+            members = _members(rows, r, inside)
             inside = inside & (members < least)
             if tl.max(inside.to(tl.int32), axis=0) > 0:
-                uh, ul = _load_rows(high, low, r, inside, c, DP, SPLIT)
-                if DP == BLOCK_K:
-                    others = _product(uh, ul, xh, xl, SPLIT)
-                else:
-                    others = _times_part(
-                        high, low, r, inside, others_high, others_low, classes, DP, BLOCK_K, SPLIT
-                    )
-                u = _whole(uh, ul, SPLIT) * (1 / UNIT)
+                parts = _load_rows(rows, r, inside, c, DP, SPLIT)
+                x_u = _times(parts, x_held, rows, r, inside, others, classes, DP, BLOCK_K, SPLIT)
+                u = _whole(parts, SPLIT) * (1 / UNIT)
                 squared = tl.sum(u * u, axis=1)
                 own_form = tl.load(in_band + r, mask=inside, other=0.0) + squared * squared
-                others_form = tl.sum(others * x_scale[None, :] * u, axis=1) - own_form
+                others_form = tl.sum(x_u * x_scale[None, :] * u, axis=1) - own_form
                 total += _store_means(
-                    own_form, others_form, squared, members, r, inside, order, active,
-                    positive, negative, losses, n, margin_, sigma, BY_ROW,
+                    own_form, others_form, squared, members, rows, r, inside,
+                    is_active, means, losses, n, margin_, sigma, BY_ROW,
                 )  # fmt: skip
     if not BY_ROW:
         tl.store(losses + tl.program_id(0), tl.sum(total, axis=0) * tl.full((), scale, tl.float32))
 
 
 @triton.jit
-def _band(first, last, r, inside, least, n):
+def _band(rows, r, inside, least, n):
     """Which rows have others in a small class, and the rows [begin, end) of these classes."""
-    c_first = tl.load(first + r, mask=inside, other=0)
-    c_last = tl.load(last + r, mask=inside, other=0)
+    c_first = tl.load(rows.first + r, mask=inside, other=0)
+    c_last = tl.load(rows.last + r, mask=inside, other=0)
     small = inside & (c_last - c_first < least) & (c_last - c_first > 1)
     begin = tl.min(tl.where(small, c_first, n), axis=0)
     end = tl.max(tl.where(small, c_last, 0), axis=0)
@@ -673,24 +649,21 @@ def _band(first, last, r, inside, least, n):
 
 @triton.jit
 def _band_similarity(
-    high, low, i, own, j, others, DP: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr
+    rows, i, own, j, others, DP: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr
 ):
     """s_ij of two blocks of rows."""
     s = tl.zeros((i.shape[0], j.shape[0]), tl.float32)
     for start in range(0, DP, BLOCK_D):
         c = start + tl.arange(0, BLOCK_D)
-        uh, ul = _load_rows(high, low, i, own, c, DP, SPLIT)
-        g, m = _load_rows(high, low, j, others, c, DP, SPLIT)
-        s += _product(uh, ul, tl.trans(g), tl.trans(m), SPLIT)
+        u_i = _load_rows(rows, i, own, c, DP, SPLIT)
+        u_j = _load_rows(rows, j, others, c, DP, SPLIT)
+        s += _product(u_i, _transposed(u_j), SPLIT)
     return s * (1 / (UNIT * UNIT))
 
 
 @triton.jit(do_not_specialize=["n", "run", "least"])
 def band_sums(
-    high,
-    low,
-    first,
-    last,
+    rows,
     columns_before,
     small_rows,
     in_band,
@@ -711,13 +684,13 @@ def band_sums(
         end = begin
     for block in range(begin + tl.program_id(1) * BLOCK, end, tl.num_programs(1) * BLOCK):
         r = block + tl.arange(0, BLOCK)
-        small, c_first, near, far = _band(first, last, r, r < end, least, n)
+        small, c_first, near, far = _band(rows, r, r < end, least, n)
         total = tl.zeros((BLOCK,), tl.float32)
         for at in range(near, far, BLOCK):
             j = at + tl.arange(0, BLOCK)
             inside = j < far
-            s = _band_similarity(high, low, r, small, j, inside, DP, BLOCK_D, SPLIT)
-            pair = c_first[:, None] == tl.load(first + j, mask=inside, other=-1)[None, :]
+            s = _band_similarity(rows, r, small, j, inside, DP, BLOCK_D, SPLIT)
+            pair = c_first[:, None] == tl.load(rows.first + j, mask=inside, other=-1)[None, :]
             pair = pair & small[:, None]
             if columns_before is None:
                 pair = pair & (r[:, None] != j[None, :])
@@ -729,14 +702,9 @@ def band_sums(
 
 @triton.jit(do_not_specialize=["n", "run", "least", "stride"])
 def band_gradient(
-    high,
-    low,
-    order,
-    first,
-    last,
+    rows,
     small_rows,
     weights,
-    largest,
     gradient,
     n,
     run,
@@ -762,55 +730,44 @@ def band_gradient(
     k = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     for block in range(begin + tl.program_id(1) * BLOCK, end, tl.num_programs(1) * BLOCK):
         r = block + tl.arange(0, BLOCK)
-        small, c_first, near, far = _band(first, last, r, r < end, least, n)
+        small, c_first, near, far = _band(rows, r, r < end, least, n)
         if near < far:
-            w_i = _weight(weights, largest, order, r, small, UNIFORM)
+            w_i = _weight(weights, rows, r, small, UNIFORM)
             v = tl.zeros((BLOCK, BLOCK_V), tl.float32)
             for at in range(near, far, BLOCK):
                 j = at + tl.arange(0, BLOCK)
                 inside = j < far
-                s = _band_similarity(high, low, r, small, j, inside, DP, BLOCK_D, SPLIT)
-                pair = c_first[:, None] == tl.load(first + j, mask=inside, other=-1)[None, :]
+                s = _band_similarity(rows, r, small, j, inside, DP, BLOCK_D, SPLIT)
+                pair = c_first[:, None] == tl.load(rows.first + j, mask=inside, other=-1)[None, :]
                 pair = pair & (r[:, None] != j[None, :]) & small[:, None]
-                w_j = _weight(weights, largest, order, j, inside, UNIFORM)
+                w_j = _weight(weights, rows, j, inside, UNIFORM)
                 weight = tl.where(pair, s * (w_i[:, None] + w_j[None, :]), 0.0)
-                wh, wl = _split(weight * (UNIT / 2))
-                uh, ul = _load_rows(high, low, j, inside, k, DP, SPLIT)
-                v += _product(wh, wl, uh, ul, SPLIT)
-            p, q = _class_weights(_members(first, last, r, small), n)
+                weight = _split(weight * (UNIT / 2))
+                v += _product(weight, _load_rows(rows, j, inside, k, DP, SPLIT), SPLIT)
+            p, q = _class_weights(_members(rows, r, small), n)
             v *= ((p + sigma * q) * (-4 / (UNIT * UNIT)))[:, None]
-            i = tl.load(order + r, mask=small, other=0)
+            i = tl.load(rows.order + r, mask=small, other=0)
             out = gradient + i[:, None] * stride + k[None, :]
             tl.store(out, v, mask=small[:, None] & (k < d)[None, :])
 
 
 @triton.jit
-def _store_gradient(v, uh, ul, r, out, mask, written, inverse, factor, SPLIT: tl.constexpr):
+def _store_gradient(v, parts, rows, r, out, mask, written, factor, SPLIT: tl.constexpr):
     """dL/df = (v - (v . u) u) / |f|, times `factor`."""
-    u = _whole(uh, ul, SPLIT) * (1 / UNIT)
+    u = _whole(parts, SPLIT) * (1 / UNIT)
     v -= tl.sum(v * u, axis=1)[:, None] * u
-    v *= tl.load(inverse + r, mask=mask, other=0.0)[:, None]
+    v *= tl.load(rows.inverse + r, mask=mask, other=0.0)[:, None]
     v = tl.where(v == 0, 0.0, v * factor)  # an infinite upstream of rows that are all inactive
     tl.store(out, v, mask=written)
 
 
 @triton.jit(do_not_specialize=["n", "run", "least", "classes", "stride"])
 def row_gradients(
-    high,
-    low,
-    order,
-    first,
-    last,
+    rows,
     small_rows,
-    inverse,
     weights,
-    largest,
-    active_high,
-    active_low,
-    active_scale,
-    back_high,
-    back_low,
-    back_scale,
+    active,
+    back,
     gradient,
     n,
     run,
@@ -835,12 +792,12 @@ def row_gradients(
     FEWER: tl.constexpr = BLOCK // 2 if DP == BLOCK_K else BLOCK
     begin, end = _run(run, n)
     c = tl.arange(0, DP)
-    factor = (tl.load(largest) * scale).to(tl.float32)
+    factor = (tl.load(weights.largest) * scale).to(tl.float32)
     small = tl.load(small_rows + tl.program_id(0)) > 0
     probes = _probes(begin, end, least)
     done = begin
     for t in range(probes + 1):
-        c_first, c_last, number = _probe(first, last, t, begin, end, least)
+        c_first, c_last, number = _probe(rows, t, begin, end, least)
         start, stop = tl.maximum(begin, c_first), tl.minimum(end, c_last)
         of_small = t == probes
         wanted = (c_last - c_first >= least) & (stop > done)
@@ -848,82 +805,42 @@ def row_gradients(
             number, start, stop, wanted = classes, begin, end, small
         if wanted:
             done = stop
-            k_scale = tl.load(active_scale + number.to(tl.int64) * DP + c)
-            if DP == BLOCK_K:
-                kh, kl = _load_square(active_high, active_low, number, DP, SPLIT)
+            k_scale = tl.load(active.scale + number.to(tl.int64) * DP + c)
+            k_held = _held(active, number, DP, BLOCK_K, SPLIT)
             n_inactive = 1
             if UNIFORM:
                 counted = tl.zeros((512,), tl.int32)
                 for at in range(start, stop, 512):
                     r = at + tl.arange(0, 512)
-                    counted += (tl.load(weights + r, mask=r < stop, other=1) == 0).to(tl.int32)
+                    flags = tl.load(weights.of_rows + r, mask=r < stop, other=1)
+                    counted += (flags == 0).to(tl.int32)
                 n_inactive = tl.sum(counted, axis=0)
             if (n_inactive == 0) & (of_small == 0):
                 for at in range(start, stop, BLOCK):
                     r = at + tl.arange(0, BLOCK)
                     inside = r < stop
-                    uh, ul = _load_rows(high, low, r, inside, c, DP, SPLIT)
-                    if DP == BLOCK_K:
-                        v = _product(uh, ul, kh, kl, SPLIT)
-                    else:
-                        v = _times_part(
-                            high,
-                            low,
-                            r,
-                            inside,
-                            active_high,
-                            active_low,
-                            number,
-                            DP,
-                            BLOCK_K,
-                            SPLIT,
-                        )
-                    i = tl.load(order + r, mask=inside, other=0)
+                    u = _load_rows(rows, r, inside, c, DP, SPLIT)
+                    v = _times(u, k_held, rows, r, inside, active, number, DP, BLOCK_K, SPLIT)
+                    v *= k_scale[None, :]
+                    i = tl.load(rows.order + r, mask=inside, other=0)
                     out = gradient + i[:, None] * stride + c[None, :]
                     written = inside[:, None] & (c < d)[None, :]
-                    _store_gradient(
-                        v * k_scale[None, :],
-                        uh,
-                        ul,
-                        r,
-                        out,
-                        inside,
-                        written,
-                        inverse,
-                        factor,
-                        SPLIT,
-                    )
+                    _store_gradient(v, u, rows, r, out, inside, written, factor, SPLIT)
             else:
-                b_scale = tl.load(back_scale + number.to(tl.int64) * DP + c)
-                if DP == BLOCK_K:
-                    bh, bl = _load_square(back_high, back_low, number, DP, SPLIT)
+                b_scale = tl.load(back.scale + number.to(tl.int64) * DP + c)
+                b_held = _held(back, number, DP, BLOCK_K, SPLIT)
                 for at in range(start, stop, FEWER):
                     r = at + tl.arange(0, FEWER)
                     inside = r < stop
-                    members = _members(first, last, r, inside)
+                    members = _members(rows, r, inside)
                     inside = inside & ((members < least) | (of_small == 0))
-                    uh, ul = _load_rows(high, low, r, inside, c, DP, SPLIT)
-                    w = _weight(weights, largest, order, r, inside, UNIFORM)
-                    if DP == BLOCK_K:
-                        v = _product(uh, ul, kh, kl, SPLIT) * k_scale[None, :]
-                        b = _product(uh, ul, bh, bl, SPLIT) * b_scale[None, :]
-                    else:
-                        v = k_scale[None, :] * _times_part(
-                            high,
-                            low,
-                            r,
-                            inside,
-                            active_high,
-                            active_low,
-                            number,
-                            DP,
-                            BLOCK_K,
-                            SPLIT,
-                        )
-                        b = b_scale[None, :] * _times_part(
-                            high, low, r, inside, back_high, back_low, number, DP, BLOCK_K, SPLIT
-                        )
-                    i = tl.load(order + r, mask=inside, other=0)
+                    u = _load_rows(rows, r, inside, c, DP, SPLIT)
+                    w = _weight(weights, rows, r, inside, UNIFORM)
+                    v = _times(u, k_held, rows, r, inside, active, number, DP, BLOCK_K, SPLIT)
+                    v *= k_scale[None, :]
+                    b = _times(u, b_held, rows, r, inside, back, number, DP, BLOCK_K, SPLIT)
+                    b *= b_scale[None, :]
+                    i = tl.load(rows.order + r, mask=inside, other=0)
                     out = gradient + i[:, None] * stride + c[None, :]
                     written = inside[:, None] & (c < d)[None, :]
                     if of_small:
@@ -934,4 +851,4 @@ def row_gradients(
                         v = tl.where((w != 0)[:, None], v, b)
                     else:
                         v = v * w[:, None] + b
-                    _store_gradient(v, uh, ul, r, out, inside, written, inverse, factor, SPLIT)
+                    _store_gradient(v, u, rows, r, out, inside, written, factor, SPLIT)

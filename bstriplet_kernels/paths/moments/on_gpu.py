@@ -200,13 +200,27 @@ class SortedRows(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What runs of rows add up to: a slot for each run and class, all of it, and how many rows of
-    each run are of small classes.
+    """What runs of rows add up to.
+
+    slots: of each run and class, [runs + classes, size]. total: float64, of each run, [runs, size],
+    then of all of them, [size]. small_rows: int32, how many rows of each run are of small classes.
     """
 
     slots: Tensor
     total: Tensor
     small_rows: Tensor
+
+
+class Weights(NamedTuple):
+    """What rows weigh in a sum over them.
+
+    of_rows: bool, which of them count, in class order; or float32 weights, in the given order.
+    largest: scalar. The largest of float32 weights: kernels divide by it first and multiply the
+    gradient by it last. Of bool ones dL/dL, for the gradient alone.
+    """
+
+    of_rows: Tensor
+    largest: Tensor
 
 
 class Launcher:
@@ -224,9 +238,11 @@ class Launcher:
         self.least, self.classes = smallest_moment(d, joint), class_count(n, d, joint)
         self.run = run_length(n, d, gpu.processors(device), joint)
         self.runs = -(-n // self.run)
-        of_runs = () if self.wide else (self.run,)
-        self.numbers = n, *of_runs, self.least, self.classes
-        """Of the kernels that multiply rows."""
+        self.of_runs = n, self.run, self.least
+        """Sizes for kernels that walk runs of rows."""
+        run = () if self.wide else (self.run,)
+        self.of_rows = n, *run, self.least, self.classes
+        """Sizes for kernels that multiply rows with matrices."""
         self.tile, self.size = min(self.depth, _TILE), matrix_numbers(d, joint)
         self.scaled = min(self.tile, _SCALED)
         self.blocks = self.depth**2 // (self.tile * self.scaled)
@@ -270,7 +286,7 @@ class Launcher:
         width = self.tile if self.wide else self.depth
         cut = SPLIT_ROWS._replace(rows=max(1, SPLIT_ROWS.rows * 128 // width))
         self.kernels.split_rows[(-(-n // cut.rows),)](
-            embeddings, labels, *batch,
+            embeddings, labels, batch,
             n, self.d, *embeddings.stride(), eps * eps, n.bit_length(),
             WIDTH=width, **self.options(cut),
         )  # fmt: skip
@@ -280,28 +296,28 @@ class Launcher:
         self,
         batch: SortedRows,
         before: Tensor | None,
-        weights: Tensor | None,
-        largest: Tensor | None,
+        weights: Weights | None,
         uniform: bool,
         by_q: bool,
     ) -> Sums:
         """Moments of the rows, or weighted ones; by_q: in their total by q_c."""
         size, new = self.size, batch.inverse.new_empty
-        slots = new(self.runs + self.classes, size)
-        totals = new((self.runs, size), dtype=torch.float64)
-        small_rows = new(self.runs, dtype=torch.int32)
+        sums = Sums(
+            new(self.runs + self.classes, size),
+            new((self.runs, size), dtype=torch.float64),
+            new(self.runs, dtype=torch.int32),
+        )
         self.kernels.class_moments[self.runs, size // self.tile**2](
-            batch.high, batch.low, weights, largest, batch.order, batch.first, batch.last, before,
-            slots, totals, small_rows, self.n, self.run, self.least,
+            batch, weights, before, sums, *self.of_runs,
             TILE=self.tile, UNIFORM=uniform, BY_Q=by_q, HALVED=self.wide,
             **self.options(self.cuts.class_moments),
         )  # fmt: skip
-        total = totals.new_empty(size)
+        total = sums.total.new_empty(size)
         self.kernels.add_totals[(size // TOTALS.rows,)](
-            totals, total, self.runs,
+            sums.total, total, self.runs,
             SIZE=size, BLOCK=TOTALS.rows, DEPTH=TOTALS.depth, num_warps=TOTALS.warps,
         )  # fmt: skip
-        return Sums(slots, total, small_rows)
+        return sums._replace(total=total)
 
     def make_matrices(self, kernel: str, *arguments: object, **constants: object) -> None:
         """Run a kernel that makes matrices of sums: parts of matrices of each number, and of T."""
@@ -318,12 +334,6 @@ class Launcher:
     def row_programs(self, cut: Cut) -> int:
         """How many programs share out the rows: one for each run, or for each block if wide."""
         return -(-self.n // cut.rows) if self.wide else self.runs
-
-    def of_rows(self, before: Tensor | None, small_rows: Tensor) -> tuple[Tensor | None, ...]:
-        """What kernels that multiply rows are told beside their classes: wide ones of columns, the
-        others of runs.
-        """
-        return (before,) if self.wide else (small_rows,)
 
     def multiply_rows(self, kernel: str, cut: Cut, *arguments: object, **constants: object) -> None:
         """Run a kernel that multiplies rows with the matrices of their classes."""
@@ -376,22 +386,19 @@ def forward(
     launcher = Launcher(every, d, splits(embeddings.dtype), embeddings.device, joint)
     with gpu.current(embeddings):
         batch = launcher.sort(embeddings, labels, spec.eps)
-        before = is_column = None
+        before = weights = None
         if joint:
             is_column = batch.order >= n
             before = new(every + 1, dtype=torch.int32).zero_()
             torch.cumsum(is_column, 0, dtype=torch.int32, out=before[1:])
-        sums = launcher.sums(batch, before, is_column, None, uniform=True, by_q=False)
+            weights = Weights(is_column, new((), dtype=torch.float32))  # there is no dL/dL yet
+        sums = launcher.sums(batch, before, weights, uniform=True, by_q=False)
         own = launcher.matrices(embeddings, launcher.classes)
         others = launcher.matrices(embeddings, launcher.classes + 1)
-        place = batch.first, batch.last
-        numbers = every, launcher.run, launcher.least
-        launcher.make_matrices(
-            "moment_matrices", sums.slots, sums.total, *place, *own, *others, *numbers
-        )
+        launcher.make_matrices("moment_matrices", sums, batch, own, others, *launcher.of_runs)
         in_band = new(every, dtype=torch.float32)
         launcher.kernels.band_sums[launcher.runs, launcher.band_parts(launcher.cuts.band_sums)](
-            batch.high, batch.low, *place, before, sums.small_rows, in_band, *numbers,
+            batch, before, sums.small_rows, in_band, *launcher.of_runs,
             BLOCK_D=min(launcher.scaled, launcher.cuts.band_sums.depth),
             **launcher.options(launcher.cuts.band_sums),
         )  # fmt: skip
@@ -404,8 +411,8 @@ def forward(
             active.zero_()  # of columns
         launcher.multiply_rows(
             "row_means", cut,
-            batch.high, batch.low, batch.order, *place, *launcher.of_rows(before, sums.small_rows),
-            in_band, *own, *others, active, *rows, losses, *launcher.numbers,
+            batch, before if launcher.wide else sums.small_rows, in_band, own, others,
+            active, rows, losses, *launcher.of_rows,
             spec.margin, spec.sigma, 1 / n if spec.reduction == "mean" else 1.0,
             BY_ROW=by_row,
         )  # fmt: skip
@@ -421,39 +428,38 @@ def backward(
 ) -> Tensor:
     """dL/d(embeddings), [N, D]; [N + M, D] of rows and other columns."""
     n, d = embeddings.shape
-    batch, active, matrices = SortedRows(*state[:6]), state[6], state[7:_STATE]
+    batch, is_active = SortedRows(*state[:6]), state[6]
+    own, others = Matrices(*state[7:10]), Matrices(*state[10:_STATE])
     before = state[_STATE] if len(state) > _STATE else None
     every, joint = len(batch.order), before is not None
     launcher = Launcher(every, d, batch.low.numel() > 0, embeddings.device, joint)
     uniform, scale = spec.reduction != "none", 1.0
     if uniform:
-        weights, largest = active, grad_loss
+        weights = Weights(is_active, grad_loss)
         scale = 1 / n if spec.reduction == "mean" else 1.0
     else:
         grad_loss = torch.nn.functional.pad(grad_loss, (0, every - n)) if joint else grad_loss
-        weights = torch.where(active, grad_loss.to(torch.float32), 0.0)
-        largest = torch.linalg.vector_norm(weights, float("inf"))
+        of_rows = torch.where(is_active, grad_loss.to(torch.float32), 0.0)
+        weights = Weights(of_rows, torch.linalg.vector_norm(of_rows, float("inf")))
     with gpu.current(embeddings):
-        sums = launcher.sums(batch, before, weights, largest, uniform, by_q=True)
-        count, numbers = launcher.classes + 1, (every, launcher.run, launcher.least)
-        made = (*launcher.matrices(embeddings, count), *launcher.matrices(embeddings, count))
+        sums = launcher.sums(batch, before, weights, uniform, by_q=True)
+        active, back = (launcher.matrices(embeddings, launcher.classes + 1) for _ in range(2))
         of_columns = (before,) if launcher.wide else ()
         launcher.make_matrices(
-            "gradient_matrices", sums.slots, sums.total, batch.first, batch.last, *of_columns,
-            *matrices, *made, *numbers, spec.sigma, UNIFORM=uniform,
+            "gradient_matrices", sums, batch, *of_columns, own, others, active, back,
+            *launcher.of_runs, spec.sigma, UNIFORM=uniform,
         )  # fmt: skip
         small_rows = sums.small_rows
         del sums  # slots make room for the gradient
         gradient = embeddings.new_empty((every, d), dtype=torch.float32)
-        own = batch.high, batch.low, batch.order, batch.first, batch.last
         launcher.multiply_band(
-            launcher.cuts.band_gradient, *own, *of_columns, small_rows, weights, largest, gradient,
-            *numbers, d, d, spec.sigma, UNIFORM=uniform,
+            launcher.cuts.band_gradient, batch, *of_columns, small_rows, weights, gradient,
+            *launcher.of_runs, d, d, spec.sigma, UNIFORM=uniform,
         )  # fmt: skip
         launcher.multiply_rows(
             "row_gradients", launcher.cuts.row_gradients,
-            *own, *launcher.of_rows(before, small_rows), batch.inverse, weights, largest, *made,
-            gradient, *launcher.numbers, d, d, scale, UNIFORM=uniform,
+            batch, before if launcher.wide else small_rows, weights, active, back,
+            gradient, *launcher.of_rows, d, d, scale, UNIFORM=uniform,
         )  # fmt: skip
     return gradient
 

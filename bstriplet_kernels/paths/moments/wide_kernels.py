@@ -7,6 +7,9 @@ and a block of TILE x SCALED numbers shares a scale.
 
 A block of rows is multiplied with the matrices that its rows need, one after another: with each,
 the rows of other classes are zeros. It is of one class but where classes meet.
+
+Arguments are as in `kernels`. These alone serve rows that are compared with other columns:
+`columns_before` is how many of those stand before each row, or None.
 """
 
 import triton
@@ -22,12 +25,14 @@ from .kernels import (
     _counted,
     _factor,
     _is_column,
+    _load_entries,
     _load_rows,
     _members,
     _product,
     _run,
     _split,
     _store_means,
+    _transposed,
     _weight,
     _whole,
 )
@@ -51,31 +56,30 @@ def _halved(rows, columns, TILE: tl.constexpr):
 
 @triton.jit
 def _store_block(
-    matrix, high, low, scale, number, t,
+    block, matrices, number, t,
     DP: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """The t-th block of the matrix of that number, times a power of two."""
-    rows, columns = _block_of(t, DP, TILE, SCALED)
-    factor = _factor(tl.max(tl.max(tl.abs(matrix), axis=1), axis=0))
-    uh, ul = _split(matrix * factor)
-    at = number.to(tl.int64) * DP * DP + rows[:, None] * DP + columns[None, :]
-    tl.store(high + at, uh)
+    r, c = _block_of(t, DP, TILE, SCALED)
+    factor = _factor(tl.max(tl.max(tl.abs(block), axis=1), axis=0))
+    high, low = _split(block * factor)
+    at = number.to(tl.int64) * DP * DP + r[:, None] * DP + c[None, :]
+    tl.store(matrices.high + at, high)
     if SPLIT:
-        tl.store(low + at, ul)
-    tl.store(scale + number * ((DP // TILE) * (DP // SCALED)) + t, 1 / (factor * UNIT))
+        tl.store(matrices.low + at, low)
+    tl.store(matrices.scale + number * ((DP // TILE) * (DP // SCALED)) + t, 1 / (factor * UNIT))
 
 
 @triton.jit
 def _load_block(
-    high, low, scale, number, t,
+    matrices, number, t,
     DP: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """The t-th block of the matrix of that number, as it was before `_store_block`."""
-    rows, columns = _block_of(t, DP, TILE, SCALED)
-    at = number.to(tl.int64) * DP * DP
-    uh, ul = _load_rows(high + at, low + at, rows, rows < DP, columns, DP, SPLIT)
-    factor = tl.load(scale + number * ((DP // TILE) * (DP // SCALED)) + t) * UNIT
-    return _whole(uh, ul, SPLIT) * factor
+    r, c = _block_of(t, DP, TILE, SCALED)
+    parts = _load_entries(matrices, number, r, c, DP, SPLIT)
+    scale = tl.load(matrices.scale + number * ((DP // TILE) * (DP // SCALED)) + t)
+    return _whole(parts, SPLIT) * (scale * UNIT)
 
 
 @triton.jit
@@ -87,16 +91,10 @@ def _size(DP: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "run", "least"])
 def moment_matrices(
-    slots,
-    total,
-    first,
-    last,
-    own_high,
-    own_low,
-    own_scale,
-    others_high,
-    others_low,
-    others_scale,
+    sums,
+    rows,
+    own,
+    others,
     n,
     run,
     least,
@@ -110,40 +108,27 @@ def moment_matrices(
     Program (k, t) has the t-th block of the matrices of number k.
     """
     k, classes, t = tl.program_id(0), tl.num_programs(0) - 1, tl.program_id(1)
-    rows, columns = _block_of(t, DP, TILE, SCALED)
-    within = _halved(rows, columns, TILE)
-    begin, end = _class_number(first, last, k, n, least)
+    r, c = _block_of(t, DP, TILE, SCALED)
+    within = _halved(r, c, TILE)
+    begin, end = _class_number(rows, k, n, least)
     if (begin < n) | (k == classes):
-        others = tl.load(total + within)
+        difference = tl.load(sums.total + within)
         if k < classes:
-            own = _add_slots(slots, k, begin, end, run, within, _size(DP, TILE))
-            others -= own
-            _store_block(
-                own.to(tl.float32), own_high, own_low, own_scale, k, t, DP, TILE, SCALED, SPLIT
-            )
-        others = others.to(tl.float32)
-        _store_block(others, others_high, others_low, others_scale, k, t, DP, TILE, SCALED, SPLIT)
+            moment = _add_slots(sums.slots, k, begin, end, run, within, _size(DP, TILE))
+            difference -= moment
+            _store_block(moment.to(tl.float32), own, k, t, DP, TILE, SCALED, SPLIT)
+        _store_block(difference.to(tl.float32), others, k, t, DP, TILE, SCALED, SPLIT)
 
 
 @triton.jit(do_not_specialize=["n", "run", "least"])
 def gradient_matrices(
-    slots,
-    total,
-    first,
-    last,
+    sums,
+    rows,
     columns_before,
-    own_high,
-    own_low,
-    own_scale,
-    others_high,
-    others_low,
-    others_scale,
-    active_high,
-    active_low,
-    active_scale,
-    back_high,
-    back_low,
-    back_scale,
+    own,
+    others,
+    active,
+    back,
     n,
     run,
     least,
@@ -160,40 +145,38 @@ def gradient_matrices(
     Program (k, t) has the t-th block of the matrices of number k.
     """
     k, classes, t = tl.program_id(0), tl.num_programs(0) - 1, tl.program_id(1)
-    rows, columns = _block_of(t, DP, TILE, SCALED)
-    within = _halved(rows, columns, TILE)
-    begin, end = _class_number(first, last, k, n, least)
+    r, c = _block_of(t, DP, TILE, SCALED)
+    within = _halved(r, c, TILE)
+    begin, end = _class_number(rows, k, n, least)
     if (begin < n) | (k == classes):
-        back = tl.load(total + within)
-        active = _load_block(others_high, others_low, others_scale, k, t, DP, TILE, SCALED, SPLIT)
+        of_all = tl.load(sums.total + within)
+        of_active = _load_block(others, k, t, DP, TILE, SCALED, SPLIT)
         if k < classes:
             members, all_ = _counted(end - begin, n, columns_before, begin, end, True)
             p, q = _class_weights(members, all_)
-            own = _load_block(own_high, own_low, own_scale, k, t, DP, TILE, SCALED, SPLIT)
-            weighted = _add_slots(slots, k, begin, end, run, within, _size(DP, TILE))
-            back = sigma * (back - q.to(tl.float64) * weighted) - p * weighted
-            active = sigma * q * active - p * own
+            moment = _load_block(own, k, t, DP, TILE, SCALED, SPLIT)
+            weighted = _add_slots(sums.slots, k, begin, end, run, within, _size(DP, TILE))
+            of_all = sigma * (of_all - q.to(tl.float64) * weighted) - p * weighted
+            of_active = sigma * q * of_active - p * moment
             if UNIFORM and columns_before is None:
-                active += back.to(tl.float32)
+                of_active += of_all.to(tl.float32)
         else:
-            back *= sigma
-            active *= sigma
-        _store_block(
-            2 * active, active_high, active_low, active_scale, k, t, DP, TILE, SCALED, SPLIT
-        )
-        back = 2 * back.to(tl.float32)
-        _store_block(back, back_high, back_low, back_scale, k, t, DP, TILE, SCALED, SPLIT)
+            of_all *= sigma
+            of_active *= sigma
+        of_all = 2 * of_all.to(tl.float32)
+        _store_block(2 * of_active, active, k, t, DP, TILE, SCALED, SPLIT)
+        _store_block(of_all, back, k, t, DP, TILE, SCALED, SPLIT)
 
 
 @triton.jit
-def _rows_of(first, last, n, least, classes, BLOCK: tl.constexpr):
+def _rows_of(rows, n, least, classes, BLOCK: tl.constexpr):
     """A program's rows, which are there, members of their classes, and whose matrices they need:
     number `classes` is of small rows, and what is beyond of none.
     """
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = r < n
-    c_first = tl.load(first + r, mask=inside, other=0)
-    members = tl.load(last + r, mask=inside, other=0) - c_first
+    c_first = tl.load(rows.first + r, mask=inside, other=0)
+    members = tl.load(rows.last + r, mask=inside, other=0) - c_first
     number = tl.where(members >= least, tl.cdiv(c_first, least), classes)
     return r, inside, members, tl.where(inside, number, classes + 1)
 
@@ -206,23 +189,22 @@ def _next(numbers, number, classes):
 
 @triton.jit
 def _times_block(
-    row_high, row_low, r, mask, high, low, scale, number, start, column,
+    rows, r, mask, matrices, number, start, column,
     DP: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
     """What BLOCK_K columns of a matrix M add to TILE rows of M u from `start` on, [rows, TILE]."""
     c = start + tl.arange(0, TILE)
     k = column + tl.arange(0, BLOCK_K)
-    at = number.to(tl.int64) * DP * DP
-    uh, ul = _load_rows(row_high, row_low, r, mask, k, DP, SPLIT)
-    mh, ml = _load_rows(high + at, low + at, c, c < DP, k, DP, SPLIT)
+    u = _load_rows(rows, r, mask, k, DP, SPLIT)
+    m = _load_entries(matrices, number, c, k, DP, SPLIT)
     block = (number * (DP // TILE) + start // TILE) * (DP // SCALED) + column // SCALED
-    return _product(uh, ul, tl.trans(mh), tl.trans(ml), SPLIT) * tl.load(scale + block)
+    return _product(u, _transposed(m), SPLIT) * tl.load(matrices.scale + block)
 
 
 @triton.jit
 def _form(
-    row_high, row_low, r, mask, high, low, scale, number,
+    rows, r, mask, matrices, number,
     DP: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -234,17 +216,14 @@ def _form(
         y = tl.zeros((r.shape[0], TILE), tl.float32)
         for column in range(0, start, BLOCK_K):
             y += _times_block(
-                row_high, row_low, r, mask, high, low, scale, number, start, column,
-                DP, TILE, SCALED, BLOCK_K, SPLIT,
-            )  # fmt: skip
+                rows, r, mask, matrices, number, start, column, DP, TILE, SCALED, BLOCK_K, SPLIT
+            )
         y *= 2
         for column in range(start, start + TILE, BLOCK_K):
             y += _times_block(
-                row_high, row_low, r, mask, high, low, scale, number, start, column,
-                DP, TILE, SCALED, BLOCK_K, SPLIT,
-            )  # fmt: skip
-        uh, ul = _load_rows(row_high, row_low, r, mask, c, DP, SPLIT)
-        u = _whole(uh, ul, SPLIT) * (1 / UNIT)
+                rows, r, mask, matrices, number, start, column, DP, TILE, SCALED, BLOCK_K, SPLIT
+            )
+        u = _whole(_load_rows(rows, r, mask, c, DP, SPLIT), SPLIT) * (1 / UNIT)
         form += tl.sum(y * u, axis=1)
         squared += tl.sum(u * u, axis=1)
     return form, squared
@@ -252,22 +231,13 @@ def _form(
 
 @triton.jit(do_not_specialize=["n", "least", "classes"])
 def row_means(
-    high,
-    low,
-    order,
-    first,
-    last,
+    rows,
     columns_before,
     in_band,
-    own_high,
-    own_low,
-    own_scale,
-    others_high,
-    others_low,
-    others_scale,
-    active,
-    positive,
-    negative,
+    own,
+    others,
+    is_active,
+    means,
     losses,
     n,
     least,
@@ -288,8 +258,8 @@ def row_means(
     losses[p]: the sum over the block. 6 D^2 FLOPs a row (2 D^2 without SPLIT) and what diagonal
     blocks have beyond their halves; half of that for small rows.
     """
-    r, inside, members, numbers = _rows_of(first, last, n, least, classes, BLOCK)
-    begins = tl.load(first + r, mask=inside, other=0)
+    r, inside, members, numbers = _rows_of(rows, n, least, classes, BLOCK)
+    begins = tl.load(rows.first + r, mask=inside, other=0)
     members, all_ = _counted(members, n, columns_before, begins, begins + members, inside)
     if columns_before is not None:
         inside = inside & (_is_column(columns_before, r, inside) == 0)
@@ -300,17 +270,11 @@ def row_means(
     number = tl.min(numbers, axis=0)
     while number <= classes:
         mask = numbers == number
-        form, norms = _form(
-            high, low, r, mask, others_high, others_low, others_scale, number,
-            DP, TILE, SCALED, BLOCK_K, SPLIT,
-        )  # fmt: skip
+        form, norms = _form(rows, r, mask, others, number, DP, TILE, SCALED, BLOCK_K, SPLIT)
         others_form += form
         squared += norms
         if number < classes:
-            form, norms = _form(
-                high, low, r, mask, own_high, own_low, own_scale, number,
-                DP, TILE, SCALED, BLOCK_K, SPLIT,
-            )  # fmt: skip
+            form, norms = _form(rows, r, mask, own, number, DP, TILE, SCALED, BLOCK_K, SPLIT)
             own_form += form
         number = _next(numbers, number, classes)
     if columns_before is not None:  # no row is among its columns
@@ -320,8 +284,8 @@ def row_means(
     own_form = tl.where(small, in_class, own_form)
     others_form = tl.where(small, others_form - in_class, others_form)
     loss = _store_means(
-        own_form, others_form, squared, members, r, inside, order, active, positive, negative,
-        losses, all_, tl.full((), margin, tl.float32), sigma, BY_ROW,
+        own_form, others_form, squared, members, rows, r, inside, is_active, means, losses,
+        all_, tl.full((), margin, tl.float32), sigma, BY_ROW,
     )  # fmt: skip
     if not BY_ROW:
         tl.store(losses + tl.program_id(0), tl.sum(loss, axis=0) * tl.full((), scale, tl.float32))
@@ -329,15 +293,10 @@ def row_means(
 
 @triton.jit(do_not_specialize=["n", "run", "least", "stride"])
 def band_gradient(
-    high,
-    low,
-    order,
-    first,
-    last,
+    rows,
     columns_before,
     small_rows,
     weights,
-    largest,
     gradient,
     n,
     run,
@@ -363,32 +322,32 @@ def band_gradient(
         end = begin
     for block in range(begin + tl.program_id(1) * BLOCK, end, tl.num_programs(1) * BLOCK):
         r = block + tl.arange(0, BLOCK)
-        small, c_first, near, far = _band(first, last, r, r < end, least, n)
-        w_i = _weight(weights, largest, order, r, small, UNIFORM)
-        members = _members(first, last, r, small)
+        small, c_first, near, far = _band(rows, r, r < end, least, n)
+        w_i = _weight(weights, rows, r, small, UNIFORM)
+        members = _members(rows, r, small)
         members, all_ = _counted(members, n, columns_before, c_first, c_first + members, small)
         p, q = _class_weights(members, all_)
         factor = (p + sigma * q) * (-4 / (UNIT * UNIT))
-        row = gradient + tl.load(order + r, mask=small, other=0)[:, None] * stride
+        row = gradient + tl.load(rows.order + r, mask=small, other=0)[:, None] * stride
         for at in range(near, far, BLOCK):
             j = at + tl.arange(0, BLOCK)
             inside = j < far
-            s = _band_similarity(high, low, r, small, j, inside, DP, BLOCK_D, SPLIT)
-            pair = c_first[:, None] == tl.load(first + j, mask=inside, other=-1)[None, :]
+            s = _band_similarity(rows, r, small, j, inside, DP, BLOCK_D, SPLIT)
+            pair = c_first[:, None] == tl.load(rows.first + j, mask=inside, other=-1)[None, :]
             pair = pair & small[:, None]
             if columns_before is None:
                 pair = pair & (r[:, None] != j[None, :])
             else:
                 is_column = _is_column(columns_before, r, small)[:, None]
                 pair = pair & (is_column != _is_column(columns_before, j, inside)[None, :])
-            w_j = _weight(weights, largest, order, j, inside, UNIFORM)
+            w_j = _weight(weights, rows, j, inside, UNIFORM)
             weight = tl.where(pair, s * (w_i[:, None] + w_j[None, :]), 0.0)
-            wh, wl = _split(weight * (UNIT / 2))
+            weight = _split(weight * (UNIT / 2))
             tl.debug_barrier()  # another thread may have written what this one reads
             for start in range(0, DP, BLOCK_V):
                 k = start + tl.arange(0, BLOCK_V)
-                uh, ul = _load_rows(high, low, j, inside, k, DP, SPLIT)
-                v = _product(wh, wl, uh, ul, SPLIT) * factor[:, None]
+                u = _load_rows(rows, j, inside, k, DP, SPLIT)
+                v = _product(weight, u, SPLIT) * factor[:, None]
                 written = small[:, None] & (k < d)[None, :]
                 v += tl.load(row + k[None, :], mask=written & (at > near), other=0.0)
                 tl.store(row + k[None, :], v, mask=written)
@@ -396,21 +355,11 @@ def band_gradient(
 
 @triton.jit(do_not_specialize=["n", "least", "classes", "stride"])
 def row_gradients(
-    high,
-    low,
-    order,
-    first,
-    last,
+    rows,
     columns_before,
-    inverse,
     weights,
-    largest,
-    active_high,
-    active_low,
-    active_scale,
-    back_high,
-    back_low,
-    back_scale,
+    active,
+    back,
     gradient,
     n,
     least,
@@ -432,10 +381,10 @@ def row_gradients(
     projection needs v . u, and the same program reads them once more. 6 D^2 FLOPs a row (2 D^2
     without SPLIT); twice that for active small rows, and for all rows but for UNIFORM.
     """
-    r, inside, members, numbers = _rows_of(first, last, n, least, classes, BLOCK)
+    r, inside, members, numbers = _rows_of(rows, n, least, classes, BLOCK)
     small = numbers == classes
-    w = _weight(weights, largest, order, r, inside, UNIFORM)
-    begins = tl.load(first + r, mask=inside, other=0)
+    w = _weight(weights, rows, r, inside, UNIFORM)
+    begins = tl.load(rows.first + r, mask=inside, other=0)
     own, all_ = _counted(members, n, columns_before, begins, begins + members, inside)
     row_factor = tl.where(small, _class_weights(own, all_)[1], 1.0)
     if not UNIFORM:
@@ -446,7 +395,7 @@ def row_gradients(
         has_back = small | (w == 0)
     else:
         has_back = inside
-    i = tl.load(order + r, mask=inside, other=0)
+    i = tl.load(rows.order + r, mask=inside, other=0)
     along = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, DP, TILE):
         c = start + tl.arange(0, TILE)
@@ -457,8 +406,8 @@ def row_gradients(
             if tl.max(mask.to(tl.int32), axis=0) > 0:
                 for column in range(0, DP, BLOCK_K):
                     v += _times_block(
-                        high, low, r, mask, active_high, active_low, active_scale, number,
-                        start, column, DP, TILE, SCALED, BLOCK_K, SPLIT,
+                        rows, r, mask, active, number, start, column,
+                        DP, TILE, SCALED, BLOCK_K, SPLIT,
                     )  # fmt: skip
             number = _next(numbers, number, classes)
         v *= row_factor[:, None]
@@ -468,26 +417,26 @@ def row_gradients(
             if tl.max(mask.to(tl.int32), axis=0) > 0:
                 for column in range(0, DP, BLOCK_K):
                     v += _times_block(
-                        high, low, r, mask, back_high, back_low, back_scale, number,
-                        start, column, DP, TILE, SCALED, BLOCK_K, SPLIT,
+                        rows, r, mask, back, number, start, column,
+                        DP, TILE, SCALED, BLOCK_K, SPLIT,
                     )  # fmt: skip
             number = _next(numbers, number, classes)
         out = gradient + i[:, None] * stride + c[None, :]
         written = inside[:, None] & (c < d)[None, :]
         in_band = written & (small & (members > 1))[:, None]
         v += tl.load(out, mask=in_band, other=0.0)
-        uh, ul = _load_rows(high, low, r, inside, c, DP, SPLIT)
-        along += tl.sum(v * _whole(uh, ul, SPLIT), axis=1) * (1 / UNIT)
+        u = _whole(_load_rows(rows, r, inside, c, DP, SPLIT), SPLIT)
+        along += tl.sum(v * u, axis=1) * (1 / UNIT)
         tl.store(out, v, mask=written)
     tl.debug_barrier()  # another thread may have written what this one reads
-    shrunk = tl.load(inverse + r, mask=inside, other=0.0)[:, None]
-    factor = (tl.load(largest) * scale).to(tl.float32)
+    shrunk = tl.load(rows.inverse + r, mask=inside, other=0.0)[:, None]
+    factor = (tl.load(weights.largest) * scale).to(tl.float32)
     for start in range(0, DP, TILE):
         c = start + tl.arange(0, TILE)
         out = gradient + i[:, None] * stride + c[None, :]
         written = inside[:, None] & (c < d)[None, :]
-        uh, ul = _load_rows(high, low, r, inside, c, DP, SPLIT)
+        u = _whole(_load_rows(rows, r, inside, c, DP, SPLIT), SPLIT) * (1 / UNIT)
         v = tl.load(out, mask=written, other=0.0)
-        v = (v - along[:, None] * (_whole(uh, ul, SPLIT) * (1 / UNIT))) * shrunk
+        v = (v - along[:, None] * u) * shrunk
         v = tl.where(v == 0, 0.0, v * factor)  # an infinite upstream of rows that are all inactive
         tl.store(out, v, mask=written)
