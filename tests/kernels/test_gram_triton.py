@@ -398,28 +398,40 @@ def test_predicted_launches_and_memory_are_those_made(monkeypatch, n, d, m, dtyp
         both = torchs.launches + kernels.launches
     work = Work(n, m, d, dtype, reduction, device="cuda")
     assert on_gpu.serves(work)
-    got = on_gpu.operations(work, [n // 2] * 2)
+    sizes = [work.columns // 2] * 2
+    got = on_gpu.operations(work, sizes)
     assert (got.launches, got.schedule) == (both, on_gpu.SCHEDULE)
-    one = on_gpu.operations(work._replace(wants_gradient=False), [n // 2] * 2)
+    one = on_gpu.operations(work._replace(wants_gradient=False), sizes)
     assert one.launches == forward
     assert both <= (16 if m is None else 25)
-    explained = on_gpu.extra_memory(work, [n // 2] * 2)
+    explained = on_gpu.extra_memory(work, sizes)
     assert explained == pytest.approx(peak.most - given, rel=0.05)
-    if m is not None:
+    products, joint, every = 3 if on_gpu.splits(dtype) else 1, m is not None, n + (m or 0)
+    width = on_gpu.padded(d, joint)
+    each, half = (2 * k * every * products for k in (width**2, on_gpu.matrix_numbers(d, joint)))
+    forms = 2 * half * n // every
+    more = (1 if reduction == "mean" or joint else 2) * each
+    assert one.flops == pytest.approx(half + forms, rel=0.01)
+    assert got.flops == pytest.approx(2 * half + forms + more, rel=0.01)
+    if joint:
         return
-    products = 3 if on_gpu.splits(dtype) else 1
-    each, half = (2 * k * n * products for k in (d * d, on_gpu.matrix_numbers(d)))
-    more = (1 if reduction == "mean" else 2) * each
-    assert (one.flops, got.flops) == (3 * half, 4 * half + more)
     if dtype == torch.float32 and n >= 100 * d and (n > 100_000 or d > 256):
         assert on_gpu.extra_memory(work, [n]) <= 3 * work.embedding_bytes
         assert d > 256 or got.bytes <= 4e9
 
 
 def test_what_it_does_not_take():
-    x = torch.empty(4096, 128, device="meta")
-    for refused in (x.double(), torch.empty(1 << 16, 2049, device="meta"), x[:1000], x):
-        assert not on_gpu.takes(refused, None)
+    assert not on_gpu.takes(torch.empty(4096, 128, device="meta"), None)
+    with FakeTensorMode(), gpu.imagined():
+        x, ref = (torch.empty(n, 128, device="cuda") for n in (4096, 8192))
+        assert on_gpu.takes(x, None)
+        assert on_gpu.takes(x[:10], ref)
+        assert on_gpu.takes(x.half(), ref.bfloat16())
+        for rows, columns in (
+            (x.double(), None), (torch.empty(1 << 16, 2049, device="cuda"), None), (x[:1000], None),
+            (x, ref[:1000]), (x, ref.double()),
+        ):  # fmt: skip
+            assert not on_gpu.takes(rows, columns)
     work = Work(4096, None, 128, torch.float32, device="cuda")
     assert on_gpu.serves(work)
     for refused in (
@@ -429,3 +441,20 @@ def test_what_it_does_not_take():
         work._replace(n=1000),
     ):
         assert not on_gpu.serves(refused)
+
+
+@runs_here
+@pytest.mark.parametrize("d", [8, 24])
+def test_negated_views_are_read_as_they_are(wide, d):
+    """Their numbers in memory have the other sign, which a kernel's pointer would not tell."""
+    x, labels = batch(60, d, 3, 0, torch.float32)
+    plain = x.to(DEVICE).requires_grad_()
+    negated = torch.complex(torch.zeros_like(plain), -plain.detach()).conj().imag
+    assert negated.is_neg()
+    assert torch.equal(negated, plain)
+    labels, negated = labels.to(DEVICE), negated.requires_grad_()
+    (expected,) = torch.autograd.grad(bstriplet_loss(plain, labels, impl="gram"), plain)
+    loss = bstriplet_loss(negated, labels, impl="gram")
+    upstream = torch.complex(torch.zeros(()), torch.tensor(-1.0)).conj().imag.to(DEVICE)
+    (got,) = torch.autograd.grad(loss, negated, upstream)
+    torch.testing.assert_close(got, expected)

@@ -64,7 +64,7 @@ def test_is_the_core_loss_to_the_bit(options):
 
 
 def test_options_are_checked_by_the_core():
-    for keywords in ({"margin": 1.5}, {"similarity": "linear"}, {"eps": 0}, {"impl": "none"}):
+    for keywords in ({"margin": 1.5}, {"similarity": "cosine"}, {"eps": 0}, {"impl": "none"}):
         with pytest.raises(ValueError, match=f"{next(iter(keywords))} must be"):
             BSTripletLoss(**keywords)
     with pytest.raises(ValueError, match=r"1 row, .*drop_last=True"):

@@ -5,7 +5,7 @@ wide, in `wide_kernels`. No shape depends on the labels and nothing is asked of 
 large classes are those of `smallest_moment(d)` members or more, and buffers have room for as many
 as there can be. Smaller classes meet in a band around the diagonal of S in class order. Sums have a
 fixed order: the same bits from run to run. Other columns (`ref_emb`) stand in one batch with the
-rows, by class: six launches more.
+rows, by class: six launches more, seven by row.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._torch import in_memory
 from ...cost import Operations, Work, round_up
 from ...spec import Rows, Spec
 from .. import gpu
@@ -378,6 +379,7 @@ def forward(
     Other columns stand in the batch behind the rows: of weight 1 in T_c, 0 in A_c; rows 0 and a.
     """
     n, joint = len(embeddings), ref_emb is not None
+    embeddings, labels = in_memory(embeddings), in_memory(labels)
     if ref_emb is not None and ref_labels is not None:
         embeddings = torch.cat((embeddings, ref_emb))
         labels = torch.cat((labels, ref_labels))
@@ -428,6 +430,7 @@ def backward(
 ) -> Tensor:
     """dL/d(embeddings), [N, D]; [N + M, D] of rows and other columns."""
     n, d = embeddings.shape
+    grad_loss = in_memory(grad_loss)
     batch, is_active = SortedRows(*state[:6]), state[6]
     own, others = Matrices(*state[7:10]), Matrices(*state[10:_STATE])
     before = state[_STATE] if len(state) > _STATE else None
@@ -486,7 +489,8 @@ def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
     slices = 1 if wide else -(-d // HOPPER.band_gradient.depth)  # S is formed anew for each
     in_band = _band_pairs(class_sizes, least)
     scalar = work.reduction != "none"
-    flops = products * (symmetric * (n + 2 * sum(large) + small) + 2 * d * in_band)
+    forms = (2 * sum(large) + small) * work.n // n  # of rows; sums meet columns in the same blocks
+    flops = products * (symmetric * (n + forms) + 2 * d * in_band)
     bytes_ = (
         n * work.d * work.dtype.itemsize * (2 if wide else 1) + stored  # split
         + 2 * stored + 2 * slots + totals + 2 * (2 * len(large) + 1) * matrix
@@ -495,10 +499,9 @@ def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
     launches = (8 if scalar else 7) + (6 if joint else 0)
     if not work.wants_gradient:
         return Operations(flops, bytes_, launches, SCHEDULE)
-    of_large = 1 if scalar else 2
-    flops += products * (
-        symmetric * n + each * (of_large * sum(large) + 2 * small) + 2 * d * (slices + 1) * in_band
-    )
+    of_large, of_small = 1 if scalar or joint else 2, 1 if joint else 2
+    made = each * (of_large * sum(large) + of_small * small)
+    flops += products * (symmetric * n + made + 2 * d * (slices + 1) * in_band)
     bytes_ += 2 * stored + 2 * slots + totals + 2 * (4 * len(large) + 2) * matrix
     bytes_ += work.gradient_bytes * (3 if wide else 1)  # v, before it is projected
     bytes_ += n * _ROW_BYTES_BACK + 3 * work.cast_bytes

@@ -14,6 +14,7 @@ from . import blocks
 
 TILES, PANELS = "triton tiles", "triton panels"
 """The schedules, by the names under which their measured speeds stand."""
+_MOST_COLUMNS = 1 << 24  # 128 rows of a panel then have numbers of 32 bits
 _HALF_BYTES = 2  # of a similarity that is kept
 
 
@@ -36,6 +37,8 @@ _LAUNCH_SECONDS = 3e-6
 
 def by_panels(n: int, m: int | None, d: int, dtype: torch.dtype) -> bool:
     """Whether panels are predicted to be faster than tiles, forward and backward together."""
+    if max(n, m or 0) > _MOST_COLUMNS:
+        return False
     return _compare(n, m, d, dtype, gpu.products_are_exact())
 
 

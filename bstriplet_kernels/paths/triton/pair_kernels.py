@@ -33,14 +33,9 @@ def _share(count, parts, part):
 @triton.jit
 def _bits_of_power(inverse):
     """(rest, power): their product is `inverse`, power is one of two and 1/2 <= rest < 1."""
-    if inverse.dtype == tl.float64:
-        bits = inverse.to(tl.int64, bitcast=True)
-        power = ((((bits >> 52) & 2047) + 1) << 52).to(tl.float64, bitcast=True)
-        rest = ((bits & 0x000FFFFFFFFFFFFF) | (1022 << 52)).to(tl.float64, bitcast=True)
-    else:
-        bits = inverse.to(tl.int32, bitcast=True)
-        power = ((((bits >> 23) & 255) + 1) << 23).to(tl.float32, bitcast=True)
-        rest = ((bits & 0x007FFFFF) | (126 << 23)).to(tl.float32, bitcast=True)
+    bits = inverse.to(tl.int32, bitcast=True)
+    power = ((((bits >> 23) & 255) + 1) << 23).to(tl.float32, bitcast=True)
+    rest = ((bits & 0x007FFFFF) | (126 << 23)).to(tl.float32, bitcast=True)
     is_number = (inverse != 0) & (inverse == inverse)
     return tl.where(is_number, rest, inverse), tl.where(is_number, power, inverse)
 
@@ -84,9 +79,10 @@ def prepare_rows(
     """BLOCK_N rows at one scale, and their classes among the columns: see `pairs.Side`.
 
     UNIT: f_i / n_i times SCALE, as high + low with SPLIT. Else f_i times the power of two next to
-    1 / n_i, which rounds nothing. Beyond n rows are 0, and so are elements beyond d. Reads n d
-    elements twice, from a cache the second time. COLUMNS: the rows are the columns, and the first
-    of each class counts its members; that and the search for it read labels, 8 bytes each.
+    1 / n_i, which rounds at most what is below 2^-14 of n_i. Beyond n rows are 0, and so are
+    elements beyond d. Reads n d elements twice, from a cache the second time. COLUMNS: the rows are
+    the columns, and the first of each class counts its members; that and the search for it read
+    labels, 8 bytes each.
     """
     acc: tl.constexpr = side.scales.dtype.element_ty
     element: tl.constexpr = side.high.dtype.element_ty

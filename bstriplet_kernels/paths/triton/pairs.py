@@ -64,7 +64,8 @@ class Side(NamedTuple):
     """Rows or columns of S, padded with zeros to whole blocks; kernels take it as it is.
 
     high: [N', D']. Of float32 and float64 unit rows, float32's times 256 and rounded to float16; of
-    half precision f_i times the power of two next to 1 / n_i, which rounds nothing.
+    half precision f_i times the power of two next to 1 / n_i, which rounds at most what is below
+    2^-14 of n_i.
     low: what the rounding left, or [0] where one product does.
     scales: [2, N']: what makes unit rows of half precision's, and what f_i was multiplied by.
     classes: [2, N'] int32: the first column with the row's label, M where there is none; and where
