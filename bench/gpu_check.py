@@ -28,7 +28,7 @@ from bstriplet_kernels.checks import make_spec
 from bstriplet_kernels.paths import PATHS
 from bstriplet_kernels.paths.moments import on_gpu
 from bstriplet_kernels.paths.triton import cost as triton_cost
-from bstriplet_kernels.spec import Spec
+from bstriplet_kernels.spec import SIMILARITIES, Spec
 
 from .cases import DTYPES
 from .providers import forced
@@ -141,7 +141,7 @@ def is_exact(subject: Subject) -> str:
     for (n, d), dtype, similarity, eq3, reduction, with_ref in itertools.product(
         shapes,
         subject.dtypes,
-        ("square", "signed_square"),
+        tuple(SIMILARITIES),
         ("corrected",) if quick else ("corrected", "printed"),
         ("mean", "none"),
         (False, True),
@@ -233,15 +233,18 @@ def never_waits(subject: Subject) -> str:
     """No host synchronisation, forward or backward."""
     impl, tally = subject.impl, Tally()
     shapes = ((36, 300), (500, 300), WIDE, MANY[0])
-    for (n, d), reduction in itertools.product(shapes, ("mean", "none")):
+    for (n, d), reduction, similarity in itertools.product(
+        shapes, ("mean", "none"), ("square", "linear")
+    ):
+        options = {"reduction": reduction, "similarity": similarity}
         x, labels = fresh(n, d, 4, torch.float32, subject.device)
-        if not tally.takes(subject, x, None, Spec()):
+        if not tally.takes(subject, x, None, make_spec(0.9, similarity, "corrected", reduction)):
             continue
-        with tally.case(f"N={n} D={d} {reduction}"):
-            evaluate(impl, x, labels, reduction=reduction)
+        with tally.case(f"N={n} D={d} {options}"):
+            evaluate(impl, x, labels, **options)
             torch.cuda.set_sync_debug_mode("error")
             try:
-                evaluate(impl, x, labels, reduction=reduction)
+                evaluate(impl, x, labels, **options)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
     return tally.verdict("no synchronisation")

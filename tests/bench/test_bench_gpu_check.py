@@ -80,7 +80,7 @@ def test_what_fails_is_collected_and_the_rest_goes_on(monkeypatch, capsys):
     options = ["--device", "cpu", "--impl", "gram", "--quick", "--dtype", "float32"]
     assert gpu_check.main([*options, "--check", "exact", "bits"]) == gpu_check.FAILED
     out = capsys.readouterr().out
-    assert "FAILED: 4 of 16 cases" in out
+    assert "FAILED: 8 of 32 cases" in out
     assert "N=36 D=100 torch.float32" in out
     assert "inf times what is allowed" in out
     assert "FAILED: 2 of 4 cases" in out  # the same bits: NaN is not equal to itself
@@ -124,9 +124,10 @@ def test_the_small_wide_shape_is_forced_through_panels(monkeypatch):
     monkeypatch.setattr(gpu_check, "forced", lambda way: ways.append(way) or nullcontext())
     gpu_check.is_exact(Subject("gram", "cpu", FLOAT32, quick=True))
     shapes = (*gpu_check.QUICK_SHAPES, gpu_check.QUICK_WIDE)
-    assert len(ways) == 8 * len(shapes)  # reductions, with and without ref_emb, poisoned or not
-    assert set(ways[:-8]) == {""}
-    assert set(ways[-8:]) == {cost.PANELS}
+    # similarities that moments take, reductions, with and without ref_emb, poisoned or not
+    assert len(ways) == 16 * len(shapes)
+    assert set(ways[:-16]) == {""}
+    assert set(ways[-16:]) == {cost.PANELS}
 
 
 def test_a_path_that_takes_nothing_has_not_passed(monkeypatch):
