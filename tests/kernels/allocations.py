@@ -52,7 +52,8 @@ def explained(schedule, case):
     if case.ref_dtype is not None:
         dtype = torch.promote_types(dtype, getattr(torch, case.ref_dtype))
     device = "cuda" if schedule == "gram_device" else "cpu"
-    work = plan.Work(case.n, case.m, case.d, dtype, case.reduction, case.backward, device)
+    what = case.reduction, case.backward, device, similarity_of(schedule)
+    work = plan.Work(case.n, case.m, case.d, dtype, *what)
     sizes = columns.unique(return_counts=True)[1].tolist()
     return plan.path_cost(path_of(schedule), work, sizes).extra_memory
 
@@ -70,6 +71,7 @@ def allocated(schedule, case, allocator):
         keywords["ref_emb"] = ref.requires_grad_(case.backward)
         keywords["ref_labels"] = class_labels(case, case.m)
     keywords.update(reduction=case.reduction, margin=case.margin, impl=path_of(schedule))
+    keywords.update(similarity=similarity_of(schedule))
 
     def count():
         allocator.start_counting()
@@ -98,6 +100,11 @@ def collected(function):
 def path_of(schedule):
     """What `impl` takes."""
     return schedule.partition("_")[0]
+
+
+def similarity_of(schedule):
+    """What `similarity` takes."""
+    return "linear" if schedule == "gram_linear" else "square"
 
 
 def main():

@@ -4,9 +4,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from launches import Launches, on_fake_gpu
 from oracle import Options, assert_as_exact_as_plain, batch
+from test_gram_triton import Peak
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bstriplet_kernels import bstriplet_loss, explain
+from bstriplet_kernels.cost import Work
 from bstriplet_kernels.paths import PATHS
 from bstriplet_kernels.paths.moments import class_sums
 from bstriplet_kernels.spec import LINEAR, Spec
@@ -16,7 +20,7 @@ from bstriplet_kernels.spec import LINEAR, Spec
 def _classes(request, monkeypatch):
     """Whether the schedule may ask how many classes there are; panels of a few rows."""
     monkeypatch.setattr(class_sums, "_may_count", lambda labels: request.param == "counted")
-    monkeypatch.setattr(class_sums, "_PANEL_NUMBERS", 100)
+    monkeypatch.setattr(class_sums, "PANEL_NUMBERS", {"cpu": 100, "other": 100})
     monkeypatch.setattr(class_sums, "_BLOCK", 8)
 
 
@@ -76,3 +80,36 @@ def test_paths_over_pairs_refuse_it_and_say_what_takes_it(impl):
     x = torch.ones(4, 2, device="cpu" if impl == "native" else "meta")
     refused = PATHS[impl].refuses(x, None, Spec(similarity=LINEAR))
     assert 'impl="gram" takes sums of classes' in refused
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("n", "m", "d"),
+    [
+        (64, None, 128),
+        (4096, None, 128),
+        (1 << 18, None, 128),
+        (1 << 16, None, 512),
+        (4096, 4096, 128),
+    ],
+)
+def test_predicted_launches_and_memory_on_a_gpu(monkeypatch, n, m, d, dtype, reduction):
+    monkeypatch.undo()  # blocks and panels of their own size
+    spec = Spec(similarity=LINEAR, reduction=reduction, wants_gradient=True)
+    with FakeTensorMode(), Launches() as launches, Peak() as peak:
+        x, labels = on_fake_gpu(n, d, dtype)
+        ref, ref_labels = (None, None) if m is None else on_fake_gpu(m, d, dtype)
+        given, inputs = peak.held, (x, ref, labels, ref_labels)
+        loss, rows, kept = PATHS["gram"].forward(*inputs, spec)
+        forward, upstream = launches.launches, torch.empty_like(loss)
+        found = PATHS["gram"].backward(upstream, *inputs, rows, kept.tensors, spec)
+        found = [gradient.to(dtype) for gradient in found if gradient is not None]
+    work = Work(n, m, d, dtype, reduction, device="cuda", similarity="linear")
+    path = PATHS["gram"]
+    if m is None or dtype == torch.float32:  # two sides are cast once more
+        one = path.operations(work._replace(wants_gradient=False), [])
+        assert one.launches == forward
+        assert path.operations(work, []).launches == launches.launches
+    assert path.extra_memory(work, []) == pytest.approx(peak.most - given, rel=0.1)
+    assert len(found) == (1 if m is None else 2)

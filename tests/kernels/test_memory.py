@@ -89,6 +89,7 @@ SCHEDULES = {
     "gram_native": CASES + LARGE,
     "gram_host": CASES + AGAINST_OTHERS + LARGE + LARGE_AGAINST_OTHERS,
     "gram_device": CASES + LARGE[:3],
+    "gram_linear": CASES + AGAINST_OTHERS + LARGE,
     "triton": INTERPRETED,
 }
 

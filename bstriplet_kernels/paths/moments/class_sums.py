@@ -27,7 +27,8 @@ from ...spec import accumulation_dtype
 from .mathematics import class_weights, inverse_norms, through_normalisation
 
 SCHEDULE = "class sums"
-_PANEL_NUMBERS = 1 << 21  # of rows at a time
+PANEL_NUMBERS = {"cpu": 1 << 18, "other": 1 << 23}
+"""Numbers of rows at a time: what a cache holds, and what is worth a GPU's launches."""
 _BLOCK = 128  # rows whose running sums one product forms
 
 
@@ -36,11 +37,11 @@ class ClassSums:
 
     def __init__(self, embeddings: Tensor, scales: Tensor, labels: Tensor) -> None:
         """Of embeddings [n, D] times scales [n], in the dtype of the scales."""
-        n, d = embeddings.shape
+        d = embeddings.shape[1]
         if _may_count(labels):
             self.keys, index, self.counts = labels.unique(return_inverse=True, return_counts=True)
             self.table = embeddings.new_zeros((len(self.keys), d), dtype=torch.float64)
-            for rows in _panels(n, d):
+            for rows in _panels(embeddings):
                 scaled = _scaled(embeddings, scales, rows)
                 self.table.index_add_(0, index[rows], scaled.double())
             self.total = self.table.sum(0)
@@ -91,8 +92,9 @@ def running_sums(x: Tensor) -> Tensor:
     return torch.cat((x.new_zeros(1, d), within.flatten(0, 1)[:n]))
 
 
-def _panels(n: int, d: int) -> Iterator[slice]:
-    step = max(1, _PANEL_NUMBERS // d)
+def _panels(embeddings: Tensor) -> Iterator[slice]:
+    n, d = embeddings.shape
+    step = max(1, PANEL_NUMBERS["cpu" if embeddings.is_cpu else "other"] // d)
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
@@ -118,7 +120,7 @@ def forward(
     sums = ClassSums(columns, column_inverse, column_labels)
     p, q = class_weights(sums.count(labels), len(columns), own)
     positive, negative = torch.empty_like(p), torch.empty_like(p)
-    for rows in _panels(*embeddings.shape):
+    for rows in _panels(embeddings):
         unit, own_sum = _scaled(embeddings, inverse, rows).double(), sums.of(labels[rows])
         itself = torch.linalg.vecdot(unit, unit) if own else 0.0
         positive[rows] = p[rows] * (torch.linalg.vecdot(unit, own_sum) - itself)
@@ -139,7 +141,7 @@ def gradients(
     back = ClassSums(embeddings, inverse * a, labels)
     weight = inverse.double() * a.double() * q
     b = sum(
-        (weight[None, rows] @ embeddings[rows].double() for rows in _panels(n, d)),
+        (weight[None, rows] @ embeddings[rows].double() for rows in _panels(embeddings)),
         start=weight.new_zeros(1, d),
     )[0]
 
@@ -151,7 +153,7 @@ def gradients(
     columns = kept[4:] or [labels, inverse]
     sums = ClassSums(embeddings if ref_emb is None else ref_emb, columns[1], columns[0])
     gradient = embeddings.new_empty((n, d), dtype=inverse.dtype)
-    for rows in _panels(n, d):
+    for rows in _panels(embeddings):
         of_class = sums.of(labels[rows])
         v = (a[rows] * sigma * q[rows])[:, None] * (sums.total - of_class)
         v -= (a[rows] * p[rows])[:, None] * of_class
@@ -162,7 +164,7 @@ def gradients(
         return [gradient]
     column_labels, column_inverse, column_p, column_q = columns
     ref_gradient = ref_emb.new_empty(ref_emb.shape, dtype=inverse.dtype)
-    for rows in _panels(*ref_emb.shape):
+    for rows in _panels(ref_emb):
         v = from_rows(rows, column_labels, column_p, column_q)
         ref_gradient[rows] = _normalised(v, ref_emb, column_inverse, rows)
     return [gradient, ref_gradient]
@@ -173,21 +175,49 @@ def _normalised(v: Tensor, embeddings: Tensor, inverse: Tensor, rows: slice) -> 
     return through_normalisation(v.to(unit.dtype), unit, inverse[rows])
 
 
+_FLOPS_A_SUM, _BYTES_A_SUM = 2 * _BLOCK + 2, 298  # of a number that goes into `running_sums`
+
+
 def operations(work: Work) -> Operations:
-    """Sums, dot products and what is made of them, a few numbers for each of the embeddings'."""
+    """A few numbers for each of the embeddings' on the CPU; elsewhere running sums are products.
+
+    There the columns are added up forward, and columns and rows backward. Launches are counted for
+    two sides of equal size where there is a ref_emb.
+    """
     side = work.vectors * work.d
-    sweeps = 18 if work.wants_gradient else 6
-    launches = (260 if work.wants_gradient else 90) if work.device != "cpu" else 0
-    return Operations(sweeps * side, sweeps * side * 8, launches, SCHEDULE)
+    if work.device == "cpu":
+        each, times = (32, 7) if work.wants_gradient else (10, 3)
+        return Operations(each * side, times * side * work.dtype.itemsize, 0, SCHEDULE)
+    summed = work.columns * work.d
+    if work.wants_gradient:
+        summed += (work.columns + work.n) * work.d
+    flops, moved = _FLOPS_A_SUM * summed, _BYTES_A_SUM * summed
+    levels, rows = 1, work.columns
+    while rows > _BLOCK:
+        levels, rows = levels + 1, -(-rows // _BLOCK)
+    more = -(-work.n * work.d // PANEL_NUMBERS["other"]) - 1
+    launches = 58 + 7 * (levels - 1) + 19 * more + (0 if work.m is None else 17 - 2 * more)
+    by_row = work.reduction == "none"
+    launches += (2 + more) * work.casts - by_row
+    if work.wants_gradient:
+        launches = 126 + 21 * (levels - 1) + 52 * more + (0 if work.m is None else 23 + 4 * more)
+        launches += (6 + 2 * more) * work.casts - 2 * by_row
+    return Operations(flops, moved, launches, SCHEDULE)
 
 
 def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
     """Peak bytes beyond the inputs: float64 sums, on the CPU of classes, else of all rows."""
     number, d = work.accumulated, work.d
-    vectors = work.n * (2 * number + 16) + (0 if work.m is None else work.m * (number + 16))
+    vectors = work.n * (3 * number + 24) + (0 if work.m is None else work.m * (number + 24))
+    numbers = max(work.n, work.columns) * d
     if work.device == "cpu":
-        sums = len(class_sizes) * d * 8 * 2
-        panel = min(work.vectors * d, _PANEL_NUMBERS) * (8 * 4 + number)
-    else:
-        sums, panel = max(work.n, work.columns) * d * 8 * 4, _PANEL_NUMBERS * 8 * 4
-    return vectors + sums + panel + work.gradient_bytes + work.cast_bytes
+        sums = len(class_sizes) * 16 * (d + 1)
+        of_panel = 32 if not work.wants_gradient else 48 if work.m is None else 36
+        panel = min(numbers, PANEL_NUMBERS["cpu"]) * of_panel
+        return vectors + sums + work.gradient_bytes + max(panel, work.cast_bytes)
+    making, held = numbers * 36, numbers * 8  # running sums
+    if not work.wants_gradient:
+        return vectors + max(making, held + min(numbers, PANEL_NUMBERS["other"]) * 32)
+    panel = min(numbers, PANEL_NUMBERS["other"]) * 48
+    walking = 2 * held + work.gradient_bytes + max(panel, work.cast_bytes)
+    return vectors + max(making + held, walking)
