@@ -486,6 +486,12 @@ def test_panels_are_taken_where_d_is_large():
         assert counted(4096, None, 2048, dtype, wants_gradient=False).flops <= 0.52 * of_s
 
 
+def test_panels_have_no_more_columns_than_32_bits_number():
+    assert cost.by_panels(64, 1 << 24, 256, torch.bfloat16)
+    for n, m in ((64, (1 << 24) + 1), (17_000_000, 64)):
+        assert not cost.by_panels(n, m, 256, torch.bfloat16)
+
+
 def test_cost_counts_what_is_launched():
     small = counted(36, None, 64)
     parts = 2 * 64 * 64 * 4 * 2

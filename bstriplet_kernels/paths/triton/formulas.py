@@ -16,7 +16,7 @@ def operand(x):
 
 
 @triton.jit
-def load_block(matrix, i, k, n, d, stride_n, stride_d=1):
+def load_block(matrix, i, k, n, d, stride_n, stride_d):
     """matrix[i, k] as a [len(i), len(k)] block, 0 beyond its n rows and d columns."""
     address = matrix + i[:, None].to(tl.int64) * stride_n + k[None, :].to(tl.int64) * stride_d
     return tl.load(address, mask=(i < n)[:, None] & (k < d)[None, :], other=0.0)
