@@ -27,7 +27,7 @@ from bstriplet_kernels import available_impls, bstriplet_loss
 from bstriplet_kernels.checks import make_spec
 from bstriplet_kernels.paths import PATHS
 from bstriplet_kernels.paths.moments import on_gpu
-from bstriplet_kernels.paths.triton import cost as triton_cost
+from bstriplet_kernels.paths.triton import pairs_cost
 from bstriplet_kernels.spec import SIMILARITIES, Spec
 
 from .cases import DTYPES
@@ -158,7 +158,7 @@ def is_exact(subject: Subject) -> str:
             plain = evaluate("reference", *given, **options)
             rows = 1 if reduction == "mean" else n
             scales = [rows, *(rows / len(t) / t.norm(dim=1) for t in wide if t is not None)]
-            way = triton_cost.PANELS if (n, d) in (WIDE, QUICK_WIDE) else ""
+            way = pairs_cost.PANELS if (n, d) in (WIDE, QUICK_WIDE) else ""
             for is_poisoned in (False, True):
                 with _new_memory_poisoned(is_poisoned), forced(way):
                     got = evaluate(impl, x, labels, ref, **options)

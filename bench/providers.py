@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bstriplet_kernels import available_impls, bstriplet_loss
-from bstriplet_kernels.paths.triton import cost as triton_cost
+from bstriplet_kernels.paths.triton import pairs_cost
 from bstriplet_kernels.reference import naive_loss
 
 from . import floors
@@ -188,8 +188,7 @@ def _schedules() -> tuple[Provider, ...]:
     if "triton" not in available_impls():
         return ()
     return tuple(
-        Provider(n, SCHEDULE, partial(_scheduled, n))
-        for n in (triton_cost.TILES, triton_cost.PANELS)
+        Provider(n, SCHEDULE, partial(_scheduled, n)) for n in (pairs_cost.TILES, pairs_cost.PANELS)
     )
 
 
@@ -206,13 +205,13 @@ def _scheduled(name: str, problem: Problem) -> Step:
 @contextmanager
 def forced(name: str) -> Iterator[None]:
     """While entered, impl="triton" runs and counts this schedule; other names change nothing."""
-    chosen = triton_cost.by_panels
-    if name in (triton_cost.TILES, triton_cost.PANELS):
-        triton_cost.by_panels = lambda *shape: name == triton_cost.PANELS
+    chosen = pairs_cost.by_panels
+    if name in (pairs_cost.TILES, pairs_cost.PANELS):
+        pairs_cost.by_panels = lambda *shape: name == pairs_cost.PANELS
     try:
         yield
     finally:
-        triton_cost.by_panels = chosen
+        pairs_cost.by_panels = chosen
 
 
 def _on_half(problem: Problem) -> Step:

@@ -30,7 +30,7 @@ from bench.measure import Job
 from bench.suites import DEFAULT, suites
 from bench.worker import Lost
 from bstriplet_kernels.paths import PATHS
-from bstriplet_kernels.paths.triton import cost as triton_cost
+from bstriplet_kernels.paths.triton import pairs_cost
 
 PROCESS_S = 8.0  # Python, torch, the CUDA context, cuBLAS
 COMPILE_S = 25.0  # torch.compile of a loss and its gradient, nothing cached
@@ -93,7 +93,7 @@ def assumed(name, case) -> Call:
 
 def _path_of(name, case) -> str:
     """The path that a provider of ours takes; the name itself of the others."""
-    if name in (triton_cost.TILES, triton_cost.PANELS):
+    if name in (pairs_cost.TILES, pairs_cost.PANELS):
         return "triton"
     if name in ("auto", providers.HALF):
         return "triton" if case.n <= 3 * case.d else "gram"
@@ -234,7 +234,7 @@ def install(monkeypatch) -> SimulatedGPU:
     make = known["auto"].make
     for name in (*PATHS, "auto"):
         known[name] = providers.Provider(name, providers.OURS, make)
-    for name in (triton_cost.TILES, triton_cost.PANELS):
+    for name in (pairs_cost.TILES, pairs_cost.PANELS):
         known[name] = providers.Provider(name, providers.SCHEDULE, make)
     losses = {name: _faked(gpu, provider) for name, provider in known.items()}
     steps = {name: _faked(gpu, p) for name, p in measure.steps.providers().items()}

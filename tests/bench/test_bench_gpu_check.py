@@ -8,7 +8,7 @@ import torch
 
 from bench import gpu_check
 from bench.gpu_check import Subject
-from bstriplet_kernels.paths.triton import cost
+from bstriplet_kernels.paths.triton import pairs_cost
 
 FLOAT32 = (torch.float32,)
 
@@ -112,9 +112,9 @@ def test_a_check_that_is_stopped_between_its_cases_says_so(monkeypatch, capsys):
 
 def test_the_wide_shapes_alone_go_through_panels():
     n, d = gpu_check.WIDE
-    assert cost.by_panels(n, None, d, torch.float32)
+    assert pairs_cost.by_panels(n, None, d, torch.float32)
     assert not any(
-        cost.by_panels(n, None, d, torch.float32)
+        pairs_cost.by_panels(n, None, d, torch.float32)
         for n, d in (*gpu_check.SHAPES, *gpu_check.QUICK_SHAPES)
     )
 
@@ -127,7 +127,7 @@ def test_the_small_wide_shape_is_forced_through_panels(monkeypatch):
     # similarities that moments take, reductions, with and without ref_emb, poisoned or not
     assert len(ways) == 16 * len(shapes)
     assert set(ways[:-16]) == {""}
-    assert set(ways[-16:]) == {cost.PANELS}
+    assert set(ways[-16:]) == {pairs_cost.PANELS}
 
 
 def test_a_path_that_takes_nothing_has_not_passed(monkeypatch):

@@ -15,8 +15,7 @@ from bstriplet_kernels import plan
 from bstriplet_kernels.cost import Constants, Operations
 from bstriplet_kernels.paths import PATHS
 from bstriplet_kernels.paths.moments import on_gpu
-from bstriplet_kernels.paths.triton import cost as triton_cost
-from bstriplet_kernels.paths.triton import small
+from bstriplet_kernels.paths.triton import pairs_cost, small
 
 MOST = 1.3
 """The time of a choice over that of the fastest path, at most, at any point of the grid."""
@@ -24,8 +23,8 @@ MOST = 1.3
 TRUE = {
     "native": Constants(3e-5, 5e-13, 1e-12, 5e-6),
     small.SCHEDULE: Constants(3e-5, 1e-12, 1e-12, 7e-6),
-    triton_cost.TILES: Constants(6e-5, 2e-15, 3e-13, 5e-6, half=4e-15),
-    triton_cost.PANELS: Constants(6e-5, 2.2e-15, 3e-13, 5e-6, half=2e-15),
+    pairs_cost.TILES: Constants(6e-5, 2e-15, 3e-13, 5e-6, half=4e-15),
+    pairs_cost.PANELS: Constants(6e-5, 2.2e-15, 3e-13, 5e-6, half=2e-15),
     "gram": Constants(1e-4, 2.5e-14, 3e-13, 5e-6, half=2.4e-14),
     on_gpu.SCHEDULE: Constants(1e-4, 6e-15, 3e-13, 5e-6, half=5e-15),
     "reference": Constants(5e-5, 2.2e-14, 4e-13, 5e-6, half=2.1e-14),
@@ -39,7 +38,7 @@ def gpu_rows(noise, seed=0):
     for case in suites("cuda")["crossover"].cases:
         work = plan.Work(case.n, None, case.d, DTYPES[case.dtype], device="cuda")
         names = ["gram"] + ["reference"] * (case.n <= 2048)
-        names += ["native", "triton"] if case.n <= 64 else [triton_cost.TILES, triton_cost.PANELS]
+        names += ["native", "triton"] if case.n <= 64 else [pairs_cost.TILES, pairs_cost.PANELS]
         for name in names:
             path = name.split()[0]
             with providers.forced(name):
@@ -67,11 +66,11 @@ def fitted(tmp_path, monkeypatch):
     assert calibrate.main([str(tmp_path / "cuda-made-up")]) == 0
     scope = {"__package__": "bstriplet_kernels"}
     exec((tmp_path / "calibration.py").read_text(), scope)
-    for module in (plan, triton_cost):
+    for module in (plan, pairs_cost):
         monkeypatch.setattr(module, "CONSTANTS", scope["CONSTANTS"])
-    triton_cost._compare.cache_clear()
+    pairs_cost._compare.cache_clear()
     yield scope["CONSTANTS"]["cuda"]
-    triton_cost._compare.cache_clear()
+    pairs_cost._compare.cache_clear()
 
 
 def test_a_gpus_constants_are_found_again(fitted):
@@ -81,7 +80,7 @@ def test_a_gpus_constants_are_found_again(fitted):
         counted = Operations(row.flops, row.bytes, row.launches)
         predicted = fitted[row.path].seconds(counted, DTYPES[row.dtype])
         assert predicted == pytest.approx(1e-3 * row.ms, rel=0.1)
-    for name in (triton_cost.TILES, triton_cost.PANELS, on_gpu.SCHEDULE):
+    for name in (pairs_cost.TILES, pairs_cost.PANELS, on_gpu.SCHEDULE):
         assert fitted[name].flop == pytest.approx(TRUE[name].flop, rel=0.15)
         assert fitted[name].half == pytest.approx(TRUE[name].half, rel=0.15)
 
@@ -114,7 +113,7 @@ def test_the_plan_follows_the_constants_of_a_gpu(fitted):
         takers = ("reference", "triton", "gram", *(["native"] if n <= 64 else []))
         path = plan.fastest(takers, work)
         chosen.add(PATHS[path].operations(work, [n]).schedule or path)
-    schedules = triton_cost.TILES, triton_cost.PANELS, on_gpu.SCHEDULE
+    schedules = pairs_cost.TILES, pairs_cost.PANELS, on_gpu.SCHEDULE
     assert chosen == {"native", "gram", *schedules}
 
 
@@ -167,15 +166,15 @@ def test_committed_constants_are_those_of_committed_rows():
 def test_a_schedule_is_forced_where_it_runs_and_where_it_is_counted(monkeypatch):
     case = Case(256, 64, 4, device="cuda")
     problem = Problem(case, torch.empty(0), torch.arange(256) % 4, 0.9)
-    chosen = triton_cost.by_panels
+    chosen = pairs_cost.by_panels
     monkeypatch.setattr(
-        providers, "_ours", lambda impl, of: lambda *_: (impl, triton_cost.by_panels())
+        providers, "_ours", lambda impl, of: lambda *_: (impl, pairs_cost.by_panels())
     )
-    for name, by_panels in ((triton_cost.TILES, False), (triton_cost.PANELS, True)):
+    for name, by_panels in ((pairs_cost.TILES, False), (pairs_cost.PANELS, True)):
         assert providers._scheduled(name, problem)(None, None) == ("triton", by_panels)
-        assert triton_cost.by_panels is chosen
+        assert pairs_cost.by_panels is chosen
         provider = providers.Provider(name, providers.SCHEDULE, partial(providers._scheduled, name))
         found = measure._counted(provider, measure._path(provider, problem), problem)
         assert found["path"] == name
         assert found["launches"] > 0
-        assert triton_cost.by_panels is chosen
+        assert pairs_cost.by_panels is chosen

@@ -14,7 +14,7 @@ from bstriplet_kernels import available_impls, bstriplet_loss, explain, plan
 from bstriplet_kernels.cost import Constants, Operations
 from bstriplet_kernels.paths import PATHS, gpu, native
 from bstriplet_kernels.paths.moments import on_gpu
-from bstriplet_kernels.paths.triton import cost as triton_cost
+from bstriplet_kernels.paths.triton import pairs_cost
 from bstriplet_kernels.spec import SIGNED_SQUARE, Spec
 
 
@@ -226,25 +226,25 @@ def test_schedules_of_one_path_are_predicted_apart(monkeypatch):
     """Tiles and panels of impl="triton"; measured speeds choose between them."""
     tiles, panels = Constants(1e-5, 1e-13, 0), Constants(2e-4, 1e-14, 0)
     measured = {
-        "cuda": {triton_cost.TILES: tiles, triton_cost.PANELS: panels, "gram": Constants(1, 0, 0)}
+        "cuda": {pairs_cost.TILES: tiles, pairs_cost.PANELS: panels, "gram": Constants(1, 0, 0)}
     }
     monkeypatch.setattr(plan, "CONSTANTS", measured)
-    monkeypatch.setattr(triton_cost, "CONSTANTS", measured)
-    triton_cost._compare.cache_clear()
+    monkeypatch.setattr(pairs_cost, "CONSTANTS", measured)
+    pairs_cost._compare.cache_clear()
     for n, d, constants, schedule in (
-        (128, 128, tiles, triton_cost.TILES), (8192, 128, panels, triton_cost.PANELS),
+        (128, 128, tiles, pairs_cost.TILES), (8192, 128, panels, pairs_cost.PANELS),
     ):  # fmt: skip
         work = plan.Work(n, None, d, torch.float32, device="cuda")
         counted = PATHS["triton"].operations(work, [n])
         assert counted.schedule == schedule
         seconds = plan._predicted(("triton",), work, [n])
         assert seconds == {"triton": constants.seconds(counted, torch.float32)}
-    assert triton_cost._speeds(torch.float32, True) == (tiles, panels)
+    assert pairs_cost._speeds(torch.float32, True) == (tiles, panels)
     for dtype, exact in ((torch.float32, False), (torch.float64, True), (torch.bfloat16, True)):
         assert (
-            triton_cost._speeds(dtype, exact)[0].launch == triton_cost._LAUNCH_SECONDS
+            pairs_cost._speeds(dtype, exact)[0].launch == pairs_cost._LAUNCH_SECONDS
         )  # as assumed
-    triton_cost._compare.cache_clear()
+    pairs_cost._compare.cache_clear()
 
 
 def launches(impl, n, m, d, dtype, gradient):

@@ -17,7 +17,7 @@ from ..._torch import in_memory
 from ...cost import Operations, Work
 from ...spec import Kept, Path, Rows, Spec, accumulation_dtype, refuses_linear
 from .. import gpu
-from . import cost, pairs, small
+from . import pairs, pairs_cost, small
 
 
 def forward(
@@ -69,7 +69,7 @@ def _sizes(embeddings: Tensor, ref_emb: Tensor | None) -> tuple[int, int | None,
 
 
 def _by_panels(embeddings: Tensor, ref_emb: Tensor | None) -> bool:
-    return cost.by_panels(*_sizes(embeddings, ref_emb), _one_dtype(embeddings, ref_emb))
+    return pairs_cost.by_panels(*_sizes(embeddings, ref_emb), _one_dtype(embeddings, ref_emb))
 
 
 def _is_small(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> bool:
@@ -97,7 +97,7 @@ def refuses(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str | Non
 def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
     """Counted as launched on an H100, whole blocks and recomputed tiles included."""
     is_small = small.takes(work.n, work.m, work.reduction)
-    found = small.operations(work) if is_small else cost.operations(work)
+    found = small.operations(work) if is_small else pairs_cost.operations(work)
     return found._replace(launches=0) if work.device == "cpu" else found
 
 
@@ -106,7 +106,7 @@ def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
     device = gpu.of_type(work.device)
     if small.takes(work.n, work.m, work.reduction):
         return small.extra_memory(work, device is None or gpu.is_hopper(device))
-    return cost.extra_memory(work, device)
+    return pairs_cost.extra_memory(work, device)
 
 
 PATH = Path(forward, backward, operations, extra_memory, gpu.missing, refuses)
