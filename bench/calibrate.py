@@ -110,7 +110,7 @@ def fit_paths(rows: Sequence[Row]) -> dict[str, Fit]:
         if len(own) >= _FEWEST_ROWS:
             found[path] = fit(own + half if len(half) >= _FEWEST_ROWS else own)
         else:
-            print(f"{path}: {len(own)} rows in float32, too few: never taken by auto there")
+            print(f"{path}: {len(own)} rows in float32, too few: assumed to be slow there")
     return found
 
 

@@ -28,7 +28,7 @@ from bstriplet_kernels.checks import make_spec
 from bstriplet_kernels.paths import PATHS
 from bstriplet_kernels.paths.moments import on_gpu
 from bstriplet_kernels.paths.triton import pairs_cost
-from bstriplet_kernels.spec import SIMILARITIES, Spec
+from bstriplet_kernels.spec import SIMILARITIES, Spec, work_of
 
 from .cases import DTYPES
 from .providers import forced
@@ -311,10 +311,10 @@ def moments_do_not_drift(subject: Subject) -> str:
     labels = torch.zeros(n, dtype=torch.int64, device=subject.device)
     if subject.impl != "gram":
         return "no moments there"
-    if not on_gpu.takes(x, None):
+    if not on_gpu.takes(work_of(x, None, Spec()), x.device):
         raise AssertionError("this input is not for the kernels of moments")
-    state = on_gpu.forward(x, labels, Spec())[2]
-    high, low, scale = (part[0].double() for part in state[7:10])
+    kept = on_gpu.KeptMoments.of(on_gpu.forward(x, None, labels, None, Spec())[2])
+    high, low, scale = (part[0].double() for part in kept.own)
     moment = (high + low) * scale[:, None] * float(moment_kernels().UNIT.value)
     unit = torch.nn.functional.normalize(x.double(), dim=1)
     truth = unit.T @ unit

@@ -338,7 +338,7 @@ def _path(provider: Provider, problem: Problem) -> str:
 def _counted(provider: Provider, path: str, problem: Problem) -> dict[str, Any]:
     """The path's own counts, and the schedule that they are of."""
     with forced(provider.name):
-        found = PATHS[path].operations(_work(problem.case), problem.labels.bincount().tolist())
+        found = PATHS[path].cost(_work(problem.case), problem.labels.bincount().tolist())
     return {
         "path": found.schedule or path,
         "flops": found.flops,

@@ -101,7 +101,7 @@ def planned_choices(rows: Iterable[Row], kind: str) -> list[tuple[float, Row]]:
         work = plan.Work(first.n, None, first.d, DTYPES[first.dtype], device=kind)
         path = plan.fastest(takers, work)
         sizes = [first.n // first.c] * first.c
-        chosen = PATHS[path].operations(work, sizes).schedule or path
+        chosen = PATHS[path].cost(work, sizes).schedule or path
         ratios.append((times.get(chosen, math.inf) / min(times.values()), first))
     return ratios
 

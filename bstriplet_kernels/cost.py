@@ -59,17 +59,20 @@ class Work(NamedTuple):
         return self.embedding_bytes if self.wants_gradient and self.casts else 0
 
 
-class Operations(NamedTuple):
-    """What a path's schedule does, forward and, where a gradient is wanted, backward.
+class Cost(NamedTuple):
+    """What a schedule of a path does, forward and, where a gradient is wanted, backward.
 
-    flops: of its products and sweeps. bytes: that must cross memory. launches: kernels that a GPU
-    is told to run; 0 on the CPU. schedule: which one it is, where a path has several on one device
-    whose speeds are measured apart.
+    flops: of its products and sweeps, as it computes them. bytes: that must cross memory.
+    launches: kernels that a GPU is told to run; 0 on the CPU. extra_memory: peak bytes beyond the
+    inputs. It includes the gradient and the buffers of the C++ operators, not those inside BLAS.
+    schedule: which one it is, where a path has several on one device whose speeds are measured
+    apart.
     """
 
     flops: int
     bytes: int
     launches: int
+    extra_memory: int
     schedule: str = ""
 
 
@@ -85,29 +88,10 @@ class Constants(NamedTuple):
     launch: float = 0.0
     half: float | None = None
 
-    def seconds(self, operations: Operations, dtype: torch.dtype) -> float:
-        """The predicted time of these operations on embeddings of this dtype."""
+    def seconds(self, cost: Cost, dtype: torch.dtype) -> float:
+        """The predicted time of what costs so much, on embeddings of this dtype."""
         flop = self.half if self.half is not None and dtype.itemsize < 4 else self.flop
-        return (
-            self.call
-            + flop * operations.flops
-            + self.byte * operations.bytes
-            + self.launch * operations.launches
-        )
-
-
-class Cost(NamedTuple):
-    """What a path does, forward and, where a gradient is wanted, backward.
-
-    flops: of its products and sweeps, as it computes them. bytes: that must cross memory.
-    extra_memory: peak bytes beyond the inputs. Includes the gradient and the buffers of the C++
-    operators, not those inside BLAS. launches: kernels that a GPU is told to run; 0 on the CPU.
-    """
-
-    flops: int
-    bytes: int
-    extra_memory: int
-    launches: int
+        return self.call + flop * cost.flops + self.byte * cost.bytes + self.launch * cost.launches
 
 
 def round_up(n: int, multiple: int) -> int:

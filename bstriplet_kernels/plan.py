@@ -2,8 +2,8 @@
 
 The time of a path is predicted as call + flop * FLOPs + byte * bytes + launch * launches, with the
 path's own counts and with constants measured on each kind of device (`calibration.py`);
-`impl="auto"` takes the path of the least predicted time among those that can run. On a kind of
-device that has not been measured it goes by a rule, `_by_rule`.
+`impl="auto"` takes the path of the least predicted time among those that can run. A schedule that
+has not been measured on a kind of device is assumed to be slow there.
 """
 
 from __future__ import annotations
@@ -24,19 +24,16 @@ from .checks import (
     check_spec,
     refuse_input,
 )
-from .cost import Cost, Work
+from .cost import Constants, Cost, Work
 from .paths import PATHS, gpu
-from .spec import LINEAR, Spec
+from .spec import Spec, work_of
 
-_MOMENTS_FROM = {"native": 1 << 14, "triton": 1 << 14, "reference": 1 << 12}
-"""Where nothing is measured: the paths of pairs, the first that can run before the others, and how
-many columns N must have at least for second moments to be taken instead."""
-_MOMENTS_FROM_D, _MOMENTS_FROM_D_IN_HALF = 4, 16
-"""How many times D it must be too: moments take 10-15 N D^2 multiply-adds, pairs 2-3 N^2 D. Triton
-multiplies half-precision pairs as they are, several times as fast as moments in float32."""
-_MOST_PAIRS = 1 << 28
-"""N x M from which the reference is left to inputs that nothing else takes: its matrices, eight of
-them, take 8 GiB here."""
+_ASSUMED = {"cpu": Constants(1e-3, 1e-10, 5e-10), "other": Constants(2e-3, 1e-13, 1e-12, 2e-5)}
+"""Of a schedule that was not measured: 10 GFLOP/s and 2 GB/s on a CPU; elsewhere 10 TFLOP/s, 1 TB/s
+and 20 us a launch."""
+_MUCH_MEMORY, _MUCH_OF_EMBEDDINGS = 1 << 33, 8
+"""Bytes, and times the embeddings: a path that takes more than both gives way to one that takes
+less, whatever their times are."""
 _ASSUMED_CLASSES = 3
 """`choose` does not ask the device how many classes there are; the paper has two or three."""
 
@@ -82,17 +79,10 @@ class Plan:
 def eq8_flops(n: int, d: int, c: int) -> int:
     """Eq. 8 as printed: the FLOPs of the loss for N_b = n, l = d and c classes.
 
-    Its l^2 + l - 1 operations for one entry of S are 2 l - 1; `path_cost("reference", ...)` counts
-    what is done.
+    Its l^2 + l - 1 operations for one entry of S are 2 l - 1; the cost of the path "reference"
+    counts what is done.
     """
     return (d * d + c * c + d + c + 3) * n * n + (2 * d + 5) * n
-
-
-def path_cost(path: str, work: Work, class_sizes: Sequence[int]) -> Cost:
-    """What the path of that name counts for this work; class_sizes: members among the columns."""
-    counted = PATHS[path].operations(work, class_sizes)
-    extra_memory = PATHS[path].extra_memory(work, class_sizes)
-    return Cost(counted.flops, counted.bytes, extra_memory, counted.launches)
 
 
 REMEMBERED = 4096
@@ -156,7 +146,7 @@ def _form(given: Tensor | None) -> object:
 
 def choose(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str:
     """The path of `impl="auto"`, by shapes, dtypes and kind of device; it never waits for one."""
-    return fastest(_takers(embeddings, ref_emb, spec), _work(embeddings, ref_emb, spec))
+    return fastest(_takers(embeddings, ref_emb, spec), work_of(embeddings, ref_emb, spec))
 
 
 def explain_plan(
@@ -171,7 +161,7 @@ def explain_plan(
     if counted.is_meta or dispatches_itself(counted):
         raise ValueError("explain counts classes, and these labels have no values: pass plain ones")
     sizes = counted.to(torch.int64).unique(return_counts=True)[1].tolist()
-    work, takers = _work(embeddings, ref_emb, spec), _takers(embeddings, ref_emb, spec)
+    work, takers = work_of(embeddings, ref_emb, spec), _takers(embeddings, ref_emb, spec)
     return _explained(work, takers, sizes)
 
 
@@ -191,31 +181,23 @@ def explain_shape(
     with contextlib.nullcontext() if is_here else gpu.imagined(), fake_tensors():
         embeddings = torch.empty(shape, dtype=dtype, device=device.type)
         ref_emb = None if ref_rows is None else embeddings.new_empty(ref_rows, shape[1])
-        work, takers = _work(embeddings, ref_emb, spec), _takers(embeddings, ref_emb, spec)
+        work, takers = work_of(embeddings, ref_emb, spec), _takers(embeddings, ref_emb, spec)
         return _explained(work, takers, class_sizes)
 
 
 def _explained(work: Work, takers: Sequence[str], sizes: Sequence[int]) -> Plan:
-    path, predicted = fastest(takers, work), _predicted(takers, work, sizes)
-    return Plan(
-        path=path,
-        reason=_reason(path, takers, work, predicted),
-        work=work,
-        n_classes=len(sizes),
-        cost=path_cost(path, work, sizes),
-        eq8_flops=eq8_flops(work.n, work.d, len(sizes)),
-        predicted=predicted,
-    )
-
-
-def _work(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> Work:
-    n, d = embeddings.shape
-    m = None if ref_emb is None else ref_emb.shape[0]
-    dtype, device = embeddings.dtype, embeddings.device.type
-    if ref_emb is not None:
-        dtype = torch.promote_types(dtype, ref_emb.dtype)
-    what = spec.reduction, spec.wants_gradient, device, spec.similarity.name
-    return Work(n, m, d, dtype, *what)
+    path, costs = fastest(takers, work), _contenders(takers, work, sizes)
+    predicted = {name: _seconds(name, cost, work) for name, cost in costs.items()}
+    cost = costs.get(path) or PATHS[path].cost(work, sizes)
+    reason = "least predicted time"
+    if len(takers) == 1:
+        reason = "the only path that takes this input here"
+    elif path not in predicted or predicted[path] > min(predicted.values()):
+        reason += f" for {_ASSUMED_CLASSES} classes, which a choice by shapes alone assumes"
+    if len(takers) > 1 and _measured(path, cost, work) is None:
+        reason += f"; its speed is assumed, {work.device} is not calibrated for it"
+    eq8 = eq8_flops(work.n, work.d, len(sizes))
+    return Plan(path, reason, work, len(sizes), cost, eq8, predicted)
 
 
 def _takers(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> tuple[str, ...]:
@@ -229,67 +211,25 @@ def _takers(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> tuple[str
 
 
 def fastest(takers: Sequence[str], work: Work) -> str:
-    """Which of these paths is taken: by predicted time, where any of them has been measured.
-
-    Of similarity="linear" it is the one that does not grow with N^2, whatever N is.
-    """
-    if work.similarity == LINEAR.name:
-        return "gram"
+    """Which of these paths is taken: the one of the least predicted time."""
     sizes = [max(1, work.columns // _ASSUMED_CLASSES)] * _ASSUMED_CLASSES
-    seconds = _predicted(takers, work, sizes)
-    if seconds:
-        return min(seconds, key=lambda path: seconds[path])
-    return _by_rule(takers, work)[0]
+    costs = _contenders(takers, work, sizes)
+    return min(costs, key=lambda name: _seconds(name, costs[name], work))
 
 
-def _by_rule(takers: Sequence[str], work: Work) -> tuple[str, str]:
-    """The path where nothing is measured, and why, in words.
-
-    Up to 64 rows the native kernel, else Triton's, needs one launch. Above that Triton multiplies
-    pairs on tensor cores in a few launches, where second moments take more of them, some hundred
-    without Triton: these pay where N is large, and large against D. Where neither kernel runs the
-    reference's N x M matrices cross memory thirty times, so that moments pay much sooner.
-    """
-    takers = _contenders(takers, work)
-    pairs = next((path for path in _MOMENTS_FROM if path in takers), None)
-    if pairs is None:
-        return "gram", "too many pairs for N x M matrices"
-    if "gram" not in takers:
-        return pairs, "no second moments of this input"
-    in_half = work.casts and pairs == "triton"
-    of_d = _MOMENTS_FROM_D_IN_HALF if in_half else _MOMENTS_FROM_D
-    first = max(_MOMENTS_FROM[pairs], of_d * work.d)
-    if work.columns < first:
-        return pairs, f"pairs below N = {first:,}"
-    return "gram", f"second moments from N = {first:,} on"
+def _contenders(takers: Sequence[str], work: Work, class_sizes: Sequence[int]) -> dict[str, Cost]:
+    """The paths that may be taken, with what they cost: without those of too much memory."""
+    costs = {name: PATHS[name].cost(work, class_sizes) for name in takers}
+    much = max(_MUCH_MEMORY, _MUCH_OF_EMBEDDINGS * work.embedding_bytes)
+    least = min(cost.extra_memory for cost in costs.values())
+    return {name: cost for name, cost in costs.items() if cost.extra_memory <= max(much, least)}
 
 
-def _contenders(takers: Sequence[str], work: Work) -> Sequence[str]:
-    """Without the reference where its matrices are too large and another path is there."""
-    if work.n * work.columns < _MOST_PAIRS or len(takers) == 1:
-        return takers
-    return [path for path in takers if path != "reference"]
+def _measured(path: str, cost: Cost, work: Work) -> Constants | None:
+    """The speed of that path's schedule on this kind of device, if it is known."""
+    return CONSTANTS.get(work.device, {}).get(cost.schedule or path)
 
 
-def _reason(path: str, takers: Sequence[str], work: Work, predicted: dict[str, float]) -> str:
-    if len(takers) == 1:
-        return "the only path that takes this input here"
-    if work.similarity == LINEAR.name:
-        return "sums of classes take time linear in N"
-    if not predicted:
-        return f"by rule, {work.device} is not calibrated: {_by_rule(takers, work)[1]}"
-    reason = "least predicted time"
-    if predicted[path] > min(predicted.values()):
-        reason += f" for {_ASSUMED_CLASSES} classes, which a choice by shapes alone assumes"
-    return reason
-
-
-def _predicted(takers: Sequence[str], work: Work, class_sizes: Sequence[int]) -> dict[str, float]:
-    """Seconds of each contender that has been measured on this kind of device."""
-    measured, seconds = CONSTANTS.get(work.device, {}), {}
-    for path in _contenders(takers, work):
-        counted = PATHS[path].operations(work, class_sizes)
-        constants = measured.get(counted.schedule or path)
-        if constants is not None:
-            seconds[path] = constants.seconds(counted, work.dtype)
-    return seconds
+def _seconds(path: str, cost: Cost, work: Work) -> float:
+    assumed = _ASSUMED["cpu" if work.device == "cpu" else "other"]
+    return (_measured(path, cost, work) or assumed).seconds(cost, work.dtype)

@@ -14,12 +14,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cost import Operations, Work
-from .spec import Kept, Path, Rows, Spec, accumulation_dtype, reduce_losses, row_gradient
+from .cost import Cost, Work
+from .spec import (
+    Kept,
+    Path,
+    Rows,
+    Spec,
+    accumulation_dtype,
+    denormalise_gradient,
+    reduce_losses,
+    row_gradient,
+)
 
 
 def normalise(embeddings: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """f_i / |f_i| ([N, D]) and 1 / |f_i| ([N, 1]) in the embeddings' own dtype.
+    """f_i / |f_i| ([N, D]) and 1 / |f_i| ([N]) in the embeddings' own dtype.
 
     A row of norm <= eps gives zeros and 0. Where |f_i|^2 overflows the dtype both are NaN, since
     scaling by 1 / inf would turn an overflow into a wrong finite similarity.
@@ -29,7 +38,7 @@ def normalise(embeddings: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     inverse = torch.where(is_zero, torch.ones_like(squared), squared).rsqrt()
     inverse = torch.where(is_zero, torch.zeros_like(squared), inverse)
     inverse = torch.where(squared == torch.inf, torch.full_like(squared, torch.nan), inverse)
-    return embeddings * inverse, inverse
+    return embeddings * inverse, inverse.squeeze(1)
 
 
 def pair_weights(labels: Tensor, ref_labels: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -76,13 +85,8 @@ def similarity_gradient(similarity: Tensor, weights: Tensor, a: Tensor, spec: Sp
     return a[:, None] * (spec.sigma * share[1] - share[0]) * slope
 
 
-def denormalise_gradient(v: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
-    """dL/df_i = (v_i - (v_i . f^_i) f^_i) / n_i from v = dL/df^: the normalisation's backward."""
-    return (v - (v * unit).sum(dim=1, keepdim=True) * unit) * inverse
-
-
 class Units(NamedTuple):
-    """Normalised rows [N, D] and columns [M, D] with 1 / norm, [N, 1] and [M, 1]."""
+    """Normalised rows [N, D] and columns [M, D] with 1 / norm, [N] and [M]."""
 
     rows: Tensor
     row_inverse: Tensor
@@ -203,7 +207,7 @@ def _backward(
     return gradient(grad_loss, embeddings, ref_emb, labels, ref_labels, spec)
 
 
-def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
+def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
     """Dense matrices in plain torch; the backward computes S anew.
 
     Each sweep over N x M numbers is an operator of its own, and so is each launch on a GPU.
@@ -216,15 +220,16 @@ def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
     if work.wants_gradient:
         products, sweeps = (3 if own else 4), 30
         launches += (48 if own else 62) + 2 * casts
-    return Operations(
-        products * 2 * pairs * work.d + sweeps * pairs,
-        sweeps * pairs * work.accumulated + (3 if work.wants_gradient else 1) * side,
-        0 if work.device == "cpu" else launches,
+    return Cost(
+        flops=products * 2 * pairs * work.d + sweeps * pairs,
+        bytes=sweeps * pairs * work.accumulated + (3 if work.wants_gradient else 1) * side,
+        launches=0 if work.device == "cpu" else launches,
+        extra_memory=_extra_memory(work),
     )
 
 
-def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
-    """Peak bytes beyond the inputs: N x M matrices, unit rows and columns, O(N).
+def _extra_memory(work: Work) -> int:
+    """N x M matrices, unit rows and columns, O(N).
 
     The forward ends with S, phi(S), two masks and phi(S) under each. The backward has S, two masks,
     the slope, two shares and the two terms of dL/dS; or, where D is large, S, the masks and dL/dS
@@ -242,5 +247,5 @@ def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
     return units + max(forming, ending) + 6 * vectors
 
 
-PATH = Path(_forward, _backward, operations, extra_memory, keeps=False)
+PATH = Path(_forward, _backward, cost, keeps=False)
 """impl="reference"."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cost import Operations, Work
+from .cost import Cost, Work
 
 
 class Similarity(NamedTuple):
@@ -93,9 +93,8 @@ class Path(NamedTuple):
     backward(grad_loss, embeddings, ref_emb, labels, ref_labels, rows, kept.tensors, spec) ->
     (gradient of the embeddings, gradient of ref_emb or None), both in the accumulation dtype: the
     upstream number, such as a loss scale, must be multiplied in before half precision underflows.
-    operations(work, class_sizes) -> FLOPs, bytes and launches of the schedule that will run.
-    extra_memory(work, class_sizes) -> its peak bytes beyond the inputs, the gradient included.
-    class_sizes: members of each class among the columns.
+    cost(work, class_sizes) -> what the schedule that will run does; class_sizes: members of each
+    class among the columns.
     missing() -> what is not installed that the path needs and how to get it, or None.
     refuses(embeddings, ref_emb, spec) -> why the path cannot take this input, or None; it looks at
     shapes, dtypes and devices alone.
@@ -105,12 +104,29 @@ class Path(NamedTuple):
 
     forward: Callable[..., tuple[Tensor, Rows | None, Kept]]
     backward: Callable[..., tuple[Tensor, Tensor | None]]
-    operations: Callable[[Work, Sequence[int]], Operations]
-    extra_memory: Callable[[Work, Sequence[int]], int]
+    cost: Callable[[Work, Sequence[int]], Cost]
     missing: Callable[[], str | None] = _nothing_missing
     refuses: Callable[[Tensor, Tensor | None, Spec], str | None] = _refuses_nothing
     keeps: bool = True
     heeds_autocast: bool = True
+
+
+def work_of(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> Work:
+    """What there is to compute of these tensors."""
+    (n, d), m, dtype = embeddings.shape, None, embeddings.dtype
+    if ref_emb is not None:
+        m, dtype = ref_emb.shape[0], torch.promote_types(dtype, ref_emb.dtype)
+    device, similarity = embeddings.device.type, spec.similarity.name
+    return Work(n, m, d, dtype, spec.reduction, spec.wants_gradient, device, similarity)
+
+
+def denormalise_gradient(v: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
+    """dL/df_i = (v_i - (v_i . f^_i) f^_i) / n_i, the normalisation's backward, from v = dL/df^.
+
+    v and unit [N, D], inverse = 1 / n_i [N].
+    """
+    along = torch.linalg.vecdot(v, unit).unsqueeze(1)
+    return torch.addcmul(v, unit, along, value=-1.0).mul_(inverse.unsqueeze(1))
 
 
 def refuses_linear(spec: Spec) -> str | None:

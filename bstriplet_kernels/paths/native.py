@@ -25,7 +25,7 @@ from .._torch import (
     register_autograd_kernel,
     require_grad,
 )
-from ..cost import Operations, Work, round_up
+from ..cost import Cost, Work, round_up
 from ..spec import Kept, Path, Rows, Spec, accumulation_dtype, reduce_losses, refuses_linear
 from . import gpu
 
@@ -230,32 +230,38 @@ def backward(
     return grad, None if ref_emb is None else grad_ref
 
 
-def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
-    """S once, and once its weights times each side; a sweep over S for each.
-
-    On CUDA half of S, all in shared memory: a launch for loss and gradient, and one in the backward
-    that multiplies the gradient by what comes from upstream and casts it. Embeddings are counted as
-    read once, as by a cluster of blocks.
-    """
-    d, pairs = work.d, work.n * work.columns
+def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
+    """S once, and once its weights times each side; a sweep over S for each."""
     if work.device != "cpu":
-        scalar = work.reduction != "none"
-        # Without a scalar loss the hinge is torch's, and the backward launches the kernel anew;
-        # another launch casts.
-        calls = 1 if scalar or not work.wants_gradient else 2
-        again = work.gradient_bytes + (work.cast_bytes or work.gradient_bytes)
-        return Operations(
-            (calls + 2 * work.wants_gradient) * pairs * d,
-            calls * work.embedding_bytes
-            + work.gradient_bytes
-            + (again if scalar or work.casts else 0),
-            (1 if scalar else 5) + work.wants_gradient * (1 if scalar else 1 + work.casts),
-        )
+        return _cost_on_gpu(work)
+    pairs = work.n * work.columns
     products = 1 if not work.wants_gradient else 2 if work.m is None else 3
-    return Operations(
-        products * (2 * d + 7) * pairs,
-        products * (work.embedding_bytes + pairs * work.accumulated) + work.gradient_bytes,
-        0,
+    return Cost(
+        flops=products * (2 * work.d + 7) * pairs,
+        bytes=products * (work.embedding_bytes + pairs * work.accumulated) + work.gradient_bytes,
+        launches=0,
+        extra_memory=_extra_memory(work, len(class_sizes)),
+    )
+
+
+def _cost_on_gpu(work: Work) -> Cost:
+    """Half of S, all in shared memory: a launch for loss and gradient, and one in the backward
+    that multiplies the gradient by what comes from upstream and casts it.
+
+    Embeddings are counted as read once, as by a cluster of blocks.
+    """
+    scalar = work.reduction != "none"
+    # Without a scalar loss the hinge is torch's, and the backward launches the kernel anew;
+    # another launch casts.
+    calls = 1 if scalar or not work.wants_gradient else 2
+    again = work.gradient_bytes + (work.cast_bytes or work.gradient_bytes)
+    return Cost(
+        flops=(calls + 2 * work.wants_gradient) * work.n * work.columns * work.d,
+        bytes=calls * work.embedding_bytes
+        + work.gradient_bytes
+        + (again if scalar or work.casts else 0),
+        launches=(1 if scalar else 5) + work.wants_gradient * (1 if scalar else 1 + work.casts),
+        extra_memory=work.gradient_bytes + work.cast_bytes + (2 * work.n + 1) * work.accumulated,
     )
 
 
@@ -277,20 +283,18 @@ def threads(units: int, multiply_adds: int) -> int:
     return min(torch.get_num_threads(), -(-units // grain))
 
 
-def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
-    """Peak bytes beyond the inputs: S, rows that have to be copied, the gradient, thread scratch.
+def _extra_memory(work: Work, classes: int) -> int:
+    """On the CPU: S, rows that have to be copied, the gradient, thread scratch.
 
     All are there when the gradient is written. A gradient of half rows is cast when S is gone.
     """
     n, m, d, number = work.n, work.columns, work.d, work.accumulated
-    if work.device != "cpu":  # one launch, all in shared memory
-        return work.gradient_bytes + work.cast_bytes + (2 * n + 1) * number
     similarities = n * _stride(m)
     if work.m is not None and work.wants_gradient:
         similarities += m * _stride(n)  # the transpose
     copies = work.vectors * round_up(d, _PAD) if work.casts or d % _PAD else 0
     vectors = 2 * n + 5 * (round_up(n, _PAD) + (0 if work.m is None else round_up(m, _PAD)))
-    labels = 8 * (m + 2 * len(class_sizes))
+    labels = 8 * (m + 2 * classes)
     scratch = 0
     if work.wants_gradient:
         panel, group = panel_columns(work), min(n, _ROW_GROUP)
@@ -305,6 +309,4 @@ def _stride(columns: int) -> int:
     return padded if padded % (2 * _PAD) else padded + _PAD
 
 
-PATH = Path(
-    forward, backward, operations, extra_memory, missing, refuses, keeps=False, heeds_autocast=False
-)
+PATH = Path(forward, backward, cost, missing, refuses, keeps=False, heeds_autocast=False)

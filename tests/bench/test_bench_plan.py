@@ -12,7 +12,7 @@ from bench import calibrate, measure, providers, table, targets
 from bench.cases import DTYPES, Case, Problem
 from bench.suites import suites
 from bstriplet_kernels import plan
-from bstriplet_kernels.cost import Constants, Operations
+from bstriplet_kernels.cost import Constants, Cost
 from bstriplet_kernels.paths import PATHS
 from bstriplet_kernels.paths.moments import on_gpu
 from bstriplet_kernels.paths.triton import pairs_cost, small
@@ -42,7 +42,7 @@ def gpu_rows(noise, seed=0):
         for name in names:
             path = name.split()[0]
             with providers.forced(name):
-                counted = PATHS[path].operations(work, [case.n // case.c] * case.c)
+                counted = PATHS[path].cost(work, [case.n // case.c] * case.c)
             ran = counted.schedule or path
             eager = TRUE[ran]
             replay = eager._replace(call=2e-6, launch=eager.launch / 5)
@@ -77,7 +77,7 @@ def test_a_gpus_constants_are_found_again(fitted):
     assert set(fitted) == set(TRUE)
     for row in calibrate.usable(gpu_rows(0)):
         assert row.mode == table.EAGER
-        counted = Operations(row.flops, row.bytes, row.launches)
+        counted = Cost(row.flops, row.bytes, row.launches, 0)
         predicted = fitted[row.path].seconds(counted, DTYPES[row.dtype])
         assert predicted == pytest.approx(1e-3 * row.ms, rel=0.1)
     for name in (pairs_cost.TILES, pairs_cost.PANELS, on_gpu.SCHEDULE):
@@ -89,7 +89,7 @@ def test_launches_have_a_constant_where_they_vary():
     true, draw, case = Constants(2e-5, 1e-13, 1e-12, 5e-6), random.Random(0), Case(64, 64, 2)
     rows = []
     for _ in range(40):
-        counted = Operations(*(round(10 ** draw.uniform(a, a + 3)) for a in (7, 6, 0)))
+        counted = Cost(*(round(10 ** draw.uniform(a, a + 3)) for a in (7, 6, 0)), 0)
         seconds = true.seconds(counted, torch.float32) * draw.uniform(0.95, 1.05)
         rows.append(make_row("crossover", case, "gram", "ours", seconds, flops=counted.flops,
                              bytes=counted.bytes, launches=counted.launches))  # fmt: skip
@@ -112,7 +112,7 @@ def test_the_plan_follows_the_constants_of_a_gpu(fitted):
         work = plan.Work(n, None, d, dtype, device="cuda")
         takers = ("reference", "triton", "gram", *(["native"] if n <= 64 else []))
         path = plan.fastest(takers, work)
-        chosen.add(PATHS[path].operations(work, [n]).schedule or path)
+        chosen.add(PATHS[path].cost(work, [n]).schedule or path)
     schedules = pairs_cost.TILES, pairs_cost.PANELS, on_gpu.SCHEDULE
     assert chosen == {"native", "gram", *schedules}
 
@@ -128,7 +128,7 @@ def test_too_few_rows_of_half_precision_leave_one_rate(capsys):
     assert "too few: predicted as float32" in capsys.readouterr().out
     rows = [row for row in rows if row.path != "gram" or row.dtype == "bfloat16"]
     assert "gram" not in calibrate.fit_paths(rows)
-    assert "gram: 0 rows in float32, too few: never taken by auto" in capsys.readouterr().out
+    assert "gram: 0 rows in float32, too few: assumed to be slow" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import torch
 
-from bstriplet_kernels import bstriplet_loss, plan
-from bstriplet_kernels.paths import moments, native
-from bstriplet_kernels.paths.moments import anywhere, on_gpu
+from bstriplet_kernels import bstriplet_loss
+from bstriplet_kernels.cost import Work
+from bstriplet_kernels.paths import PATHS, moments, native
+from bstriplet_kernels.paths.moments import anywhere
 from bstriplet_kernels.paths.triton import pairs
 
 
@@ -51,11 +52,11 @@ def explained(schedule, case):
     dtype = getattr(torch, case.dtype)
     if case.ref_dtype is not None:
         dtype = torch.promote_types(dtype, getattr(torch, case.ref_dtype))
-    device = "cuda" if schedule == "gram_device" else "cpu"
+    device = "cuda" if schedule == "anywhere" else "cpu"
     what = case.reduction, case.backward, device, similarity_of(schedule)
-    work = plan.Work(case.n, case.m, case.d, dtype, *what)
+    work = Work(case.n, case.m, case.d, dtype, *what)
     sizes = columns.unique(return_counts=True)[1].tolist()
-    return plan.path_cost(path_of(schedule), work, sizes).extra_memory
+    return PATHS[path_of(schedule)].cost(work, sizes).extra_memory
 
 
 def allocated(schedule, case, allocator):
@@ -99,12 +100,12 @@ def collected(function):
 
 def path_of(schedule):
     """What `impl` takes."""
-    return schedule.partition("_")[0]
+    return schedule if schedule in PATHS else "gram"
 
 
 def similarity_of(schedule):
     """What `similarity` takes."""
-    return "linear" if schedule == "gram_linear" else "square"
+    return "linear" if schedule == "class_sums" else "square"
 
 
 def main():
@@ -115,11 +116,10 @@ def main():
     torch.empty(1000)
     assert allocator.stop_counting() == 4000, "torch's allocator is not the one that is counted"
     schedule = sys.argv[1]
-    if schedule == "gram_host":
+    if schedule == "on_cpu":
         native._MISSING = "taken away"
-    if schedule == "gram_device":
-        moments._schedule = lambda *_: anywhere
-        on_gpu.serves = lambda _: False
+    if schedule == "anywhere":
+        moments.schedule_of = lambda *_: anywhere
     if schedule == "triton":
         pairs._normalised = collected(pairs._normalised)
     torch.set_num_threads(1)

@@ -72,7 +72,7 @@ def test_nothing_is_n_by_n():
     explained = explain((n, 4), 1000, similarity="linear")
     assert explained.path == "gram"
     assert explained.cost.extra_memory < 64 * x.nbytes
-    assert "linear in N" in str(explained)
+    assert explained.cost.schedule == class_sums.SCHEDULE
 
 
 @pytest.mark.parametrize("impl", ["native", "triton"])
@@ -108,8 +108,8 @@ def test_predicted_launches_and_memory_on_a_gpu(monkeypatch, n, m, d, dtype, red
     work = Work(n, m, d, dtype, reduction, device="cuda", similarity="linear")
     path = PATHS["gram"]
     if m is None or dtype == torch.float32:  # two sides are cast once more
-        one = path.operations(work._replace(wants_gradient=False), [])
+        one = path.cost(work._replace(wants_gradient=False), [])
         assert one.launches == forward
-        assert path.operations(work, []).launches == launches.launches
-    assert path.extra_memory(work, []) == pytest.approx(peak.most - given, rel=0.1)
+        assert path.cost(work, []).launches == launches.launches
+    assert path.cost(work, []).extra_memory == pytest.approx(peak.most - given, rel=0.1)
     assert len(found) == (1 if m is None else 2)

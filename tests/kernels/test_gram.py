@@ -30,12 +30,12 @@ def _every_class_size_meets_both_ways(monkeypatch):
     monkeypatch.setattr(anywhere, "CHUNK_NUMBERS", 1 << 12)
 
 
-@pytest.fixture(params=SCHEDULES, ids=["host", "native", "device"])
+@pytest.fixture(params=SCHEDULES, ids=["on_cpu", "on_cpu_native", "anywhere"])
 def schedule(request, monkeypatch):
     """Every schedule, on CPU tensors, behind the public function."""
     if request.param is on_cpu_native and native.missing() is not None:
         pytest.skip(native.missing())
-    monkeypatch.setattr(moments, "_schedule", lambda *_: request.param)
+    monkeypatch.setattr(moments, "schedule_of", lambda *_: request.param)
     if request.param is anywhere:
         monkeypatch.setattr(anywhere, "smallest_moment", lambda d: max(d, 5))
     return request.param
@@ -99,11 +99,11 @@ def test_others_of_a_dominating_class_do_not_cancel(schedule, members):
     x = x.float()
     unit = torch.nn.functional.normalize(x.double(), dim=1)
     truth = (unit[members:] @ unit[:members].T).square().mean(1)
-    outputs = schedule.forward(x, None, labels, None, 1e-12)
-    assert (outputs[1][members:] - truth).norm() <= 1e-6 * truth.norm()
+    rows, _ = schedule.means(x, None, labels, None, 1e-12)
+    assert (rows.negative[members:] - truth).norm() <= 1e-6 * truth.norm()
     a = torch.full((4000,), 1 / 4000)
     grads = [
-        s.gradients(a.to(t.dtype), t, None, s.forward(t, None, labels, None, 1e-12)[2:], -1.0)[0]
+        s.gradients(a.to(t.dtype), t, None, s.means(t, None, labels, None, 1e-12)[1], -1.0)[0]
         for s, t in ((schedule, x), (on_cpu, x.double()))
     ]
     assert (grads[0][members:] - grads[1][members:]).norm() <= 4e-6 * grads[1][members:].norm()
@@ -126,17 +126,13 @@ def test_active_rows_are_found_one_by_one(schedule, share):
 
 def test_schedules_agree_and_repeat_their_bits(schedule):
     x, labels = sized([40, 33, 8, 8, 3, 1, 1], 12, 5, torch.float32)
-    runs = [on_cpu.forward(x, None, labels, None, 1e-12), *(
-        schedule.forward(x, None, labels, None, 1e-12) for _ in range(2)
-    )]  # fmt: skip
-    a = torch.rand(len(x))
-    grads = [on_cpu.gradients(a, x, None, runs[0][2:], 1.0)[0]]
-    grads += [schedule.gradients(a, x, None, r[2:], 1.0)[0] for r in runs[1:]]
-    for of_host, first, second in zip(
-        (*runs[0][:2], grads[0]), (*runs[1][:2], grads[1]), (*runs[2][:2], grads[2]), strict=True
-    ):
+    a, runs = torch.rand(len(x)), []
+    for s in (on_cpu, schedule, schedule):
+        rows, kept = s.means(x, None, labels, None, 1e-12)
+        runs.append((*rows, s.gradients(a, x, None, kept, 1.0)[0]))
+    for of_cpu, first, second in zip(*runs, strict=True):
         assert torch.equal(first, second)
-        torch.testing.assert_close(of_host, first, rtol=2e-5, atol=1e-6)
+        torch.testing.assert_close(of_cpu, first, rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
@@ -158,9 +154,9 @@ class TestNative:
         before, results = torch.get_num_threads(), []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            outputs = on_cpu_native.forward(x, None, labels, None, 1e-12)
-            a = torch.linspace(0, 1, len(x))
-            results.append((*outputs, *on_cpu_native.gradients(a, x, None, outputs[2:], 1.0)))
+            rows, kept = on_cpu_native.means(x, None, labels, None, 1e-12)
+            gradient, _ = on_cpu_native.gradients(torch.linspace(0, 1, len(x)), x, None, kept, 1.0)
+            results.append((*rows, *kept, gradient))
         torch.set_num_threads(before)
         assert all(
             torch.equal(a, b) for r in results[1:] for a, b in zip(results[0], r, strict=True)
@@ -171,8 +167,8 @@ class TestNative:
         x, labels = sized([60_000, 5_001, 17], 67, 0, torch.float32)
 
         def gradient(schedule, x):
-            state = schedule.forward(x, None, labels, None, 1e-12)[2:]
-            return schedule.gradients(torch.ones(len(x)).to(x), x, None, state, 1.0)[0]
+            _, kept = schedule.means(x, None, labels, None, 1e-12)
+            return schedule.gradients(torch.ones(len(x)).to(x), x, None, kept, 1.0)[0]
 
         truth = gradient(on_cpu, x.double())
         assert (gradient(on_cpu_native, x) - truth).norm() / truth.norm() < 1e-5
@@ -197,32 +193,32 @@ class TestNative:
             ("inverse", lambda t: t[::2]),
         ],
     )
-    def test_a_state_that_does_not_fit_raises(self, name, change):
+    def test_what_was_kept_and_does_not_fit_raises(self, name, change):
         x, labels = sized([30, 20, 2, 1], 8, 0, torch.float32)
-        state = dict(
+        kept = dict(
             zip(
                 ("table", "small", "slots", "order", "inverse"),
                 torch.ops.bstriplet.moment_means(x, labels, 1e-12, 10)[2:],
                 strict=True,
             )
         )
-        arguments = {"a": torch.ones(len(x)), "embeddings": x, **state}
+        arguments = {"a": torch.ones(len(x)), "embeddings": x, **kept}
         torch.ops.bstriplet.moment_gradient(*arguments.values(), 1.0)
         arguments[name] = change(arguments[name])
         with pytest.raises(RuntimeError, match=r"must|moment_means"):
             torch.ops.bstriplet.moment_gradient(*arguments.values(), 1.0)
 
 
-def test_device_schedule_reads_no_value_of_a_tensor():
+def test_anywhere_reads_no_value_of_a_tensor():
     """A fake tensor has no values: reading one, as a synchronisation would, raises."""
     with FakeTensorMode():
         x, labels = torch.empty(500, 24, dtype=torch.bfloat16), torch.empty(500, dtype=torch.int64)
-        outputs = anywhere.forward(x, None, labels, None, 1e-12)
-        grads = anywhere.gradients(torch.empty(500), x, None, outputs[2:], 1.0)
-    assert [(g.shape, g.dtype) for g in grads] == [(x.shape, torch.float32)]
+        _, kept = anywhere.means(x, None, labels, None, 1e-12)
+        gradient, _ = anywhere.gradients(torch.empty(500), x, None, kept, 1.0)
+    assert (gradient.shape, gradient.dtype) == (x.shape, torch.float32)
 
 
-def test_device_schedule_costs_what_it_says(monkeypatch):
+def test_anywhere_costs_what_it_says(monkeypatch):
     """Products of a row with D x D matrices, as its docstring counts them."""
     monkeypatch.undo()
     n, d = 1 << 15, 128
@@ -230,10 +226,10 @@ def test_device_schedule_costs_what_it_says(monkeypatch):
     with FakeTensorMode():
         x, labels = torch.empty(n, d), torch.empty(n, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:
-            outputs = anywhere.forward(x, None, labels, None, 1e-12)
+            _, kept = anywhere.means(x, None, labels, None, 1e-12)
         counted.append(counter.get_total_flops())
         with FlopCounterMode(display=False) as counter:
-            anywhere.gradients(torch.empty(n), x, None, outputs[2:], 1.0)
+            anywhere.gradients(torch.empty(n), x, None, kept, 1.0)
         counted.append(counter.get_total_flops())
     forward, backward = (flops / (2 * n * d * d) for flops in counted)
     assert forward == pytest.approx(5.75, rel=0.02)
@@ -265,7 +261,7 @@ class Additions(TorchDispatchMode):
 )
 @example(sizes=[400], d=3, chunk=1 << 10)
 @example(sizes=[1, 2, 3, 60, 59, 7], d=4, chunk=1)
-def test_moments_on_a_device_add_once_to_a_segment_in_each_chunk(sizes, d, chunk):
+def test_moments_anywhere_add_once_to_a_segment_in_each_chunk(sizes, d, chunk):
     """So atomics on a GPU, in whatever order, give the same bits."""
     x, labels = sized(sizes, d, 0)
     with mock.patch.object(anywhere, "CHUNK_NUMBERS", chunk):
@@ -282,7 +278,7 @@ def test_moments_on_a_device_add_once_to_a_segment_in_each_chunk(sizes, d, chunk
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_moments_on_a_device_keep_a_bad_row_in_its_segment(bad):
+def test_moments_anywhere_keep_a_bad_row_in_its_segment(bad):
     x, labels = sized([40, 40, 3, 2], 4, 0)
     x[0, 1] = bad
     batch = anywhere.TiledRows(x, anywhere.make_layout(x, labels, 1e-12))
@@ -292,12 +288,12 @@ def test_moments_on_a_device_keep_a_bad_row_in_its_segment(bad):
     assert moments[torch.arange(len(moments)) != spoilt].isfinite().all()
 
 
-def test_device_schedule_runs_where_torch_is_deterministic():
+def test_anywhere_runs_where_torch_is_deterministic():
     x, labels = sized([70, 40, 3, 2], 4, 0)
     torch.use_deterministic_algorithms(True)
     try:
-        outputs = anywhere.forward(x, None, labels, None, 1e-12)
-        (gradient,) = anywhere.gradients(torch.ones(len(x)).double(), x, None, outputs[2:], 1.0)
+        _, kept = anywhere.means(x, None, labels, None, 1e-12)
+        gradient, _ = anywhere.gradients(torch.ones(len(x)).double(), x, None, kept, 1.0)
     finally:
         torch.use_deterministic_algorithms(False)
     assert gradient.isfinite().all()
@@ -313,35 +309,35 @@ SIZES = [(36, 8), (37, 9), (300, 64), (1024, 128), (4096, 512), (10_007, 33), (6
         (1 << 20, 128, torch.float32),
     ],
 )
-def test_operations_of_the_device_schedule_are_those_it_calls(monkeypatch, n, d, dtype):
+def test_operations_of_anywhere_are_those_it_calls(monkeypatch, n, d, dtype):
     monkeypatch.undo()
     with FakeTensorMode():
         x, labels = on_fake_gpu(n, d, dtype)
         with Launches() as forward:
-            _, _, *state = anywhere.forward(x, None, labels, None, 1e-12)
-        a = state[0].new_empty(n)
+            _, kept = anywhere.means(x, None, labels, None, 1e-12)
+        a = kept[0].new_empty(n)
         with Launches() as backward:
-            anywhere.gradients(a, x, None, state, 1.0)
+            anywhere.gradients(a, x, None, kept, 1.0)
     work = Work(n, None, d, dtype, wants_gradient=False, device="cuda")
     counts = [forward], [forward, backward]
     for wanted, phases in zip((False, True), counts, strict=True):
-        got = anywhere.operations(work._replace(wants_gradient=wanted))
+        got = anywhere.cost(work._replace(wants_gradient=wanted), [n])
         assert got.launches == sum(phase.launches for phase in phases)
         assert got.flops == pytest.approx(sum(phase.flops for phase in phases), rel=0.01)
         rel = 0.15 if n < 100 else 0.03
         assert got.bytes == pytest.approx(sum(phase.bytes for phase in phases), rel=rel)
 
 
-def test_operations_of_the_device_schedule_grow_with_the_batch(monkeypatch):
+def test_operations_of_anywhere_grow_with_the_batch(monkeypatch):
     monkeypatch.undo()
     small, large = (
-        anywhere.operations(Work(n, None, 128, torch.float32)) for n in (1 << 18, 1 << 22)
+        anywhere.cost(Work(n, None, 128, torch.float32), [n]) for n in (1 << 18, 1 << 22)
     )
     assert large.bytes <= 16.2 * small.bytes
     assert large.launches <= 6000
 
 
-def test_device_schedule_refuses_reference_embeddings():
+def test_anywhere_refuses_reference_embeddings():
     x, ref = torch.empty(4, 3, device="meta"), torch.empty(5, 3, device="meta")
     spec = moments.Spec()
     assert "with ref_emb" in moments.refuses(x, ref, spec)
@@ -353,20 +349,21 @@ def test_device_schedule_refuses_reference_embeddings():
     sizes=st.lists(st.integers(1, 100), min_size=2, max_size=20),
     d=st.integers(1, 100),
 )
-def test_device_schedule_has_the_same_shapes_for_any_labels(sizes, d):
+def test_anywhere_has_the_same_shapes_for_any_labels(sizes, d):
     x, labels = sized(sizes, d, 0, torch.float32)
-    outputs = anywhere.forward(x, None, labels, None, 1e-12)
+    rows, kept = anywhere.means(x, None, labels, None, 1e-12)
     with FakeTensorMode():
         unknown = torch.empty(x.shape), torch.empty(labels.shape, dtype=torch.int64)
-        declared = anywhere.forward(unknown[0], None, unknown[1], None, 1e-12)
-    assert [(t.shape, t.dtype) for t in outputs] == [(t.shape, t.dtype) for t in declared]
+        declared = anywhere.means(unknown[0], None, unknown[1], None, 1e-12)
+    for here, there in ((rows, declared[0]), (kept, declared[1])):
+        assert [(t.shape, t.dtype) for t in here] == [(t.shape, t.dtype) for t in there]
 
 
 def test_moment_sums_do_not_lose_digits_with_the_number_of_panels():
     x, labels = sized([20000, 20000], 4, 0)
-    truth = on_cpu.forward(x, None, labels, None, 1e-12)
-    got = on_cpu.forward(x.float(), None, labels, None, 1e-12)
-    for exact, rounded in zip(truth[:2], got[:2], strict=True):
+    truth, _ = on_cpu.means(x, None, labels, None, 1e-12)
+    got, _ = on_cpu.means(x.float(), None, labels, None, 1e-12)
+    for exact, rounded in zip(truth, got, strict=True):
         assert (rounded - exact).norm() <= 3e-7 * exact.norm()
 
 
@@ -380,15 +377,23 @@ class TestCosts:
     def test_flops_by_hand(self):
         n, d = 1024, 64  # one block: nothing of a symmetric product is saved
         products = (1 + 2 + 1) * n * d * d
-        assert moments.flops(n, d, [512, 512]) == 2 * products
-        assert moments.flops(n, d, [512, 512], one_weight=False) == 2 * (products + 2 * n * d * d)
+        work = Work(n, None, d, torch.float32)
+        assert on_cpu.cost(work, [512, 512]).flops == 2 * products
+        by_row = on_cpu.cost(work._replace(reduction="none"), [512, 512])
+        assert by_row.flops == 2 * (products + 2 * n * d * d)
 
     def test_flops_of_small_classes_count_their_blocks(self):
         n, d = 1024, 64
-        assert moments.flops(n, d, [8] * 128) == 2 * (3 * n * d * d + 3 * n * 8 * d)
+        counted = on_cpu.cost(Work(n, None, d, torch.float32), [8] * 128)
+        assert counted.flops == 2 * (3 * n * d * d + 3 * n * 8 * d)
 
-    def test_flops_are_linear_in_the_batch(self):
-        assert moments.flops(20000, 128, [1000] * 20) == 2 * moments.flops(10000, 128, [1000] * 10)
+    @pytest.mark.parametrize("counts", [on_cpu, on_cpu_native])
+    def test_flops_and_traffic_are_linear_in_the_batch(self, counts):
+        one, two = (
+            counts.cost(Work(1000 * c, None, 128, torch.float32), [1000] * c) for c in (10, 20)
+        )
+        assert two.flops == pytest.approx(2 * one.flops, rel=1e-9)
+        assert two.bytes == 2 * one.bytes
 
     @pytest.mark.parametrize("counts", [on_cpu, on_cpu_native])
     @pytest.mark.parametrize(
@@ -399,7 +404,5 @@ class TestCosts:
         """Little more than the gradient; the most where classes have D rows, a matrix for each."""
         n, d = 1 << 20, 128
         work = Work(n, None, d, torch.float32)
-        assert counts.extra_memory(work, [n // classes] * classes) <= most * work.embedding_bytes
-
-    def test_traffic_is_linear_in_the_batch(self):
-        assert moments.traffic(2 << 20, 128) == 2 * moments.traffic(1 << 20, 128)
+        counted = counts.cost(work, [n // classes] * classes)
+        assert counted.extra_memory <= most * work.embedding_bytes

@@ -20,7 +20,7 @@ from bstriplet_kernels import available_impls, bstriplet_loss, reference
 from bstriplet_kernels.cost import Work
 from bstriplet_kernels.paths import gpu
 from bstriplet_kernels.paths.moments import on_gpu
-from bstriplet_kernels.spec import Spec
+from bstriplet_kernels.spec import Spec, work_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 runs_here = pytest.mark.skipif(
@@ -32,7 +32,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.fixture
 def small(monkeypatch):
     """Small batches then hold classes with and without matrices, in several runs."""
-    monkeypatch.setattr(on_gpu, "takes", lambda embeddings, ref_emb: True)
+    monkeypatch.setattr(on_gpu, "takes", lambda work, device: True)
     monkeypatch.setattr(on_gpu, "smallest_moment", lambda d, joint=False: 6)
     monkeypatch.setattr(on_gpu, "_MULTIPLE", 4)
 
@@ -60,12 +60,12 @@ def both_ways(x, labels, spec, upstream=None):
         if forward is None:
             loss, rows = reference.forward(x.double(), None, labels, None, spec)
         else:
-            loss, rows, state = forward(x, labels, spec)
+            loss, rows, kept = forward(x, None, labels, None, spec)
         up = torch.ones_like(loss) if upstream is None else upstream.to(loss)
         if forward is None:
             gradient = reference.gradient(up, x.double(), None, labels, None, spec)[0]
         else:
-            gradient = on_gpu.backward(up, x, state, spec)
+            gradient, _ = on_gpu.backward(up, x, kept, spec)
         found.append((loss, *rows, gradient))
     return found
 
@@ -215,7 +215,7 @@ def test_rows_that_lie_close_together(dtype):
 @runs_here
 @pytest.mark.parametrize("processors", [2, 48])
 def test_runs_of_many_blocks_and_many_runs(monkeypatch, processors):
-    monkeypatch.setattr(on_gpu, "takes", lambda embeddings, ref_emb: True)
+    monkeypatch.setattr(on_gpu, "takes", lambda work, device: True)
     monkeypatch.setattr(on_gpu, "_MULTIPLE", 4)
     monkeypatch.setattr(gpu, "processors", lambda _: processors)
     sizes = [500, 300, *[100] * 4] if processors == 2 else [150, 130, 40, 20, 20]
@@ -307,11 +307,11 @@ def test_tf32_is_one_product():
     x, labels = sized([40, 33, 8, 3], 12, 5)
     torch.set_float32_matmul_precision("high")
     try:
-        _, _, state = on_gpu.forward(x, labels, Spec())
+        _, _, kept = on_gpu.forward(x, None, labels, None, Spec())
         got, truth = both_ways(x, labels, Spec())
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert state[1].numel() == 0
+    assert on_gpu.KeptMoments.of(kept).batch.low.numel() == 0
     assert_near(got, truth, 2e-3)
 
 
@@ -387,25 +387,23 @@ def test_predicted_launches_and_memory_are_those_made(monkeypatch, n, d, m, dtyp
     monkeypatch.setattr(gpu, "is_hopper", lambda _: True)
     with FakeTensorMode(), Launches() as torchs, Peak() as peak:
         x, labels = on_fake_gpu(n, d, dtype)
-        others = (None, None) if m is None else on_fake_gpu(m, d, dtype)
+        ref, ref_labels = (None, None) if m is None else on_fake_gpu(m, d, dtype)
         given = peak.held
         spec = Spec(reduction=reduction, wants_gradient=True)
-        loss, _, state = on_gpu.forward(x, labels, spec, *others)
+        loss, _, kept = on_gpu.forward(x, ref, labels, ref_labels, spec)
         forward = torchs.launches + kernels.launches
-        gradient = on_gpu.backward(torch.empty_like(loss), x, state, spec)
-        sides = (gradient,) if m is None else gradient.split([n, m])
-        gradient = [side.to(dtype) for side in sides]  # as the caller does
+        sides = on_gpu.backward(torch.empty_like(loss), x, kept, spec)
+        _ = [side.to(dtype) for side in sides if side is not None]  # as the caller does
         both = torchs.launches + kernels.launches
     work = Work(n, m, d, dtype, reduction, device="cuda")
-    assert on_gpu.serves(work)
+    assert on_gpu.takes(work, None)
     sizes = [work.columns // 2] * 2
-    got = on_gpu.operations(work, sizes)
+    got = on_gpu.cost(work, sizes)
     assert (got.launches, got.schedule) == (both, on_gpu.SCHEDULE)
-    one = on_gpu.operations(work._replace(wants_gradient=False), sizes)
+    one = on_gpu.cost(work._replace(wants_gradient=False), sizes)
     assert one.launches == forward
     assert both <= (16 if m is None else 25)
-    explained = on_gpu.extra_memory(work, sizes)
-    assert explained == pytest.approx(peak.most - given, rel=0.05)
+    assert got.extra_memory == pytest.approx(peak.most - given, rel=0.05)
     products, joint, every = 3 if on_gpu.splits(dtype) else 1, m is not None, n + (m or 0)
     width = on_gpu.padded(d, joint)
     each, half = (2 * k * every * products for k in (width**2, on_gpu.matrix_numbers(d, joint)))
@@ -416,31 +414,32 @@ def test_predicted_launches_and_memory_are_those_made(monkeypatch, n, d, m, dtyp
     if joint:
         return
     if dtype == torch.float32 and n >= 100 * d and (n > 100_000 or d > 256):
-        assert on_gpu.extra_memory(work, [n]) <= 3 * work.embedding_bytes
+        assert on_gpu.cost(work, [n]).extra_memory <= 3 * work.embedding_bytes
         assert d > 256 or got.bytes <= 4e9
 
 
 def test_what_it_does_not_take():
-    assert not on_gpu.takes(torch.empty(4096, 128, device="meta"), None)
-    with FakeTensorMode(), gpu.imagined():
-        x, ref = (torch.empty(n, 128, device="cuda") for n in (4096, 8192))
-        assert on_gpu.takes(x, None)
-        assert on_gpu.takes(x[:10], ref)
-        assert on_gpu.takes(x.half(), ref.bfloat16())
-        for rows, columns in (
-            (x.double(), None), (torch.empty(1 << 16, 2049, device="cuda"), None), (x[:1000], None),
-            (x, ref[:1000]), (x, ref.double()),
-        ):  # fmt: skip
-            assert not on_gpu.takes(rows, columns)
+    assert not on_gpu.takes(Work(4096, None, 128, torch.float32, device="meta"), None)
     work = Work(4096, None, 128, torch.float32, device="cuda")
-    assert on_gpu.serves(work)
-    for refused in (
-        work._replace(m=1000),
-        work._replace(n=1 << 16, d=2049),
-        work._replace(dtype=torch.float64),
-        work._replace(n=1000),
-    ):
-        assert not on_gpu.serves(refused)
+    with gpu.imagined():
+        for taken in (work, work._replace(n=10, m=8192), work._replace(dtype=torch.float16)):
+            assert on_gpu.takes(taken, None)
+        for refused in (
+            work._replace(m=1000),
+            work._replace(n=1 << 16, d=2049),
+            work._replace(dtype=torch.float64),
+            work._replace(n=1000),
+        ):
+            assert not on_gpu.takes(refused, None)
+
+
+def test_sides_of_two_dtypes_are_taken_as_one():
+    with FakeTensorMode():
+        x, ref = (torch.empty(n, 128, device="cuda") for n in (4096, 8192))
+        for rows, columns, dtype in (
+            (x.half(), ref.bfloat16(), torch.float32), (x, ref.double(), torch.float64),
+        ):  # fmt: skip
+            assert work_of(rows, columns, Spec()).dtype == dtype
 
 
 @runs_here

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from allocations import Case, path_of
+from allocations import Case
 
 from bstriplet_kernels.paths import native
 
@@ -86,10 +86,10 @@ INTERPRETED = [  # slow, so small: by one launch, then by tiles
 SCHEDULES = {
     "reference": CASES + AGAINST_OTHERS,
     "native": CASES + AGAINST_OTHERS,
-    "gram_native": CASES + LARGE,
-    "gram_host": CASES + AGAINST_OTHERS + LARGE + LARGE_AGAINST_OTHERS,
-    "gram_device": CASES + LARGE[:3],
-    "gram_linear": CASES + AGAINST_OTHERS + LARGE,
+    "on_cpu_native": CASES + LARGE,
+    "on_cpu": CASES + AGAINST_OTHERS + LARGE + LARGE_AGAINST_OTHERS,
+    "anywhere": CASES + LARGE[:3],
+    "class_sums": CASES + AGAINST_OTHERS + LARGE,
     "triton": INTERPRETED,
 }
 
@@ -122,7 +122,7 @@ def test_extra_memory_is_what_is_allocated(schedule, allocator):
     )
     assert ran.returncode == 0, ran.stderr[-4000:]
     wrong = [
-        f"{explained:,} explained, {allocated:,} allocated: {path_of(schedule)} of {case}"
+        f"{explained:,} explained, {allocated:,} allocated: {schedule} of {case}"
         for case, (explained, allocated) in zip(cases, json.loads(ran.stdout), strict=True)
         if not allocated / FACTOR <= explained <= allocated * FACTOR
     ]

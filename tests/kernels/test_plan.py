@@ -11,7 +11,7 @@ from oracle import batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bstriplet_kernels import available_impls, bstriplet_loss, explain, plan
-from bstriplet_kernels.cost import Constants, Operations
+from bstriplet_kernels.cost import Constants, Cost
 from bstriplet_kernels.paths import PATHS, gpu, native
 from bstriplet_kernels.paths.moments import on_gpu
 from bstriplet_kernels.paths.triton import pairs_cost
@@ -34,20 +34,20 @@ def test_equation_8_for_the_papers_batch():
 )  # fmt: skip
 def test_every_path_counts_at_least_its_products(impl, n, d, c, dtype):
     sizes = [n // c + (i < n % c) for i in range(c)]
-    forward = plan.path_cost(impl, plan.Work(n, None, d, dtype, wants_gradient=False), sizes)
-    both = plan.path_cost(impl, plan.Work(n, None, d, dtype), sizes)
+    forward = PATHS[impl].cost(plan.Work(n, None, d, dtype, wants_gradient=False), sizes)
+    both = PATHS[impl].cost(plan.Work(n, None, d, dtype), sizes)
     least = 2 * n * n * d if impl != "gram" else n * d * d
     assert forward.flops >= min(least, 2 * n * n * d) * (0.5 if impl == "gram" else 1)
     assert both.flops >= forward.flops
     assert both.bytes >= n * d * dtype.itemsize
-    assert all(value > 0 for value in both[:3])
+    assert both.extra_memory > 0
     assert both.launches == 0
 
 
 def test_moments_are_linear_and_pairs_quadratic_in_n():
     def flops(impl, n):
         work = plan.Work(n, None, 128, torch.float32)
-        return plan.path_cost(impl, work, [n // 2, n // 2]).flops
+        return PATHS[impl].cost(work, [n // 2, n // 2]).flops
 
     assert flops("gram", 1 << 20) == pytest.approx(2 * flops("gram", 1 << 19), rel=0.01)
     assert flops("reference", 1 << 14) == pytest.approx(4 * flops("reference", 1 << 13), rel=0.01)
@@ -56,7 +56,9 @@ def test_moments_are_linear_and_pairs_quadratic_in_n():
 def test_the_choice_follows_predicted_time(monkeypatch):
     fast_call = Constants(call=1e-6, flop=1e-9, byte=0)
     fast_flop = Constants(call=1e-3, flop=1e-12, byte=0)
-    monkeypatch.setattr(plan, "CONSTANTS", {"cpu": {"reference": fast_call, "gram": fast_flop}})
+    slow = Constants(call=1, flop=0, byte=0)
+    constants = {"reference": fast_call, "gram": fast_flop, "native": slow, "triton": slow}
+    monkeypatch.setattr(plan, "CONSTANTS", {"cpu": constants})
     small, large = torch.randn(4, 8), torch.randn(3000, 8)
     assert plan.choose(small, None, Spec()) == "reference"
     assert plan.choose(large, None, Spec()) == "gram"
@@ -64,7 +66,7 @@ def test_the_choice_follows_predicted_time(monkeypatch):
     explained = explain(large, torch.arange(3000) % 4)
     assert explained.path == "gram"
     assert explained.reason == "least predicted time"
-    assert set(explained.predicted) == {"reference", "gram"}
+    assert set(explained.predicted) == set(available_impls())
 
 
 def test_a_choice_that_the_classes_would_change_says_so(monkeypatch):
@@ -116,39 +118,46 @@ def test_what_was_planned_for_one_input_is_not_run_for_another():
     assert isinstance(bstriplet_loss(x, y, return_stats=True), tuple)
 
 
-def rule(n, d, *takers, m=None, dtype=torch.float32):
-    work = plan.Work(n, m, d, dtype, device="cuda")
+def taken(n, d, *takers, m=None, dtype=torch.float32, **more):
+    work = plan.Work(n, m, d, dtype, device="cuda", **more)
     return plan.fastest(takers, work)
 
 
-def test_an_unmeasured_gpu_goes_by_rule(monkeypatch):
-    """Native where it takes the input (64 rows), Triton's pairs to 16,384 rows, then moments."""
+def test_on_an_unmeasured_gpu_counts_decide(monkeypatch):
+    """Native where it takes the input (64 rows), Triton's pairs while N is small, then moments."""
     monkeypatch.setattr(plan, "CONSTANTS", {})
     built, unbuilt = ("reference", "triton", "native", "gram"), ("reference", "triton", "gram")
     for d in (8, 128, 1280, 100_000):
-        assert rule(36, d, *built) == "native"
-        assert rule(36, d, *unbuilt) == "triton"
+        assert taken(36, d, *built) == "native"
+        assert taken(36, d, *unbuilt) == "triton"
     for n, d, path in (
-        (65, 8, "triton"), (1024, 32, "triton"), (16383, 128, "triton"), (16384, 128, "gram"),
-        (16384, 4096, "gram"), (16384, 4097, "triton"), (65536, 20000, "triton"),
-        (1 << 20, 128, "gram"),
+        (65, 8, "triton"), (1024, 32, "triton"), (1024, 128, "triton"), (16384, 128, "gram"),
+        (65536, 20000, "gram"), (1 << 20, 128, "gram"), (512, 512, "triton"),
     ):  # fmt: skip
-        assert rule(n, d, *unbuilt) == path, (n, d)
-    for n, d, path in ((16384, 128, "gram"), (16384, 1280, "triton"), (20480, 1280, "gram")):
-        assert rule(n, d, *unbuilt, dtype=torch.bfloat16) == path, (n, d)
+        assert taken(n, d, *unbuilt) == path, (n, d)
+    for n, d, path in ((16384, 128, "gram"), (16384, 4096, "triton"), (1 << 20, 1280, "gram")):
+        assert taken(n, d, *unbuilt, dtype=torch.bfloat16) == path, (n, d)
     without_triton = ("reference", "gram")
     for n, d, path in (
-        (36, 1280, "reference"), (4095, 128, "reference"), (4096, 128, "gram"),
-        (4096, 1280, "reference"), (16384, 100_000, "gram"), (1 << 20, 128, "gram"),
+        (36, 1280, "reference"), (1024, 128, "reference"), (8192, 128, "gram"),
+        (4096, 1280, "reference"), (16384, 100_000, "reference"), (1 << 20, 128, "gram"),
     ):  # fmt: skip
-        assert rule(n, d, *without_triton) == path, (n, d)
+        assert taken(n, d, *without_triton) == path, (n, d)
     # signed_square and ref_emb, which have no second moments there
-    assert rule(1 << 17, 128, "reference", "triton") == "triton"
-    assert rule(1 << 17, 128, "reference") == "reference"
-    assert rule(100, 128, "reference", "triton", m=1 << 20) == "triton"
+    assert taken(1 << 17, 128, "reference", "triton") == "triton"
+    assert taken(1 << 17, 128, "reference") == "reference"
+    assert taken(100_000, 128, "reference", "triton", m=1 << 20) == "triton"
 
 
-def test_the_rule_is_followed_on_a_gpu(monkeypatch):
+@pytest.mark.parametrize("constants", [{}, plan.CONSTANTS], ids=["unmeasured", "measured"])
+def test_linear_takes_sums_of_classes_where_the_batch_is_large(monkeypatch, constants):
+    monkeypatch.setattr(plan, "CONSTANTS", constants)
+    choices = [taken(1 << k, 128, "reference", "gram", similarity="linear") for k in range(5, 21)]
+    assert choices == sorted(choices, reverse=True)
+    assert choices[9:] == ["gram"] * 7
+
+
+def test_counts_decide_among_the_paths_that_take_it(monkeypatch):
     """From tensors that lie on one, as torch pretends, by what the paths say that they take."""
     monkeypatch.setattr(plan, "CONSTANTS", {})
     monkeypatch.setattr(native, "_MISSING", None)
@@ -161,7 +170,7 @@ def test_the_rule_is_followed_on_a_gpu(monkeypatch):
             ref_emb = m and torch.empty(m, d, device="cuda")
             return plan.choose(torch.empty(n, d, device="cuda"), ref_emb, Spec(**spec))
 
-    assert [choose(n, 128) for n in (36, 64, 65, 16383, 16384)] == [
+    assert [choose(n, 128) for n in (36, 64, 65, 1024, 16384)] == [
         "native", "native", "triton", "triton", "gram"
     ]  # fmt: skip
     assert choose(36, 128, m=100) == choose(1 << 17, 128, m=100) == "triton"
@@ -174,32 +183,38 @@ def test_the_rule_is_followed_on_a_gpu(monkeypatch):
     monkeypatch.setattr(native, "_MISSING_CUDA", "not built")
     assert choose(36, 128) == "triton"
     monkeypatch.setitem(PATHS, "triton", triton._replace(refuses=lambda *given: "too old"))
-    assert [choose(n, 128) for n in (36, 4095, 4096)] == ["reference", "reference", "gram"]
+    assert [choose(n, 128) for n in (36, 1024, 8192)] == ["reference", "reference", "gram"]
     assert choose(1 << 17, 128, similarity=SIGNED_SQUARE) == "reference"
 
 
-def test_the_reason_names_the_rule(monkeypatch):
-    monkeypatch.setattr(plan, "CONSTANTS", {})
+def test_the_reason_says_that_a_speed_is_assumed(monkeypatch):
     x, labels = torch.randn(4096, 4), torch.arange(4096) % 3
+    least = "least predicted time"
+    assert explain(x, labels).reason == least
+    monkeypatch.setattr(plan, "CONSTANTS", {})
     for name in ("native", "triton"):
         monkeypatch.setitem(PATHS, name, PATHS[name]._replace(missing=lambda: "taken away"))
-    by_rule = "by rule, cpu is not calibrated: "
-    assert explain(x, labels).reason == by_rule + "second moments from N = 4,096 on"
-    assert explain(x[1:], labels[1:]).reason == by_rule + "pairs below N = 4,096"
-    monkeypatch.undo()
-    monkeypatch.setattr(plan, "CONSTANTS", {})
-    if available_impls() != ("reference", "gram"):
-        signed = explain(x, labels, similarity="signed_square")
-        assert signed.reason == by_rule + "no second moments of this input"
+    assumed = least + "; its speed is assumed, cpu is not calibrated for it"
+    found = explain(x, labels)
+    assert (found.path, found.reason) == ("gram", assumed)
+    found = explain((36, 1280), 3)
+    assert (found.path, found.reason) == ("reference", assumed)
+    only = explain(x, labels, similarity="signed_square")
+    assert only.reason == "the only path that takes this input here"
 
 
-def test_large_matrices_are_left_to_no_one_but_the_reference(monkeypatch):
-    """However fast its constants make it: N x M numbers, eight times."""
-    constants = {"reference": Constants(0, 1e-20, 0), "gram": Constants(1, 0, 0)}
+def test_a_path_of_much_memory_gives_way(monkeypatch):
+    """However fast its constants make it: eight matrices of N x M numbers."""
+    constants = {
+        "reference": Constants(0, 1e-20, 0), "gram": Constants(1, 0, 0),
+        on_gpu.SCHEDULE: Constants(1, 0, 0),
+    }  # fmt: skip
     monkeypatch.setattr(plan, "CONSTANTS", {"cuda": constants})
-    assert rule(16383, 128, "reference", "gram") == "reference"
-    assert rule(16384, 128, "reference", "gram") == "gram"
-    assert rule(16384, 128, "reference") == "reference"
+    assert taken(16_000, 128, "reference", "gram") == "reference"
+    assert taken(16_384, 128, "reference", "gram") == "gram"
+    assert taken(16_384, 128, "reference") == "reference"
+    # beside embeddings of 8 GiB, whose gradient takes as much, moments still are what takes least
+    assert taken(1 << 24, 128, "reference", "gram") == "gram"
 
 
 def test_launches_take_their_time(monkeypatch):
@@ -208,18 +223,18 @@ def test_launches_take_their_time(monkeypatch):
     fast = Constants(call=1e-5, flop=1e-12, byte=0, launch=1e-5)
     measured = {"reference": slow, "gram": fast, on_gpu.SCHEDULE: fast}
     monkeypatch.setattr(plan, "CONSTANTS", {"cuda": measured})
-    assert rule(256, 128, "reference", "gram") == "reference"
-    assert rule(8192, 128, "reference", "gram") == "gram"
-    operations = PATHS["reference"].operations(plan.Work(64, None, 32, torch.float32), [64])
-    assert slow.seconds(operations, torch.float32) == 1e-5 + 1e-11 * operations.flops
+    assert taken(256, 128, "reference", "gram") == "reference"
+    assert taken(8192, 128, "reference", "gram") == "gram"
+    cost = PATHS["reference"].cost(plan.Work(64, None, 32, torch.float32), [64])
+    assert slow.seconds(cost, torch.float32) == 1e-5 + 1e-11 * cost.flops
 
 
 def test_half_precision_has_its_own_rate():
     constants = Constants(0.0, 1e-11, 0.0, half=1e-13)
-    assert constants.seconds(Operations(1000, 0, 0), torch.float32) == pytest.approx(1e-8)
-    assert constants.seconds(Operations(1000, 0, 0), torch.bfloat16) == pytest.approx(1e-10)
+    assert constants.seconds(Cost(1000, 0, 0, 0), torch.float32) == pytest.approx(1e-8)
+    assert constants.seconds(Cost(1000, 0, 0, 0), torch.bfloat16) == pytest.approx(1e-10)
     without = constants._replace(half=None)
-    assert without.seconds(Operations(1000, 0, 0), torch.float16) == pytest.approx(1e-8)
+    assert without.seconds(Cost(1000, 0, 0, 0), torch.float16) == pytest.approx(1e-8)
 
 
 def test_schedules_of_one_path_are_predicted_apart(monkeypatch):
@@ -235,10 +250,10 @@ def test_schedules_of_one_path_are_predicted_apart(monkeypatch):
         (128, 128, tiles, pairs_cost.TILES), (8192, 128, panels, pairs_cost.PANELS),
     ):  # fmt: skip
         work = plan.Work(n, None, d, torch.float32, device="cuda")
-        counted = PATHS["triton"].operations(work, [n])
+        counted = PATHS["triton"].cost(work, [n])
         assert counted.schedule == schedule
-        seconds = plan._predicted(("triton",), work, [n])
-        assert seconds == {"triton": constants.seconds(counted, torch.float32)}
+        found = explain((n, d), [n], device="cuda")
+        assert found.predicted["triton"] == constants.seconds(counted, torch.float32)
     assert pairs_cost._speeds(torch.float32, True) == (tiles, panels)
     for dtype, exact in ((torch.float32, False), (torch.float64, True), (torch.bfloat16, True)):
         assert (
@@ -263,7 +278,7 @@ def launches(impl, n, m, d, dtype, gradient):
                 grads = path.backward(loss, *sides, *labels, rows, kept.tensors, spec)
                 _ = [grad.to(dtype) for grad in grads if grad is not None]
     work = plan.Work(n, m, d, dtype, wants_gradient=gradient, device="cuda")
-    return path.operations(work, [n if m is None else m]).launches, run.launches
+    return path.cost(work, [n if m is None else m]).launches, run.launches
 
 
 @pytest.mark.parametrize("gradient", [False, True])
@@ -277,16 +292,16 @@ def test_the_references_launches_are_its_operators(m, dtype, gradient):
 def test_what_the_native_kernel_does_on_a_gpu():
     """S's half and the gradient, once; then the gradient times what comes from upstream."""
     n, d = 36, 1280
-    counted = PATHS["native"].operations(plan.Work(n, None, d, torch.float32, device="cuda"), [n])
+    counted = PATHS["native"].cost(plan.Work(n, None, d, torch.float32, device="cuda"), [n])
     assert counted[:3] == (3 * n * n * d, 4 * n * d * (1 + 3), 2)
     half = plan.Work(n, None, d, torch.bfloat16, device="cuda")
-    assert PATHS["native"].operations(half, [n])[1:3] == (n * d * (2 + 4 + 4 + 2), 2)
+    assert PATHS["native"].cost(half, [n])[1:3] == (n * d * (2 + 4 + 4 + 2), 2)
     forward = plan.Work(n, None, d, torch.float32, wants_gradient=False, device="cuda")
-    assert PATHS["native"].operations(forward, [n])[:3] == (n * n * d, 4 * n * d, 1)
+    assert PATHS["native"].cost(forward, [n])[:3] == (n * n * d, 4 * n * d, 1)
     rows = plan.Work(n, None, d, torch.float32, "none", device="cuda")
-    assert PATHS["native"].operations(rows, [n])[:3] == (4 * n * n * d, 4 * n * d * (2 + 1), 6)
+    assert PATHS["native"].cost(rows, [n])[:3] == (4 * n * n * d, 4 * n * d * (2 + 1), 6)
     half_rows = rows._replace(dtype=torch.bfloat16)
-    assert PATHS["native"].operations(half_rows, [n])[1:3] == (n * d * (2 * 2 + 4 + 4 + 2), 7)
+    assert PATHS["native"].cost(half_rows, [n])[1:3] == (n * d * (2 * 2 + 4 + 4 + 2), 7)
 
 
 def test_the_only_path_that_is_left(monkeypatch):

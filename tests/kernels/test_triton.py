@@ -470,7 +470,7 @@ def test_panels_are_of_bounded_size():
 
 def counted(n, m, d, dtype=torch.float32, wants_gradient=True):
     """Of a scalar loss on a GPU."""
-    return PATHS["triton"].operations(Work(n, m, d, dtype, "mean", wants_gradient, "cuda"), [n])
+    return PATHS["triton"].cost(Work(n, m, d, dtype, "mean", wants_gradient, "cuda"), [n])
 
 
 def test_panels_are_taken_where_d_is_large():

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...cost import Operations, Work, round_up
-from ...spec import accumulation_dtype
-from .mathematics import class_weights, inverse_norms, through_normalisation
+from ...cost import Cost, Work, round_up
+from ...spec import Rows, accumulation_dtype, denormalise_gradient
+from .mathematics import class_weights, inverse_norms
 
 CHUNK_NUMBERS = 1 << 24  # what is computed at once may hold: 64 MiB of float32
 
@@ -100,26 +100,26 @@ def blocks_at_once(n: int, d: int) -> int:
     return max(1, numbers_at_once(n, d) // (block * (4 * window + 6 * d)))
 
 
-def forward(
+def means(
     embeddings: Tensor,
-    ref_emb: Tensor | None,
+    ref_emb: None,
     labels: Tensor,
-    ref_labels: Tensor | None,
+    ref_labels: None,
     eps: float,
-) -> list[Tensor]:
-    """[positive [N], negative [N], *state]: the two means of Eq. 3, and what `gradients` wants."""
+) -> tuple[Rows, tuple[Tensor, ...]]:
+    """The two means of Eq. 3, and what `gradients` needs."""
     batch = TiledRows(embeddings, make_layout(embeddings, labels, eps))
     moments = batch.moments()
-    return [*batch.means(moments), moments, *batch.layout]
+    return batch.means(moments), (moments, *batch.layout)
 
 
 def gradients(
-    a: Tensor, embeddings: Tensor, ref_emb: Tensor | None, state: list[Tensor], sigma: float
-) -> list[Tensor]:
-    """[dL/d(embeddings)] for a = dL/dl [h > 0], [N]."""
-    moments, *layout = state
+    a: Tensor, embeddings: Tensor, ref_emb: None, kept: tuple[Tensor, ...], sigma: float
+) -> tuple[Tensor, None]:
+    """dL/d(embeddings) for a = dL/dl [h > 0], [N]."""
+    moments, *layout = kept
     batch = TiledRows(embeddings, Layout(*layout))
-    return [batch.gradient(a[batch.layout.order], moments, sigma)]
+    return batch.gradient(a[batch.layout.order], moments, sigma), None
 
 
 def make_layout(embeddings: Tensor, labels: Tensor, eps: float) -> Layout:
@@ -259,8 +259,8 @@ class TiledRows:
             product[:few].add_(add)
         return product
 
-    def means(self, moments: Tensor) -> tuple[Tensor, Tensor]:
-        """The two means of Eq. 3 for each row, [N] each in the given order."""
+    def means(self, moments: Tensor) -> Rows:
+        """The two means of Eq. 3 for each row, in the given order."""
         n = len(self.small)
         own = moments.new_zeros(n + 1)
         for tiles in self.chunks():
@@ -282,7 +282,7 @@ class TiledRows:
         positive = torch.where(self.small, near, own - itself)
         taken_out = torch.where(self.small, near + itself, own.masked_fill(self.row_dominates, 0.0))
         positive, negative = positive * self.p, (every - taken_out) * self.q
-        return self.given(positive), self.given(negative)
+        return Rows(self.given(positive), self.given(negative))
 
     def add_behind(self, total: Tensor, parts: Tensor) -> None:
         """total[(k + s) b + r] += parts[k, (s - 1) b + r] for each block k and each s behind it."""
@@ -318,7 +318,7 @@ class TiledRows:
             torch.baddbmm(v, scaled, moments[tiles.segment], out=v)
             torch.baddbmm(v, unit, back[tiles.segment], out=v)
             v, unit = v.flatten(0, 1), unit.flatten(0, 1)
-            v = through_normalisation(v, unit, self.inverse[tiles.rows].flatten())
+            v = denormalise_gradient(v, unit, self.inverse[tiles.rows].flatten())
             gradient.index_copy_(0, to.flatten(), v)
         return gradient[:n]
 
@@ -379,22 +379,25 @@ def extent(n: int, d: int) -> Extent:
     )
 
 
-def operations(work: Work) -> Operations:
-    """What `forward` and, where a gradient is wanted, `gradients` do; the same for any classes.
+def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
+    """What `means` and, where a gradient is wanted, `gradients` do; the same for any classes.
 
     flops: of products alone. bytes: what every operator reads and writes, as if nothing stayed in a
     cache. launches: one for each operator, though a sort, a scan or a reduction over segments is
     several kernels. The hinge and the reduction of the loss, a dozen launches, are not counted.
     """
-    flops, bytes_, launches, _ = _forward_operations(work)
-    if work.wants_gradient:
-        backward = _backward_operations(work)
-        flops, bytes_ = flops + backward.flops, bytes_ + backward.bytes
-        launches += backward.launches
-    return Operations(flops, bytes_, launches)
+    parts = [_forward_counts(work), *([_backward_counts(work)] if work.wants_gradient else ())]
+    flops, bytes_, launches = (sum(each) for each in zip(*parts, strict=True))
+    return Cost(flops, bytes_, launches, _extra_memory(work))
 
 
-def _forward_operations(work: Work) -> Operations:
+class _Counts(NamedTuple):
+    flops: int
+    bytes: int
+    launches: int
+
+
+def _forward_counts(work: Work) -> _Counts:
     n, d, number = work.n, work.d, work.accumulated
     e = extent(n, d)
     rows, blocked = e.tiles * e.width, round_up(n, e.block)
@@ -403,7 +406,7 @@ def _forward_operations(work: Work) -> Operations:
     numbers = 9 * tiles + 2 * matrices + 8 * rows * d + 12 * n * d + 7 * band
     per_row = n * (_LAYOUT_BYTES + _SETUP_BYTES) + n * d * work.dtype.itemsize
     of_tiles, of_blocks = 19 + 2 * work.casts, 14 + work.casts + _blocks_behind(e)
-    return Operations(
+    return _Counts(
         flops=2 * d * (d * (2 * rows + blocked + (n + 1) // 2 + 2 * e.segments) + band),
         bytes=read + number * numbers + 2 * band + per_row,
         launches=_setup_launches(work, 106)
@@ -413,7 +416,7 @@ def _forward_operations(work: Work) -> Operations:
     )
 
 
-def _backward_operations(work: Work) -> Operations:
+def _backward_counts(work: Work) -> _Counts:
     n, d, number = work.n, work.d, work.accumulated
     e = extent(n, d)
     rows, blocked = e.tiles * e.width, round_up(n, e.block)
@@ -423,7 +426,7 @@ def _backward_operations(work: Work) -> Operations:
     numbers = 12 * tiles + 9 * matrices + 25 * rows * d + (22 + 4 * behind) * n * d + 10 * band
     of_tiles, of_blocks = 30 + 2 * work.casts, 17 + work.casts + behind
     products = 3 * rows + blocked + (n + 1) // 2 + 4 * e.segments
-    return Operations(
+    return _Counts(
         flops=2 * d * (d * products + 2 * band + blocked * (e.window - e.block)),
         bytes=read + number * numbers + 2 * band + n * _SETUP_BYTES,
         launches=_setup_launches(work, 104)
@@ -462,8 +465,8 @@ def _chunks_aside(work: Work, e: Extent) -> int:
     return -(-((work.n + 1) // 2) // (blocks_at_once(work.n, work.d) * e.block))
 
 
-def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
-    """Peak bytes beyond the inputs, the gradient included; the same whatever the classes are.
+def _extra_memory(work: Work) -> int:
+    """The gradient included; the same whatever the classes are.
 
     A chunk is tiles, with unit rows (and weighted copies), their products and these products' sums,
     or blocks, with their band of S and its mask, and either the band once more or what it adds to

@@ -1,18 +1,20 @@
 """similarity="linear" by sums of classes: time O(N D) on every device, and nothing is N x M.
 
-With u_i the unit rows, m_c the sum of the unit columns of class c, m that of all columns, and p_i
-and q_i one over the number of row i's positives and of its negatives (0 where there are none):
+With u_i the unit rows, m_c the sum of the unit columns of class c, m that of all columns, and p_c
+and q_c one over the number of positives and of negatives of a row of class c (0 where there are
+none):
 
-    mean over P_i = p_i (u_i . m_c - |u_i|^2)        mean over Q_i = q_i u_i . (m - m_c)
+    mean over P_i = u_i . p_c m_c - p_c |u_i|^2        mean over Q_i = u_i . q_c (m - m_c)
 
 where |u_i|^2 is of a row that is itself a column. With a_i = dL/dl_i [h_i > 0], b_c the sum of
-a_i u_i over the rows of class c, and b that of q_i a_i u_i over all rows:
+a_i u_i over the rows of class c, and b that of q_c b_c over all classes:
 
-    v_i = a_i (sigma q_i (m - m_c) - p_i m_c) + sigma (b - q_i b_c) - p_i b_c
+    v_i = a_i K_c + B_c
+    K_c = sigma q_c (m - m_c) - p_c m_c        B_c = sigma (b - q_c b_c) - p_c b_c
 
-What of it is parallel to u_i projects away. With ref_emb a row has the terms with a_i, and a column
-the others, with p and q of its class. Sums are in float64, where a class cancels from the sum of
-all to sixteen digits.
+What of it is parallel to u_i projects away. With ref_emb a row has a_i K_c alone, and a column B_c.
+Sums are in float64, where a class cancels from the sum of all to sixteen digits; what a class makes
+of its rows is rounded once, to the accumulation dtype.
 """
 
 from __future__ import annotations
@@ -21,56 +23,139 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag, pad
 
-from ...cost import Operations, Work
-from ...spec import accumulation_dtype
-from .mathematics import class_weights, inverse_norms, through_normalisation
+from ...cost import Cost, Work
+from ...spec import Rows, accumulation_dtype, denormalise_gradient
+from .mathematics import class_weights, inverse_norms
 
 SCHEDULE = "class sums"
-PANEL_NUMBERS = {"cpu": 1 << 18, "other": 1 << 23}
+PANEL_NUMBERS = {"cpu": 1 << 17, "other": 1 << 23}
 """Numbers of rows at a time: what a cache holds, and what is worth a GPU's launches."""
+_BAG = 64  # rows of a class that are added up in the accumulation dtype
 _BLOCK = 128  # rows whose running sums one product forms
 
 
-class ClassSums:
-    """The sum of each class of rows [n, D], float64. Asks no GPU how many classes there are."""
+def means(
+    embeddings: Tensor,
+    ref_emb: Tensor | None,
+    labels: Tensor,
+    ref_labels: Tensor | None,
+    eps: float,
+) -> tuple[Rows, tuple[Tensor, ...]]:
+    """The two means of Eq. 3, and what `gradients` needs.
 
-    def __init__(self, embeddings: Tensor, scales: Tensor, labels: Tensor) -> None:
-        """Of embeddings [n, D] times scales [n], in the dtype of the scales."""
-        d = embeddings.shape[1]
-        if _may_count(labels):
-            self.keys, index, self.counts = labels.unique(return_inverse=True, return_counts=True)
-            self.table = embeddings.new_zeros((len(self.keys), d), dtype=torch.float64)
-            for rows in _panels(embeddings):
-                scaled = _scaled(embeddings, scales, rows)
-                self.table.index_add_(0, index[rows], scaled.double())
-            self.total = self.table.sum(0)
-        else:
-            order = labels.argsort(stable=True)
-            self.keys, scaled = labels[order], embeddings[order].to(scales.dtype)
-            self.table = running_sums(scaled.mul_(scales[order, None]).double())
-            self.total = self.table[-1]
+    That is for each side 1 / norm and its rows' classes; and m_c, p_c and q_c of each class.
+    """
+    own = ref_emb is None
+    dtype = accumulation_dtype(embeddings, *(() if ref_emb is None else (ref_emb,)))
+    inverse = inverse_norms(embeddings, eps, dtype)
+    classes, n_classes = number_classes(labels, ref_labels)
+    columns, sides = embeddings, [inverse, classes]
+    if ref_emb is not None:
+        classes, of_columns = classes.split((len(embeddings), len(ref_emb)))
+        columns, sides = ref_emb, [inverse, classes, inverse_norms(ref_emb, eps, dtype), of_columns]
+    column_inverse, column_classes = sides[-2:]
+    sums = sum_classes(columns, column_inverse, column_classes, n_classes)
+    p, q = class_weights(count_classes(column_classes, n_classes), len(columns), own)
+    table = inverse.new_empty(n_classes, 2, sums.shape[1])
+    table[:, 0] = p[:, None] * sums
+    table[:, 1] = (sums.sum(0) - sums).mul_(q[:, None])
+    both = inverse.new_empty(len(inverse), 2)
+    for rows in _panels(embeddings):
+        pair = table[classes[rows]]
+        both[rows] = torch.linalg.vecdot(pair, embeddings[rows, None].to(dtype))
+    positive, negative = both.mul_(inverse[:, None]).unbind(1)
+    if own:
+        positive = positive - p.to(dtype)[classes] * (inverse != 0)
+    return Rows(positive, negative), (sums, p, q, *sides)
 
-    def count(self, labels: Tensor) -> Tensor:
-        """How many rows are of each class, [k] for labels [k]."""
-        if _may_count(labels):
-            found, is_known = self._find(labels)
-            return self.counts[found].where(is_known, torch.zeros_like(found))
-        return self._edge(labels, True) - self._edge(labels, False)
 
-    def of(self, labels: Tensor) -> Tensor:
-        """The sums of the classes of labels [k], [k, D]; 0 where there is no row."""
-        if _may_count(labels):
-            found, is_known = self._find(labels)
-            return self.table[found].masked_fill(~is_known[:, None], 0.0)
-        return self.table[self._edge(labels, True)] - self.table[self._edge(labels, False)]
+def gradients(
+    a: Tensor,
+    embeddings: Tensor,
+    ref_emb: Tensor | None,
+    kept: tuple[Tensor, ...],
+    sigma: float,
+) -> tuple[Tensor, Tensor | None]:
+    """dL/d(embeddings), and dL/d(ref_emb) where given, for a = dL/dl [h > 0], [N]."""
+    sums, p, q, inverse, classes, *of_columns = kept
+    back = sum_classes(embeddings, inverse * a, classes, len(sums))
+    table = inverse.new_empty(len(sums), 2, sums.shape[1])
+    write_shares(table, sums, back, p[:, None], q[:, None], sigma)
+    del back
+    if ref_emb is None:
+        return _gradient(embeddings, inverse, table, classes, a), None
+    return (
+        _gradient(embeddings, inverse, table[:, :1], classes, a),
+        _gradient(ref_emb, of_columns[0], table[:, 1:], of_columns[1], None),
+    )
 
-    def _find(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        found = torch.searchsorted(self.keys, labels).clamp(max=len(self.keys) - 1)
-        return found, self.keys[found] == labels
 
-    def _edge(self, labels: Tensor, right: bool) -> Tensor:
-        return torch.searchsorted(self.keys, labels, right=right)
+def write_shares(
+    table: Tensor, sums: Tensor, back: Tensor, p: Tensor, q: Tensor, sigma: float
+) -> None:
+    """K_c and B_c of each class to the table, [C, 2, D], from m_c and b_c."""
+    share = (sums.sum(0) - sums).mul_(sigma * q)
+    table[:, 0] = share.addcmul_(p, sums, value=-1.0)
+    torch.mul(q, back, out=share)
+    torch.sub(share.sum(0), share, out=share).mul_(sigma)
+    table[:, 1] = share.addcmul_(p, back, value=-1.0)
+
+
+def _gradient(
+    embeddings: Tensor, inverse: Tensor, table: Tensor, classes: Tensor, a: Tensor | None
+) -> Tensor:
+    """dL/df of a side whose classes have K_c, B_c or both of them in the table, [C, 1 or 2, D]."""
+    gradient = inverse.new_empty(embeddings.shape)
+    for rows in _panels(embeddings):
+        first, *second = table[classes[rows]].unbind(1)
+        v = first if a is None else first.mul_(a[rows, None])
+        v = v.add_(second[0]) if second else v
+        unit = embeddings[rows].to(inverse.dtype) * inverse[rows, None]
+        gradient[rows] = denormalise_gradient(v, unit, inverse[rows])
+    return gradient
+
+
+def number_classes(labels: Tensor, ref_labels: Tensor | None) -> tuple[Tensor, int]:
+    """The classes as numbers from 0 on, of the rows and then of the columns, and how many may be.
+
+    A GPU is not asked how many there are: as many as labels.
+    """
+    labels = labels if ref_labels is None else torch.cat((labels, ref_labels))
+    if _may_count(labels):
+        values, classes = labels.unique(return_inverse=True)
+        return classes, len(values)
+    ordered, order = labels.sort(stable=True)
+    first = pad(ordered[1:] != ordered[:-1], (1, 0))
+    return torch.empty_like(order).index_copy_(0, order, first.cumsum(0)), len(labels)
+
+
+def count_classes(classes: Tensor, n_classes: int) -> Tensor:
+    """How many are of each class, [C]."""
+    edges = torch.arange(n_classes + 1, device=classes.device)
+    return torch.searchsorted(classes.sort().values, edges).diff()
+
+
+def sum_classes(embeddings: Tensor, weights: Tensor, classes: Tensor, n_classes: int) -> Tensor:
+    """The sum over each class of weights [N] times embeddings [N, D], [C, D] in float64.
+
+    The order of addends is fixed: the same bits from run to run.
+    """
+    ordered, order = classes.sort(stable=True)
+    edges = torch.searchsorted(ordered, torch.arange(n_classes + 1, device=classes.device))
+    if not _may_count(classes):
+        scaled = embeddings[order].to(weights.dtype).mul_(weights[order, None])
+        return running_sums(scaled.double())[edges].diff(dim=0)
+    sizes = edges.diff()
+    bags = (sizes + _BAG - 1) // _BAG
+    of_bag = torch.repeat_interleave(bags)
+    first = edges[of_bag] + _BAG * (torch.arange(len(of_bag)) - (bags.cumsum(0) - bags)[of_bag])
+    parts = embedding_bag(
+        order, embeddings.to(weights.dtype), first, mode="sum", per_sample_weights=weights[order]
+    )
+    total = torch.zeros(n_classes, embeddings.shape[1], dtype=torch.float64)
+    return total.index_add_(0, of_bag, parts.double())
 
 
 def _may_count(labels: Tensor) -> bool:
@@ -86,7 +171,7 @@ def running_sums(x: Tensor) -> Tensor:
     n, d = x.shape
     if n <= _BLOCK:
         return torch.cat((x.new_zeros(1, d), x.new_ones(n, n).tril() @ x))
-    blocks = torch.nn.functional.pad(x, (0, 0, 0, -n % _BLOCK)).unflatten(0, (-1, _BLOCK))
+    blocks = pad(x, (0, 0, 0, -n % _BLOCK)).unflatten(0, (-1, _BLOCK))
     within = x.new_ones(_BLOCK, _BLOCK).tril() @ blocks
     within += running_sums(within[:, -1])[:-1, None]
     return torch.cat((x.new_zeros(1, d), within.flatten(0, 1)[:n]))
@@ -98,126 +183,81 @@ def _panels(embeddings: Tensor) -> Iterator[slice]:
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
-def _scaled(embeddings: Tensor, scales: Tensor, rows: slice) -> Tensor:
-    return embeddings[rows].to(scales.dtype) * scales[rows, None]
-
-
-def forward(
-    embeddings: Tensor,
-    ref_emb: Tensor | None,
-    labels: Tensor,
-    ref_labels: Tensor | None,
-    eps: float,
-) -> list[Tensor]:
-    """[positive [N], negative [N], *kept]: the two means of Eq. 3, and what `gradients` wants."""
-    own = ref_emb is None or ref_labels is None
-    dtype = accumulation_dtype(embeddings, *(() if ref_emb is None else (ref_emb,)))
-    inverse = inverse_norms(embeddings, eps, dtype)
-    columns, column_labels, column_inverse = embeddings, labels, inverse
-    if ref_emb is not None and ref_labels is not None:
-        columns, column_labels = ref_emb, ref_labels
-        column_inverse = inverse_norms(ref_emb, eps, dtype)
-    sums = ClassSums(columns, column_inverse, column_labels)
-    p, q = class_weights(sums.count(labels), len(columns), own)
-    positive, negative = torch.empty_like(p), torch.empty_like(p)
-    for rows in _panels(embeddings):
-        unit, own_sum = _scaled(embeddings, inverse, rows).double(), sums.of(labels[rows])
-        itself = torch.linalg.vecdot(unit, unit) if own else 0.0
-        positive[rows] = p[rows] * (torch.linalg.vecdot(unit, own_sum) - itself)
-        negative[rows] = q[rows] * torch.linalg.vecdot(unit, sums.total - own_sum)
-    kept = [labels, inverse, p, q]
-    if not own:
-        of_columns = class_weights(sums.count(column_labels), len(columns), own)
-        kept += [column_labels, column_inverse, *of_columns]
-    return [positive.to(dtype), negative.to(dtype), *kept]
-
-
-def gradients(
-    a: Tensor, embeddings: Tensor, ref_emb: Tensor | None, kept: list[Tensor], sigma: float
-) -> list[Tensor]:
-    """[dL/d(embeddings)], and dL/d(ref_emb) where there is one, for a = dL/dl [h > 0], [N]."""
-    labels, inverse, p, q = kept[:4]
-    n, d = embeddings.shape
-    back = ClassSums(embeddings, inverse * a, labels)
-    weight = inverse.double() * a.double() * q
-    b = sum(
-        (weight[None, rows] @ embeddings[rows].double() for rows in _panels(embeddings)),
-        start=weight.new_zeros(1, d),
-    )[0]
-
-    def from_rows(rows: slice, labels: Tensor, p: Tensor, q: Tensor) -> Tensor:
-        """What the rows' losses make of columns."""
-        of_class = back.of(labels[rows])
-        return sigma * (b - q[rows, None] * of_class) - p[rows, None] * of_class
-
-    columns = kept[4:] or [labels, inverse]
-    sums = ClassSums(embeddings if ref_emb is None else ref_emb, columns[1], columns[0])
-    gradient = embeddings.new_empty((n, d), dtype=inverse.dtype)
-    for rows in _panels(embeddings):
-        of_class = sums.of(labels[rows])
-        v = (a[rows] * sigma * q[rows])[:, None] * (sums.total - of_class)
-        v -= (a[rows] * p[rows])[:, None] * of_class
-        if ref_emb is None:
-            v += from_rows(rows, labels, p, q)
-        gradient[rows] = _normalised(v, embeddings, inverse, rows)
-    if ref_emb is None:
-        return [gradient]
-    column_labels, column_inverse, column_p, column_q = columns
-    ref_gradient = ref_emb.new_empty(ref_emb.shape, dtype=inverse.dtype)
-    for rows in _panels(ref_emb):
-        v = from_rows(rows, column_labels, column_p, column_q)
-        ref_gradient[rows] = _normalised(v, ref_emb, column_inverse, rows)
-    return [gradient, ref_gradient]
-
-
-def _normalised(v: Tensor, embeddings: Tensor, inverse: Tensor, rows: slice) -> Tensor:
-    unit = _scaled(embeddings, inverse, rows)
-    return through_normalisation(v.to(unit.dtype), unit, inverse[rows])
-
-
 _FLOPS_A_SUM, _BYTES_A_SUM = 2 * _BLOCK + 2, 298  # of a number that goes into `running_sums`
 
 
-def operations(work: Work) -> Operations:
-    """A few numbers for each of the embeddings' on the CPU; elsewhere running sums are products.
+def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
+    """A few numbers for each of the embeddings'; on a GPU, where running sums are products, more.
 
-    There the columns are added up forward, and columns and rows backward. Launches are counted for
-    two sides of equal size where there is a ref_emb.
+    There the columns are added up forward, and the rows backward. Launches are counted for two
+    sides of equal size where there is a ref_emb.
     """
-    side = work.vectors * work.d
+    side, wanted = work.vectors * work.d, work.wants_gradient
     if work.device == "cpu":
-        each, times = (32, 7) if work.wants_gradient else (10, 3)
-        return Operations(each * side, times * side * work.dtype.itemsize, 0, SCHEDULE)
-    summed = work.columns * work.d
-    if work.wants_gradient:
-        summed += (work.columns + work.n) * work.d
-    flops, moved = _FLOPS_A_SUM * summed, _BYTES_A_SUM * summed
-    levels, rows = 1, work.columns
+        flops, times = (18, 7) if wanted else (8, 3)
+        table = len(class_sizes) * work.d * (4 if wanted else 2)
+        return Cost(
+            flops=flops * side + 4 * table,
+            bytes=times * side * work.dtype.itemsize + 24 * table,
+            launches=0,
+            extra_memory=_extra_memory(work, len(class_sizes)),
+            schedule=SCHEDULE,
+        )
+    summed = (work.columns + work.n * wanted) * work.d
+    return Cost(
+        flops=(2 * _BLOCK + 2) * summed,
+        bytes=150 * summed,
+        launches=_launches(work),
+        extra_memory=_extra_memory_on_gpu(work),
+        schedule=SCHEDULE,
+    )
+
+
+def _launches(work: Work) -> int:
+    levels, rows = 0, work.columns
     while rows > _BLOCK:
         levels, rows = levels + 1, -(-rows // _BLOCK)
     more = -(-work.n * work.d // PANEL_NUMBERS["other"]) - 1
-    launches = 58 + 7 * (levels - 1) + 19 * more + (0 if work.m is None else 17 - 2 * more)
-    by_row = work.reduction == "none"
-    launches += (2 + more) * work.casts - by_row
-    if work.wants_gradient:
-        launches = 126 + 21 * (levels - 1) + 52 * more + (0 if work.m is None else 23 + 4 * more)
-        launches += (6 + 2 * more) * work.casts - 2 * by_row
-    return Operations(flops, moved, launches, SCHEDULE)
-
-
-def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
-    """Peak bytes beyond the inputs: float64 sums, on the CPU of classes, else of all rows."""
-    number, d = work.accumulated, work.d
-    vectors = work.n * (3 * number + 24) + (0 if work.m is None else work.m * (number + 24))
-    numbers = max(work.n, work.columns) * d
-    if work.device == "cpu":
-        sums = len(class_sizes) * 16 * (d + 1)
-        of_panel = 32 if not work.wants_gradient else 48 if work.m is None else 36
-        panel = min(numbers, PANEL_NUMBERS["cpu"]) * of_panel
-        return vectors + sums + work.gradient_bytes + max(panel, work.cast_bytes)
-    making, held = numbers * 36, numbers * 8  # running sums
+    own, by_row = work.m is None, work.reduction == "none"
     if not work.wants_gradient:
-        return vectors + max(making, held + min(numbers, PANEL_NUMBERS["other"]) * 32)
-    panel = min(numbers, PANEL_NUMBERS["other"]) * 48
-    walking = 2 * held + work.gradient_bytes + max(panel, work.cast_bytes)
-    return vectors + max(making + held, walking)
+        cast = (2 + more) * work.casts
+        return 62 + 7 * levels + 4 * more + (0 if own else 2) + cast - by_row
+    cast = (5 + 2 * more if own else 7 + 3 * more) * work.casts
+    return 105 + 14 * levels + 13 * more + (0 if own else 9 + 6 * more) + cast - 2 * by_row
+
+
+def _extra_memory(work: Work, classes: int) -> int:
+    """On the CPU: the sums of classes, and a panel of rows with what classes make of them."""
+    d, number = work.d, work.accumulated
+    longer = max(work.n, work.columns)
+    vectors = work.vectors * (number + 8) + 4 * work.n * number
+    sorting = 5 * 8 * work.vectors
+    widened = longer * d * number if work.casts else 0
+    bags = -(-longer // _BAG) + classes
+    adding = widened + bags * (d * (number + 8) + 24) + 3 * 8 * longer
+    panel = max(PANEL_NUMBERS["cpu"], d)
+    rows, columns = (min(size * d, panel) * number for size in (work.n, work.columns))
+    table = 2 * classes * d * number
+    sums = 8 * classes * d
+    held = 4 if work.n * d <= panel else 5  # with what is left of the panel before
+    forward = max(sums + adding, 2 * sums + table, sums + table + held * rows)
+    if not work.wants_gradient:
+        return vectors + max(sorting, forward)
+    backward = 2 * sums + max(adding, sums + table)
+    walking = held * rows if work.m is None else 3 * columns
+    walking = sums + table + work.gradient_bytes + max(walking, work.cast_bytes)
+    return vectors + max(sorting, forward, backward, walking)
+
+
+def _extra_memory_on_gpu(work: Work) -> int:
+    """Running sums of all rows, then sums and what they make of rows for as many classes."""
+    d, number = work.d, work.accumulated
+    classes, panel = work.vectors * d, min(work.n * d, PANEL_NUMBERS["other"])
+    making, table = 36 if max(work.n, work.columns) > _BLOCK else 28, 8 + 2 * number
+    forward = max(making * work.columns * d, (8 + table) * classes, table * classes + 16 * panel)
+    vectors = work.vectors * (number + 8) + 3 * work.n * number + 16 * work.vectors
+    if not work.wants_gradient:
+        return vectors + forward
+    walking = table * classes + work.gradient_bytes + max(16 * panel, work.cast_bytes)
+    backward = max(8 * classes + making * work.n * d, (16 + table) * classes, walking)
+    return vectors + max(forward, backward)

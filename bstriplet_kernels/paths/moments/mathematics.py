@@ -14,9 +14,13 @@ column, B_c, where A_c = sum_{j in c} a_j f^_j f^_j^T and a = dL/dl [h > 0]:
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
+_BYTES_A_ROW = 96  # order, inverse norms, means, a and the vectors that make them
 _BLOCK = 64  # columns of a symmetric matrix computed at once, down to its diagonal block
 _ROWS_WORTH_HALVING = 1024  # rows of one matrix from which cutting it up saves time
 
@@ -87,17 +91,6 @@ def quadratic_forms(unit: Tensor, halves: list[Tensor], count: int) -> Tensor:
     return parts[0] if len(parts) == 1 else sum(parts[1:], start=parts[0])
 
 
-def moment_fraction(d: int, columns: int = _BLOCK) -> float:
-    """What is computed of a symmetric [D, D] product, so many columns at once, as `add_moment`."""
-    blocks = -(-d // columns)
-    return (blocks + 1) / (2 * blocks)
-
-
-def form_fraction(d: int, rows: int) -> float:
-    """What `quadratic_forms` of so many rows computes of the product of a row and a matrix."""
-    return 1.0 if rows < _ROWS_WORTH_HALVING else moment_fraction(d)
-
-
 def own_share(
     own: Tensor, others: Tensor, p: float | Tensor, q: float | Tensor, sigma: float
 ) -> Tensor:
@@ -110,7 +103,58 @@ def others_share(own: Tensor, others: Tensor, p: float | Tensor, sigma: float) -
     return others * (2 * sigma) - own * (2 * p)
 
 
-def through_normalisation(v: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
-    """dL/df = (v - (v . u) u) / |f| from v = dL/du, in place of v; [n, D] and [n]."""
-    along = torch.linalg.vecdot(v, unit).unsqueeze(1)
-    return v.addcmul_(unit, along, value=-1.0).mul_(inverse.unsqueeze(1))
+def split_sizes(
+    class_sizes: Sequence[int], columns: int, smallest: int
+) -> tuple[list[int], Counter[int]]:
+    """Members of each class that has a moment matrix; of the others, how many have each size.
+
+    A class of more than half of the columns has one whatever its size: T - T_c would cancel.
+    """
+    large = [s for s in class_sizes if s >= smallest or 2 * s > columns]
+    return large, Counter(s for s in class_sizes if s < smallest and 2 * s <= columns)
+
+
+def moment_fraction(d: int, columns: int = _BLOCK) -> float:
+    """What is computed of a symmetric [D, D] product, so many columns at once, as `add_moment`."""
+    blocks = -(-d // columns)
+    return (blocks + 1) / (2 * blocks)
+
+
+def form_fraction(d: int, rows: int) -> float:
+    """What `quadratic_forms` of so many rows computes of the product of a row and a matrix."""
+    return 1.0 if rows < _ROWS_WORTH_HALVING else moment_fraction(d)
+
+
+def product_flops(
+    n: int,
+    d: int,
+    large: Sequence[int],
+    small: Counter[int],
+    moment: float,
+    form: Callable[[int], float],
+    block_products: int,
+    one_weight: bool,
+) -> int:
+    """FLOPs of the products of forward and backward on the CPU, class by class.
+
+    large, small: as `split_sizes` returns them. moment: the share of a moment that is computed;
+    form(rows): that of a form of so many rows. block_products: of the members of a small class with
+    each other. one_weight: all rows have h > 0, or none, and the reduction is a scalar; otherwise
+    the weighted moments and a second product are added.
+    """
+    rows = sum(size * count for size, count in small.items())
+    forms = sum(2 * s * form(s) for s in large) + rows * form(n)
+    pairs = sum(size * size * count for size, count in small.items() if size > 1)
+    products = (n * moment + forms + n) * d * d + block_products * pairs * d
+    if not one_weight:
+        products += (n * moment + n) * d * d
+    return int(2 * products)
+
+
+def traffic(n: int, d: int, itemsize: int) -> int:
+    """Bytes to and from memory, forward and backward, on the CPU: norms, three readings, a
+    gradient written.
+
+    Writing a row of the gradient out of order reads its cache lines first.
+    """
+    return n * (6 * d * itemsize + _BYTES_A_ROW)

@@ -17,18 +17,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...cost import Work
-from ...spec import accumulation_dtype
+from ...cost import Cost, Work
+from ...spec import Rows, accumulation_dtype, denormalise_gradient
 from .mathematics import (
     add_moment,
     class_weights,
+    form_fraction,
     half_matrices,
     inverse_norms,
     mirror,
+    moment_fraction,
     others_share,
     own_share,
+    product_flops,
     quadratic_forms,
-    through_normalisation,
+    split_sizes,
+    traffic,
 )
 
 PANEL_BYTES = 1 << 20  # of unit rows: what meets them then stays in the second-level cache
@@ -150,14 +154,14 @@ def make_runs(table: Tensor, d: int, own: bool) -> list[ClassRun]:
     return runs
 
 
-def forward(
+def means(
     embeddings: Tensor,
     ref_emb: Tensor | None,
     labels: Tensor,
     ref_labels: Tensor | None,
     eps: float,
-) -> list[Tensor]:
-    """[positive [N], negative [N], *state]: the two means of Eq. 3, and what `gradients` wants."""
+) -> tuple[Rows, tuple[Tensor, ...]]:
+    """The two means of Eq. 3, and what `gradients` needs."""
     own = ref_emb is None
     row_order, column_order, table = class_order(labels, ref_labels)
     if ref_emb is None:
@@ -171,8 +175,8 @@ def forward(
         sides = (rows, columns)
     runs = make_runs(table, embeddings.shape[1], own)
     moments = column_moments(columns, runs)
-    positive, negative = means(rows, columns, runs, moments, own)
-    return [positive, negative, table, *moments, *(t for s in sides for t in (s.order, s.inverse))]
+    kept = (table, *moments, *(t for side in sides for t in (side.order, side.inverse)))
+    return means_by_runs(rows, columns, runs, moments, own), kept
 
 
 def make_side(embeddings: Tensor, order: Tensor, eps: float, dtype: torch.dtype) -> SortedSide:
@@ -242,10 +246,10 @@ def dominating_slot(runs: list[ClassRun], columns: int) -> int | None:
     return next((r.slot for r in runs if 2 * r.m > columns), None)
 
 
-def means(
+def means_by_runs(
     rows: SortedSide, columns: SortedSide, runs: list[ClassRun], moments: Moments, own: bool
-) -> tuple[Tensor, Tensor]:
-    """The two means of Eq. 3 for each row, [N] each in the rows' given order."""
+) -> Rows:
+    """The two means of Eq. 3 for each row, in the rows' given order."""
     dtype = rows.inverse.dtype
     complements = moment_complements(moments, runs, len(columns.order))
     total = half_matrices((complements.total,), len(rows.order))
@@ -265,8 +269,7 @@ def means(
             own_sums, other_sums = quadratic_forms(tile.unit, pair, 2).unbind(1)
             positive[tile.rows] = run.p * (own_sums - self_sums[tile.rows])
             negative[tile.rows] = run.q * other_sums
-    given = [torch.empty_like(t).index_copy_(0, rows.order, t) for t in (positive, negative)]
-    return given[0], given[1]
+    return Rows(*(torch.empty_like(t).index_copy_(0, rows.order, t) for t in (positive, negative)))
 
 
 class Tile(NamedTuple):
@@ -327,11 +330,15 @@ def moment_complements(moments: Moments, runs: list[ClassRun], columns: int) -> 
 
 
 def gradients(
-    a: Tensor, embeddings: Tensor, ref_emb: Tensor | None, state: list[Tensor], sigma: float
-) -> list[Tensor]:
-    """[dL/d(embeddings)], and dL/d(ref_emb) where given, for a = dL/dl [h > 0], [N]."""
+    a: Tensor,
+    embeddings: Tensor,
+    ref_emb: Tensor | None,
+    kept: tuple[Tensor, ...],
+    sigma: float,
+) -> tuple[Tensor, Tensor | None]:
+    """dL/d(embeddings), and dL/d(ref_emb) where given, for a = dL/dl [h > 0], [N]."""
     own = ref_emb is None
-    table, small, slots, *orders = state
+    table, small, slots, *orders = kept
     moments = Moments(small, slots)
     rows = SortedSide(embeddings, *orders[:2])
     columns = rows if ref_emb is None else SortedSide(ref_emb, *orders[2:])
@@ -357,12 +364,13 @@ def gradients(
         return others_share(matrix, others, run.p * scale, sigma)
 
     if own:
-        return [side_gradient(rows, rows, runs, Weights(a, a), row_share, column_share, sigma)]
+        weights = Weights(a, a)
+        return side_gradient(rows, rows, runs, weights, row_share, column_share, sigma), None
     swapped = [run.swapped() for run in runs]
-    return [
+    return (
         side_gradient(rows, columns, runs, Weights(a, None), row_share, None, sigma),
         side_gradient(columns, rows, swapped, Weights(None, a), None, column_share, sigma),
-    ]
+    )
 
 
 class Weighted(NamedTuple):
@@ -457,7 +465,7 @@ def side_gradient(
             v = apply_operator(tile.unit, operator, a)
             if run.slot is None:
                 add_blocks(v, tile, columns, weights, -2 * (run.p + sigma * run.q))
-            v = through_normalisation(v, tile.unit, rows.inverse[tile.rows])
+            v = denormalise_gradient(v, tile.unit, rows.inverse[tile.rows])
             gradient.index_copy_(0, rows.order[tile.rows], v)
     return gradient
 
@@ -494,18 +502,29 @@ def add_blocks(v: Tensor, tile: Tile, columns: SortedSide, weights: Weights, sca
         target.baddbmm_(similarity, members, alpha=scale)
 
 
-def split_sizes(
-    class_sizes: Sequence[int], columns: int, smallest: int
-) -> tuple[list[int], Counter[int]]:
-    """Members of each class that has a moment matrix; of the others, how many have each size."""
-    large = [s for s in class_sizes if s >= smallest or 2 * s > columns]
-    return large, Counter(s for s in class_sizes if s < smallest and 2 * s <= columns)
-
-
-def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
-    """Peak bytes beyond the inputs, the gradient included.
+def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
+    """Products of forward and backward where all rows have h > 0, and what crosses memory.
 
     class_sizes: members of each class among the columns; the rows are taken to be shared out alike.
+    """
+    n, d = max(work.n, work.columns), work.d
+
+    def form(rows: int) -> float:
+        return form_fraction(d, rows)
+
+    sizes = split_sizes(class_sizes, n, smallest_moment(d))
+    one_weight = work.reduction != "none"
+    return Cost(
+        flops=product_flops(n, d, *sizes, moment_fraction(d), form, BLOCK_PRODUCTS, one_weight),
+        bytes=traffic(n, d, work.dtype.itemsize),
+        launches=0,
+        extra_memory=_extra_memory(work, class_sizes),
+    )
+
+
+def _extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
+    """The gradient included.
+
     A class whose rows differ in weight needs a matrix A_c, known only when it runs: counted for
     half of the classes.
     """

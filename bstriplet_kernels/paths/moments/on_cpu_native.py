@@ -1,7 +1,7 @@
-"""The second-moment path by the native operators of csrc/, on the CPU, without `ref_emb`.
+"""Second moments on the CPU by the native operators of csrc/moments, without `ref_emb`.
 
-The same classes, moments and weights as `on_cpu`, and the same state between forward and
-backward; rows are read where they lie instead of being moved in class order first.
+Classes, moments, weights and what is kept for the backward are those of `on_cpu`. Rows are read
+where they lie, where `on_cpu` first puts a panel of them in class order.
 """
 
 from __future__ import annotations
@@ -11,18 +11,14 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..._torch import below_autograd
-from ...cost import Work, round_up
+from ...cost import Cost, Work, round_up
+from ...spec import Rows
 from .. import native
-from . import on_cpu
+from .mathematics import moment_fraction, product_flops, split_sizes, traffic
 
 SMALLEST_MOMENT = 64
 BLOCK_PRODUCTS = 2  # of the members of a small class: half of S twice, and its weights
 PANEL = 16  # columns of a symmetric matrix computed at once, with AVX2 in float32
-
-
-def takes(embeddings: Tensor, ref_emb: Tensor | None) -> bool:
-    """Whether the operators are there and take this input."""
-    return native.missing() is None and embeddings.is_cpu and ref_emb is None
 
 
 def smallest_moment(d: int) -> int:
@@ -30,25 +26,40 @@ def smallest_moment(d: int) -> int:
     return max(d, SMALLEST_MOMENT)
 
 
-def forward(
+def means(
     embeddings: Tensor,
     ref_emb: None,
     labels: Tensor,
     ref_labels: None,
     eps: float,
-) -> list[Tensor]:
-    """[positive [N], negative [N], *state]: the two means of Eq. 3, and what `gradients` wants."""
+) -> tuple[Rows, tuple[Tensor, ...]]:
+    """The two means of Eq. 3, and what `gradients` needs."""
     smallest = smallest_moment(embeddings.shape[1])
     with below_autograd():
-        return list(native.CALLS["moment_means"](embeddings, labels, eps, smallest))
+        positive, negative, *kept = native.CALLS["moment_means"](embeddings, labels, eps, smallest)
+    return Rows(positive, negative), tuple(kept)
 
 
 def gradients(
-    a: Tensor, embeddings: Tensor, ref_emb: None, state: list[Tensor], sigma: float
-) -> list[Tensor]:
-    """[dL/d(embeddings)] for a = dL/dl [h > 0], [N]."""
+    a: Tensor, embeddings: Tensor, ref_emb: None, kept: tuple[Tensor, ...], sigma: float
+) -> tuple[Tensor, None]:
+    """dL/d(embeddings) for a = dL/dl [h > 0], [N]."""
     with below_autograd():
-        return [native.CALLS["moment_gradient"](a, embeddings, *state, sigma)]
+        return native.CALLS["moment_gradient"](a, embeddings, *kept, sigma), None
+
+
+def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
+    """Products of forward and backward where all rows have h > 0, and what crosses memory."""
+    n, d = work.n, work.d
+    half = moment_fraction(d, PANEL)
+    sizes = split_sizes(class_sizes, n, smallest_moment(d))
+    one_weight = work.reduction != "none"
+    return Cost(
+        flops=product_flops(n, d, *sizes, half, lambda _: half, BLOCK_PRODUCTS, one_weight),
+        bytes=traffic(n, d, work.dtype.itemsize),
+        launches=0,
+        extra_memory=_extra_memory(work, class_sizes),
+    )
 
 
 _BLOCK_BYTES = 1 << 17  # of unit rows in a thread's scratch; csrc/moments/ has the same
@@ -58,14 +69,14 @@ _PACKED_NUMBERS = 1 << 21  # of the matrices that are packed at once
 _WIDEST_PANEL = 32  # numbers: rows of a block are padded to whole panels
 
 
-def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
-    """Peak bytes beyond the inputs. Includes the gradient and the operators' own arrays.
+def _extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
+    """The gradient, and the operators' own arrays.
 
     A class whose rows differ in weight needs a matrix A_c, known only when it runs: counted for
     half of the classes.
     """
     n, d, number = work.n, work.d, work.accumulated
-    large, small = on_cpu.split_sizes(class_sizes, n, smallest_moment(d))
+    large, small = split_sizes(class_sizes, n, smallest_moment(d))
     matrix, width = d * d * number, round_up(d, _WIDEST_PANEL)
 
     runs = [*large, *(size * count for size, count in small.items())]

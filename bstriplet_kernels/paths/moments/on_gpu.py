@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..._torch import in_memory
-from ...cost import Operations, Work, round_up
+from ...cost import Cost, Work, round_up
 from ...spec import Rows, Spec
 from .. import gpu
 
@@ -93,34 +93,17 @@ TOTALS = Cut(64, 32, 4, 1)
 """Numbers of the total, and addends, at a time."""
 
 
-def takes(embeddings: Tensor, ref_emb: Tensor | None) -> bool:
-    """Whether the kernels serve this input."""
-    (n, d), m, dtype = embeddings.shape, None, embeddings.dtype
-    if ref_emb is not None:
-        m, dtype = len(ref_emb), torch.promote_types(dtype, ref_emb.dtype)
-    return (
-        _has_kernels(n, m, d, dtype)
-        and embeddings.device.type == "cuda"
-        and torch.version.hip is None
-        and gpu.has_triton()
-        and gpu.refuses(embeddings.device) is None
-    )
+def takes(work: Work, device: torch.device | None) -> bool:
+    """Whether the kernels serve this on a device, or on the usual GPU where that is None.
 
-
-def serves(work: Work) -> bool:
-    """Whether `takes` will say so of this work on a GPU."""
-    return (
-        _has_kernels(work.n, work.m, work.d, work.dtype)
-        and torch.version.hip is None
-        and gpu.has_triton()
-    )
-
-
-def _has_kernels(n: int, m: int | None, d: int, dtype: torch.dtype) -> bool:
-    """No float64; a class of more than half of the columns is large; rows have 32-bit numbers."""
-    least, columns = 2 * smallest_moment(d, m is not None), n if m is None else m
-    fits = least <= columns and n + (m or 0) <= MOST_ROWS
-    return dtype != torch.float64 and d <= MAX_DEPTH and fits
+    Not float64. A class of more than half of the columns must be large. Numbers of rows have 32
+    bits.
+    """
+    least = 2 * smallest_moment(work.d, work.m is not None)
+    fits = least <= work.columns and work.vectors <= MOST_ROWS and work.d <= MAX_DEPTH
+    runs = work.device == "cuda" and torch.version.hip is None and gpu.has_triton()
+    may = device is None or gpu.refuses(device) is None
+    return fits and work.dtype != torch.float64 and runs and may
 
 
 def is_wide(d: int, joint: bool = False) -> bool:
@@ -186,7 +169,7 @@ class Matrices(NamedTuple):
 
 
 class SortedRows(NamedTuple):
-    """Rows in class order, N of D' numbers. State of the path.
+    """Rows in class order, N of D' numbers.
 
     high, low: unit rows times 2^8 in two float16 parts, [N, D'] (low is empty where there is one).
     inverse: 1 / norm. order: the given index. first, last: where the row's class begins and ends.
@@ -222,6 +205,34 @@ class Weights(NamedTuple):
 
     of_rows: Tensor
     largest: Tensor
+
+
+class KeptMoments(NamedTuple):
+    """What `backward` needs of the forward.
+
+    active: bool, which rows have h > 0, in class order. own: T_c of the large classes. others:
+    T - T_c of them, and T. before: int32 [N + 1], how many columns stand before each row where the
+    batch has rows and other columns, else None.
+    """
+
+    batch: SortedRows
+    active: Tensor
+    own: Matrices
+    others: Matrices
+    before: Tensor | None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, in order."""
+        before = () if self.before is None else (self.before,)
+        return (*self.batch, self.active, *self.own, *self.others, *before)
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> KeptMoments:
+        """Of such `tensors`."""
+        batch, (active, *more) = SortedRows(*tensors[:6]), tensors[6:]
+        before = more[6] if len(more) > 6 else None
+        return cls(batch, active, Matrices(*more[:3]), Matrices(*more[3:6]), before)
 
 
 class Launcher:
@@ -369,12 +380,12 @@ class Launcher:
 
 def forward(
     embeddings: Tensor,
+    ref_emb: Tensor | None,
     labels: Tensor,
+    ref_labels: Tensor | None,
     spec: Spec,
-    ref_emb: Tensor | None = None,
-    ref_labels: Tensor | None = None,
 ) -> tuple[Tensor, Rows, tuple[Tensor, ...]]:
-    """The loss, the two means of Eq. 3, and what `backward` wants.
+    """The loss, the two means of Eq. 3, and the tensors of `KeptMoments`.
 
     Other columns stand in the batch behind the rows: of weight 1 in T_c, 0 in A_c; rows 0 and a.
     """
@@ -418,22 +429,17 @@ def forward(
             spec.margin, spec.sigma, 1 / n if spec.reduction == "mean" else 1.0,
             BY_ROW=by_row,
         )  # fmt: skip
-    state = (*batch, active, *own, *others, *(() if before is None else (before,)))
-    return losses if by_row else losses.sum(), rows, state
-
-
-_STATE = 13  # tensors of a state without other columns
+    kept = KeptMoments(batch, active, own, others, before)
+    return losses if by_row else losses.sum(), rows, kept.tensors
 
 
 def backward(
-    grad_loss: Tensor, embeddings: Tensor, state: tuple[Tensor, ...], spec: Spec
-) -> Tensor:
-    """dL/d(embeddings), [N, D]; [N + M, D] of rows and other columns."""
+    grad_loss: Tensor, embeddings: Tensor, tensors: tuple[Tensor, ...], spec: Spec
+) -> tuple[Tensor, Tensor | None]:
+    """dL/d(embeddings), and dL/d(ref_emb) where there is one; tensors: those of `KeptMoments`."""
     n, d = embeddings.shape
     grad_loss = in_memory(grad_loss)
-    batch, is_active = SortedRows(*state[:6]), state[6]
-    own, others = Matrices(*state[7:10]), Matrices(*state[10:_STATE])
-    before = state[_STATE] if len(state) > _STATE else None
+    batch, is_active, own, others, before = KeptMoments.of(tensors)
     every, joint = len(batch.order), before is not None
     launcher = Launcher(every, d, batch.low.numel() > 0, embeddings.device, joint)
     uniform, scale = spec.reduction != "none", 1.0
@@ -464,14 +470,14 @@ def backward(
             batch, before if launcher.wide else small_rows, weights, active, back,
             gradient, *launcher.of_rows, d, d, scale, UNIFORM=uniform,
         )  # fmt: skip
-    return gradient
+    return (gradient[:n], gradient[n:]) if joint else (gradient, None)
 
 
-def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
+def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
     """FLOPs of products on tensor cores, three for each where numbers are split; bytes of all that
     is read and written, the matrices of the classes that there are among it.
 
-    A sort counts as one launch.
+    A sort counts as one launch. Memory is the same whatever the classes are.
     """
     joint = work.m is not None
     n, d = work.vectors, padded(work.d, joint)
@@ -497,8 +503,9 @@ def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
         + n * _ROW_BYTES
     )  # fmt: skip
     launches = (8 if scalar else 7) + (6 if joint else 0)
+    memory = _extra_memory(work)
     if not work.wants_gradient:
-        return Operations(flops, bytes_, launches, SCHEDULE)
+        return Cost(flops, bytes_, launches, memory, SCHEDULE)
     of_large, of_small = 1 if scalar or joint else 2, 1 if joint else 2
     made = each * (of_large * sum(large) + of_small * small)
     flops += products * (symmetric * n + made + 2 * d * (slices + 1) * in_band)
@@ -506,7 +513,7 @@ def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
     bytes_ += work.gradient_bytes * (3 if wide else 1)  # v, before it is projected
     bytes_ += n * _ROW_BYTES_BACK + 3 * work.cast_bytes
     launches += (5 if scalar else 9 if joint else 8) + work.casts * (2 if joint else 1)
-    return Operations(flops, bytes_, launches, SCHEDULE)
+    return Cost(flops, bytes_, launches, memory, SCHEDULE)
 
 
 _ROW_BYTES = 72  # labels, sorted; order, place of the class, norm, both means
@@ -519,8 +526,8 @@ def _band_pairs(class_sizes: Sequence[int], least: int) -> int:
     return sum(s * (s + block) for s in class_sizes if 1 < s < least)
 
 
-def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
-    """Peak bytes beyond the inputs, the gradient included; the same whatever the classes are.
+def _extra_memory(work: Work) -> int:
+    """The gradient included.
 
     Rows in parts and the matrices of the forward are there throughout. Beside them the backward has
     slots, and totals or its own matrices; then these and the gradient; then that as it is cast.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..._torch import in_memory
-from ...cost import Operations, Work
+from ...cost import Cost, Work
 from ...spec import Kept, Path, Rows, Spec, accumulation_dtype, refuses_linear
 from .. import gpu
 from . import pairs, pairs_cost, small
@@ -94,19 +94,14 @@ def refuses(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str | Non
     return refuses_linear(spec) or gpu.refuses(embeddings.device)
 
 
-def operations(work: Work, class_sizes: Sequence[int]) -> Operations:
-    """Counted as launched on an H100, whole blocks and recomputed tiles included."""
-    is_small = small.takes(work.n, work.m, work.reduction)
-    found = small.operations(work) if is_small else pairs_cost.operations(work)
+def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
+    """Memory as here, the rest as launched on an H100: whole blocks, recomputed tiles included."""
+    device = gpu.of_type(work.device)
+    if small.takes(work.n, work.m, work.reduction):
+        found = small.cost(work, device is None or gpu.is_hopper(device))
+    else:
+        found = pairs_cost.cost(work, device)
     return found._replace(launches=0) if work.device == "cpu" else found
 
 
-def extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
-    """Peak bytes beyond the inputs, the gradient included."""
-    device = gpu.of_type(work.device)
-    if small.takes(work.n, work.m, work.reduction):
-        return small.extra_memory(work, device is None or gpu.is_hopper(device))
-    return pairs_cost.extra_memory(work, device)
-
-
-PATH = Path(forward, backward, operations, extra_memory, gpu.missing, refuses)
+PATH = Path(forward, backward, cost, gpu.missing, refuses)

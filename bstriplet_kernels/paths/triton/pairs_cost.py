@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ...calibration import CONSTANTS
-from ...cost import Constants, Operations, Work, round_up
+from ...cost import Constants, Cost, Work, round_up
 from .. import gpu
 from . import blocks
 
@@ -46,7 +46,7 @@ def by_panels(n: int, m: int | None, d: int, dtype: torch.dtype) -> bool:
 def _compare(n: int, m: int | None, d: int, dtype: torch.dtype, exact: bool) -> bool:
     work = Work(n, m, d, dtype)
     tiles, panels = (
-        constants.seconds(_operations(work, panels), dtype)
+        constants.seconds(_cost(work, panels, None), dtype)
         for constants, panels in zip(_speeds(dtype, exact), (False, True), strict=True)
     )
     return panels < tiles
@@ -72,12 +72,13 @@ def _assumed(rates: Rates, dtype: torch.dtype, exact: bool) -> Constants:
     return Constants(0.0, 1 / rate, 1 / _BYTES_A_SECOND, _LAUNCH_SECONDS)
 
 
-def operations(work: Work) -> Operations:
-    """Counted as launched on an H100, whole blocks and recomputed tiles included.
+def cost(work: Work, device: torch.device | None) -> Cost:
+    """By the way that is taken; memory is of a device, or of the usual GPU where that is None.
 
-    The three products of an exact float32 one are three.
+    The rest is counted as launched on an H100, whole blocks and recomputed tiles included. The
+    three products of an exact float32 one are three.
     """
-    found = _operations(work, by_panels(work.n, work.m, work.d, work.dtype))
+    found = _cost(work, by_panels(work.n, work.m, work.d, work.dtype), device)
     casts = (1 if work.m is None else 2) if work.wants_gradient and work.casts else 0
     by_row = work.reduction == "none"  # no reduction, but weights of each row's own
     launches = found.launches + casts - (by_row and not work.wants_gradient)
@@ -152,8 +153,8 @@ def _sides(work: Work, device: torch.device | None = None) -> tuple[_Sizes, ...]
     return _Sizes(rows, columns, False, form), _Sizes(columns, rows, False, form)
 
 
-def _operations(work: Work, panels: bool) -> Operations:
-    """Of a scalar loss by tiles or by panels, on the GPU that is usual."""
+def _cost(work: Work, panels: bool, device: torch.device | None) -> Cost:
+    """Of a scalar loss by tiles or by panels."""
     sides = _sides(work)
     first = sides[0]
     sizes, accumulated = (work.n, work.m), work.accumulated
@@ -183,15 +184,12 @@ def _operations(work: Work, panels: bool) -> Operations:
             launches += 2
     if work.wants_gradient:
         launches += len(sides) - 1  # the weights of columns' losses, which are 0
-    return Operations(flops, moved, launches, PANELS if panels else TILES)
+    schedule = PANELS if panels else TILES
+    return Cost(flops, moved, launches, _extra_memory(work, panels, device), schedule)
 
 
-def extra_memory(work: Work, device: torch.device | None) -> int:
-    """Peak bytes beyond the inputs, the gradient included, by the way that is taken.
-
-    Prepared rows of both sides, and partial sums, parts of a gradient or a panel of weights.
-    """
-    panels = by_panels(work.n, work.m, work.d, work.dtype)
+def _extra_memory(work: Work, panels: bool, device: torch.device | None) -> int:
+    """Prepared rows of both sides, and partial sums, parts of a gradient or a panel of weights."""
     sides, number = _sides(work, device), work.accumulated
     first = sides[0]
     kept = sum(s.rows * (s.form.width * s.element + 2 * (number + 4)) for s in sides)

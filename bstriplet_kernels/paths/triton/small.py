@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ...cost import Operations, Work
+from ...cost import Cost, Work
 from ...spec import Rows, Spec, accumulation_dtype
 from .. import gpu
 from .blocks import Blocks
@@ -91,8 +91,11 @@ def forward(embeddings: Tensor, labels: Tensor, spec: Spec) -> tuple[Tensor, Row
     return loss, rows, gradient
 
 
-def operations(work: Work) -> Operations:
-    """Counted as launched, with blocks that suit any GPU; an exact product is four."""
+def cost(work: Work, hopper: bool) -> Cost:
+    """Counted as launched, with blocks that suit any GPU; an exact product is four.
+
+    hopper: whether memory is of blocks that suit Hopper.
+    """
     blocks = blocks_of(work.n, work.dtype, False)
     slices = -(-work.d // blocks.v) if work.wants_gradient else 1
     steps, summed = -(-work.d // blocks.d), products_are_apart(work.dtype)
@@ -104,15 +107,9 @@ def operations(work: Work) -> Operations:
         moved += work.cast_bytes or work.gradient_bytes  # one launch multiplies and casts
     if summed:
         moved += 2 * _product_bytes(work, blocks)
-    return Operations(flops, moved, 1 + summed + work.wants_gradient, SCHEDULE)
-
-
-def extra_memory(work: Work, hopper: bool) -> int:
-    """Peak bytes beyond the inputs, the gradient included."""
-    forward = work.gradient_bytes
-    forward += _product_bytes(work, blocks_of(work.n, work.dtype, hopper))
-    backward = work.gradient_bytes + work.cast_bytes
-    return (2 * work.n + 1) * work.accumulated + max(forward, backward)
+    own = _product_bytes(work, blocks_of(work.n, work.dtype, hopper))
+    memory = (2 * work.n + 1) * work.accumulated + work.gradient_bytes + max(own, work.cast_bytes)
+    return Cost(flops, moved, 1 + summed + work.wants_gradient, memory, SCHEDULE)
 
 
 def _product_bytes(work: Work, blocks: Blocks) -> int:
