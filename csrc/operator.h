@@ -11,8 +11,8 @@
 #include <tuple>
 #include <utility>
 
-#include "options.h"
 #include "rows.h"
+#include "spec.h"
 
 #if !defined(STABLE_TORCH_ERROR_CODE_CHECK)  // torch 2.11's headers have it by its older name
 #define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)

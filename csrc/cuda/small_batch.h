@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "options.h"
 #include "rows.h"
+#include "spec.h"
 
 namespace bstriplet {
 

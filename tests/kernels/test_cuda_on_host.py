@@ -60,7 +60,7 @@ class StridedRows(ctypes.Structure):
 
 
 class Options(ctypes.Structure):
-    """csrc/options.h's."""
+    """csrc/spec.h's."""
 
     _fields_ = (
         *((name, ctypes.c_double) for name in ("margin", "sigma", "squared_eps", "scale")),
