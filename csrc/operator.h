@@ -45,7 +45,7 @@ Inputs checked(Tensor embeddings, std::optional<Tensor> ref_emb, Tensor labels,
                std::optional<Tensor> ref_labels, std::optional<Tensor> upstream);
 
 // The operator that one device registers; `run` computes it there.
-template <Results (*run)(const Inputs&, const Options&)>
+template <Results (*run)(const Inputs&, const Spec&)>
 Results batch_similarity(Tensor embeddings, Tensor labels, bool gradient, double margin, bool mean,
                          bool is_signed, double sigma, double eps, std::optional<Tensor> ref_emb,
                          std::optional<Tensor> ref_labels, std::optional<Tensor> upstream) {
