@@ -26,8 +26,8 @@ namespace {
 #include "kernels/tiles.h"
 
 #include "kernels/halves.h"
-#include "kernels/moments.h"
 #include "kernels/pairs.h"
+#include "kernels/unit_rows.h"
 
 template <class T>
 constexpr Kernels<T> table() {
