@@ -59,10 +59,10 @@ void large_gradient(const ClassRows<T>& rows, const ClassMatrices<T>& moments,
         const Block<const T> unit = as_const(rows.read_units(range, scratch.unit));
         const Block<T> v = with_rows(scratch.result, range.size());
         if (weighted.is_multiple_of(moments, s)) {
-          rows.k.multiply(unit, packed[0], nullptr, false, v);
+          rows.k.multiply_rows(unit, packed[0], nullptr, false, v);
         } else {
-          rows.k.multiply(unit, packed[0], a + range.begin, false, v);
-          rows.k.multiply(unit, packed[1], nullptr, true, v);
+          rows.k.multiply_rows(unit, packed[0], a + range.begin, false, v);
+          rows.k.multiply_rows(unit, packed[1], nullptr, true, v);
         }
         write(rows, range, v, unit, result);
       });
@@ -120,9 +120,9 @@ void small_gradient(const ClassRows<T>& rows, const ClassMatrices<T>& moments,
     const auto scratch = rows.scratch(2);
     const Block<const T> unit = as_const(rows.read_units(range, scratch.unit));
     const Block<T> v = with_rows(scratch.result, range.size());
-    rows.k.multiply(unit, others_share.data(), nullptr, false, v);
+    rows.k.multiply_rows(unit, others_share.data(), nullptr, false, v);
     if (!is_level) {
-      rows.k.multiply(unit, own_share.data(), a_times_q.data() + range.begin, true, v);
+      rows.k.multiply_rows(unit, own_share.data(), a_times_q.data() + range.begin, true, v);
     }
     for (int64_t c = group.begin; c < group.end; ++c) {
       add_own_class(rows, c, classes.starts[c] - range.begin, a, sigma, scratch);
