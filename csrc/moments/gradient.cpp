@@ -139,24 +139,24 @@ void small_gradient(const ClassRows<T>& rows, const ClassMatrices<T>& moments,
 }  // namespace
 
 template <class T>
-void gradient_by_moments(const Sorted& sorted, const MomentState<const T>& state, const T* a,
+void gradient_by_moments(const Sorted& sorted, const KeptMoments<const T>& kept, const T* a,
                          double sigma, T* result) {
-  const ClassRows<T> rows(sorted, state.inverse);
+  const ClassRows<T> rows(sorted, kept.inverse);
   const int64_t numbers = rows.classes.rows() * rows.d;
   if (std::all_of(a, a + rows.classes.rows(), [](T x) { return x == 0; })) {
     std::fill(result, result + numbers, T(0));
     return;
   }
-  const ClassMatrices<T> weighted = weighted_moments_of(rows, state, a);
-  const ClassMatrices<T> moments = moments_of(rows, state);
+  const ClassMatrices<T> weighted = weighted_moments_of(rows, kept, a);
+  const ClassMatrices<T> moments = moments_of(rows, kept);
   map_pages(result, numbers * static_cast<int64_t>(sizeof(T)));
   small_gradient(rows, moments, weighted, a, sigma, result);
   large_gradient(rows, moments, weighted, a, sigma, result);
 }
 
-template void gradient_by_moments(const Sorted&, const MomentState<const float>&, const float*,
+template void gradient_by_moments(const Sorted&, const KeptMoments<const float>&, const float*,
                                   double, float*);
-template void gradient_by_moments(const Sorted&, const MomentState<const double>&, const double*,
+template void gradient_by_moments(const Sorted&, const KeptMoments<const double>&, const double*,
                                   double, double*);
 
 }  // namespace bstriplet

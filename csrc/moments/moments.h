@@ -64,20 +64,20 @@ struct Sorted {
 
 // What the forward keeps for the backward; rows in class order.
 template <class T>
-struct MomentState {
+struct KeptMoments {
   T* inverse;  // [N], 1 / |f_i|
   T* slots;    // [slots, D, D], T_c of the large classes
   T* small;    // [2, D, D], the sums of T_c and of q_c T_c over the small classes
 };
 
-// Fills the state, and Eq. 3's two means of each row; means are in the order of the embeddings.
+// Fills `kept`, and Eq. 3's two means of each row; means are in the order of the embeddings.
 template <class T>
-void means_by_moments(const Sorted& rows, double eps, const MomentState<T>& state, T* positive,
+void means_by_moments(const Sorted& rows, double eps, const KeptMoments<T>& kept, T* positive,
                       T* negative);
 
 // dL/df [N, D], in the order of the embeddings, for a = dL/dl [h > 0] in class order.
 template <class T>
-void gradient_by_moments(const Sorted& rows, const MomentState<const T>& state, const T* a,
+void gradient_by_moments(const Sorted& rows, const KeptMoments<const T>& kept, const T* a,
                          double sigma, T* result);
 
 }  // namespace bstriplet
