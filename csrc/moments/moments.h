@@ -1,5 +1,6 @@
 // The second-moment path on the CPU: Eq. 3 and its gradient in time linear in the batch, without an
-// N x N matrix. bstriplet_kernels/paths/moments/mathematics.py has the mathematics, with the same names.
+// N x N matrix. bstriplet_kernels/paths/moments/mathematics.py has the mathematics, with the same
+// names.
 //
 // Rows are put in class order, classes by size. A large class is served by its moment matrix T_c, a
 // small one by S of its own members; every row also meets the moments of all others.
