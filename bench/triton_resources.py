@@ -1,4 +1,4 @@
-"""What each Triton kernel takes on each target, compiled ahead of time: no GPU is needed.
+"""What each Triton kernel takes on each architecture, compiled ahead of time: no GPU is needed.
 
 python bench/triton_resources.py            print the table and write results/compile/…csv
 python bench/triton_resources.py --check    print it, write nothing, fail on a spill or a misfit
@@ -86,19 +86,19 @@ WIDTHS = (16, 128, 192, 512)
 """Padded D for which blocks differ."""
 
 
-class Target(NamedTuple):
-    """A GPU to compile for, and the shared memory that one block may take there."""
+class Architecture(NamedTuple):
+    """A GPU architecture to compile for, and the shared memory that one block may take there."""
 
     gpu: GPUTarget
     shared_limit: int
     hopper: bool = False
 
 
-TARGETS = {  # what sm_80 runs, its smaller siblings sm_86 and sm_89 run too: their limit
-    "sm_80": Target(GPUTarget("cuda", 80, 32), 101_376),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), 232_448, hopper=True),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), 232_448),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 65_536),
+ARCHITECTURES = {  # what sm_80 runs, its smaller siblings sm_86 and sm_89 run too: their limit
+    "sm_80": Architecture(GPUTarget("cuda", 80, 32), 101_376),
+    "sm_90": Architecture(GPUTarget("cuda", 90, 32), 232_448, hopper=True),
+    "sm_100": Architecture(GPUTarget("cuda", 100, 32), 232_448),
+    "gfx942": Architecture(GPUTarget("hip", "gfx942", 64), 65_536),
 }
 
 
@@ -114,16 +114,16 @@ class Configuration(NamedTuple):
     output: str = ""
 
 
-def configurations(target: Target) -> list[Configuration]:
-    """All that can be launched on a target."""
+def configurations(architecture: Architecture) -> list[Configuration]:
+    """All that can be launched on an architecture."""
     finishing = {"PHI_SCALE": 1.0, "BLOCK_N": 32, "BLOCK_T": 16}
     return (
         [
             configuration
             for dtype in TRITON_NAMES
             for configuration in (
-                *_of_small(dtype, target),
-                *(each for width in WIDTHS for each in _of_pairs(dtype, width, target)),
+                *_of_small(dtype, architecture),
+                *(each for width in WIDTHS for each in _of_pairs(dtype, width, architecture)),
             )
         ]
         + [
@@ -135,26 +135,26 @@ def configurations(target: Target) -> list[Configuration]:
                 Configuration("weigh_rows", dtype, {"LARGEST": 13, "BLOCK_N": 2048}, 8),
             )
         ]
-        + _of_moments(target)
+        + _of_moments(architecture)
     )
 
 
-def _of_moments(target: Target) -> list[Configuration]:
+def _of_moments(architecture: Architecture) -> list[Configuration]:
     """Of a backward with a scalar loss; AMD GPUs have another schedule."""
-    if target.gpu.backend == "hip":
+    if architecture.gpu.backend == "hip":
         return []
     return [
         configuration
         for depth in (128, 256, 512)
         for dtype in (torch.float32, torch.float16)
         if depth == 128 or dtype == torch.float32
-        for configuration in _of_depth(depth, dtype, target)
+        for configuration in _of_depth(depth, dtype, architecture)
     ]
 
 
-def _of_depth(depth: int, dtype: torch.dtype, target: Target) -> list[Configuration]:
+def _of_depth(depth: int, dtype: torch.dtype, architecture: Architecture) -> list[Configuration]:
     """Kernels of moments for embeddings of so many columns; half precision as one part."""
-    wide, hopper = on_gpu.is_wide(depth), target.hopper
+    wide, hopper = on_gpu.is_wide(depth), architecture.hopper
     if wide:
         cuts = on_gpu.WIDE_HOPPER if hopper else on_gpu.WIDE_OTHERS
     else:
@@ -181,9 +181,9 @@ def _of_depth(depth: int, dtype: torch.dtype, target: Target) -> list[Configurat
     return found
 
 
-def _precisions(dtype: torch.dtype, target: Target) -> list[str]:
+def _precisions(dtype: torch.dtype, architecture: Architecture) -> list[str]:
     """The words for float32 products under either of torch's settings."""
-    if target.gpu.backend == "hip":
+    if architecture.gpu.backend == "hip":
         return ["ieee"]
     before = torch.get_float32_matmul_precision()
     try:
@@ -196,11 +196,11 @@ def _precisions(dtype: torch.dtype, target: Target) -> list[str]:
         torch.set_float32_matmul_precision(before)
 
 
-def _of_small(dtype: torch.dtype, target: Target) -> list[Configuration]:
+def _of_small(dtype: torch.dtype, architecture: Architecture) -> list[Configuration]:
     found = []
     for n, layout in itertools.product((32, 64), ("aligned", "strided")):
-        cut = small.blocks_of(n, dtype, target.hopper)
-        if dtype == torch.float32 and target.gpu.backend == "cuda":
+        cut = small.blocks_of(n, dtype, architecture.hopper)
+        if dtype == torch.float32 and architecture.gpu.backend == "cuda":
             found.append(
                 Configuration("batch_products", dtype, cut.constants, cut.warps, layout=layout)
             )
@@ -217,15 +217,15 @@ def _of_small(dtype: torch.dtype, target: Target) -> list[Configuration]:
                 cut.stages,
                 layout,
             )
-            for precision in _precisions(dtype, target)
+            for precision in _precisions(dtype, architecture)
         ]
     return found
 
 
-def _of_pairs(dtype: torch.dtype, width: int, target: Target) -> list[Configuration]:
+def _of_pairs(dtype: torch.dtype, width: int, architecture: Architecture) -> list[Configuration]:
     """Kernels over pairs of rows, for both of torch's settings where these differ."""
     splits = (True, False) if dtype == torch.float32 else (False,)
-    forms = (blocks.Form(dtype, width, split, 132, target.hopper) for split in splits)
+    forms = (blocks.Form(dtype, width, split, 132, architecture.hopper) for split in splits)
     return [each for form in forms for each in _of_form(form)]
 
 
@@ -265,16 +265,15 @@ def _of_form(form: blocks.Form) -> list[Configuration]:
 
 
 def compile_one(name: str, configuration: Configuration) -> dict[str, Any]:
-    """The row of the table of one configuration on one target."""
-    target = TARGETS[name]
+    """The row of the table of one configuration on one architecture."""
+    architecture = ARCHITECTURES[name]
+    is_nvidia = architecture.gpu.backend == "cuda"
     parameters = _kernel(configuration).arg_names
     constants = {k: v for k, v in configuration.constants.items() if k in parameters}
     source = _source(configuration, constants)
     options = {"num_warps": configuration.warps, "num_stages": configuration.stages}
-    kernel = triton.compile(source, target=target.gpu, options=options)
-    registers, spilled, instructions = (
-        _nvidia_usage(kernel) if target.gpu.backend == "cuda" else _amd_usage(kernel)
-    )
+    kernel = triton.compile(source, target=architecture.gpu, options=options)
+    registers, spilled, instructions = _nvidia_usage(kernel) if is_nvidia else _amd_usage(kernel)
     return {
         "kernel": configuration.kernel,
         "dtype": TRITON_NAMES[configuration.dtype],
@@ -295,7 +294,7 @@ def compile_one(name: str, configuration: Configuration) -> dict[str, Any]:
         "registers": registers,
         "spilled_bytes": spilled,
         "shared_bytes": kernel.metadata.shared,
-        "step_barriers": _step_barriers(kernel.asm["ptx"]) if target.gpu.backend == "cuda" else "",
+        "step_barriers": _step_barriers(kernel.asm["ptx"]) if is_nvidia else "",
         "instructions": " ".join(instructions),
     }
 
@@ -411,11 +410,11 @@ def _amd_usage(kernel: Any) -> tuple[int, int, list[str]]:
 
 
 def table() -> list[dict[str, Any]]:
-    """All configurations on all targets, two compilers at a time."""
+    """All configurations on all architectures, two compilers at a time."""
     work = [
         (name, configuration)
-        for name, target in TARGETS.items()
-        for configuration in configurations(target)
+        for name, architecture in ARCHITECTURES.items()
+        for configuration in configurations(architecture)
     ]
     with concurrent.futures.ProcessPoolExecutor(max_workers=2) as pool:
         return list(pool.map(compile_one, *zip(*work, strict=True), chunksize=4))
@@ -427,10 +426,10 @@ def faults(rows: list[dict[str, Any]]) -> list[str]:
         f"{row['kernel']} {row['dtype']} {row['precision']} {row['kind']} {row['layout']} on "
         f"{row['target']}: {row['spilled_bytes']} bytes spilled, "
         f"{row['shared_bytes']} bytes of shared memory "
-        f"(at most {TARGETS[row['target']].shared_limit})"
+        f"(at most {ARCHITECTURES[row['target']].shared_limit})"
         for row in rows
         if row["spilled_bytes"] > SPILLS.get(row["kernel"], 8)
-        or row["shared_bytes"] > TARGETS[row["target"]].shared_limit
+        or row["shared_bytes"] > ARCHITECTURES[row["target"]].shared_limit
     ]
 
 

@@ -11,8 +11,8 @@
 #include <tuple>
 #include <utility>
 
-#include "options.h"
 #include "rows.h"
+#include "spec.h"
 
 #if !defined(STABLE_TORCH_ERROR_CODE_CHECK)  // torch 2.11's headers have it by its older name
 #define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
@@ -45,7 +45,7 @@ Inputs checked(Tensor embeddings, std::optional<Tensor> ref_emb, Tensor labels,
                std::optional<Tensor> ref_labels, std::optional<Tensor> upstream);
 
 // The operator that one device registers; `run` computes it there.
-template <Results (*run)(const Inputs&, const Options&)>
+template <Results (*run)(const Inputs&, const Spec&)>
 Results batch_similarity(Tensor embeddings, Tensor labels, bool gradient, double margin, bool mean,
                          bool is_signed, double sigma, double eps, std::optional<Tensor> ref_emb,
                          std::optional<Tensor> ref_labels, std::optional<Tensor> upstream) {

@@ -129,9 +129,9 @@ class ColumnClasses {
 template <class T>
 class Batch {
  public:
-  Batch(const Inputs& in, const Options& options)
+  Batch(const Inputs& in, const Spec& spec)
       : in_(in),
-        options_(options),
+        spec_(spec),
         s_(in.rows, in.columns, in),
         rows_(in.embeddings, in),
         own_(in.rows),
@@ -141,7 +141,7 @@ class Batch {
       ref_rows_.emplace(*in.ref_emb, in);
       ref_.emplace(in.columns);
       classes_.number(*in.ref_labels, ref_->side.label);
-      if (options.gradient) mirror_.emplace(in.columns, in.rows, in);
+      if (spec.gradient) mirror_.emplace(in.columns, in.rows, in);
     }
   }
 
@@ -154,7 +154,7 @@ class Batch {
     T* const negatives = positives + n;
     row_means(positives, negatives);
     const bool any_active = hinge(positives, negatives, static_cast<T*>(loss.mutable_data_ptr()));
-    if (!options_.gradient) return {loss, means, nothing(), nothing()};
+    if (!spec_.gradient) return {loss, means, nothing(), nothing()};
     Tensor grad = gradient(in_.embeddings, any_active, s_, matrix(), columns(), own_, other());
     Tensor grad_ref = in_.ref_emb ? gradient(*in_.ref_emb, any_active, *mirror_, columns(),
                                              matrix(), *ref_, own_)
@@ -171,7 +171,7 @@ class Batch {
   // Computes S as raw products, its transpose where grad_ref needs it, and every 1 / |f_i|.
   void similarities() {
     const Kernels<T>& k = kernels<T>();
-    const T squared_eps = static_cast<T>(options_.squared_eps);
+    const T squared_eps = static_cast<T>(spec_.squared_eps);
     const bool symmetric = !in_.ref_emb;
     const int64_t count = tile_count(in_.rows, in_.columns, symmetric);
     T* const mirror = symmetric ? s_.data : mirror_ ? mirror_->data : nullptr;
@@ -211,7 +211,7 @@ class Batch {
       for (int64_t i = begin; i < end; ++i) {
         std::fill(s_.row(i) + m, s_.row(i) + padded, T(0));
         k.row_sums(s_.row(i), own_.side.inverse[i], own_.side.label[i], columns, padded,
-                   options_.is_signed, positive + i, negative + i);
+                   spec_.is_signed, positive + i, negative + i);
         positive[i] /= static_cast<T>(std::max<int64_t>(1, positives_of(i)));
         negative[i] /= static_cast<T>(std::max<int64_t>(1, negatives_of(i)));
       }
@@ -224,7 +224,7 @@ class Batch {
     const T* upstream = in_.upstream ? static_cast<const T*>(in_.upstream->const_data_ptr())
                                      : nullptr;
     const int64_t stride = in_.upstream ? in_.upstream->stride(0) : 0;
-    const T margin = static_cast<T>(options_.margin), sigma = static_cast<T>(options_.sigma);
+    const T margin = static_cast<T>(spec_.margin), sigma = static_cast<T>(spec_.sigma);
     double total = 0;
     bool any_active = false;
     for (int64_t i = 0; i < in_.rows; ++i) {
@@ -232,12 +232,12 @@ class Batch {
       if (h <= 0) continue;
       any_active = true;
       total += static_cast<double>(h);
-      const T a = upstream == nullptr ? static_cast<T>(options_.scale) : upstream[i * stride];
+      const T a = upstream == nullptr ? static_cast<T>(spec_.scale) : upstream[i * stride];
       const int64_t positives = positives_of(i), negatives = negatives_of(i);
       if (positives > 0) own_.side.per_positive[i] = a / static_cast<T>(positives);
       if (negatives > 0) own_.side.per_negative[i] = sigma * a / static_cast<T>(negatives);
     }
-    *loss = static_cast<T>(options_.scale * total);
+    *loss = static_cast<T>(spec_.scale * total);
     return any_active;
   }
 
@@ -256,7 +256,7 @@ class Batch {
       for (int64_t i = begin; i < end; ++i) {
         std::fill(s.row(i) + m, s.row(i) + padded, T(0));
         row_side.along[i] = k.row_weights(s.row(i), row_side.side, i, column_side.side, padded,
-                                          options_.is_signed);
+                                          spec_.is_signed);
       }
     });
     const int64_t groups = round_up(rows.rows, kRowGroup) / kRowGroup;
@@ -270,7 +270,7 @@ class Batch {
   }
 
   const Inputs& in_;
-  const Options& options_;
+  const Spec& spec_;
   PairMatrix<T> s_;  // first: if there is no memory for it, nothing has been written yet
   PaddedRows<T> rows_;
   std::optional<PaddedRows<T>> ref_rows_;
@@ -280,9 +280,9 @@ class Batch {
   ColumnClasses classes_;
 };
 
-Results run(const Inputs& in, const Options& options) {
-  return in.accumulation == ScalarType::Double ? Batch<double>(in, options).run()
-                                               : Batch<float>(in, options).run();
+Results run(const Inputs& in, const Spec& spec) {
+  return in.accumulation == ScalarType::Double ? Batch<double>(in, spec).run()
+                                               : Batch<float>(in, spec).run();
 }
 
 }  // namespace

@@ -7,7 +7,7 @@
 namespace bstriplet {
 namespace {
 
-Results run(const Inputs& in, const Options& options) {
+Results run(const Inputs& in, const Spec& spec) {
   const int64_t n = in.rows, d = in.depth;
   STD_TORCH_CHECK(n <= kMaxRows && !in.ref_emb, "on CUDA batch_similarity takes up to ", kMaxRows,
                   " rows and no ref_emb, got ", n, " rows");
@@ -19,14 +19,14 @@ Results run(const Inputs& in, const Options& options) {
   Tensor loss = empty_scalar(in.accumulation, in.embeddings);
   Tensor means = empty_matrix(2, n, in.accumulation, in.embeddings);
   Tensor nothing = empty_vector(0, in.accumulation, in.embeddings);
-  Tensor grad = options.gradient ? empty_matrix(n, d, in.accumulation, in.embeddings) : nothing;
+  Tensor grad = spec.gradient ? empty_matrix(n, d, in.accumulation, in.embeddings) : nothing;
   const SmallBatch batch{
       strided_rows(in.embeddings),
       static_cast<const int64_t*>(in.labels.const_data_ptr()),
       in.labels.stride(0),
       in.upstream ? in.upstream->const_data_ptr() : nullptr,
       in.upstream ? in.upstream->stride(0) : 0,
-      options,
+      spec,
       loss.mutable_data_ptr(),
       means.mutable_data_ptr(),
       grad.mutable_data_ptr(),

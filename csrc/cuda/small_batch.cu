@@ -328,7 +328,7 @@ struct Row {
 template <class T>
 __device__ Row<T> row_of(const Arguments& args, const Shared<T>& shared) {
   const int i = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, n = rows_of(args);
-  Row<T> row{0, 0, 0, static_cast<T>(args.options.scale), {}};
+  Row<T> row{0, 0, 0, static_cast<T>(args.spec.scale), {}};
   int positives = 0;
   if (i < n) {
     if (args.upstream != nullptr) {
@@ -365,14 +365,14 @@ __device__ void row_means(const Arguments& args, const Row<T>& row, bool writes,
     const int j = lane + k * kLanes;
     if (i >= n || j >= n || j == i) continue;
     s[k] = shared.s[row.at[k]] * shared.inverse[i] * shared.inverse[j];
-    const T phi = s[k] * phi_slope(s[k], args.options.is_signed);
+    const T phi = s[k] * phi_slope(s[k], args.spec.is_signed);
     (row.positives >> k & 1 ? same : other) += phi;
   }
   const T positive = sum_over<kLanes>(same) * row.per_positive;
   const T negative = sum_over<kLanes>(other) * row.per_negative;
   if (i >= n || lane != 0) return;
-  const T sigma = static_cast<T>(args.options.sigma);
-  const T h = static_cast<T>(args.options.margin) - positive + sigma * negative;
+  const T sigma = static_cast<T>(args.spec.sigma);
+  const T h = static_cast<T>(args.spec.margin) - positive + sigma * negative;
   const bool inactive = h <= 0;  // false for NaN, which counts as active
   const T a = inactive ? T(0) : row.upstream;
   shared.loss[i] = inactive ? T(0) : h;
@@ -398,7 +398,7 @@ __device__ void weigh(const Arguments& args, const Row<T>& row, const T (&s)[kSl
     if (j >= n || i >= n || i == j) continue;
     const T weight = row.positives >> k & 1 ? -(shared.per_positive[i] + shared.per_positive[j])
                                            : shared.per_negative[i] + shared.per_negative[j];
-    const T slope = 2 * weight * phi_slope(s[k], args.options.is_signed);
+    const T slope = 2 * weight * phi_slope(s[k], args.spec.is_signed);
     along += slope * s[k];
     shared.weights[j][i] = slope * shared.inverse[j];
   }
@@ -466,7 +466,7 @@ __device__ void batch_similarity(const Arguments& args) {
   }
   if (own < n) shared.label[own] = args.labels[own * args.label_stride];
   dots<cluster>(args, begin, end, held, shared);
-  const T squared_eps = static_cast<T>(args.options.squared_eps);
+  const T squared_eps = static_cast<T>(args.spec.squared_eps);
   if constexpr (cluster > 1) add_over_cluster<cluster>(n, squared_eps, shared);
   const bool has_rows = own / 32 * (32 / kLanes) < n;  // the same for all lanes of a warp
   Row<T> row{};
@@ -481,7 +481,7 @@ __device__ void batch_similarity(const Arguments& args) {
   T s[kSlots];
   if (has_rows) row_means(args, row, blockIdx.x == 0, s, shared);
   __syncthreads();
-  if (args.options.gradient) {
+  if (args.spec.gradient) {
     if (has_rows) weigh(args, row, s, shared);
     __syncthreads();
   }
@@ -489,11 +489,11 @@ __device__ void batch_similarity(const Arguments& args) {
     const int lane = threadIdx.x % 32;
     double total = 0;
     for (int i = lane; i < n; i += 32) total += static_cast<double>(shared.loss[i]);
-    const double scale = args.options.scale;
+    const double scale = args.spec.scale;
     total = sum_over<32>(total);
     if (lane == 0) *static_cast<T*>(args.loss) = static_cast<T>(scale * total);
   }
-  if (!args.options.gradient) return;
+  if (!args.spec.gradient) return;
   const int64_t first = begin + team * args.part, last = min(end, first + args.part);
   const int64_t step = args.chunk * kVector<T>;
   if (args.share <= step) {
@@ -575,7 +575,7 @@ cudaError_t launch_as(const SmallBatch& batch, int device, void* stream) {
   }
   if (team_size == 1) config.numAttrs = 0;
   const int64_t vectors = quotient_up(quotient_up(x.columns, team_size), vector);
-  const int64_t wanted = batch.options.gradient ? quotient_up(vectors * vector, kPart) : 1;
+  const int64_t wanted = batch.spec.gradient ? quotient_up(vectors * vector, kPart) : 1;
   const int64_t teams = wanted < most ? wanted : most;
   config.gridDim = dim3(static_cast<unsigned>(team_size * teams));
   // Rows an odd number of vectors apart have the fewest bank conflicts.

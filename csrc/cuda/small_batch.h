@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "options.h"
 #include "rows.h"
+#include "spec.h"
 
 namespace bstriplet {
 
@@ -18,7 +18,7 @@ struct SmallBatch {
   int64_t label_stride;
   const void* upstream;  // of the accumulation type, or null
   int64_t upstream_stride;
-  Options options;
+  Spec spec;
   void *loss, *means, *grad;  // of the accumulation type
 };
 

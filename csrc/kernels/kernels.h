@@ -101,8 +101,8 @@ struct Kernels {
   // diagonal block must be doubled, since they stand for the ones below as well.
   void (*quadratic_forms)(Block<const T> unit, const T* packed, T* form);
   // result_i = factor_i u_i M, added to result_i where `add` is true; factor null: 1.
-  void (*multiply)(Block<const T> unit, const T* packed, const T* factor, bool add,
-                   Block<T> result);
+  void (*multiply_rows)(Block<const T> unit, const T* packed, const T* factor, bool add,
+                        Block<T> result);
   // result_i += sum_j weights[i][j] u_j; weights are square.
   void (*add_weighted_rows)(const T* weights, int64_t weights_stride, Block<const T> unit,
                             Block<T> result);

@@ -26,8 +26,8 @@ namespace {
 #include "kernels/tiles.h"
 
 #include "kernels/halves.h"
-#include "kernels/moments.h"
 #include "kernels/pairs.h"
+#include "kernels/unit_rows.h"
 
 template <class T>
 constexpr Kernels<T> table() {
@@ -40,7 +40,7 @@ constexpr Kernels<T> table() {
           scale_rows<T>,
           add_moment<T>,
           quadratic_forms<T>,
-          multiply<T>,
+          multiply_rows<T>,
           add_weighted_rows<T>,
           through_normalisation<T>,
           widen_bfloat16,

@@ -59,10 +59,10 @@ void large_gradient(const ClassRows<T>& rows, const ClassMatrices<T>& moments,
         const Block<const T> unit = as_const(rows.read_units(range, scratch.unit));
         const Block<T> v = with_rows(scratch.result, range.size());
         if (weighted.is_multiple_of(moments, s)) {
-          rows.k.multiply(unit, packed[0], nullptr, false, v);
+          rows.k.multiply_rows(unit, packed[0], nullptr, false, v);
         } else {
-          rows.k.multiply(unit, packed[0], a + range.begin, false, v);
-          rows.k.multiply(unit, packed[1], nullptr, true, v);
+          rows.k.multiply_rows(unit, packed[0], a + range.begin, false, v);
+          rows.k.multiply_rows(unit, packed[1], nullptr, true, v);
         }
         write(rows, range, v, unit, result);
       });
@@ -120,9 +120,9 @@ void small_gradient(const ClassRows<T>& rows, const ClassMatrices<T>& moments,
     const auto scratch = rows.scratch(2);
     const Block<const T> unit = as_const(rows.read_units(range, scratch.unit));
     const Block<T> v = with_rows(scratch.result, range.size());
-    rows.k.multiply(unit, others_share.data(), nullptr, false, v);
+    rows.k.multiply_rows(unit, others_share.data(), nullptr, false, v);
     if (!is_level) {
-      rows.k.multiply(unit, own_share.data(), a_times_q.data() + range.begin, true, v);
+      rows.k.multiply_rows(unit, own_share.data(), a_times_q.data() + range.begin, true, v);
     }
     for (int64_t c = group.begin; c < group.end; ++c) {
       add_own_class(rows, c, classes.starts[c] - range.begin, a, sigma, scratch);
@@ -139,24 +139,24 @@ void small_gradient(const ClassRows<T>& rows, const ClassMatrices<T>& moments,
 }  // namespace
 
 template <class T>
-void gradient_by_moments(const Sorted& sorted, const MomentState<const T>& state, const T* a,
+void gradient_by_moments(const Sorted& sorted, const KeptMoments<const T>& kept, const T* a,
                          double sigma, T* result) {
-  const ClassRows<T> rows(sorted, state.inverse);
+  const ClassRows<T> rows(sorted, kept.inverse);
   const int64_t numbers = rows.classes.rows() * rows.d;
   if (std::all_of(a, a + rows.classes.rows(), [](T x) { return x == 0; })) {
     std::fill(result, result + numbers, T(0));
     return;
   }
-  const ClassMatrices<T> weighted = weighted_moments_of(rows, state, a);
-  const ClassMatrices<T> moments = moments_of(rows, state);
+  const ClassMatrices<T> weighted = weighted_moments_of(rows, kept, a);
+  const ClassMatrices<T> moments = moments_of(rows, kept);
   map_pages(result, numbers * static_cast<int64_t>(sizeof(T)));
   small_gradient(rows, moments, weighted, a, sigma, result);
   large_gradient(rows, moments, weighted, a, sigma, result);
 }
 
-template void gradient_by_moments(const Sorted&, const MomentState<const float>&, const float*,
+template void gradient_by_moments(const Sorted&, const KeptMoments<const float>&, const float*,
                                   double, float*);
-template void gradient_by_moments(const Sorted&, const MomentState<const double>&, const double*,
+template void gradient_by_moments(const Sorted&, const KeptMoments<const double>&, const double*,
                                   double, double*);
 
 }  // namespace bstriplet

@@ -82,17 +82,17 @@ void small_means(const ClassRows<T>& rows, const ClassMatrices<T>& moments, T* p
 }  // namespace
 
 template <class T>
-void means_by_moments(const Sorted& sorted, double eps, const MomentState<T>& state, T* positive,
+void means_by_moments(const Sorted& sorted, double eps, const KeptMoments<T>& kept, T* positive,
                       T* negative) {
-  const ClassRows<T> rows(sorted, state.inverse);
-  add_up_moments(rows, eps, state);
+  const ClassRows<T> rows(sorted, kept.inverse);
+  add_up_moments(rows, eps, kept);
   const ClassMatrices<T> moments =
-      moments_of(rows, MomentState<const T>{state.inverse, state.slots, state.small});
+      moments_of(rows, KeptMoments<const T>{kept.inverse, kept.slots, kept.small});
   small_means(rows, moments, positive, negative);
   large_means(rows, moments, positive, negative);
 }
 
-template void means_by_moments(const Sorted&, double, const MomentState<float>&, float*, float*);
-template void means_by_moments(const Sorted&, double, const MomentState<double>&, double*, double*);
+template void means_by_moments(const Sorted&, double, const KeptMoments<float>&, float*, float*);
+template void means_by_moments(const Sorted&, double, const KeptMoments<double>&, double*, double*);
 
 }  // namespace bstriplet

@@ -1,5 +1,6 @@
 // The second-moment path on the CPU: Eq. 3 and its gradient in time linear in the batch, without an
-// N x N matrix. bstriplet_kernels/paths/moments/mathematics.py has the mathematics, with the same names.
+// N x N matrix. bstriplet_kernels/paths/moments/mathematics.py has the mathematics, with the same
+// names.
 //
 // Rows are put in class order, classes by size. A large class is served by its moment matrix T_c, a
 // small one by S of its own members; every row also meets the moments of all others.
@@ -64,20 +65,20 @@ struct Sorted {
 
 // What the forward keeps for the backward; rows in class order.
 template <class T>
-struct MomentState {
+struct KeptMoments {
   T* inverse;  // [N], 1 / |f_i|
   T* slots;    // [slots, D, D], T_c of the large classes
   T* small;    // [2, D, D], the sums of T_c and of q_c T_c over the small classes
 };
 
-// Fills the state, and Eq. 3's two means of each row; means are in the order of the embeddings.
+// Fills `kept`, and Eq. 3's two means of each row; means are in the order of the embeddings.
 template <class T>
-void means_by_moments(const Sorted& rows, double eps, const MomentState<T>& state, T* positive,
+void means_by_moments(const Sorted& rows, double eps, const KeptMoments<T>& kept, T* positive,
                       T* negative);
 
 // dL/df [N, D], in the order of the embeddings, for a = dL/dl [h > 0] in class order.
 template <class T>
-void gradient_by_moments(const Sorted& rows, const MomentState<const T>& state, const T* a,
+void gradient_by_moments(const Sorted& rows, const KeptMoments<const T>& kept, const T* a,
                          double sigma, T* result);
 
 }  // namespace bstriplet

@@ -158,8 +158,8 @@ Tensor gradient_of(const Tensor& a, const Tensor& embeddings, const Classes& cla
   return result;
 }
 
-void check_state(const char* name, const Tensor& tensor, ScalarType dtype,
-                 std::initializer_list<int64_t> sizes, const Tensor& embeddings) {
+void check_kept(const char* name, const Tensor& tensor, ScalarType dtype,
+                std::initializer_list<int64_t> sizes, const Tensor& embeddings) {
   bool fits = tensor.scalar_type() == dtype && tensor.is_contiguous() &&
               tensor.dim() == static_cast<int64_t>(sizes.size());
   int64_t k = 0;
@@ -178,10 +178,10 @@ Tensor moment_gradient(Tensor a, Tensor embeddings, Tensor table, Tensor small, 
   check_device("a", a, embeddings);
   check_device("table", table, embeddings);
   STD_TORCH_CHECK(slots.dim() == 3, "slots must have 3 dimensions, got ", slots.dim());
-  check_state("small", small, accumulation, {2, d, d}, embeddings);
-  check_state("slots", slots, accumulation, {slots.size(0), d, d}, embeddings);
-  check_state("order", order, ScalarType::Long, {n}, embeddings);
-  check_state("inverse", inverse, accumulation, {n}, embeddings);
+  check_kept("small", small, accumulation, {2, d, d}, embeddings);
+  check_kept("slots", slots, accumulation, {slots.size(0), d, d}, embeddings);
+  check_kept("order", order, ScalarType::Long, {n}, embeddings);
+  check_kept("inverse", inverse, accumulation, {n}, embeddings);
   const int64_t* const places = static_cast<const int64_t*>(order.const_data_ptr());
   STD_TORCH_CHECK(std::all_of(places, places + n, [n](int64_t i) { return 0 <= i && i < n; }),
                   "order must hold rows of embeddings, from 0 to ", n - 1);

@@ -23,7 +23,7 @@ int64_t packed_size(const ClassRows<T>& rows) {
   return panel_count(rows) * rows.k.panel * rows.d;
 }
 
-// Packs panel p for `multiply`; element(i D + j) is the matrix's.
+// Packs panel p for `multiply_rows`; element(i D + j) is the matrix's.
 template <class T, class ElementAt>
 void pack(const ClassRows<T>& rows, int64_t p, T* packed, const ElementAt& element) {
   const int64_t panel = rows.k.panel, left = p * panel, width = std::min(panel, rows.d - left);

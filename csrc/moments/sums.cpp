@@ -123,7 +123,7 @@ bool is_level(const T* a, Range range) {
 }  // namespace
 
 template <class T>
-void add_up_moments(const ClassRows<T>& rows, double eps, const MomentState<T>& state) {
+void add_up_moments(const ClassRows<T>& rows, double eps, const KeptMoments<T>& kept) {
   const T squared_eps = static_cast<T>(eps * eps);
   const int64_t matrix = rows.d * rows.d;
   std::vector<Part> parts = small_parts(rows);
@@ -132,29 +132,29 @@ void add_up_moments(const ClassRows<T>& rows, double eps, const MomentState<T>& 
   const PartSums<T> sums(rows, parts, [&](Range range, const auto& scratch) {
     rows.read(range, scratch.unit);
     const Block<T> unit = with_rows(scratch.unit, range.size());
-    T* const inverse = state.inverse + range.begin;
+    T* const inverse = kept.inverse + range.begin;
     rows.k.squared_norms({unit.data, unit.rows, rows.d, rows.stride}, inverse, 0, unit.rows);
     invert_norms(inverse, unit.rows, squared_eps);
     rows.k.scale_rows(unit, inverse);
     return unit;
   });
-  add_up(rows, sums, parts, {0, n_small}, state.small, state.small + matrix);
+  add_up(rows, sums, parts, {0, n_small}, kept.small, kept.small + matrix);
   for_each_sum(parts, n_small, [&](int64_t s, Range range) {
-    add_up<T>(rows, sums, parts, range, state.slots + s * matrix, nullptr);
+    add_up<T>(rows, sums, parts, range, kept.slots + s * matrix, nullptr);
   });
 }
 
 template <class T>
-ClassMatrices<T> moments_of(const ClassRows<T>& rows, const MomentState<const T>& state) {
+ClassMatrices<T> moments_of(const ClassRows<T>& rows, const KeptMoments<const T>& kept) {
   std::vector<typename ClassMatrices<T>::Slot> slots;
   for (int64_t s = 0; s < rows.classes.slots; ++s) {
-    slots.push_back({state.slots + s * rows.d * rows.d, 1.0, 1.0});
+    slots.push_back({kept.slots + s * rows.d * rows.d, 1.0, 1.0});
   }
-  return ClassMatrices<T>(rows.classes, rows.d, std::move(slots), state.small);
+  return ClassMatrices<T>(rows.classes, rows.d, std::move(slots), kept.small);
 }
 
 template <class T>
-ClassMatrices<T> weighted_moments_of(const ClassRows<T>& rows, const MomentState<const T>& state,
+ClassMatrices<T> weighted_moments_of(const ClassRows<T>& rows, const KeptMoments<const T>& kept,
                                      const T* a) {
   const Classes& classes = rows.classes;
   const int64_t matrix = rows.d * rows.d;
@@ -171,7 +171,7 @@ ClassMatrices<T> weighted_moments_of(const ClassRows<T>& rows, const MomentState
       const Range range = classes.slot_range(s);
       const double q = classes.q(classes.small() + s);
       if (is_level(a, range)) {
-        slots.push_back({state.slots + s * matrix, static_cast<double>(a[range.begin]), q});
+        slots.push_back({kept.slots + s * matrix, static_cast<double>(a[range.begin]), q});
       } else {
         slots.push_back({nullptr, 1.0, q});
         add_slot_parts(rows, s, parts);
@@ -188,7 +188,7 @@ ClassMatrices<T> weighted_moments_of(const ClassRows<T>& rows, const MomentState
     if (!small_is_level) {
       add_up<T>(rows, sums, parts, {0, n_small}, nullptr, small.data());
     } else if (classes.small() > 0) {
-      const T* const times_q = state.small + matrix;
+      const T* const times_q = kept.small + matrix;
       for (int64_t at = 0; at < matrix; ++at) small[at] = a[0] * times_q[at];
     }
     numbers.resize(mixed * matrix);
@@ -202,14 +202,14 @@ ClassMatrices<T> weighted_moments_of(const ClassRows<T>& rows, const MomentState
   return ClassMatrices<T>(classes, rows.d, std::move(slots), small.data(), std::move(numbers));
 }
 
-template void add_up_moments(const ClassRows<float>&, double, const MomentState<float>&);
-template void add_up_moments(const ClassRows<double>&, double, const MomentState<double>&);
-template ClassMatrices<float> moments_of(const ClassRows<float>&, const MomentState<const float>&);
+template void add_up_moments(const ClassRows<float>&, double, const KeptMoments<float>&);
+template void add_up_moments(const ClassRows<double>&, double, const KeptMoments<double>&);
+template ClassMatrices<float> moments_of(const ClassRows<float>&, const KeptMoments<const float>&);
 template ClassMatrices<double> moments_of(const ClassRows<double>&,
-                                          const MomentState<const double>&);
+                                          const KeptMoments<const double>&);
 template ClassMatrices<float> weighted_moments_of(const ClassRows<float>&,
-                                                  const MomentState<const float>&, const float*);
+                                                  const KeptMoments<const float>&, const float*);
 template ClassMatrices<double> weighted_moments_of(const ClassRows<double>&,
-                                                   const MomentState<const double>&, const double*);
+                                                   const KeptMoments<const double>&, const double*);
 
 }  // namespace bstriplet

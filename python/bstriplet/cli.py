@@ -416,7 +416,7 @@ def _plan(
     config = TrainConfig(**given)
     seeds = tuple(options.seeds or ())
 
-    from bstriplet.compare import Plan, read_plan, started
+    from bstriplet.compare import ComparisonPlan, read_plan, started
     from bstriplet.runs import check_free, check_new
 
     if options.resume and started(options.out):
@@ -434,7 +434,7 @@ def _plan(
             )
         return plan
     check_new(options.out, resume=options.resume)
-    return Plan(config, schemes or default, seeds or DEFAULT_SEEDS)
+    return ComparisonPlan(config, schemes or default, seeds or DEFAULT_SEEDS)
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
 """Schemes x seeds: the runs of a comparison, one after the other.
 
 A scheme may set any field of the configuration, so that the grid of a sweep and the networks of
-Table 6 are comparisons too: :class:`Plan` lists them, :func:`compare` runs what is missing.
+Table 6 are comparisons too: :class:`ComparisonPlan` lists them, :func:`compare` runs what is
+missing.
 """
 
 import os
@@ -23,7 +24,7 @@ VARIED = ("loss", "batches", "seed")
 
 
 @dataclass(frozen=True)
-class Plan:
+class ComparisonPlan:
     """What a comparison runs: each scheme with each seed, all else as in ``config``."""
 
     config: TrainConfig
@@ -55,7 +56,7 @@ class Plan:
         ]
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Plan":
+    def from_dict(cls, values: Mapping[str, Any]) -> "ComparisonPlan":
         """Return the plan saved by :meth:`to_dict`."""
         return cls(
             config=TrainConfig.from_dict(values["config"]),
@@ -82,15 +83,15 @@ def started(folder: Path) -> bool:
     return os.path.exists(folder / COMPARE)
 
 
-def read_plan(folder: Path) -> Plan:
+def read_plan(folder: Path) -> ComparisonPlan:
     """Return the plan of a started comparison."""
     try:
-        return Plan.from_dict(read_json(folder / COMPARE))
+        return ComparisonPlan.from_dict(read_json(folder / COMPARE))
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder / COMPARE} is no plan of a comparison; restore it") from error
 
 
-def compare(plan: Plan, folder: Path, say: Callable[[str], None]) -> None:
+def compare(plan: ComparisonPlan, folder: Path, say: Callable[[str], None]) -> None:
     """Run what ``plan`` lists and ``folder`` does not have yet; ``say`` is told of each run."""
     runs = prepare(plan, say)
     with locked_folder(folder):
@@ -99,7 +100,7 @@ def compare(plan: Plan, folder: Path, say: Callable[[str], None]) -> None:
         train_missing(runs, folder, say)
 
 
-def prepare(plan: Plan, say: Callable[[str], None]) -> list[PreparedRun]:
+def prepare(plan: ComparisonPlan, say: Callable[[str], None]) -> list[PreparedRun]:
     """Return the runs of ``plan`` with their images; whatever is wrong with them is found here.
 
     Images are read once for all runs. One seed gives all schemes the same split, the same initial

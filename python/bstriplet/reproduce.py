@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bstriplet import figures, paper
-from bstriplet.compare import Plan, prepare, train_missing
+from bstriplet.compare import ComparisonPlan, prepare, train_missing
 from bstriplet.config import Scheme, TrainConfig, describe_difference, field_types, flag
 from bstriplet.errors import UserError, unknown_name
 from bstriplet.figures import Picture
@@ -266,7 +266,7 @@ def train_targets(
     schemes = dict.fromkeys(
         _distinct(scheme, config) for target in targets.values() for scheme in target.schemes
     )
-    plan = Plan(config, tuple(schemes), tuple(range(n_seeds)))
+    plan = ComparisonPlan(config, tuple(schemes), tuple(range(n_seeds)))
     if not os.path.exists(out / STATE):
         check_new(out, resume=True)
     elif difference := describe_difference(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from bstriplet import compare as compare_module
 from bstriplet import report, results
-from bstriplet.compare import Plan, compare, read_plan, run_folder
+from bstriplet.compare import ComparisonPlan, compare, read_plan, run_folder
 from bstriplet.config import Scheme, TrainConfig
 from bstriplet.demo import demo_plan
 from bstriplet.runs import RunFolder
@@ -42,7 +42,7 @@ def test_a_comparison_leaves_runs_table_and_report(tmp_path: Path, bstriplet: Ru
 def test_resume_trains_only_what_is_missing(
     tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = Plan(replace(tiny, epochs=1), SCHEMES, (0, 1))
+    plan = ComparisonPlan(replace(tiny, epochs=1), SCHEMES, (0, 1))
     said: list[str] = []
     compare(plan, tmp_path / "whole", said.append)
     assert [line[:5] for line in said] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
@@ -76,7 +76,7 @@ def test_resume_trains_only_what_is_missing(
 def test_schemes_may_differ_in_any_field(tiny: TrainConfig, tmp_path: Path) -> None:
     """Runs are told apart by what the schemes set; each gets its own images."""
     texts = ("ce:random", "ce:random:lr=0.01", "ce:random:backbone=test_resnet:image-size=40")
-    plan = Plan(replace(tiny, epochs=1), tuple(map(Scheme.parse, texts)), (0,))
+    plan = ComparisonPlan(replace(tiny, epochs=1), tuple(map(Scheme.parse, texts)), (0,))
     compare(plan, tmp_path, lambda text: None)
     assert read_plan(tmp_path) == plan
     comparison = results.read(tmp_path)
@@ -112,7 +112,7 @@ def test_another_plan_is_not_mixed_in(
 
 
 def test_plans_survive_the_file(tiny: TrainConfig, tmp_path: Path) -> None:
-    plan = Plan(tiny, SCHEMES, (3, 1))
+    plan = ComparisonPlan(tiny, SCHEMES, (3, 1))
     (tmp_path / "compare.json").write_text(json.dumps(plan.to_dict()))
     assert read_plan(tmp_path) == plan
 
@@ -121,7 +121,7 @@ def test_plans_survive_the_file(tiny: TrainConfig, tmp_path: Path) -> None:
 def test_the_demo_works_when_typed_again(
     tmp_path: Path, bstriplet: Run, monkeypatch: pytest.MonkeyPatch, make_tree: MakeTree
 ) -> None:
-    def small(data: str) -> Plan:
+    def small(data: str) -> ComparisonPlan:
         plan = demo_plan(data)
         config = replace(
             plan.config, backbone="test_efficientnet", epochs=1, image_size=32, train_per_class=4,

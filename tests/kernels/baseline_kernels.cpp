@@ -237,8 +237,8 @@ void check_moments(int64_t n, int64_t d) {
   for (const bool add : {false, true}) {
     const Table<T> before = result;
     const T* const factors = add ? factor.data.data() : nullptr;
-    k.multiply(unit.unit(), whole.data(), factors, add, result.block());
-    agree<T>("multiply", result.numbers(), table_of(n, d, [&](auto i, auto c) {
+    k.multiply_rows(unit.unit(), whole.data(), factors, add, result.block());
+    agree<T>("multiply_rows", result.numbers(), table_of(n, d, [&](auto i, auto c) {
                return times_moment(i, c) * (add ? factor.at(0, i) : T(1)) +
                       (add ? before.at(i, c) : T(0));
              }));

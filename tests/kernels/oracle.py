@@ -20,8 +20,8 @@ TOLERANCE = {
 
 
 @dataclass(frozen=True)
-class Options:
-    """The options of the loss that change its mathematics."""
+class Formula:
+    """Which formula of the loss: those of its options that change its mathematics."""
 
     margin: float = 0.9
     similarity: str = "square"
@@ -33,14 +33,14 @@ class Options:
         return asdict(self)
 
 
-def loop_losses(rows, labels, columns, column_labels, options):
+def loop_losses(rows, labels, columns, column_labels, formula):
     """l_i of Eq. 3 for each row, as Python floats, one pair at a time.
 
     rows and columns are lists of lists; columns None: the rows themselves without the self-pair.
     """
     is_self = columns is None
     columns, column_labels = (rows, labels) if is_self else (columns, column_labels)
-    sigma = 1 if options.eq3 == "corrected" else -1
+    sigma = 1 if formula.eq3 == "corrected" else -1
     losses = []
     for i, row in enumerate(rows):
         phi = {True: [], False: []}
@@ -51,51 +51,51 @@ def loop_losses(rows, labels, columns, column_labels, options):
             zero = math.hypot(*row) <= 1e-12 or math.hypot(*column) <= 1e-12
             s = 0.0 if zero else sum(a * b for a, b in zip(row, column, strict=True)) / norms
             forms = {"square": s * s, "signed_square": s * abs(s), "linear": s}
-            phi[labels[i] == column_labels[j]].append(forms[options.similarity])
+            phi[labels[i] == column_labels[j]].append(forms[formula.similarity])
         means = {k: math.fsum(v) / len(v) if v else 0.0 for k, v in phi.items()}
-        losses.append(max(0.0, options.margin - means[True] + sigma * means[False]))
+        losses.append(max(0.0, formula.margin - means[True] + sigma * means[False]))
     return losses
 
 
-def loop_loss(x, labels, options, ref=None, ref_labels=None):
+def loop_loss(x, labels, formula, ref=None, ref_labels=None):
     """The reduced loss by `loop_losses`: a float, or a list of them for "none"."""
     losses = loop_losses(
         x.tolist(),
         labels.tolist(),
         None if ref is None else ref.tolist(),
         None if ref is None else ref_labels.tolist(),
-        options,
+        formula,
     )
-    if options.reduction == "none":
+    if formula.reduction == "none":
         return losses
-    return math.fsum(losses) / (len(losses) if options.reduction == "mean" else 1)
+    return math.fsum(losses) / (len(losses) if formula.reduction == "mean" else 1)
 
 
-def plain_loss(x, labels, options, ref=None, ref_labels=None):
+def plain_loss(x, labels, formula, ref=None, ref_labels=None):
     """The loss as one would first write it in torch, in the inputs' own dtype, for autograd."""
     columns, column_labels = (x, labels) if ref is None else (ref, ref_labels)
     normalize = torch.nn.functional.normalize
     s = normalize(x, dim=1) @ normalize(columns, dim=1).T
-    phi = {"square": s * s, "signed_square": s * s.abs(), "linear": s}[options.similarity]
+    phi = {"square": s * s, "signed_square": s * s.abs(), "linear": s}[formula.similarity]
     positive = labels[:, None] == column_labels[None, :]
     negative = ~positive
     if ref is None:
         positive = positive & ~torch.eye(len(x), dtype=torch.bool, device=x.device)
     means = [(phi * m).sum(1) / m.sum(1).clamp_min(1).to(phi.dtype) for m in (positive, negative)]
-    sigma = 1 if options.eq3 == "corrected" else -1
-    losses = torch.relu(options.margin - means[0] + sigma * means[1])
-    return {"mean": losses.mean, "sum": losses.sum, "none": lambda: losses}[options.reduction]()
+    sigma = 1 if formula.eq3 == "corrected" else -1
+    losses = torch.relu(formula.margin - means[0] + sigma * means[1])
+    return {"mean": losses.mean, "sum": losses.sum, "none": lambda: losses}[formula.reduction]()
 
 
-def takes(impl, x, options=None, ref=None):
+def takes(impl, x, formula=None, ref=None):
     """Whether the path takes this input; where it says that it does not, `auto` goes elsewhere."""
-    spec = make_spec(**(options or Options()).keywords)
+    spec = make_spec(**(formula or Formula()).keywords)
     return PATHS[impl].refuses(x, ref, spec) is None
 
 
-def skip_if_refused(impl, x, options=None, ref=None):
+def skip_if_refused(impl, x, formula=None, ref=None):
     """Skip an example test where the path refuses its input; properties assume(takes(...))."""
-    if not takes(impl, x, options, ref):
+    if not takes(impl, x, formula, ref):
         pytest.skip(f"{impl} refuses this input")
 
 
@@ -109,7 +109,7 @@ def value_and_gradients(function, tensors, seed=0):
     return loss.detach().double(), [g.double() for g in grads]
 
 
-def assert_as_exact_as_plain(impl, x, labels, options, ref=None, ref_labels=None):
+def assert_as_exact_as_plain(impl, x, labels, formula, ref=None, ref_labels=None):
     """|path - truth| <= 2 |plain torch in the same dtype - truth| + tolerance * |truth|.
 
     Truth: the reference in float64 on the same (rounded) inputs. For loss and gradients. Where the
@@ -121,18 +121,18 @@ def assert_as_exact_as_plain(impl, x, labels, options, ref=None, ref_labels=None
     def ours(impl):
         def loss(x, ref=None):
             keywords = {} if ref is None else {"ref_emb": ref, "ref_labels": ref_labels}
-            return bstriplet_loss(x, labels, impl=impl, **options.keywords, **keywords)
+            return bstriplet_loss(x, labels, impl=impl, **formula.keywords, **keywords)
 
         return loss
 
     def plain(x, ref=None):
-        return plain_loss(x, labels, options, ref, ref_labels)
+        return plain_loss(x, labels, formula, ref, ref_labels)
 
     truth = value_and_gradients(ours("reference"), [t.double() for t in tensors])
     got = value_and_gradients(ours(impl), tensors)
     naive = value_and_gradients(plain, tensors)
     tolerance = TOLERANCE[x.dtype]
-    total = 1 if options.reduction == "mean" else len(x)
+    total = 1 if formula.reduction == "mean" else len(x)
     scales = [torch.tensor(float(total), device=x.device)] + [
         total / len(t) / t.double().norm(dim=1).clamp_min(1e-300) for t in tensors
     ]
@@ -155,8 +155,8 @@ def batch(n, d, classes, seed, dtype=torch.float64, spread=1.0):
     return x.to(dtype), labels
 
 
-options_of_the_loss = st.builds(
-    Options,
+formulas = st.builds(
+    Formula,
     margin=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
     similarity=st.sampled_from(["square", "signed_square", "linear"]),
     eq3=st.sampled_from(["corrected", "printed"]),

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from launches import Launches, on_fake_gpu
-from oracle import Options, assert_as_exact_as_plain, batch
+from oracle import Formula, assert_as_exact_as_plain, batch
 from test_gram_triton import Peak
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -31,10 +31,10 @@ def _classes(request, monkeypatch):
     reduction=st.sampled_from(["mean", "sum", "none"]),
 )  # fmt: skip
 def test_as_exact_as_plain(n, m, d, classes, seed, dtype, margin, eq3, reduction):
-    options = Options(margin, "linear", eq3, reduction)
+    formula = Formula(margin, "linear", eq3, reduction)
     x, labels = batch(n, d, classes, seed, dtype)
     ref = batch(m, d, classes + 2, seed + 1, dtype) if m else ()
-    assert_as_exact_as_plain("gram", x, labels - 3, options, *ref)
+    assert_as_exact_as_plain("gram", x, labels - 3, formula, *ref)
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 64, 65, 600])
@@ -50,7 +50,7 @@ def test_a_class_that_holds_nearly_everything():
     x = torch.randn(1, 20).repeat(4000, 1) + 1e-3 * torch.randn(4000, 20)
     labels = torch.zeros(4000, dtype=torch.int64)
     labels[:3] = torch.tensor([1, 1, 2])
-    assert_as_exact_as_plain("gram", x, labels, Options(similarity="linear"))
+    assert_as_exact_as_plain("gram", x, labels, Formula(similarity="linear"))
 
 
 def test_the_same_bits_again():

@@ -11,7 +11,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from oracle import Options, batch, loop_loss
+from oracle import Formula, batch, loop_loss
 
 import bstriplet_kernels
 from bstriplet_kernels import (
@@ -255,7 +255,7 @@ def test_bad_indices(error, indices, message):
 
 def test_naive_form_agrees_with_loops():
     x, labels = batch(12, 5, 3, 0)
-    assert abs(naive_loss(x, labels).item() - loop_loss(x, labels, Options())) < 1e-12
+    assert abs(naive_loss(x, labels).item() - loop_loss(x, labels, Formula())) < 1e-12
 
 
 def test_public_names():

@@ -59,8 +59,8 @@ class StridedRows(ctypes.Structure):
     )
 
 
-class Options(ctypes.Structure):
-    """csrc/options.h's."""
+class KernelSpec(ctypes.Structure):
+    """csrc/spec.h's `Spec`."""
 
     _fields_ = (
         *((name, ctypes.c_double) for name in ("margin", "sigma", "squared_eps", "scale")),
@@ -77,7 +77,7 @@ class SmallBatch(ctypes.Structure):
         ("label_stride", ctypes.c_int64),
         ("upstream", ctypes.c_void_p),
         ("upstream_stride", ctypes.c_int64),
-        ("options", Options),
+        ("spec", KernelSpec),
         *((name, ctypes.c_void_p) for name in ("loss", "means", "grad")),
     )
 
@@ -127,7 +127,7 @@ def launch(library, device, x, labels, spec, upstream=None, without_line=0, watc
         labels.data_ptr(), labels.stride(0),
         None if upstream is None else upstream.data_ptr(),
         0 if upstream is None else upstream.stride(0),
-        Options(
+        KernelSpec(
             spec.margin, spec.sigma, spec.eps**2, 1 / n if spec.reduction == "mean" else 1,
             spec.signed, spec.wants_gradient,
         ),

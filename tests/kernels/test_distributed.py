@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from oracle import Options, batch
+from oracle import Formula, batch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bstriplet_kernels import BSTripletLoss, CrossEntropyBSTripletLoss, bstriplet_loss
@@ -58,25 +58,25 @@ def shards(x, labels, sizes):
 
 def equals_one_process(rank, world, splits=((7, 7, 7), (1, 12, 5), (0, 3, 9), (20, 1, 1))):
     for seed, sizes in enumerate(splits):
-        for options in (
-            Options(),
-            Options(similarity="signed_square", reduction="sum", eq3="printed"),
-            Options(0.5, similarity="linear"),
-            Options(reduction="none", margin=0.5),
+        for formula in (
+            Formula(),
+            Formula(similarity="signed_square", reduction="sum", eq3="printed"),
+            Formula(0.5, similarity="linear"),
+            Formula(reduction="none", margin=0.5),
         ):
             x, labels = batch(sum(sizes), 6, 3, seed)
             labels = labels.sort().values  # ranks that hold one class
             whole = x.clone().requires_grad_()
-            expected, stats = bstriplet_loss(whole, labels, return_stats=True, **options.keywords)
+            expected, stats = bstriplet_loss(whole, labels, return_stats=True, **formula.keywords)
             upstream = torch.rand(expected.shape, dtype=torch.float64) + 0.5
             dist.broadcast(upstream, 0)
             expected.backward(upstream)
             own_x, own_labels = shards(x, labels, sizes)[rank]
             own_x = own_x.clone().requires_grad_()
             got, got_stats = bstriplet_loss(
-                own_x, own_labels, group=dist.group.WORLD, return_stats=True, **options.keywords
+                own_x, own_labels, group=dist.group.WORLD, return_stats=True, **formula.keywords
             )
-            per_row = options.reduction == "none"
+            per_row = formula.reduction == "none"
             own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
             torch.testing.assert_close(got, expected[own] if per_row else expected)
             got.backward(upstream[own] if per_row else upstream)

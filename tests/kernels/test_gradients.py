@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import Options, batch, plain_loss, skip_if_refused
+from oracle import Formula, batch, plain_loss, skip_if_refused
 
 from bstriplet_kernels import BSTripletLoss, bstriplet_loss
 
@@ -12,11 +12,11 @@ from bstriplet_kernels import BSTripletLoss, bstriplet_loss
 @pytest.mark.parametrize("eq3", ["corrected", "printed"])
 def test_gradcheck_and_gradgradcheck(impl, similarity, reduction, eq3):
     x, labels = batch(7, 4, 3, 0)
-    options = Options(similarity=similarity, reduction=reduction, eq3=eq3)
-    skip_if_refused(impl, x, options)
+    formula = Formula(similarity=similarity, reduction=reduction, eq3=eq3)
+    skip_if_refused(impl, x, formula)
 
     def loss(x):
-        return bstriplet_loss(x, labels, impl=impl, **options.keywords)
+        return bstriplet_loss(x, labels, impl=impl, **formula.keywords)
 
     x.requires_grad_()
     assert torch.autograd.gradcheck(loss, (x,))
@@ -26,7 +26,7 @@ def test_gradcheck_and_gradgradcheck(impl, similarity, reduction, eq3):
 def test_gradcheck_of_both_sides(impl):
     x, labels = batch(5, 4, 3, 0)
     ref, ref_labels = batch(6, 4, 3, 1)
-    skip_if_refused(impl, x, Options(), ref)
+    skip_if_refused(impl, x, Formula(), ref)
 
     def loss(x, ref):
         return bstriplet_loss(x, labels, ref_emb=ref, ref_labels=ref_labels, impl=impl)
@@ -39,7 +39,7 @@ def test_gradcheck_of_both_sides(impl):
 def test_only_the_side_that_asks_gets_a_gradient(impl):
     x, labels = batch(5, 4, 3, 0)
     ref, ref_labels = batch(6, 4, 3, 1)
-    skip_if_refused(impl, x, Options(), ref)
+    skip_if_refused(impl, x, Formula(), ref)
     bstriplet_loss(
         x.requires_grad_(), labels, ref_emb=ref, ref_labels=ref_labels, impl=impl
     ).backward()
@@ -53,7 +53,7 @@ def test_only_the_side_that_asks_gets_a_gradient(impl):
 def test_the_two_sides_may_differ_in_dtype(impl):
     x, labels = batch(5, 4, 3, 0, torch.float16)
     ref, ref_labels = batch(6, 4, 3, 1, torch.float32)
-    skip_if_refused(impl, x, Options(), ref)
+    skip_if_refused(impl, x, Formula(), ref)
     sides = x.requires_grad_(), ref.requires_grad_()
     loss = bstriplet_loss(x, labels, ref_emb=ref, ref_labels=ref_labels, impl=impl)
     loss.backward()
@@ -95,13 +95,13 @@ def test_gradients_of_two_losses_accumulate(impl):
 
 def test_func_grad_and_vmap(impl):
     x, labels = batch(9, 5, 3, 0)
-    options = Options()
+    formula = Formula()
 
     def ours(x):
         return bstriplet_loss(x, labels, impl=impl)
 
     def plain(x):
-        return plain_loss(x, labels, options)
+        return plain_loss(x, labels, formula)
 
     expected = torch.func.grad(plain)(x)
     torch.testing.assert_close(torch.func.grad(ours)(x), expected)
@@ -115,7 +115,7 @@ def test_func_grad_and_vmap(impl):
 def test_second_derivative_by_func_transforms(impl):
     x, labels = batch(5, 3, 2, 0)
     hessian = torch.func.jacrev(torch.func.grad(lambda x: bstriplet_loss(x, labels, impl=impl)))(x)
-    expected = torch.func.hessian(lambda x: plain_loss(x, labels, Options()))(x)
+    expected = torch.func.hessian(lambda x: plain_loss(x, labels, Formula()))(x)
     torch.testing.assert_close(hessian, expected)
 
 
@@ -125,7 +125,7 @@ def test_many_upstreams_at_once(impl, reduction, with_ref):
     """`is_grads_batched`: what torch.autograd.functional's vectorize=True is made of."""
     x, labels = batch(9, 4, 3, 0)
     ref = batch(5, 4, 3, 1) if with_ref else (None, None)
-    skip_if_refused(impl, x, Options(reduction=reduction), ref[0])
+    skip_if_refused(impl, x, Formula(reduction=reduction), ref[0])
     sides = [side.requires_grad_() for side in (x, ref[0]) if side is not None]
     names = {"reduction": reduction, "ref_emb": ref[0], "ref_labels": ref[1], "impl": impl}
     loss = bstriplet_loss(x, labels, **names)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from launches import Launches, on_fake_gpu
-from oracle import Options, assert_as_exact_as_plain, batch
+from oracle import Formula, assert_as_exact_as_plain, batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -53,21 +53,21 @@ def sized(sizes, d, seed, dtype=torch.float64):
     sizes=st.lists(st.integers(1, 30), min_size=2, max_size=12),
     d=st.integers(1, 9),
     seed=st.integers(0, 999),
-    options=st.builds(
-        Options,
+    formula=st.builds(
+        Formula,
         margin=st.sampled_from([0.3, 0.9]),
         eq3=st.sampled_from(["corrected", "printed"]),
         reduction=st.sampled_from(["mean", "none"]),
     ),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
 )
-@example(sizes=[7] * 12, d=9, seed=0, options=Options(0.3, reduction="none"), dtype=torch.float64)
-@example(sizes=[60, 1, 1], d=4, seed=0, options=Options(), dtype=torch.float32)
-@example(sizes=[5, 5, 5, 5, 6, 6], d=5, seed=0, options=Options(margin=0.3), dtype=torch.float32)
-@example(sizes=[4, 1], d=9, seed=1, options=Options(reduction="none"), dtype=torch.float64)
-def test_any_mixture_of_class_sizes(schedule, sizes, d, seed, options, dtype):
+@example(sizes=[7] * 12, d=9, seed=0, formula=Formula(0.3, reduction="none"), dtype=torch.float64)
+@example(sizes=[60, 1, 1], d=4, seed=0, formula=Formula(), dtype=torch.float32)
+@example(sizes=[5, 5, 5, 5, 6, 6], d=5, seed=0, formula=Formula(margin=0.3), dtype=torch.float32)
+@example(sizes=[4, 1], d=9, seed=1, formula=Formula(reduction="none"), dtype=torch.float64)
+def test_any_mixture_of_class_sizes(schedule, sizes, d, seed, formula, dtype):
     x, labels = sized(sizes, d, seed, dtype)
-    assert_as_exact_as_plain("gram", x, labels, options)
+    assert_as_exact_as_plain("gram", x, labels, formula)
 
 
 @given(
@@ -80,12 +80,12 @@ def test_any_mixture_of_class_sizes(schedule, sizes, d, seed, options, dtype):
 def test_reference_rows_with_and_without_moment_matrices(n, m, d, classes, seed):
     x, labels = batch(n, d, classes, seed)
     ref, ref_labels = batch(m, d, classes + 2, seed + 1)
-    assert_as_exact_as_plain("gram", x, labels, Options(margin=0.3), ref, ref_labels)
+    assert_as_exact_as_plain("gram", x, labels, Formula(margin=0.3), ref, ref_labels)
 
 
 def test_blocks_above_the_diagonal_of_wide_embeddings(schedule):
     x, labels = sized([150, 140, 3], 130, 0, torch.float32)
-    assert_as_exact_as_plain("gram", x, labels, Options())
+    assert_as_exact_as_plain("gram", x, labels, Formula())
 
 
 @pytest.mark.parametrize("members", [1, 2])
@@ -147,7 +147,7 @@ class TestNative:
         x, labels = sized([700, 500, 110, *[40] * 10, *range(1, 90, 9)], 24, 0, torch.float32)
         if labels_are == "sparse":
             labels = labels * (1 << 40) - (1 << 50)
-        assert_as_exact_as_plain("gram", x, labels, Options(reduction=reduction, margin=0.3))
+        assert_as_exact_as_plain("gram", x, labels, Formula(reduction=reduction, margin=0.3))
 
     def test_bits_do_not_depend_on_the_number_of_threads(self):
         x, labels = sized([3000, 1500, *[20] * 40], 32, 0, torch.float32)

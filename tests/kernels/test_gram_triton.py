@@ -11,7 +11,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from launches import Launches, on_fake_gpu
-from oracle import Options, assert_as_exact_as_plain, batch
+from oracle import Formula, assert_as_exact_as_plain, batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -81,23 +81,23 @@ def assert_near(got, truth, tolerance):
     sizes=st.lists(st.integers(1, 40), min_size=2, max_size=9),
     d=st.integers(1, 20),
     seed=st.integers(0, 999),
-    options=st.builds(
-        Options,
+    formula=st.builds(
+        Formula,
         margin=st.sampled_from([0.3, 0.9]),
         eq3=st.sampled_from(["corrected", "printed"]),
         reduction=st.sampled_from(["mean", "sum", "none"]),
     ),
     dtype=st.sampled_from(DTYPES),
 )
-@example(sizes=[7] * 8, d=9, seed=0, options=Options(0.3, reduction="none"), dtype=torch.float32)
-@example(sizes=[60, 1, 1], d=4, seed=0, options=Options(), dtype=torch.float32)
-@example(sizes=[5] * 9, d=5, seed=0, options=Options(margin=0.3), dtype=torch.float32)
-@example(sizes=[36, 1], d=1, seed=0, options=Options(), dtype=torch.float32)
-@example(sizes=[64], d=5, seed=0, options=Options(), dtype=torch.float32)
+@example(sizes=[7] * 8, d=9, seed=0, formula=Formula(0.3, reduction="none"), dtype=torch.float32)
+@example(sizes=[60, 1, 1], d=4, seed=0, formula=Formula(), dtype=torch.float32)
+@example(sizes=[5] * 9, d=5, seed=0, formula=Formula(margin=0.3), dtype=torch.float32)
+@example(sizes=[36, 1], d=1, seed=0, formula=Formula(), dtype=torch.float32)
+@example(sizes=[64], d=5, seed=0, formula=Formula(), dtype=torch.float32)
 @pytest.mark.usefixtures("small")
-def test_any_mixture_of_class_sizes(sizes, d, seed, options, dtype):
+def test_any_mixture_of_class_sizes(sizes, d, seed, formula, dtype):
     x, labels = sized(sizes, d, seed, dtype)
-    assert_as_exact_as_plain("gram", x, labels, options)
+    assert_as_exact_as_plain("gram", x, labels, formula)
 
 
 @runs_here
@@ -107,7 +107,7 @@ def test_wide_embeddings(monkeypatch, d, whole):
     """Matrices held as a whole, as on Hopper, or multiplied in parts."""
     monkeypatch.setattr(gpu, "is_hopper", lambda _: whole)
     x, labels = sized([60, 55, 3, 1], d, 0)
-    assert_as_exact_as_plain("gram", x, labels, Options(margin=0.5))
+    assert_as_exact_as_plain("gram", x, labels, Formula(margin=0.5))
 
 
 @runs_here
@@ -124,7 +124,7 @@ def test_matrices_in_blocks(monkeypatch, sizes, d, margin, reduction, hopper, dt
     """Rows of several classes in a block, active ones among others, tails of columns."""
     monkeypatch.setattr(gpu, "is_hopper", lambda _: hopper)
     x, labels = sized(sizes, d, 0, dtype)
-    assert_as_exact_as_plain("gram", x, labels, Options(margin, reduction=reduction))
+    assert_as_exact_as_plain("gram", x, labels, Formula(margin, reduction=reduction))
     if margin < 0.1:
         losses = bstriplet_loss(x, labels, margin=margin, reduction="none", impl="reference")
         assert 0 < (losses > 0).sum() < len(x)
@@ -152,8 +152,8 @@ def test_a_band_of_several_blocks(monkeypatch):
 def test_other_columns(rows, columns, d, margin, dtype, reduction):
     """Classes without rows, without columns, with few and with many; both gradients."""
     (x, labels), (ref, ref_labels) = (sized(s, d, i, dtype) for i, s in enumerate((rows, columns)))
-    options = Options(margin, reduction=reduction)
-    assert_as_exact_as_plain("gram", x, labels, options, ref, ref_labels)
+    formula = Formula(margin, reduction=reduction)
+    assert_as_exact_as_plain("gram", x, labels, formula, ref, ref_labels)
 
 
 @runs_here
@@ -208,8 +208,8 @@ def test_rows_that_lie_close_together(dtype):
     labels = torch.repeat_interleave(torch.arange(5), torch.tensor([30, 5, 5, 5, 30]))
     centres = torch.randn(5, 16, generator=generator)
     x = centres[labels] + 0.03 * torch.randn(len(labels), 16, generator=generator)
-    options = Options(margin=1.0)
-    assert_as_exact_as_plain("gram", x.to(DEVICE, dtype), labels.to(DEVICE), options)
+    formula = Formula(margin=1.0)
+    assert_as_exact_as_plain("gram", x.to(DEVICE, dtype), labels.to(DEVICE), formula)
 
 
 @runs_here

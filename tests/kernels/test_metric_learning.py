@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import Options, batch, plain_loss
+from oracle import Formula, batch, plain_loss
 from test_distributed import on_ranks, shards
 
 import bstriplet_kernels
@@ -374,11 +374,11 @@ def test_self_supervised_loss_by_hand(loss):
     labels = torch.arange(len(X))
     assert_same(
         lambda x: SelfSupervisedLoss(loss)(x, other),
-        lambda x: plain_loss(torch.cat((x, other)), torch.cat((labels, labels)), Options()),
+        lambda x: plain_loss(torch.cat((x, other)), torch.cat((labels, labels)), Formula()),
     )
     assert_same(
         lambda x: SelfSupervisedLoss(loss, symmetric=False)(x, other),
-        lambda x: plain_loss(x, labels, Options(), other, labels),
+        lambda x: plain_loss(x, labels, Formula(), other, labels),
     )
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import Options, batch, skip_if_refused
+from oracle import Formula, batch, skip_if_refused
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,7 +24,7 @@ def problem(with_ref=False, dtype=torch.float64):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_well_formed(impl, with_ref, reduction):
     tensors = problem(with_ref, torch.float32)
-    skip_if_refused(impl, tensors[0], Options(), tensors[2] if with_ref else None)
+    skip_if_refused(impl, tensors[0], Formula(), tensors[2] if with_ref else None)
     options = {"margin": 0.7, "sigma": -1.0, "reduction": reduction, "impl": impl}
     for gradient in (True, False):
         torch.library.opcheck(loss.default, tensors, options | {"gradient": gradient})
@@ -36,7 +36,7 @@ def test_well_formed(impl, with_ref, reduction):
 @pytest.mark.parametrize("gradient", [False, True])
 def test_every_output_can_be_differentiated(impl, with_ref, gradient):
     x, labels, *ref = problem(with_ref)
-    skip_if_refused(impl, x, Options(), ref[0] if ref else None)
+    skip_if_refused(impl, x, Formula(), ref[0] if ref else None)
     sides = (x, *ref[:1])
 
     def outputs(x, *columns):

@@ -5,11 +5,11 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from oracle import (
-    Options,
+    Formula,
     assert_as_exact_as_plain,
     batch,
+    formulas,
     loop_loss,
-    options_of_the_loss,
     plain_loss,
     skip_if_refused,
     takes,
@@ -30,72 +30,72 @@ def close(got, expected, tolerance=1e-10):
     assert (got.double() - expected).norm() <= tolerance * (1 + expected.norm())
 
 
-def loss_and_gradient(impl, x, labels, options=None, **keywords):
-    options = options or Options()
+def loss_and_gradient(impl, x, labels, formula=None, **keywords):
+    formula = formula or Formula()
     loss, (grad,) = value_and_gradients(
-        lambda x: bstriplet_loss(x, labels, impl=impl, **options.keywords, **keywords), [x]
+        lambda x: bstriplet_loss(x, labels, impl=impl, **formula.keywords, **keywords), [x]
     )
     return loss, grad
 
 
-@given(n=sizes, d=widths, c=class_counts, seed=seeds, options=options_of_the_loss)
-@example(n=2, d=1, c=1, seed=0, options=Options())
-def test_agrees_with_loops_over_equations_2_to_4(impl, n, d, c, seed, options):
+@given(n=sizes, d=widths, c=class_counts, seed=seeds, formula=formulas)
+@example(n=2, d=1, c=1, seed=0, formula=Formula())
+def test_agrees_with_loops_over_equations_2_to_4(impl, n, d, c, seed, formula):
     x, labels = batch(n, d, c, seed)
-    assume(takes(impl, x, options))
-    close(bstriplet_loss(x, labels, impl=impl, **options.keywords), loop_loss(x, labels, options))
+    assume(takes(impl, x, formula))
+    close(bstriplet_loss(x, labels, impl=impl, **formula.keywords), loop_loss(x, labels, formula))
 
 
 @given(
     n=st.integers(1, 20), m=st.integers(1, 20), d=widths, c=class_counts, seed=seeds,
-    options=options_of_the_loss,
+    formula=formulas,
 )  # fmt: skip
-def test_reference_embeddings_agree_with_loops(impl, n, m, d, c, seed, options):
+def test_reference_embeddings_agree_with_loops(impl, n, m, d, c, seed, formula):
     x, labels = batch(n, d, c, seed)
     ref, ref_labels = batch(m, d, c + 1, seed + 1)
-    assume(takes(impl, x, options, ref))
+    assume(takes(impl, x, formula, ref))
     got = bstriplet_loss(
-        x, labels, ref_emb=ref, ref_labels=ref_labels, impl=impl, **options.keywords
+        x, labels, ref_emb=ref, ref_labels=ref_labels, impl=impl, **formula.keywords
     )
-    close(got, loop_loss(x, labels, options, ref, ref_labels))
+    close(got, loop_loss(x, labels, formula, ref, ref_labels))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(
     n=st.integers(2, 80), d=st.integers(1, 150), c=class_counts, seed=seeds,
-    spread=st.sampled_from([0.05, 1.0]), options=options_of_the_loss,
+    spread=st.sampled_from([0.05, 1.0]), formula=formulas,
 )  # fmt: skip
-def test_as_exact_as_plain_torch_in_the_same_dtype(impl, dtype, n, d, c, seed, spread, options):
+def test_as_exact_as_plain_torch_in_the_same_dtype(impl, dtype, n, d, c, seed, spread, formula):
     x, labels = batch(n, d, c, seed, dtype, spread)
-    assume(takes(impl, x, options))
-    assert_as_exact_as_plain(impl, x, labels, options)
+    assume(takes(impl, x, formula))
+    assert_as_exact_as_plain(impl, x, labels, formula)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(
     n=st.integers(1, 70), m=st.integers(1, 70), d=st.integers(1, 80), c=class_counts, seed=seeds,
-    options=options_of_the_loss,
+    formula=formulas,
 )  # fmt: skip
-def test_reference_embeddings_are_as_exact(impl, dtype, n, m, d, c, seed, options):
+def test_reference_embeddings_are_as_exact(impl, dtype, n, m, d, c, seed, formula):
     x, labels = batch(n, d, c, seed, dtype)
     ref, ref_labels = batch(m, d, c, seed + 1, dtype)
-    assume(takes(impl, x, options, ref))
-    assert_as_exact_as_plain(impl, x, labels, options, ref, ref_labels)
+    assume(takes(impl, x, formula, ref))
+    assert_as_exact_as_plain(impl, x, labels, formula, ref, ref_labels)
 
 
 @given(n=st.integers(2, 9), d=st.integers(1, 5), c=st.integers(1, 4), seed=seeds,
-       options=options_of_the_loss)  # fmt: skip
-def test_gradient_is_the_finite_difference(impl, n, d, c, seed, options):
+       formula=formulas)  # fmt: skip
+def test_gradient_is_the_finite_difference(impl, n, d, c, seed, formula):
     x, labels = batch(n, d, c, seed)
-    assume(takes(impl, x, options))
-    _, grad = loss_and_gradient(impl, x, labels, options)
+    assume(takes(impl, x, formula))
+    _, grad = loss_and_gradient(impl, x, labels, formula)
     losses = torch.tensor(
-        loop_loss(x, labels, Options(**{**options.keywords, "reduction": "none"}))
+        loop_loss(x, labels, Formula(**{**formula.keywords, "reduction": "none"}))
     )
     assume(bool(((losses == 0) | (losses > 1e-4)).all()))  # the hinge has no derivative at 0
     generator = torch.Generator().manual_seed(0)
     upstream = 0.5 + torch.rand(
-        () if options.reduction != "none" else (n,), generator=generator, dtype=torch.float64
+        () if formula.reduction != "none" else (n,), generator=generator, dtype=torch.float64
     )
     step = 1e-6
     numeric = torch.zeros_like(x)
@@ -104,17 +104,17 @@ def test_gradient_is_the_finite_difference(impl, n, d, c, seed, options):
             ahead, behind = x.clone(), x.clone()
             ahead[i, k] += step
             behind[i, k] -= step
-            change = torch.tensor(loop_loss(ahead, labels, options), dtype=torch.float64)
-            change = change - torch.tensor(loop_loss(behind, labels, options), dtype=torch.float64)
+            change = torch.tensor(loop_loss(ahead, labels, formula), dtype=torch.float64)
+            change = change - torch.tensor(loop_loss(behind, labels, formula), dtype=torch.float64)
             numeric[i, k] = (upstream * change).sum() / (2 * step)
     close(grad, numeric, 1e-5)
 
 
-@given(n=sizes, d=widths, c=class_counts, seed=seeds, options=options_of_the_loss)
-def test_order_names_rotation_and_scale_do_not_matter(impl, n, d, c, seed, options):
+@given(n=sizes, d=widths, c=class_counts, seed=seeds, formula=formulas)
+def test_order_names_rotation_and_scale_do_not_matter(impl, n, d, c, seed, formula):
     x, labels = batch(n, d, c, seed)
-    assume(takes(impl, x, options))
-    options = Options(**{**options.keywords, "reduction": "none"})
+    assume(takes(impl, x, formula))
+    formula = Formula(**{**formula.keywords, "reduction": "none"})
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(n, generator=generator)
     rotation = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
@@ -122,7 +122,7 @@ def test_order_names_rotation_and_scale_do_not_matter(impl, n, d, c, seed, optio
     names = 1000 * torch.randperm(c, generator=generator)[labels] - 3333
 
     def losses(x, labels):
-        return bstriplet_loss(x, labels, impl=impl, **options.keywords)
+        return bstriplet_loss(x, labels, impl=impl, **formula.keywords)
 
     base = losses(x, labels)
     close(losses(x[order], labels[order]), base[order])
@@ -134,11 +134,11 @@ def test_order_names_rotation_and_scale_do_not_matter(impl, n, d, c, seed, optio
     close(scaled * scale, grad)
 
 
-@given(n=sizes, d=widths, c=class_counts, seed=seeds, options=options_of_the_loss)
-def test_gradient_is_orthogonal_to_its_embedding(impl, n, d, c, seed, options):
+@given(n=sizes, d=widths, c=class_counts, seed=seeds, formula=formulas)
+def test_gradient_is_orthogonal_to_its_embedding(impl, n, d, c, seed, formula):
     x, labels = batch(n, d, c, seed)
-    assume(takes(impl, x, options))
-    _, grad = loss_and_gradient(impl, x, labels, options)
+    assume(takes(impl, x, formula))
+    _, grad = loss_and_gradient(impl, x, labels, formula)
     close((grad * x).sum(dim=1), torch.zeros(n))
 
 
@@ -164,7 +164,7 @@ def test_zero_rows_are_similar_to_nothing(impl, dtype):
     x[4] = 1e-14 if dtype != torch.float16 else 0
     loss, grad = loss_and_gradient(impl, x, labels)
     x[4] = 0
-    close(loss, loop_loss(x.double(), labels, Options()), 1e-2 if dtype.itemsize == 2 else 1e-6)
+    close(loss, loop_loss(x.double(), labels, Formula()), 1e-2 if dtype.itemsize == 2 else 1e-6)
     assert grad[0].eq(0).all()
     assert grad[4].eq(0).all()
     assert grad.isfinite().all()
@@ -176,9 +176,9 @@ def test_eps_is_the_norm_of_a_zero_row(impl):
     as_zero = x.clone()
     as_zero[2] = 0
     loss, grad = loss_and_gradient(impl, x, labels, eps=0.011)
-    close(loss, loop_loss(as_zero, labels, Options()))
+    close(loss, loop_loss(as_zero, labels, Formula()))
     assert grad[2].eq(0).all()
-    close(bstriplet_loss(x, labels, impl=impl, eps=0.009), loop_loss(x, labels, Options()))
+    close(bstriplet_loss(x, labels, impl=impl, eps=0.009), loop_loss(x, labels, Formula()))
 
 
 @pytest.mark.parametrize(
@@ -199,11 +199,11 @@ def test_eps_is_the_norm_of_a_zero_row(impl):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_corners(impl, name, x, labels, similarity, reduction):
     x, labels = torch.tensor(x, dtype=torch.float64), torch.tensor(labels)
-    options = Options(similarity=similarity, reduction=reduction)
-    skip_if_refused(impl, x, options)
-    loss, grad = loss_and_gradient(impl, x, labels, options)
-    close(loss, loop_loss(x, labels, options))
-    _, (expected,) = value_and_gradients(lambda x: plain_loss(x, labels, options), [x])
+    formula = Formula(similarity=similarity, reduction=reduction)
+    skip_if_refused(impl, x, formula)
+    loss, grad = loss_and_gradient(impl, x, labels, formula)
+    close(loss, loop_loss(x, labels, formula))
+    _, (expected,) = value_and_gradients(lambda x: plain_loss(x, labels, formula), [x])
     if name == "all zero":
         expected = torch.zeros_like(x)
     close(grad, expected)
@@ -215,7 +215,7 @@ def test_corners(impl, name, x, labels, similarity, reduction):
 )  # fmt: skip
 def test_any_integer_labels(impl, dtype):
     x, labels = batch(12, 6, 3, 0)
-    expected = loop_loss(x, labels, Options())
+    expected = loop_loss(x, labels, Formula())
     close(bstriplet_loss(x, (labels * 50).to(dtype), impl=impl), expected)
     if dtype.is_signed:
         close(bstriplet_loss(x, (labels * 50 - 100).to(dtype), impl=impl), expected)
@@ -223,7 +223,7 @@ def test_any_integer_labels(impl, dtype):
 
 def test_boolean_and_extreme_labels(impl):
     x, labels = batch(12, 6, 2, 0)
-    expected = loop_loss(x, labels, Options())
+    expected = loop_loss(x, labels, Formula())
     close(bstriplet_loss(x, labels.bool(), impl=impl), expected)
     extreme = torch.tensor([-(2**63), 2**63 - 1])[labels]
     close(bstriplet_loss(x, extreme, impl=impl), expected)
@@ -301,7 +301,7 @@ def test_a_zero_loss_stays_in_the_graph(impl):
 def test_statistics_are_those_of_equation_3(impl, n, d, c, seed):
     x, labels = batch(n, d, c, seed)
     loss, stats = bstriplet_loss(x.requires_grad_(), labels, impl=impl, return_stats=True)
-    rows = loop_loss(x, labels, Options(reduction="none"))
+    rows = loop_loss(x, labels, Formula(reduction="none"))
     rows = torch.tensor(rows, dtype=torch.float64)
     close(loss.detach(), rows.mean())
     assert stats.active_fraction == (rows > 0).double().mean()
@@ -324,4 +324,4 @@ def test_the_same_bits_from_run_to_run(impl, dtype):
 @pytest.mark.parametrize("d", [1, 31, 130])
 def test_sizes_around_tiles(impl, n, d):
     x, labels = batch(n, d, 4, n * d, torch.float32)
-    assert_as_exact_as_plain(impl, x, labels, Options())
+    assert_as_exact_as_plain(impl, x, labels, Formula())

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from oracle import Options, batch, skip_if_refused
+from oracle import Formula, batch, skip_if_refused
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.functional import cross_entropy
 from torch.testing._internal.two_tensor import TwoTensor
@@ -65,7 +65,7 @@ def test_meta_in_the_modules_and_with_listed_pairs():
 @pytest.mark.parametrize("with_ref", [False, True])
 def test_fake_tensors_forward_and_backward(impl, reduction, with_ref):
     ref = batch(5, 4, 3, 1) if with_ref else (None, None)
-    skip_if_refused(impl, torch.empty(6, 4), Options(), ref[0])
+    skip_if_refused(impl, torch.empty(6, 4), Formula(), ref[0])
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(6, 4, dtype=torch.float64, requires_grad=True)
         labels = torch.zeros(6, dtype=torch.int64)
@@ -160,7 +160,7 @@ def test_other_layouts_are_refused_after_a_dense_tensor_of_that_shape_too(impl, 
     other = getattr(x, convert)()
     with pytest.raises(TypeError, match="embeddings must be a dense tensor, got layout"):
         bstriplet_loss(other, labels, impl=impl)
-    skip_if_refused(impl, x, Options(), x)
+    skip_if_refused(impl, x, Formula(), x)
     bstriplet_loss(x, labels, ref_emb=x, ref_labels=labels, impl=impl)
     with pytest.raises(TypeError, match="ref_emb must be a dense tensor, got layout"):
         bstriplet_loss(x, labels, ref_emb=other, ref_labels=labels, impl=impl)
@@ -173,7 +173,7 @@ def test_other_layouts_are_refused_after_a_dense_tensor_of_that_shape_too(impl, 
 def test_negated_views_are_read_negated(impl, reduction, similarity):
     """torch negates the imaginary part of a conjugate only when somebody reads it."""
     options = {"reduction": reduction, "similarity": similarity, "impl": impl}
-    skip_if_refused(impl, torch.empty(9, 4), Options(similarity=similarity))
+    skip_if_refused(impl, torch.empty(9, 4), Formula(similarity=similarity))
     x, labels = batch(9, 4, 3, 0)
     ref, ref_labels = batch(5, 4, 3, 1)
 
@@ -258,7 +258,7 @@ def test_parameters_under_tracers(impl, compiled):
             ) + bstriplet_loss(self.proxies, ref_labels, impl=impl)
 
     torch.compiler.reset()
-    skip_if_refused(impl, torch.empty(9, 4), Options(), torch.empty(6, 4))
+    skip_if_refused(impl, torch.empty(9, 4), Formula(), torch.empty(6, 4))
     model, given = Proxies(), batch(9, 4, 3, 0)
     if compiled:
         traced = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from launches import Launches, on_fake_gpu
-from oracle import TOLERANCE, Options, assert_as_exact_as_plain, batch
+from oracle import TOLERANCE, Formula, assert_as_exact_as_plain, batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bstriplet_kernels import autograd, available_impls, bstriplet_loss
@@ -183,7 +183,7 @@ def around_one_direction(n, d, spread):
 @pytest.mark.parametrize(("n", "d"), [(9, 45), (50, 1280)])
 @pytest.mark.parametrize("spread", [0.03, 1.0])
 def test_tensor_core_float32_is_as_exact_as_plain_in_one_launch(tensor_cores, n, d, spread):
-    assert_as_exact_as_plain("triton", *around_one_direction(n, d, spread), Options())
+    assert_as_exact_as_plain("triton", *around_one_direction(n, d, spread), Formula())
     assert tensor_cores == {"TF32", "TF32x3"}  # the interpreter's bfloat16 is float32
 
 
@@ -191,7 +191,7 @@ def test_tensor_core_float32_is_as_exact_as_plain_in_one_launch(tensor_cores, n,
 @pytest.mark.parametrize(("n", "d"), [(70, 45), (70, 512), (600, 16)])
 @pytest.mark.parametrize("spread", [0.03, 1.0])
 def test_tensor_core_float32_is_as_exact_as_plain(tensor_cores, schedule, n, d, spread):
-    assert_as_exact_as_plain("triton", *around_one_direction(n, d, spread), Options())
+    assert_as_exact_as_plain("triton", *around_one_direction(n, d, spread), Formula())
     assert tensor_cores == {"FLOAT16"}
 
 
@@ -280,7 +280,7 @@ def test_columns_shared_out_among_programs_give_the_same(monkeypatch, schedule, 
     x, labels = batch(150, 20, 4, 0, torch.float32)
     for module in (blocks, pairs):
         monkeypatch.setattr(module, "parts", lambda *_: parts)
-    assert_as_exact_as_plain("triton", *on_device(x, labels), Options())
+    assert_as_exact_as_plain("triton", *on_device(x, labels), Formula())
 
 
 @interpreted
@@ -311,7 +311,7 @@ def test_a_tile_of_weights_without_an_active_row_is_not_multiplied(monkeypatch, 
     loss, gradient = gradient_of(x, labels, reduction=reduction)
     assert gradient[:2].any()
     assert len(products) - forward_only == n // cut.n  # the first column of a symmetric panel
-    assert_as_exact_as_plain("triton", x, labels, Options(reduction=reduction))
+    assert_as_exact_as_plain("triton", x, labels, Formula(reduction=reduction))
 
 
 @runs_here
@@ -319,7 +319,7 @@ def test_a_tile_of_weights_without_an_active_row_is_not_multiplied(monkeypatch, 
 def test_halved_sums_are_those_of_all_pairs(monkeypatch, most):
     monkeypatch.setattr(blocks, "MOST_HALVED_TILES", most)
     for dtype in (torch.float64, torch.float32):
-        assert_as_exact_as_plain("triton", *on_device(*batch(300, 9, 4, 0, dtype)), Options())
+        assert_as_exact_as_plain("triton", *on_device(*batch(300, 9, 4, 0, dtype)), Formula())
 
 
 @runs_here
@@ -392,22 +392,22 @@ def test_float16_gradient_survives_a_loss_scale(schedule, n):
 @runs_here
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
-    ("options", "with_ref"),
+    ("formula", "with_ref"),
     [
-        (Options(), False),
-        (Options(0.3, "signed_square", "printed", "none"), False),
-        (Options(0.3, reduction="sum"), True),
-        (Options(0.9, "signed_square", "printed", "none"), True),
+        (Formula(), False),
+        (Formula(0.3, "signed_square", "printed", "none"), False),
+        (Formula(0.3, reduction="sum"), True),
+        (Formula(0.9, "signed_square", "printed", "none"), True),
     ],
 )
 @pytest.mark.parametrize(("n", "m", "d"), [(150, 90, 133), (65, 200, 1)])
 @pytest.mark.parametrize("panel_bytes", [1, 1 << 25])
-def test_panels_are_as_exact_as_plain(monkeypatch, dtype, options, with_ref, n, m, d, panel_bytes):
+def test_panels_are_as_exact_as_plain(monkeypatch, dtype, formula, with_ref, n, m, d, panel_bytes):
     monkeypatch.setattr(cost, "by_panels", lambda *shape: True)
     monkeypatch.setattr(blocks, "PANEL_BYTES", panel_bytes)
     x, labels = on_device(*batch(n, d, 4, n, dtype))
     ref = on_device(*batch(m, d, 5, m, dtype)) if with_ref else ()
-    assert_as_exact_as_plain("triton", x, labels, options, *ref)
+    assert_as_exact_as_plain("triton", x, labels, formula, *ref)
 
 
 @runs_here

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from oracle import Options, batch, plain_loss
+from oracle import Formula, batch, plain_loss
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -86,7 +86,7 @@ def bare(path: str) -> Callable[..., Tensor]:
 
 
 def plain(x: Tensor, y: Tensor, ref: Tensor | None, ref_y: Tensor | None, reduction: str) -> Tensor:
-    return plain_loss(x, y, Options(reduction=reduction), ref, ref_y)
+    return plain_loss(x, y, Formula(reduction=reduction), ref, ref_y)
 
 
 def by_backward(loss: Loss, rows: Tensor) -> Tensor:

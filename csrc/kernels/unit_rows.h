@@ -112,7 +112,7 @@ BST_INLINE void write_panel(const T* from, T factor, bool add_to, T* to) {
 }
 
 template <class T>
-void multiply(Block<const T> unit, const T* packed, const T* factor, bool add_to,
+void multiply_rows(Block<const T> unit, const T* packed, const T* factor, bool add_to,
                    Block<T> result) {
   T total[kProductRows * kPanel<T>];
   const T* row[kProductRows];

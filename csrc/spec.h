@@ -3,7 +3,7 @@
 
 namespace bstriplet {
 
-struct Options {
+struct Spec {
   double margin;       // m of Eq. 3
   double sigma;        // the sign of Eq. 3's second mean
   double squared_eps;  // |f_i|^2 up to which row i is a zero row
