@@ -46,7 +46,7 @@ asan: $(READY)  ## the native operator, and the CUDA kernel on the host, under A
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 OMP_NUM_THREADS=1 PYTHONPATH=build/sanitized; \
 	for set in avx512 avx2 baseline; do \
 	  BSTRIPLET_INSTRUCTION_SET=$$set $(BIN)/pytest tests/kernels/test_native.py \
-	  tests/kernels/test_gram.py::TestNative -k "not instruction_set" || exit 1; \
+	  tests/kernels/test_moments.py::TestNative -k "not instruction_set" || exit 1; \
 	done; \
 	$(BIN)/pytest tests/kernels/test_cuda_on_host.py
 

@@ -54,7 +54,7 @@ BACKBONES = ("mobilenetv3_small_100", "efficientnet_b1", "shufflenet_v2", "pelee
 _TIMED = ("targets", "crossover", "paper", "sweep")  # by the second call
 TESTS = (
     "tests/kernels/test_triton.py",
-    "tests/kernels/test_gram_triton.py",
+    "tests/kernels/test_moments_on_gpu.py",
     "tests/kernels/test_native.py",
     "tests/kernels/test_metric_learning.py",
 )
