@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bstriplet_kernels import autograd, available_impls, bstriplet_loss
 from bstriplet_kernels.cost import Work
 from bstriplet_kernels.paths import PATHS, gpu
-from bstriplet_kernels.paths.triton import blocks, cost, pairs, small
+from bstriplet_kernels.paths.triton import blocks, pairs, pairs_cost, small
 from bstriplet_kernels.spec import Spec
 
 HERE = Path(__file__).parent
@@ -47,7 +47,7 @@ def gradient_of(x, labels, **options):
 @pytest.fixture(params=["tiles", "panels"])
 def schedule(request, monkeypatch):
     """Both ways to go where one launch does not do, whatever is predicted; the smallest panels."""
-    monkeypatch.setattr(cost, "by_panels", lambda *shape: request.param == "panels")
+    monkeypatch.setattr(pairs_cost, "by_panels", lambda *shape: request.param == "panels")
     monkeypatch.setattr(blocks, "PANEL_BYTES", 1)
     return request.param
 
@@ -70,7 +70,10 @@ def test_in_the_interpreter(chosen):
     pytest.importorskip("triton")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
-        + ["-k", "triton and not every_output"]  # whose numerical derivatives take a minute here
+        + [
+            "-k",
+            "(triton or moments_on_gpu) and not every_output",
+        ]  # whose derivatives take a minute
         + [str(HERE / name) for name in chosen],
         env=os.environ
         | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "BSTRIPLET_EXAMPLES": "2"},
@@ -295,7 +298,7 @@ def test_a_tile_of_weights_without_an_active_row_is_not_multiplied(monkeypatch, 
         "create_dot",
         lambda *arguments: products.append(1) or plain(*arguments),
     )
-    monkeypatch.setattr(cost, "by_panels", lambda *shape: True)
+    monkeypatch.setattr(pairs_cost, "by_panels", lambda *shape: True)
     cut = blocks.weight_blocks(blocks.form_of(16, torch.float64, False, torch.device("cpu")))
     n = 4 * blocks.ROWS
     labels = torch.zeros(n, dtype=torch.int64)
@@ -403,7 +406,7 @@ def test_float16_gradient_survives_a_loss_scale(schedule, n):
 @pytest.mark.parametrize(("n", "m", "d"), [(150, 90, 133), (65, 200, 1)])
 @pytest.mark.parametrize("panel_bytes", [1, 1 << 25])
 def test_panels_are_as_exact_as_plain(monkeypatch, dtype, formula, with_ref, n, m, d, panel_bytes):
-    monkeypatch.setattr(cost, "by_panels", lambda *shape: True)
+    monkeypatch.setattr(pairs_cost, "by_panels", lambda *shape: True)
     monkeypatch.setattr(blocks, "PANEL_BYTES", panel_bytes)
     x, labels = on_device(*batch(n, d, 4, n, dtype))
     ref = on_device(*batch(m, d, 5, m, dtype)) if with_ref else ()
@@ -448,7 +451,7 @@ def test_pairs_read_no_value_of_a_tensor(monkeypatch):
     for module, name in kernels():
         monkeypatch.setattr(module, name, NotRun())
     for by_panels in (False, True):
-        monkeypatch.setattr(cost, "by_panels", lambda *shape, found=by_panels: found)
+        monkeypatch.setattr(pairs_cost, "by_panels", lambda *shape, found=by_panels: found)
         for dtype in TOLERANCE:
             with FakeTensorMode():
                 x, labels = torch.empty(200, 24, dtype=dtype), torch.empty(200, dtype=torch.int64)
@@ -476,8 +479,8 @@ def counted(n, m, d, dtype=torch.float32, wants_gradient=True):
 def test_panels_are_taken_where_d_is_large():
     # half precision keeps S, and multiplies half of it once where float32 does all of it in all
     for dtype, products in ((torch.float32, 3), (torch.bfloat16, 0.75)):
-        assert not cost.by_panels(4096, None, 128, dtype)
-        assert cost.by_panels(4096, None, 2048, dtype)
+        assert not pairs_cost.by_panels(4096, None, 128, dtype)
+        assert pairs_cost.by_panels(4096, None, 2048, dtype)
         wide = counted(4096, None, 2048, dtype)
         least = products * 2 * 2 * 4096 * 4096 * 2048
         assert least < wide.flops <= 1.3 * least
@@ -487,9 +490,9 @@ def test_panels_are_taken_where_d_is_large():
 
 
 def test_panels_have_no_more_columns_than_32_bits_number():
-    assert cost.by_panels(64, 1 << 24, 256, torch.bfloat16)
+    assert pairs_cost.by_panels(64, 1 << 24, 256, torch.bfloat16)
     for n, m in ((64, (1 << 24) + 1), (17_000_000, 64)):
-        assert not cost.by_panels(n, m, 256, torch.bfloat16)
+        assert not pairs_cost.by_panels(n, m, 256, torch.bfloat16)
 
 
 def test_cost_counts_what_is_launched():
@@ -532,7 +535,7 @@ def test_predicted_launches_are_those_made(monkeypatch, n, m, d, by_panels, dtyp
     kernel = NotRun()
     for module, name in kernels():
         monkeypatch.setattr(module, name, kernel)
-    monkeypatch.setattr(cost, "by_panels", lambda *_: by_panels)
+    monkeypatch.setattr(pairs_cost, "by_panels", lambda *_: by_panels)
     monkeypatch.setattr(gpu, "current", lambda _: nullcontext())
     monkeypatch.setattr(gpu, "processors", lambda _: 132)
     monkeypatch.setattr(gpu, "is_hopper", lambda _: True)
