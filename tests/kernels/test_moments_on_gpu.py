@@ -174,9 +174,9 @@ def test_bad_rows_of_wide_embeddings():
     got, truth = both_ways(x, labels, Spec())
     assert_near(got, truth, 1e-6)
     assert (got[3][5] == 0).all()
-    loss, _, state = on_gpu.forward(x, labels, Spec(margin=-1.5))
+    loss, _, kept = on_gpu.forward(x, None, labels, None, Spec(margin=-1.5))
     inf = torch.full_like(loss, torch.inf)
-    assert (on_gpu.backward(inf, x, state, Spec(margin=-1.5)) == 0).all()
+    assert (on_gpu.backward(inf, x, kept, Spec(margin=-1.5))[0] == 0).all()
     x[5, 3] = torch.nan
     got, _ = both_ways(x, labels, Spec())
     assert got[0].isnan()
@@ -231,23 +231,23 @@ def test_runs_of_many_blocks_and_many_runs(monkeypatch, processors):
 @pytest.mark.usefixtures("small")
 def test_inactive_rows_have_no_gradient_whatever_comes_from_upstream(reduction):
     x, labels = sized([40, 30, 4], 8, 0)
-    loss, _, state = on_gpu.forward(x, labels, Spec(margin=-1.5, reduction=reduction))
+    loss, _, kept = on_gpu.forward(x, None, labels, None, Spec(margin=-1.5, reduction=reduction))
     upstream = torch.full_like(loss, torch.inf)
     spec = Spec(margin=-1.5, reduction=reduction)
-    assert (on_gpu.backward(upstream, x, state, spec) == 0).all()
+    assert (on_gpu.backward(upstream, x, kept, spec)[0] == 0).all()
 
 
 @runs_here
 @pytest.mark.usefixtures("small")
 def test_the_backward_multiplies_as_its_forward_did():
     x, labels = sized([40, 33, 8, 3], 12, 5)
-    loss, _, state = on_gpu.forward(x, labels, Spec())
-    gradients = [on_gpu.backward(torch.ones_like(loss), x, state, Spec())]
+    loss, _, kept = on_gpu.forward(x, None, labels, None, Spec())
+    gradients = [on_gpu.backward(torch.ones_like(loss), x, kept, Spec())[0]]
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
         assert not on_gpu.splits(torch.float32)
-        gradients.append(on_gpu.backward(torch.ones_like(loss), x, state, Spec()))
+        gradients.append(on_gpu.backward(torch.ones_like(loss), x, kept, Spec())[0])
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     assert torch.equal(*gradients)
