@@ -63,7 +63,7 @@ def means(
     table[:, 1] = (sums.sum(0) - sums).mul_(q[:, None])
     both = inverse.new_empty(len(inverse), 2)
     for rows in _panels(embeddings):
-        pair = table[classes[rows]]
+        pair = table.index_select(0, classes[rows])
         both[rows] = torch.linalg.vecdot(pair, embeddings[rows, None].to(dtype))
     positive, negative = both.mul_(inverse[:, None]).unbind(1)
     if own:
@@ -109,7 +109,7 @@ def _gradient(
     """dL/df of a side whose classes have K_c, B_c or both of them in the table, [C, 1 or 2, D]."""
     gradient = inverse.new_empty(embeddings.shape)
     for rows in _panels(embeddings):
-        first, *second = table[classes[rows]].unbind(1)
+        first, *second = table.index_select(0, classes[rows]).unbind(1)
         v = first if a is None else first.mul_(a[rows, None])
         v = v.add_(second[0]) if second else v
         unit = embeddings[rows].to(inverse.dtype) * inverse[rows, None]
