@@ -414,7 +414,7 @@ def _class_number(rows, k, n, least):
 
 
 @triton.jit
-def _add_slots(slots, k, begin, end, run, within, SIZE: tl.constexpr):
+def _add_runs(slots, k, begin, end, run, within, SIZE: tl.constexpr):
     """What all runs found of class k, in float64."""
     acc = tl.zeros(within.shape, tl.float64)
     for p in range(begin // run, (end - 1) // run + 1):
@@ -448,7 +448,7 @@ def moment_matrices(
     if (begin < n) | (k == classes):
         difference = tl.load(sums.total + within)
         if k < classes:
-            moment = _add_slots(sums.slots, k, begin, end, run, within, DP * DP)
+            moment = _add_runs(sums.slots, k, begin, end, run, within, DP * DP)
             difference -= moment
             _store_matrix(moment.to(tl.float32), own, k, r, DP, SPLIT)
         _store_matrix(difference.to(tl.float32), others, k, r, DP, SPLIT)
@@ -487,7 +487,7 @@ def gradient_matrices(
         if k < classes:
             p, q = _class_weights(end - begin, n)
             moment = _load_matrix(own, k, r, DP, SPLIT)
-            weighted = _add_slots(sums.slots, k, begin, end, run, within, DP * DP)
+            weighted = _add_runs(sums.slots, k, begin, end, run, within, DP * DP)
             of_all = sigma * (of_all - q.to(tl.float64) * weighted) - p * weighted
             of_active = sigma * q * of_active - p * moment
             if UNIFORM:

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .kernels import (
     UNIT,
-    _add_slots,
+    _add_runs,
     _band,
     _band_similarity,
     _class_number,
@@ -55,7 +55,7 @@ def _halved(rows, columns, TILE: tl.constexpr):
 
 
 @triton.jit
-def _store_block(
+def _store_scaled(
     block, matrices, number, t,
     DP: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -71,11 +71,11 @@ def _store_block(
 
 
 @triton.jit
-def _load_block(
+def _load_scaled(
     matrices, number, t,
     DP: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """The t-th block of the matrix of that number, as it was before `_store_block`."""
+    """The t-th block of the matrix of that number, as it was before `_store_scaled`."""
     r, c = _block_of(t, DP, TILE, SCALED)
     parts = _load_entries(matrices, number, r, c, DP, SPLIT)
     scale = tl.load(matrices.scale + number * ((DP // TILE) * (DP // SCALED)) + t)
@@ -114,10 +114,10 @@ def moment_matrices(
     if (begin < n) | (k == classes):
         difference = tl.load(sums.total + within)
         if k < classes:
-            moment = _add_slots(sums.slots, k, begin, end, run, within, _size(DP, TILE))
+            moment = _add_runs(sums.slots, k, begin, end, run, within, _size(DP, TILE))
             difference -= moment
-            _store_block(moment.to(tl.float32), own, k, t, DP, TILE, SCALED, SPLIT)
-        _store_block(difference.to(tl.float32), others, k, t, DP, TILE, SCALED, SPLIT)
+            _store_scaled(moment.to(tl.float32), own, k, t, DP, TILE, SCALED, SPLIT)
+        _store_scaled(difference.to(tl.float32), others, k, t, DP, TILE, SCALED, SPLIT)
 
 
 @triton.jit(do_not_specialize=["n", "run", "least"])
@@ -150,12 +150,12 @@ def gradient_matrices(
     begin, end = _class_number(rows, k, n, least)
     if (begin < n) | (k == classes):
         of_all = tl.load(sums.total + within)
-        of_active = _load_block(others, k, t, DP, TILE, SCALED, SPLIT)
+        of_active = _load_scaled(others, k, t, DP, TILE, SCALED, SPLIT)
         if k < classes:
             members, all_ = _counted(end - begin, n, columns_before, begin, end, True)
             p, q = _class_weights(members, all_)
-            moment = _load_block(own, k, t, DP, TILE, SCALED, SPLIT)
-            weighted = _add_slots(sums.slots, k, begin, end, run, within, _size(DP, TILE))
+            moment = _load_scaled(own, k, t, DP, TILE, SCALED, SPLIT)
+            weighted = _add_runs(sums.slots, k, begin, end, run, within, _size(DP, TILE))
             of_all = sigma * (of_all - q.to(tl.float64) * weighted) - p * weighted
             of_active = sigma * q * of_active - p * moment
             if UNIFORM and columns_before is None:
@@ -164,8 +164,8 @@ def gradient_matrices(
             of_all *= sigma
             of_active *= sigma
         of_all = 2 * of_all.to(tl.float32)
-        _store_block(2 * of_active, active, k, t, DP, TILE, SCALED, SPLIT)
-        _store_block(of_all, back, k, t, DP, TILE, SCALED, SPLIT)
+        _store_scaled(2 * of_active, active, k, t, DP, TILE, SCALED, SPLIT)
+        _store_scaled(of_all, back, k, t, DP, TILE, SCALED, SPLIT)
 
 
 @triton.jit

@@ -466,7 +466,7 @@ def _pair_weights(
 
 
 @triton.jit
-def _split(w, element: tl.constexpr, acc: tl.constexpr, SPLIT: tl.constexpr):
+def _in_parts(w, element: tl.constexpr, acc: tl.constexpr, SPLIT: tl.constexpr):
     """w as `element`, and with SPLIT what the rounding left."""
     rounded = w.to(element)
     left = rounded
@@ -524,7 +524,7 @@ def tile_gradient(
             b, b_low = _load_parts(columns, at_column, k, SPLIT)
         of_column = _load_weights(column_weights, j, n_columns)
         w = _pair_weights(s, rows, columns, of_row, of_column, i, j, signed, OWN, UNIT, False)
-        w, w_low = _split(w, element, acc, SPLIT)
+        w, w_low = _in_parts(w, element, acc, SPLIT)
         if SPLIT:
             v += _products(w, w_low, b, b_low, acc, SPLIT)
         else:
@@ -584,7 +584,7 @@ def tile_weights(
         at_row, at_column = i.to(tl.int64) * width, j.to(tl.int64) * width
         s = _similarity(rows, columns, at_row, at_column, depth, acc, SPLIT, BLOCK_D)
     w = _pair_weights(s, rows, columns, of_row, of_column, i, j, signed, OWN, UNIT, KEPT)
-    w, w_low = _split(w, element, acc, SPLIT)
+    w, w_low = _in_parts(w, element, acc, SPLIT)
     tile, at = _tile(panel.high, r * BLOCK_N, c * BLOCK_M, n_columns, BLOCK_N, BLOCK_M)
     tl.store(tile + at, w)
     if SPLIT:
