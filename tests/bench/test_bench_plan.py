@@ -68,9 +68,7 @@ def fitted(tmp_path, monkeypatch):
     exec((tmp_path / "calibration.py").read_text(), scope)
     for module in (plan, pairs_cost):
         monkeypatch.setattr(module, "CONSTANTS", scope["CONSTANTS"])
-    pairs_cost._compare.cache_clear()
-    yield scope["CONSTANTS"]["cuda"]
-    pairs_cost._compare.cache_clear()
+    return scope["CONSTANTS"]["cuda"]
 
 
 def test_a_gpus_constants_are_found_again(fitted):

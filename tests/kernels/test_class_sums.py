@@ -53,6 +53,28 @@ def test_a_class_that_holds_nearly_everything():
     assert_as_exact_as_plain("gram", x, labels, Formula(similarity="linear"))
 
 
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[:1].expand(300, 17),
+        lambda x: x[:, :1].expand(300, 17),
+        lambda x: x.T.contiguous().T,
+        lambda x: torch.stack((x, -x), dim=2)[:, :, 0],
+        lambda x: torch.cat((x, x))[::2],
+    ],
+    ids=["one row", "one column", "transposed", "inner stride", "outer stride"],
+)
+def test_views_are_read_where_they_lie(view):
+    x, labels = batch(300, 17, 5, 0, torch.float32)
+    losses, grads = [], []
+    for rows in (view(x), view(x).contiguous()):
+        leaf = rows.detach().requires_grad_()
+        losses.append(bstriplet_loss(leaf, labels, similarity="linear", impl="gram"))
+        grads += torch.autograd.grad(losses[-1], leaf)
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*grads)
+
+
 def test_the_same_bits_again():
     x, labels = batch(300, 17, 5, 0, torch.float32)
     x.requires_grad_()

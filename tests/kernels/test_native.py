@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bstriplet_kernels import BSTripletLoss, bstriplet_loss, reference
-from bstriplet_kernels.paths import native
+from bstriplet_kernels.paths import PATHS, native
 from bstriplet_kernels.spec import SIGNED_SQUARE, SQUARE, Spec, accumulation_dtype
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
@@ -241,16 +241,31 @@ def test_opcheck():
         ({"eps": 1e-3}, 6),
     ],
 )
-def test_only_what_is_no_default_is_given(changed, given):
+def test_only_what_is_no_default_is_given(monkeypatch, changed, given):
     """The operator's defaults are the loss's; what is left out of a call must be one of them."""
     spec = Spec(wants_gradient=True)._replace(**changed)
-    options = native._given_options(spec)
-    assert len(options) == given
+    call, calls = native.CALLS["batch_similarity"], []
+
+    def recorded(*args):
+        calls.append((args, call(*args)))
+        return calls[-1][1]
+
+    monkeypatch.setitem(native.CALLS, "batch_similarity", recorded)
     x, y = torch.randn(5, 3), torch.arange(5) % 2
-    operator = torch.ops.bstriplet.batch_similarity
-    every = operator(x, y, *native._options(spec))
-    for short, full in zip(operator(x, y, *options), every, strict=True):
-        assert torch.equal(short, full)
+    PATHS["native"].forward(x, None, y, None, spec)
+    (args, short), *_ = calls
+    assert len(args) == 2 + given
+    full = torch.ops.bstriplet.batch_similarity(
+        x,
+        y,
+        gradient=spec.wants_gradient and spec.reduction != "none",
+        margin=spec.margin,
+        mean=spec.reduction == "mean",
+        signed=spec.signed,
+        sigma=spec.sigma,
+        eps=spec.eps,
+    )
+    assert all(torch.equal(a, b) for a, b in zip(short, full, strict=True))
 
 
 def test_inactive_batch_has_exactly_no_gradient():

@@ -160,7 +160,7 @@ def test_linear_takes_sums_of_classes_where_the_batch_is_large(monkeypatch, cons
 def test_counts_decide_among_the_paths_that_take_it(monkeypatch):
     """From tensors that lie on one, as torch pretends, by what the paths say that they take."""
     monkeypatch.setattr(plan, "CONSTANTS", {})
-    monkeypatch.setattr(native, "_MISSING", None)
+    monkeypatch.setattr(native, "missing", lambda: None)
     monkeypatch.setattr(native, "_MISSING_CUDA", None)
     triton = PATHS["triton"]._replace(missing=lambda: None, refuses=lambda *given: None)
     monkeypatch.setitem(PATHS, "triton", triton)
@@ -244,8 +244,9 @@ def test_schedules_of_one_path_are_predicted_apart(monkeypatch):
         "cuda": {pairs_cost.TILES: tiles, pairs_cost.PANELS: panels, "gram": Constants(1, 0, 0)}
     }
     monkeypatch.setattr(plan, "CONSTANTS", measured)
+    monkeypatch.setattr(pairs_cost, "CONSTANTS", {})
+    assumed = {t: pairs_cost.by_panels(128, None, 128, t) for t in (torch.float64, torch.bfloat16)}
     monkeypatch.setattr(pairs_cost, "CONSTANTS", measured)
-    pairs_cost._compare.cache_clear()
     for n, d, constants, schedule in (
         (128, 128, tiles, pairs_cost.TILES), (8192, 128, panels, pairs_cost.PANELS),
     ):  # fmt: skip
@@ -254,12 +255,12 @@ def test_schedules_of_one_path_are_predicted_apart(monkeypatch):
         assert counted.schedule == schedule
         found = explain((n, d), [n], device="cuda")
         assert found.predicted["triton"] == constants.seconds(counted, torch.float32)
-    assert pairs_cost._speeds(torch.float32, True) == (tiles, panels)
-    for dtype, exact in ((torch.float32, False), (torch.float64, True), (torch.bfloat16, True)):
-        assert (
-            pairs_cost._speeds(dtype, exact)[0].launch == pairs_cost._LAUNCH_SECONDS
-        )  # as assumed
-    pairs_cost._compare.cache_clear()
+    measured["cuda"][pairs_cost.TILES] = Constants(1, 0, 0)
+    assert pairs_cost.by_panels(128, None, 128, torch.float32)
+    for dtype, by_panels in assumed.items():  # of precisions that were not measured
+        assert pairs_cost.by_panels(128, None, 128, dtype) == by_panels
+    monkeypatch.setattr(gpu, "products_are_exact", lambda: False)
+    assert not pairs_cost.by_panels(128, None, 128, torch.float32)
 
 
 def launches(impl, n, m, d, dtype, gradient):

@@ -39,15 +39,17 @@ def by_panels(n: int, m: int | None, d: int, dtype: torch.dtype) -> bool:
     """Whether panels are predicted to be faster than tiles, forward and backward together."""
     if max(n, m or 0) > _MOST_COLUMNS:
         return False
-    return _compare(n, m, d, dtype, gpu.products_are_exact())
+    return _compare(n, m, d, dtype, _speeds(dtype, gpu.products_are_exact()))
 
 
 @functools.lru_cache(maxsize=4096)
-def _compare(n: int, m: int | None, d: int, dtype: torch.dtype, exact: bool) -> bool:
+def _compare(
+    n: int, m: int | None, d: int, dtype: torch.dtype, speeds: tuple[Constants, Constants]
+) -> bool:
     work = Work(n, m, d, dtype)
     tiles, panels = (
         constants.seconds(_cost(work, panels, None), dtype)
-        for constants, panels in zip(_speeds(dtype, exact), (False, True), strict=True)
+        for constants, panels in zip(speeds, (False, True), strict=True)
     )
     return panels < tiles
 
