@@ -1,15 +1,16 @@
-"""The second-moment path where sizes must not be read: no shape depends on the labels.
+"""Second moments in plain torch on any device. The host never waits: no shape depends on labels.
 
-Rows are sorted by class: classes without a moment matrix first, one that holds most rows last. At
-most N / t classes have t members or more, so a fixed number of moment matrices ("segments", the
-first of which holds all smaller classes together) and of row tiles, none of which crosses a
-segment, serves any labels; what is over is masked. A smaller class ends less than t rows behind any
-of its members: consecutive blocks of rows meet the t rows behind them, and a pair counts for both.
+Rows are sorted by class: small classes first, a class that holds most rows last. A class of t
+members or more is large and has a moment matrix, its segment; all small classes share segment 0. At
+most N / t classes are large, so a fixed number of segments serves any labels, and so does a fixed
+number of row tiles, none of which crosses a segment. What is left over is masked. A small class
+ends less than t rows behind any of its members, so each block of rows meets the t rows behind it,
+and each pair counts for both rows.
 
-A row costs 1.5 D x D products (tiles are padded) for its class's moments and as much for what it
-makes of them, 1.5 for the moments of all others and 1.25 for the band of small classes, whether or
-not there are any: 5.75 forward and 9.5 backward, the price of asking nothing of the device. Sums
-have a fixed order: the same bits from run to run.
+A row costs 5.75 products with a D x D matrix forward: 1.5 for its class's moments and 1.5 for its
+form of them (tiles are padded), 1.5 for the moments of all others, 1.25 for the band of small
+classes, whether or not there are any. The backward costs 9.5. That is the price of asking nothing
+of the device. Sums have a fixed order, so the bits are the same from run to run.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from ...cost import Cost, Work, round_up
 from ...spec import Rows, accumulation_dtype, denormalise_gradient
 from .mathematics import class_weights, inverse_norms
 
-CHUNK_NUMBERS = 1 << 24  # what is computed at once may hold: 64 MiB of float32
+CHUNK_NUMBERS = 1 << 24  # of what is computed at once: 64 MiB of float32
 
 
 class Layout(NamedTuple):
-    """Rows in class order, [N] each. State of the path.
+    """Rows in class order, [N] each.
 
-    order: the given index of a row. inverse: 1 / norm. members: rows of its class. first: where
-    its class begins. segment: its moment matrix; 0 for classes that share the first one.
+    order: the row's index in the batch. inverse: 1 / norm. members: how many rows its class has.
+    first: where its class begins. segment: the number of its moment matrix, 0 for small classes.
     """
 
     order: Tensor
@@ -43,17 +44,17 @@ class Layout(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Row tiles: segment [K] and rows [K, B], positions in class order; N where there is no row."""
+    """Row tiles: segment [K], rows [K, B] as positions in class order; N where there is none."""
 
     segment: Tensor
     rows: Tensor
 
 
 class BandBlocks(NamedTuple):
-    """Consecutive blocks of rows and the rows behind them that share small classes with them.
+    """Consecutive blocks of rows, each with the rows behind it that may share its small classes.
 
-    start: the first position. own: unit rows [k, b, D]. near: for each block the units of its own
-    rows and of the `reach` rows behind, [k, W, D]. apart: [k, b, W], not two rows of a small class.
+    start: the first position. own: unit rows of each block, [k, b, D]. near: the same and those
+    behind, [k, W, D]. apart: [k, b, W], whether two rows are not of one small class.
     """
 
     start: int
@@ -63,38 +64,38 @@ class BandBlocks(NamedTuple):
 
 
 class SplitMoments(NamedTuple):
-    """Of all segments together, [D, D] each: all but a dominating one, and that one alone."""
+    """A sum over all segments in two parts, [D, D] each: without a dominating one, and that one."""
 
     rest: Tensor
     dominating: Tensor
 
 
 def smallest_moment(d: int) -> int:
-    """Members from which a class has its own moment matrix, and the reach of the band."""
+    """Members of the smallest large class; the band reaches as many rows."""
     return max(d, 32)
 
 
 def segment_count(n: int, d: int) -> int:
-    """Classes of `smallest_moment` members or more, one with most of the rows, and the rest."""
+    """Segments for as many large classes as there can be, a dominating one, and segment 0."""
     return n // smallest_moment(d) + 2
 
 
 def numbers_at_once(n: int, d: int) -> int:
-    """What is computed at once may hold so many: a quarter of the embeddings, from 2^26 numbers on.
+    """How many numbers are computed at once.
 
-    Launches grow with the batch up to there.
+    From 2^26 numbers of embeddings on it is a quarter of them, so that launches stop growing.
     """
     return max(CHUNK_NUMBERS, n * d // 4)
 
 
 def tiles_at_once(n: int, d: int) -> int:
-    """Row tiles of a chunk: with their rows and weighted rows, two [D, D] matrices each."""
+    """Row tiles of a chunk, each with its rows, its weighted rows and two [D, D] matrices."""
     width = max(16, d // 2)
     return max(1, numbers_at_once(n, d) // (2 * d * d + 4 * width * d))
 
 
 def blocks_at_once(n: int, d: int) -> int:
-    """BandBlocks of a chunk, each with its rows, what is made of them and its band of S."""
+    """Blocks of a chunk, each with its rows, their products and its band of S."""
     block = max(16, d // 4)
     window = block + round_up(smallest_moment(d), block)
     return max(1, numbers_at_once(n, d) // (block * (4 * window + 6 * d)))
@@ -123,7 +124,7 @@ def gradients(
 
 
 def make_layout(embeddings: Tensor, labels: Tensor, eps: float) -> Layout:
-    """Sort by class, then classes without a moment matrix to the front, a dominating one last."""
+    """Sort by class, small classes first and a dominating one last."""
     n, d = embeddings.shape
     labels, order = labels.sort(stable=True)
     first = torch.searchsorted(labels, labels)
@@ -140,15 +141,15 @@ def make_layout(embeddings: Tensor, labels: Tensor, eps: float) -> Layout:
 
 
 def dominating(members: Tensor, n: int) -> Tensor:
-    """Whether a class of n rows has so many members that T - T_c would cancel."""
+    """Whether a class has most of the n rows, so that T - T_c would cancel."""
     return 2 * members > n
 
 
 class TiledRows:
     """The embeddings [N, D] in class order, cut into tiles and into blocks.
 
-    What is looked up by position goes on beyond N, as far as blocks reach, so that no chunk has to
-    ask where the rows end: a finite row (0 times NaN is NaN), scaled by 0, in no small class.
+    Blocks reach beyond N. What they look up there is a row of the batch without NaN or inf, scaled
+    by 0 (0 times NaN is NaN) and in no small class.
     """
 
     def __init__(self, embeddings: Tensor, layout: Layout) -> None:
@@ -175,9 +176,10 @@ class TiledRows:
         self.key = torch.where(pad(self.small, beyond), pad(layout.first, beyond), alone)
 
     def make_tiles(self) -> Tiles:
-        """ceil(N / B) + one more a segment: as many as any labels can need.
+        """ceil(N / B) + one more for each segment: as many tiles as any labels can need.
 
-        What is over is of the last segment that has rows, so that segments follow without a gap.
+        Tiles that are left over belong to the last segment with rows, so that numbers of segments
+        have no gap.
         """
         n, device = len(self.small), self.small.device
         needed = (self.ends - self.starts + self.width - 1) // self.width
@@ -189,13 +191,13 @@ class TiledRows:
         return Tiles(segment, rows.masked_fill(rows >= self.ends[segment][:, None], n))
 
     def chunks(self) -> Iterator[Tiles]:
-        """The tiles, some at once."""
+        """The tiles, a chunk at a time."""
         size = tiles_at_once(*self.embeddings.shape)
         for parts in zip(*(t.split(size) for t in self.tiles), strict=True):
             yield Tiles(*parts)
 
     def blocks(self) -> Iterator[BandBlocks]:
-        """All rows in blocks, some blocks at once; rows beyond N are zeros of no class."""
+        """All rows in blocks, a chunk at a time; rows beyond N are zeros of no class."""
         n, d = self.embeddings.shape
         behind = self.blocks_behind * self.block
         window = self.block + behind
@@ -220,11 +222,11 @@ class TiledRows:
         return unit.mul_(self.inverse[rows].unsqueeze(-1))
 
     def moments(self, weights: Tensor | None = None) -> Tensor:
-        """sum_j w_j u_j u_j^T over each segment, [segments, D, D], for weights [N] in class order.
+        """sum_j w_j u_j u_j^T over each segment, [segments, D, D]; weights: w [N] in class order.
 
-        None: all weights are 1. A chunk's tiles are summed by segment, in their order, before they
-        meet the total. Each row of it then gets one addend, or zeros beside it: the atomics of
-        `index_add_` cannot change the bits.
+        None: all weights are 1. A chunk first sums its tiles by segment, in their order. Then
+        `index_add_` adds at most one number other than 0 to each place, so that its atomics cannot
+        change the bits.
         """
         d = self.embeddings.shape[1]
         if weights is not None:
@@ -243,15 +245,15 @@ class TiledRows:
         return total
 
     def together(self, matrices: Tensor, scale: Tensor) -> SplitMoments:
-        """Sums over segments of scale [segments] * matrix [segments, D, D]."""
+        """The sum over segments of scale [segments] times matrix [segments, D, D]."""
         scales = torch.stack([scale.masked_fill(m, 0.0) for m in (self.dominates, ~self.dominates)])
         return SplitMoments(*(scales @ matrices.flatten(1)).unflatten(1, matrices.shape[1:]))
 
     def times(self, blocks: BandBlocks, moments: SplitMoments) -> Tensor:
-        """Rows [k b, D] times all moments; for rows of a dominating class, those of the others."""
+        """Rows [k b, D] times the sum of all moments, without a dominating class for its own rows."""
         unit = blocks.own.flatten(0, 1)
         product = unit @ moments.rest
-        few = min((len(self.small) + 1) // 2 - blocks.start, len(unit))  # the others come first
+        few = min((len(self.small) + 1) // 2 - blocks.start, len(unit))  # rows of others come first
         if few > 0:
             aside = self.row_dominates[blocks.start :][:few]
             few = len(aside)
@@ -300,7 +302,7 @@ class TiledRows:
         n, d = self.embeddings.shape
         gradient = a.new_empty(n + 1, d)
         self.write_others_share(gradient, a, moments, sigma)
-        # of T_c as of A_c, what the rows of class c get: -2 p, and 2 sigma q less than all get
+        # A row's share of its own T_c and A_c: -2 p, less the 2 sigma q that all rows get.
         of_row = -2 * (self.p + (sigma * self.q).masked_fill(self.row_dominates, 0.0))
         first = self.starts.clamp(max=n - 1)
         shared = torch.arange(len(first), device=first.device) == 0
@@ -325,7 +327,7 @@ class TiledRows:
     def write_others_share(
         self, gradient: Tensor, a: Tensor, moments: Tensor, sigma: float
     ) -> None:
-        """dL/d(unit rows): each row's own share of all moments, and pairs within small classes."""
+        """dL/d(unit rows) from the moments of all others and from pairs within small classes."""
         n, d = self.embeddings.shape
         behind = self.blocks_behind * self.block
         whole = self.together(moments, torch.ones_like(moments[:, 0, 0]))
@@ -352,7 +354,7 @@ class TiledRows:
 
 
 class Extent(NamedTuple):
-    """How large the pieces of the schedule are, and how many."""
+    """Sizes and numbers of the schedule's pieces."""
 
     width: int
     block: int
@@ -364,7 +366,7 @@ class Extent(NamedTuple):
 
 
 def extent(n: int, d: int) -> Extent:
-    """For n rows of d numbers, whatever their labels are."""
+    """Those of n rows of d numbers, for any labels."""
     width, block = max(16, d // 2), max(16, d // 4)
     segments = segment_count(n, d)
     tiles = -(-n // width) + segments
@@ -436,17 +438,17 @@ def _backward_counts(work: Work) -> _Counts:
     )
 
 
-_LAYOUT_BYTES = 380  # a row: labels sorted, members counted, rows moved by size of class
-_SETUP_BYTES = 400  # a row: weights of classes, tiles, and what is looked up by position
+_LAYOUT_BYTES = 380  # a row, to sort labels, count members and move small classes to the front
+_SETUP_BYTES = 400  # a row, for weights of classes, tiles, and what is looked up by position
 
 
 def _setup_launches(work: Work, launches: int) -> int:
-    """Outside of chunks; weights of classes are float64, and rounded to what rows are added in."""
+    """Launches outside of chunks. Weights of classes are float64: below it, two casts are more."""
     return launches + (2 if work.accumulated < 8 else 0)
 
 
 def _unit_bytes(work: Work, rows: int) -> int:
-    """Rows gathered, cast where they are of half precision, and scaled."""
+    """To gather rows, to cast them from half precision, and to scale them."""
     item, number = work.dtype.itemsize, work.accumulated
     return rows * work.d * (2 * item + (item + number if work.casts else 0) + 2 * number)
 
@@ -456,27 +458,27 @@ def _blocks_behind(e: Extent) -> int:
 
 
 def _overlap(e: Extent) -> int:
-    """Rows that two chunks of blocks read."""
+    """How many rows are read by two chunks of blocks."""
     return e.block_chunks * (e.window - e.block)
 
 
 def _chunks_aside(work: Work, e: Extent) -> int:
-    """Chunks of blocks with rows outside a class of most rows."""
+    """How many chunks of blocks can hold rows outside a dominating class."""
     return -(-((work.n + 1) // 2) // (blocks_at_once(work.n, work.d) * e.block))
 
 
 def _extra_memory(work: Work) -> int:
     """The gradient included; the same whatever the classes are.
 
-    A chunk is tiles, with unit rows (and weighted copies), their products and these products' sums,
-    or blocks, with their band of S and its mask, and either the band once more or what it adds to
-    their rows and to each block behind. The next chunk begins before the last one is given up.
+    A chunk of tiles holds unit rows (and weighted copies), their products and the sums of these. A
+    chunk of blocks holds a band of S, its mask, and either the band once more or what it adds to
+    the rows of the block and of those behind. Two chunks overlap for a moment.
     """
     n, d, number = work.n, work.d, work.accumulated
     e = extent(n, d)
     kept = n * (6 * 8 + 6 * number) + e.tiles * e.width * 8
-    widened = n * d * number if work.casts else 0  # half rows, for their norms
-    both = work.wants_gradient  # of moments, rows and S there is one more for the backward
+    widened = n * d * number if work.casts else 0  # half rows in float32, for their norms
+    both = work.wants_gradient  # the backward has one more of moments, rows and S
     matrices = ((1 + both) * e.segments + 2) * d * d
     of_tile = d * d + e.width * d + max(d * d + both * e.width * d, (1 + both) * e.width * d)
     in_tiles = _peak(e.tiles, tiles_at_once(n, d), of_tile, d * d + e.width * d)
@@ -489,7 +491,7 @@ def _extra_memory(work: Work) -> int:
 
 
 def _peak(count: int, at_once: int, each: float, left: float) -> float:
-    """The most that a loop over chunks holds, where `left` of `each` outlives its chunk."""
+    """The most that a loop over chunks holds; `left` of `each` outlives its chunk."""
     first = min(count, at_once)
     second = min(count - first, at_once)
     return max(first * each, first * left + second * each)

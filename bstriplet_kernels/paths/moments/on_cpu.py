@@ -1,11 +1,10 @@
-"""The second-moment path where sizes can be read: on the CPU, class by class.
+"""Second moments on the CPU in plain torch, class by class.
 
-Rows and columns are put in class order, classes by size, so that classes of equal size stand in one
-run. A run is either one large class, served by its moment matrix, or equally many members a class,
-served by the [m, m] blocks of S in one batched product; every row also meets the moments of all
-others. Everything streams through panels of rows that stay in cache: beyond the inputs and the
-gradient, memory is the moment matrices of large classes (at most a copy of the embeddings, half of
-one at D <= 128) and O(N).
+Rows and columns are sorted by class, and classes by size. Consecutive classes form a run: either
+one large class, served by its moment matrix, or small classes of equal size, served by their blocks
+of S in one batched product. Each row also meets the moments of all other classes. Rows stream
+through panels that stay in cache. Beyond the inputs and the gradient, memory is O(N) and the moment
+matrices of large classes: at most as much as the embeddings, half of that at D <= 128.
 """
 
 from __future__ import annotations
@@ -35,15 +34,16 @@ from .mathematics import (
     traffic,
 )
 
-PANEL_BYTES = 1 << 20  # of unit rows: what meets them then stays in the second-level cache
+PANEL_BYTES = 1 << 20  # of unit rows, which stay in the second-level cache with their products
 BLOCK_PRODUCTS = 3  # of the members of a small class: S forward, S and its weights backward
-SMALLEST_MOMENT = 256  # a smaller class costs less as a block than the operator calls of a matrix
+SMALLEST_MOMENT = 256  # below it a block costs less than the operator calls for a matrix
 
 
 class ClassRun(NamedTuple):
-    """`classes` consecutive classes of n rows and m columns each, in class order.
+    """Consecutive classes, in class order: `classes` of them, each with n rows and m columns.
 
-    p, q: weights of Eq. 3 for a row. slot: the moment matrix of the one class, or None for blocks.
+    row, column: the first ones. p, q: weights of Eq. 3 for a row. slot: the number of the moment
+    matrix of the one class, or None for blocks.
     """
 
     row: int
@@ -56,7 +56,7 @@ class ClassRun(NamedTuple):
     slot: int | None
 
     def swapped(self) -> ClassRun:
-        """The run as its columns see it."""
+        """The run with its rows and columns exchanged."""
         return self._replace(row=self.column, n=self.m, column=self.row, m=self.n)
 
 
@@ -93,20 +93,20 @@ class Moments(NamedTuple):
 
 
 def panel_rows(d: int) -> int:
-    """Rows of a panel of D columns."""
+    """How many rows of D numbers a panel has."""
     return max(256, PANEL_BYTES // (4 * d))
 
 
 def smallest_moment(d: int) -> int:
-    """Columns from which a class is served by its moment matrix: its block would cost more."""
+    """How many columns a class must have for a moment matrix to cost less than its block."""
     return max(d, SMALLEST_MOMENT)
 
 
 def class_order(labels: Tensor, ref_labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(order [N] of the rows, order [M] of the columns, table [K, 3]); int64.
 
-    A line (n, m, k) of the table: the next k classes have n rows and m columns each. Classes are in
-    the order of m, then n; within a class, rows keep their order.
+    A line (n, m, k) of the table says that the next k classes have n rows and m columns each.
+    Classes are sorted by m, then n; within a class, rows keep their order.
     """
     sorted_rows, row_order = labels.sort(stable=True)
     if ref_labels is None:
@@ -128,7 +128,7 @@ def class_order(labels: Tensor, ref_labels: Tensor | None) -> tuple[Tensor, Tens
 
 
 def reorder_classes(order: Tensor, sizes: Tensor, classes: Tensor) -> Tensor:
-    """`order` [N], whose consecutive segments have `sizes` [C], with its segments as `classes`."""
+    """`order` [N] with its segments, of `sizes` [C], in the order `classes` [C]."""
     starts, moved = sizes.cumsum(0) - sizes, sizes[classes]
     shift = starts[classes] - (moved.cumsum(0) - moved)
     positions = torch.repeat_interleave(shift, moved, output_size=len(order))
@@ -136,9 +136,10 @@ def reorder_classes(order: Tensor, sizes: Tensor, classes: Tensor) -> Tensor:
 
 
 def make_runs(table: Tensor, d: int, own: bool) -> list[ClassRun]:
-    """The runs of a class table; a class with most of the columns always has a slot.
+    """The runs of a class table.
 
-    T - T_c of that class would cancel; with a slot its others are summed without it.
+    A class with most of the columns always has a slot: T - T_c would cancel for it, so the others
+    are summed without it.
     """
     columns = int((table[:, 1] * table[:, 2]).sum())
     p, q = (w.tolist() for w in class_weights(table[:, 1], columns, own))
@@ -185,7 +186,7 @@ def make_side(embeddings: Tensor, order: Tensor, eps: float, dtype: torch.dtype)
 
 
 def column_moments(columns: SortedSide, runs: list[ClassRun]) -> Moments:
-    """T_c of every class with a slot; of the others, the sums of T_c and q_c T_c."""
+    """T_c of each class with a slot; over the other classes, the sums of T_c and of q_c T_c."""
     d = columns.embeddings.shape[1]
     small = torch.zeros(2, d, d, dtype=torch.float64)
     slots = columns.inverse.new_empty(sum(run.slot is not None for run in runs), d, d)
@@ -202,8 +203,8 @@ def column_moments(columns: SortedSide, runs: list[ClassRun]) -> Moments:
 def range_moment(side: SortedSide, start: int, stop: int, weights: Tensor | None = None) -> Tensor:
     """sum_j w_j u_j u_j^T over a range of a side, [D, D]; weights [N] None: ones.
 
-    Panels are multiplied in the accumulation dtype; several are added up in float64, so that the
-    error does not grow with their number.
+    Panels are multiplied in the accumulation dtype and added up in float64, so that the error does
+    not grow with their number.
     """
     d = side.embeddings.shape[1]
     several = stop - start > panel_rows(d)
@@ -217,8 +218,8 @@ def range_moment(side: SortedSide, start: int, stop: int, weights: Tensor | None
 class Complements:
     """Sums of matrices over all classes but one, without cancellation, in `dtype`.
 
-    A class with most of the columns is left out of the running sum and added back for the others:
-    subtracting any other class then takes away no more than stays.
+    rest: the sum without the dominating class, the one with most of the columns. total: with it.
+    Subtracting any other class from the total takes away no more than stays.
     """
 
     def __init__(
@@ -235,7 +236,7 @@ class Complements:
             self.total = rest.add(matrix, alpha=scale).to(small.dtype)
 
     def without(self, slot: int, matrix: Tensor, scale: float = 1.0) -> Tensor:
-        """The sum over all classes but that of a slot, whose matrix times scale this is."""
+        """The sum over all classes but that of a slot, whose addend is matrix times scale."""
         if slot == self.dominating:
             return self.rest
         return torch.sub(self.total, matrix, alpha=scale)
@@ -275,8 +276,8 @@ def means_by_runs(
 class Tile(NamedTuple):
     """Rows of whole classes of a run, or of a part of one class.
 
-    unit: [classes * n, D]; rows: their range; column, m: the first column of the first class, and
-    the columns of each class.
+    unit: unit rows [classes * n, D]. rows: their range. column: the first column of the first
+    class. m: columns of each class.
     """
 
     unit: Tensor
@@ -298,10 +299,10 @@ def tiles(run: ClassRun, rows: SortedSide, columns: SortedSide) -> Iterator[Tile
 
 
 def column_blocks(tile: Tile, columns: SortedSide, own: bool) -> Iterator[tuple[slice, Tensor]]:
-    """The columns of a tile's classes: (their range, unit rows [classes, m, D]), by panels.
+    """The columns of a tile's classes by panels: (their range, unit rows [classes, m, D]).
 
-    More than one panel only where the tile has a single class; none where a row of the batch is
-    alone in its class.
+    There are several panels only where the tile has a single class. There is none where each class
+    is one row of the batch.
     """
     if tile.m <= own:
         return
@@ -312,7 +313,7 @@ def column_blocks(tile: Tile, columns: SortedSide, own: bool) -> Iterator[tuple[
 
 
 def block_sums(tile: Tile, columns: SortedSide, own: bool) -> Tensor:
-    """sum_j s_ij^2 over the members of each row's class, without the row itself; [rows]."""
+    """[rows]: sum of s_ij^2 over the columns j of row i's class, without the row itself."""
     unit = tile.unit.unflatten(0, (tile.classes, -1))
     sums = unit.new_zeros(unit.shape[:2])
     for at, members in column_blocks(tile, columns, own):
@@ -374,10 +375,10 @@ def gradients(
 
 
 class Weighted(NamedTuple):
-    """Moment matrices of the rows, weighted with a: A_c of the classes with a slot, in class order.
+    """Moment matrices of the rows, weighted with a.
 
-    small: [D, D], the sum of q_c A_c over the other classes. slots: pairs (matrix, scale) with
-    A_c = scale * matrix.
+    slots: for each class with a slot (matrix, scale) with A_c = scale * matrix, in class order.
+    small: [D, D], the sum of q_c A_c over the other classes.
     """
 
     small: Tensor
@@ -387,9 +388,9 @@ class Weighted(NamedTuple):
 def weighted_moments(
     rows: SortedSide, a: Tensor, runs: list[ClassRun], moments: Moments | None
 ) -> Weighted:
-    """A_c for a in class order. moments: those of the columns where these are the rows, else None.
+    """A_c for a in class order. moments: T_c, where the columns are the rows; else None.
 
-    Where all rows of a class have one weight, A_c is that times T_c, and costs no product.
+    Where all rows of a class have one weight, A_c is that weight times T_c and costs no product.
     """
     small = torch.zeros(rows.embeddings.shape[1], rows.embeddings.shape[1], dtype=torch.float64)
     slots: list[tuple[Tensor, float]] = []
@@ -414,7 +415,7 @@ def weighted_moments(
 
 
 def common_value(a: Tensor) -> float | None:
-    """The number that all entries of `a` are (0 where there are none), or None."""
+    """The one value of all entries of `a`, or None where they differ; 0 where there are none."""
     if not len(a):
         return 0.0
     low, high = a.aminmax()
@@ -422,16 +423,16 @@ def common_value(a: Tensor) -> float | None:
 
 
 class Weights(NamedTuple):
-    """a in class order for the rows of a side, and for the columns that they meet; None: no share.
+    """a in class order, of a side's rows and of the columns that they meet; None: no share.
 
-    w_ij of a pair is their sum.
+    w_ij of a pair is the sum of both.
     """
 
     rows: Tensor | None
     columns: Tensor | None
 
     def of_pairs(self, rows: slice, columns: slice, classes: int) -> Tensor:
-        """The weights of the blocks, to be broadcast over [classes, n, m]."""
+        """The weights of the blocks' pairs, to be broadcast over [classes, n, m]."""
         parts = []
         if self.rows is not None:
             parts.append(self.rows[rows].view(classes, -1, 1))
@@ -473,7 +474,7 @@ def side_gradient(
 def run_operator(
     run: ClassRun, level: float | None, row_share: Share | None, column_share: Share | None
 ) -> Tensor:
-    """level K + B, [D, D], where the rows of a run have one weight; else K and B, [D, 2 D]."""
+    """level K + B, [D, D], where all rows of a run weigh level; else K and B, [D, 2 D]."""
     shares = [share(run) for share in (row_share, column_share) if share is not None]
     if level is None:
         return torch.cat(shares, dim=1)
@@ -483,7 +484,7 @@ def run_operator(
 
 
 def apply_operator(unit: Tensor, operator: Tensor, a: Tensor | None) -> Tensor:
-    """dL/df^ of rows by `run_operator`: (level K + B) u, or K (a u) + B u; [n, D]."""
+    """dL/df^ of rows, [n, D], by what `run_operator` returns: (level K + B) u, or K (a u) + B u."""
     v = unit @ operator
     if a is None:
         return v
@@ -493,7 +494,7 @@ def apply_operator(unit: Tensor, operator: Tensor, a: Tensor | None) -> Tensor:
 
 
 def add_blocks(v: Tensor, tile: Tile, columns: SortedSide, weights: Weights, scale: float) -> None:
-    """Add scale * sum_j w_ij s_ij u_j over the members of each row's class to v [rows, D]."""
+    """v_i += scale * sum of w_ij s_ij u_j over the columns j of row i's class; v is [rows, D]."""
     own = weights.rows is not None and weights.columns is not None
     unit = tile.unit.unflatten(0, (tile.classes, -1))
     target = v.unflatten(0, (tile.classes, -1))
@@ -530,13 +531,13 @@ def _extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
     """
     n, m, d, number = work.n, work.columns, work.d, work.accumulated
     large, small = split_sizes(class_sizes, m, smallest_moment(d))
-    if m < n:  # of classes of one size among few columns some differ in their many rows
+    if m < n:  # with few columns, classes of as many columns differ in how many rows they have
         small = Counter({size: (count + 1) // 2 for size, count in small.items()})
     longer, shorter = max(n, m), min(n, m)
     panel = panel_rows(d)
     runs = [*large, *(size * count for size, count in small.items())]
     rows = min(panel, max(runs) * longer // m)
-    held = 2 if rows >= longer else 3  # unit rows, their products, the panel before
+    held = 2 if rows >= longer else 3  # unit rows, their products, the previous panel
     blocks = [
         min(panel, size * count * longer // m) * (size * shorter // m)
         for size, count in small.items()

@@ -1,11 +1,14 @@
-"""The second-moment path on a GPU in thirteen launches (fifteen by row), whatever the labels are.
+"""Second moments on a GPU in Triton: thirteen launches for any labels, fifteen with losses by row.
 
-Kernels are in `kernels`; those that meet whole matrices are others where embeddings are
-wide, in `wide_kernels`. No shape depends on the labels and nothing is asked of the device:
-large classes are those of `smallest_moment(d)` members or more, and buffers have room for as many
-as there can be. Smaller classes meet in a band around the diagonal of S in class order. Sums have a
-fixed order: the same bits from run to run. Other columns (`ref_emb`) stand in one batch with the
-rows, by class: six launches more, seven by row.
+The host never waits for the device, so no shape may depend on the labels. A class of
+`smallest_moment(d)` members or more is large: it has moment matrices, and buffers hold as many
+matrices as there can be large classes. The members of smaller classes meet each other in a band
+around the diagonal of S, whose rows and columns are in class order. Sums have a fixed order, so the
+bits are the same from run to run.
+
+Other columns (`ref_emb`) join the rows in one batch, sorted by class: six launches more, seven with
+losses by row. The kernels are in `kernels`. Where D is above `NARROW_DEPTH`, or the batch is joint,
+those that multiply with matrices are in `wide_kernels`.
 """
 
 from __future__ import annotations
@@ -26,19 +29,19 @@ SCHEDULE = "gram triton"
 """The schedule, by the name under which its measured speed stands."""
 MAX_DEPTH, MOST_ROWS = 2048, 1 << 30
 NARROW_DEPTH = 256
-"""Up to it registers hold rows as a whole; wider ones have kernels of their own."""
-_MULTIPLE = 64  # rows of a run are whole blocks
-WHOLE_DEPTH = 128  # up to it Hopper holds two matrices, and a block of rows, as a whole
-_TILE = 128  # rows and columns of a moment that one program adds up
+"""The largest D whose rows fit registers; wider rows have kernels of their own."""
+_MULTIPLE = 64  # a run has a multiple of this many rows: whole blocks
+WHOLE_DEPTH = 128  # the largest D' at which Hopper holds two matrices and a block of rows
+_TILE = 128  # one program adds up so many rows and columns of a moment
 _MATRIX_ROWS = 16
 _SCALED = 64  # columns of a block of a wide matrix that shares one scale
-_LONGEST_RUN = 16_384  # rows of a wide run: as many float32 sums, over the rows of a block
-_MOST_RUNS, _MOST_ROUNDS = 40, 8  # of wide runs, and of the programs that share their matrices out
-BLOCK_NUMBERS = 16_384  # of a block of rows at most: what registers hold
+_LONGEST_RUN = 16_384  # rows of a wide run: float32 adds up that many over the rows of a block
+_MOST_RUNS, _MOST_ROUNDS = 40, 8  # wide runs, and rounds of the programs that add them up
+BLOCK_NUMBERS = 16_384  # the most numbers of a block of rows: what registers hold
 
 
 class Cut(NamedTuple):
-    """How a kernel is cut: rows, columns of embeddings at a time; its warps and stages."""
+    """How a kernel works: rows and columns of embeddings at a time, warps, pipeline stages."""
 
     rows: int
     depth: int
@@ -47,7 +50,7 @@ class Cut(NamedTuple):
 
 
 class Cuts(NamedTuple):
-    """The blocks of each kernel that multiplies; the last depth is of columns of the gradient."""
+    """How each kernel with products works; `band_gradient` takes columns of the gradient."""
 
     class_moments: Cut
     row_means: Cut
@@ -71,7 +74,7 @@ OTHERS = Cuts(
     band_sums=Cut(64, 64, 4, 2),
     band_gradient=Cut(64, 64, 4, 2),
 )
-"""For the 99 KB that a program may take on most GPUs."""
+"""For the 99 KB of shared memory that a program may use on most GPUs."""
 WIDE_HOPPER = Cuts(
     class_moments=Cut(64, 0, 8, 3),
     row_means=Cut(128, 64, 8, 3),
@@ -88,16 +91,16 @@ WIDE_OTHERS = Cuts(
 )
 SPLIT_ROWS = Cut(32, 0, 4, 1)
 BAND_PARTS = 4
-"""Programs among which the blocks of a run are shared out."""
+"""So many programs share the blocks of a run."""
 TOTALS = Cut(64, 32, 4, 1)
-"""Numbers of the total, and addends, at a time."""
+"""Numbers of the total and addends at a time."""
 
 
 def takes(work: Work, device: torch.device | None) -> bool:
-    """Whether the kernels serve this on a device, or on the usual GPU where that is None.
+    """Whether the kernels serve this work on a device; None stands for the usual GPU.
 
-    Not float64. A class of more than half of the columns must be large. Numbers of rows have 32
-    bits.
+    They have no float64 and at most `MAX_DEPTH` columns. A class of more than half of the columns
+    must be large, and row numbers must fit 32 bits.
     """
     least = 2 * smallest_moment(work.d, work.m is not None)
     fits = least <= work.columns and work.vectors <= MOST_ROWS and work.d <= MAX_DEPTH
@@ -107,41 +110,46 @@ def takes(work: Work, device: torch.device | None) -> bool:
 
 
 def is_wide(d: int, joint: bool = False) -> bool:
-    """Whether no program holds a row, or a matrix, as a whole.
+    """Whether no program holds a whole row or a whole matrix.
 
-    joint: the batch is rows and the other columns that these are compared with; wide kernels alone
-    tell them apart.
+    joint: the batch holds rows and the other columns they are compared with. Only the wide kernels
+    tell the two apart.
     """
     return joint or d > NARROW_DEPTH
 
 
 def padded(d: int, joint: bool = False) -> int:
-    """Columns of the kernels' matrices: whole tiles of wide ones, else a power of two, and what a
-    product takes at least.
+    """D': columns of the kernels' matrices. Wide ones have whole tiles; others a power of two, at
+    least the 16 that a product needs.
     """
     return round_up(d, _TILE) if is_wide(d, joint) else max(16, 1 << (d - 1).bit_length())
 
 
 def matrix_numbers(d: int, joint: bool = False) -> int:
-    """Numbers of a moment that are added up: of wide ones down to the diagonal tiles."""
+    """Numbers of a moment that are added up. Wide moments stop at the diagonal's tiles."""
     depth = padded(d, joint)
     parts = depth // _TILE
     return parts * (parts + 1) // 2 * _TILE**2 if is_wide(d, joint) else depth**2
 
 
 def smallest_moment(d: int, joint: bool = False) -> int:
-    """Members from which a class has matrices of its own: these take little beside its rows."""
+    """Members of the smallest large class: its matrices cost little beside its rows."""
     return max(128, 6 * padded(d, joint))
 
 
 def class_count(n: int, d: int, joint: bool = False) -> int:
-    """More than any number of a large class, which is a multiple of `smallest_moment` over it."""
+    """How many numbers large classes can have.
+
+    A class's number is the first multiple of `smallest_moment` among its rows, over it.
+    """
     return -(-n // smallest_moment(d, joint))
 
 
 def run_length(n: int, d: int, processors: int, joint: bool = False) -> int:
-    """Rows of a run: one run for each processor. Programs share wide matrices out, so that fewer
-    runs do, as many as fill the processors' last round.
+    """Rows of a run. There is one run for each processor.
+
+    Several programs share a run of wide rows, one for each tile of its moment. Fewer runs then keep
+    the processors busy: as many as fill their last round.
     """
     if not is_wide(d, joint):
         return round_up(-(-n // processors), _MULTIPLE)
@@ -152,15 +160,18 @@ def run_length(n: int, d: int, processors: int, joint: bool = False) -> int:
 
 
 def splits(dtype: torch.dtype) -> bool:
-    """Whether numbers are two float16 parts: one has fewer digits than float16's own rule allows,
-    but more than bfloat16's, and as many as tf32, where torch may multiply float32 so.
+    """Whether numbers are stored as two float16 parts.
+
+    One part loses digits of float16 and float32. It is enough for bfloat16, and for float32 where
+    torch is allowed to multiply in tf32, which has as many digits.
     """
     return dtype == torch.float16 or (dtype == torch.float32 and gpu.products_are_exact())
 
 
 class Matrices(NamedTuple):
-    """[count, D', D'] in two float16 parts (low is empty where there is one); scales of rows, or of
-    blocks of a wide matrix.
+    """Matrices [count, D', D'] in two float16 parts; low is empty where one part does.
+
+    scale: of each row, or of each block of a wide matrix.
     """
 
     high: Tensor
@@ -171,8 +182,9 @@ class Matrices(NamedTuple):
 class SortedRows(NamedTuple):
     """Rows in class order, N of D' numbers.
 
-    high, low: unit rows times 2^8 in two float16 parts, [N, D'] (low is empty where there is one).
-    inverse: 1 / norm. order: the given index. first, last: where the row's class begins and ends.
+    high, low: unit rows times 2^8 in two float16 parts, [N, D']; low is empty where one part does.
+    inverse: 1 / norm. order: the row's index in the batch. first, last: where its class begins and
+    ends.
     """
 
     high: Tensor
@@ -186,8 +198,9 @@ class SortedRows(NamedTuple):
 class Sums(NamedTuple):
     """What runs of rows add up to.
 
-    slots: of each run and class, [runs + classes, size]. total: float64, of each run, [runs, size],
-    then of all of them, [size]. small_rows: int32, how many rows of each run are of small classes.
+    slots: a sum for each run and class, [runs + classes, size]. total: float64, first a sum for
+    each run, [runs, size], then of all runs, [size]. small_rows: int32, how many rows of each run
+    belong to small classes.
     """
 
     slots: Tensor
@@ -198,9 +211,9 @@ class Sums(NamedTuple):
 class Weights(NamedTuple):
     """What rows weigh in a sum over them.
 
-    of_rows: bool, which of them count, in class order; or float32 weights, in the given order.
-    largest: scalar. The largest of float32 weights: kernels divide by it first and multiply the
-    gradient by it last. Of bool ones dL/dL, for the gradient alone.
+    of_rows: bool [N] in class order, which rows count; or float32 weights [N] in the given order.
+    largest: scalar. With float32 weights the largest of them: kernels divide by it first and
+    multiply the gradient by it last. With bool ones dL/dL, which multiplies the gradient alone.
     """
 
     of_rows: Tensor
@@ -210,9 +223,9 @@ class Weights(NamedTuple):
 class KeptMoments(NamedTuple):
     """What `backward` needs of the forward.
 
-    active: bool, which rows have h > 0, in class order. own: T_c of the large classes. others:
-    T - T_c of them, and T. before: int32 [N + 1], how many columns stand before each row where the
-    batch has rows and other columns, else None.
+    active: bool [N] in class order, whether h > 0. own: T_c of each large class. others: T - T_c of
+    each, then T. before: int32 [N + 1], how many columns stand before each row of a joint batch;
+    None for other batches.
     """
 
     batch: SortedRows
@@ -229,14 +242,14 @@ class KeptMoments(NamedTuple):
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> KeptMoments:
-        """Of such `tensors`."""
+        """From such tensors."""
         batch, (active, *more) = SortedRows(*tensors[:6]), tensors[6:]
         before = more[6] if len(more) > 6 else None
         return cls(batch, active, Matrices(*more[:3]), Matrices(*more[3:6]), before)
 
 
 class Launcher:
-    """The kernels, with what all of them are told of a batch."""
+    """Launches the kernels on one batch, with the sizes and constants that they share."""
 
     def __init__(
         self, n: int, d: int, split: bool, device: torch.device, joint: bool = False
@@ -251,10 +264,10 @@ class Launcher:
         self.run = run_length(n, d, gpu.processors(device), joint)
         self.runs = -(-n // self.run)
         self.of_runs = n, self.run, self.least
-        """Sizes for kernels that walk runs of rows."""
+        """Sizes for the kernels that walk runs of rows."""
         run = () if self.wide else (self.run,)
         self.of_rows = n, *run, self.least, self.classes
-        """Sizes for kernels that multiply rows with matrices."""
+        """Sizes for the kernels that multiply rows with matrices."""
         self.tile, self.size = min(self.depth, _TILE), matrix_numbers(d, joint)
         self.scaled = min(self.tile, _SCALED)
         self.blocks = self.depth**2 // (self.tile * self.scaled)
@@ -276,7 +289,7 @@ class Launcher:
         }
 
     def matrices(self, like: Tensor, count: int) -> Matrices:
-        """Room for so many."""
+        """Room for that many matrices."""
         high = like.new_empty((count, self.depth, self.depth), dtype=torch.float16)
         low = high.new_empty(high.shape if self.split else 0)
         scales = self.blocks if self.wide else self.depth
@@ -312,7 +325,10 @@ class Launcher:
         uniform: bool,
         by_q: bool,
     ) -> Sums:
-        """Moments of the rows, or weighted ones; by_q: in their total by q_c."""
+        """Moments of the rows, weighted where weights are given.
+
+        before: see `KeptMoments`. by_q: whether the total weighs each class by q_c.
+        """
         size, new = self.size, batch.inverse.new_empty
         sums = Sums(
             new(self.runs + self.classes, size),
@@ -332,7 +348,7 @@ class Launcher:
         return sums._replace(total=total)
 
     def make_matrices(self, kernel: str, *arguments: object, **constants: object) -> None:
-        """Run a kernel that makes matrices of sums: parts of matrices of each number, and of T."""
+        """Run a kernel that turns sums into matrices: those of each large class, and one of T."""
         count = self.classes + 1
         shape = {"DP": self.depth, "SPLIT": self.split, "num_warps": 4} | constants
         if self.wide:
@@ -344,7 +360,7 @@ class Launcher:
             getattr(self.kernels, kernel)[grid](*arguments, ROWS=_MATRIX_ROWS, **shape)
 
     def row_programs(self, cut: Cut) -> int:
-        """How many programs share out the rows: one for each run, or for each block if wide."""
+        """How many programs the rows have: one for each run, or for each block of wide rows."""
         return -(-self.n // cut.rows) if self.wide else self.runs
 
     def multiply_rows(self, kernel: str, cut: Cut, *arguments: object, **constants: object) -> None:
@@ -360,7 +376,7 @@ class Launcher:
             getattr(self.kernels, kernel)[grid](*arguments, **shape)
 
     def multiply_band(self, cut: Cut, *arguments: object, **constants: object) -> None:
-        """Run `band_gradient`, which wide rows have of their own."""
+        """Run `band_gradient`, the narrow or the wide one."""
         shape = self.options(cut) | constants
         shape |= {
             "BLOCK_D": min(self.scaled, cut.depth),
@@ -374,7 +390,7 @@ class Launcher:
             self.kernels.band_gradient[(*grid, slices)](*arguments, **shape)
 
     def band_parts(self, cut: Cut) -> int:
-        """Among how many programs a run's blocks of rows are shared out."""
+        """How many programs share the blocks of a run."""
         return -(-self.run // cut.rows) if self.wide else BAND_PARTS
 
 
@@ -387,7 +403,8 @@ def forward(
 ) -> tuple[Tensor, Rows, tuple[Tensor, ...]]:
     """The loss, the two means of Eq. 3, and the tensors of `KeptMoments`.
 
-    Other columns stand in the batch behind the rows: of weight 1 in T_c, 0 in A_c; rows 0 and a.
+    Other columns are appended to the rows. In T_c a column weighs 1 and a row 0; in A_c a column
+    weighs 0 and row i a_i.
     """
     n, joint = len(embeddings), ref_emb is not None
     embeddings, labels = in_memory(embeddings), in_memory(labels)
@@ -474,17 +491,16 @@ def backward(
 
 
 def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
-    """FLOPs of products on tensor cores, three for each where numbers are split; bytes of all that
-    is read and written, the matrices of the classes that there are among it.
-
-    A sort counts as one launch. Memory is the same whatever the classes are.
+    """FLOPs: products on tensor cores, three for each where numbers are split. Bytes: all that is
+    read and written, with the matrices of these classes. Launches: a sort counts as one. Memory is
+    the same for any classes.
     """
     joint = work.m is not None
     n, d = work.vectors, padded(work.d, joint)
     wide, size, each = is_wide(work.d, joint), matrix_numbers(work.d, joint), 2 * d * d
     least = smallest_moment(work.d, joint)
     class_sizes = [s * n // work.columns for s in class_sizes]  # with as large a share of rows
-    symmetric = 2 * size  # of a form or a moment: a wide one is computed down to its diagonal
+    symmetric = 2 * size  # FLOPs of a form or a moment; wide ones stop at the diagonal
     products = 3 if splits(work.dtype) else 1
     large = [s for s in class_sizes if s >= least]
     small = n - sum(large)
@@ -492,10 +508,10 @@ def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
     stored = n * d * 2 * (2 if products == 3 else 1)
     slots, matrix = (runs + len(large)) * size * 4, d * d * 4
     totals = 2 * runs * size * 8  # written and read
-    slices = 1 if wide else -(-d // HOPPER.band_gradient.depth)  # S is formed anew for each
+    slices = 1 if wide else -(-d // HOPPER.band_gradient.depth)  # each forms S anew
     in_band = _band_pairs(class_sizes, least)
     scalar = work.reduction != "none"
-    forms = (2 * sum(large) + small) * work.n // n  # of rows; sums meet columns in the same blocks
+    forms = (2 * sum(large) + small) * work.n // n  # of rows alone; moments meet both sides
     flops = products * (symmetric * (n + forms) + 2 * d * in_band)
     bytes_ = (
         n * work.d * work.dtype.itemsize * (2 if wide else 1) + stored  # split
@@ -516,12 +532,12 @@ def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
     return Cost(flops, bytes_, launches, memory, SCHEDULE)
 
 
-_ROW_BYTES = 72  # labels, sorted; order, place of the class, norm, both means
-_ROW_BYTES_BACK = 16  # order, norm, whether it is active
+_ROW_BYTES = 72  # labels, sorted labels, order, first, last, norm, both means
+_ROW_BYTES_BACK = 16  # order, norm, active
 
 
 def _band_pairs(class_sizes: Sequence[int], least: int) -> int:
-    """Pairs of rows whose products the band forms, in whole blocks."""
+    """Pairs of rows that the band multiplies, in whole blocks."""
     block = HOPPER.band_sums.rows
     return sum(s * (s + block) for s in class_sizes if 1 < s < least)
 
@@ -529,8 +545,9 @@ def _band_pairs(class_sizes: Sequence[int], least: int) -> int:
 def _extra_memory(work: Work) -> int:
     """The gradient included.
 
-    Rows in parts and the matrices of the forward are there throughout. Beside them the backward has
-    slots, and totals or its own matrices; then these and the gradient; then that as it is cast.
+    The rows in parts and the forward's matrices are there throughout. Beside them the backward
+    first holds slots with totals or with its own matrices, then these matrices with the gradient,
+    at last the gradient in two dtypes.
     """
     joint = work.m is not None
     n, d, size = work.vectors, padded(work.d, joint), matrix_numbers(work.d, joint)
@@ -552,4 +569,4 @@ def _extra_memory(work: Work) -> int:
     return kept + max(forward, matrices + slots + max(totals, made), matrices + of_gradient)
 
 
-_KEPT_BYTES = 29  # order, place of the class, norm, both means, and whether the row is active
+_KEPT_BYTES = 29  # a row: order, first, last, norm, both means, active
