@@ -250,7 +250,7 @@ class TiledRows:
         return SplitMoments(*(scales @ matrices.flatten(1)).unflatten(1, matrices.shape[1:]))
 
     def times(self, blocks: BandBlocks, moments: SplitMoments) -> Tensor:
-        """Rows [k b, D] times the sum of all moments, without a dominating class for its own rows."""
+        """Rows [k b, D] times all moments; rows of a dominating class without that one's."""
         unit = blocks.own.flatten(0, 1)
         product = unit @ moments.rest
         few = min((len(self.small) + 1) // 2 - blocks.start, len(unit))  # rows of others come first
