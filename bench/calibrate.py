@@ -28,11 +28,11 @@ from bstriplet_kernels.cost import Constants
 from . import table
 from .cases import FORWARD_BACKWARD
 from .machine import ROOT
-from .providers import OURS, SCHEDULE
+from .providers import FORM, OURS, SCHEDULE
 from .table import EAGER, Row
 
 TARGET = ROOT / "bstriplet_kernels" / "calibration.py"
-_SUITES = ("targets", "paper", "sweep", "classes", "crossover")
+_SUITES = ("targets", "paper", "sweep", "classes", "crossover", "linear")
 _FEWEST_ROWS = 6
 _HALF = ("bfloat16", "float16")
 
@@ -85,7 +85,7 @@ def usable(rows: Iterable[Row]) -> list[Row]:
     rows = [
         row
         for row in rows
-        if row.suite in _SUITES and row.group in (OURS, SCHEDULE) and row.is_measured
+        if row.suite in _SUITES and row.group in (OURS, SCHEDULE, FORM) and row.is_measured
     ]
     threads = max((row.threads for row in rows), default=0)
     return [

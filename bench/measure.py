@@ -25,6 +25,7 @@ from .providers import (
     BASELINE,
     COMPILED,
     FLOOR,
+    FORM,
     GROWTH,
     OURS,
     PEER,
@@ -47,7 +48,16 @@ _LARGE_N = 4096
 _MOST_BUFFERS = 16
 _REPLAY_S = 50e-3
 # A capture that breaks takes the process with it: those that may break come last.
-_CAPTURE_ORDER = {FLOOR: 0, OURS: 1, GROWTH: 1, SCHEDULE: 1, COMPILED: 2, BASELINE: 3, PEER: 4}
+_CAPTURE_ORDER = {
+    FLOOR: 0,
+    OURS: 1,
+    GROWTH: 1,
+    SCHEDULE: 1,
+    FORM: 1,
+    COMPILED: 2,
+    BASELINE: 3,
+    PEER: 4,
+}
 
 
 class SpentProcess(Exception):
@@ -324,10 +334,10 @@ def _timing_limit(passed: list[_Candidate], budget: timing.Budget) -> float:
 
 def _path(provider: Provider, problem: Problem) -> str:
     """What `impl` one of our providers takes for this input; "" for the others."""
-    if provider.group not in (OURS, SCHEDULE) or problem.case.backbone:
+    if provider.group not in (OURS, SCHEDULE, FORM) or problem.case.backbone:
         return ""
-    if provider.group == SCHEDULE:
-        return "triton"
+    if provider.group != OURS:
+        return "triton" if provider.group == SCHEDULE else "gram"
     if provider.name != "auto":
         return provider.name
     spec = make_spec(problem.margin, "square", "corrected", "mean")
@@ -337,8 +347,11 @@ def _path(provider: Provider, problem: Problem) -> str:
 
 def _counted(provider: Provider, path: str, problem: Problem) -> dict[str, Any]:
     """The path's own counts, and the schedule that they are of."""
+    work = _work(problem.case)
+    if provider.group == FORM:
+        work = work._replace(similarity="linear")
     with forced(provider.name):
-        found = PATHS[path].cost(_work(problem.case), problem.labels.bincount().tolist())
+        found = PATHS[path].cost(work, problem.labels.bincount().tolist())
     return {
         "path": found.schedule or path,
         "flops": found.flops,

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bstriplet_kernels import available_impls, bstriplet_loss
+from bstriplet_kernels.paths.moments import class_sums
 from bstriplet_kernels.paths.triton import pairs_cost
 from bstriplet_kernels.reference import naive_loss
 
@@ -27,7 +28,7 @@ from .cases import FORWARD, Problem
 Step = Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]
 Loss = Callable[[Tensor, Tensor], Tensor]
 FLOOR, BASELINE, COMPILED, PEER, OURS = "floor", "baseline", "compiled", "peer", "ours"
-GROWTH, SCHEDULE = "growth", "schedule"
+GROWTH, SCHEDULE, FORM = "growth", "schedule", "form"
 EMPTY, PAIR_PRODUCTS, MOMENT_PRODUCTS = "empty function", "products of pairs", "products of moments"
 ROW_MOVES = "moves of rows"
 HALF = "auto, half the rows"
@@ -68,6 +69,7 @@ def providers() -> dict[str, Provider]:
         Provider("Liger InfoNCE", PEER, _liger, "itself", _missing("liger_kernel", "liger-kernel")),
         *(Provider(name, OURS, partial(_ours, name)) for name in (*available_impls(), "auto")),
         *_schedules(),
+        Provider(class_sums.SCHEDULE, FORM, partial(_ours, "gram", similarity="linear"), "itself"),
     )
     return {provider.name: provider for provider in every}
 
@@ -172,11 +174,11 @@ def _compiled(base: str, loss: Callable[[Tensor, Tensor, float], Tensor]) -> Pro
     return Provider(f"compiled {base}", COMPILED, make, base=base)
 
 
-def _ours(impl: str, problem: Problem) -> Step:
+def _ours(impl: str, problem: Problem, similarity: str = "square") -> Step:
     margin = problem.margin
 
     def loss(x: Tensor, labels: Tensor) -> Tensor:
-        value = bstriplet_loss(x, labels, margin=margin, impl=impl)
+        value = bstriplet_loss(x, labels, margin=margin, similarity=similarity, impl=impl)
         assert isinstance(value, Tensor)  # no statistics were asked for
         return value
 

@@ -15,6 +15,7 @@ from .providers import (
     COMPILED,
     EMPTY,
     FLOOR,
+    FORM,
     HALF,
     MOMENT_PRODUCTS,
     OURS,
@@ -108,6 +109,7 @@ def suites(device: str = "cpu") -> dict[str, Suite]:
         Suite("threads", "one thread and all", _threads()),
         Suite("hinge", "the share of rows with h_i > 0", _hinge(), Budget(0.2)),
         Suite("crossover", "which path is fastest where", _crossover(device), Budget(0.15)),
+        Suite("linear", "sums of classes against second moments", _linear(), Budget(0.2)),
         Suite("training_step", "a step with and without the loss", _training_steps(), Budget(1.0)),
     )
     found = {suite.name: suite for suite in every}
@@ -125,7 +127,7 @@ def suites(device: str = "cpu") -> dict[str, Suite]:
 
 
 DEFAULT = (
-    "targets", "paper", "sweep", "classes", "dtypes", "threads", "hinge", "crossover",
+    "targets", "paper", "sweep", "classes", "dtypes", "threads", "hinge", "crossover", "linear",
     "training_step",
 )  # fmt: skip
 
@@ -310,6 +312,15 @@ def _gpu_crossover() -> tuple[Part, ...]:
         Part(longer, ("gram", "auto", SCHEDULE)),
         Part(longest, ("gram", "auto")),
     )
+
+
+def _linear() -> tuple[Part, ...]:
+    sizes = (
+        (36, 1280, 3), (36, 128, 3), (256, 512, 8), (1024, 128, 3), (4096, 128, 10),
+        (4096, 1280, 10), (16384, 128, 10), (65536, 128, 10), (65536, 128, 8192),
+        (1 << 18, 128, 10),
+    )  # fmt: skip
+    return (Part(tuple(Case(*size) for size in sizes), (EMPTY, "gram", FORM)),)
 
 
 def _training_steps() -> tuple[Part, ...]:
