@@ -114,9 +114,10 @@ def test_paths_over_pairs_refuse_it_and_say_what_takes_it(impl):
         (1 << 18, None, 128),
         (1 << 16, None, 512),
         (4096, 4096, 128),
+        (4096, 8192, 128),
     ],
 )
-def test_predicted_launches_and_memory_on_a_gpu(monkeypatch, n, m, d, dtype, reduction):
+def test_predicted_cost_on_a_gpu(monkeypatch, n, m, d, dtype, reduction):
     monkeypatch.undo()  # blocks and panels of their own size
     spec = Spec(similarity=LINEAR, reduction=reduction, wants_gradient=True)
     with FakeTensorMode(), Launches() as launches, Peak() as peak:
@@ -133,5 +134,7 @@ def test_predicted_launches_and_memory_on_a_gpu(monkeypatch, n, m, d, dtype, red
         one = path.cost(work._replace(wants_gradient=False), [])
         assert one.launches == forward
         assert path.cost(work, []).launches == launches.launches
+    assert path.cost(work, []).flops == pytest.approx(launches.flops, rel=0.02)
+    assert path.cost(work, []).bytes == pytest.approx(launches.bytes, rel=0.05)
     assert path.cost(work, []).extra_memory == pytest.approx(peak.most - given, rel=0.1)
     assert len(found) == (1 if m is None else 2)

@@ -205,12 +205,25 @@ def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
         )
     summed = (work.columns + work.n * wanted) * work.d
     return Cost(
-        flops=(2 * _BLOCK + 2) * summed,
-        bytes=150 * summed,
+        flops=2 * min(_BLOCK + 1, work.n) * summed,
+        bytes=_bytes(work) * work.d,
         launches=_launches(work),
         extra_memory=_extra_memory_on_gpu(work),
         schedule=SCHEDULE,
     )
+
+
+def _bytes(work: Work) -> int:
+    """For each column of the embeddings: what operators on a GPU read and write.
+
+    Rows are added up, then a table of as many classes as there are vectors is made, then walked.
+    """
+    number = work.accumulated
+    moved = (98 + number) * work.columns + (114 + 5 * number) * work.vectors + 11 * number * work.n
+    if work.wants_gradient:
+        walked = 202 + (25 if work.m is None else 20) * number
+        moved += (95 + 3 * number) * work.n + walked * work.vectors
+    return moved
 
 
 def _launches(work: Work) -> int:
