@@ -14,8 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .reference import denormalise_gradient, normalise
-from .spec import Rows, Spec, accumulation_dtype, reduce_losses, row_gradient
+from .reference import normalise
+from .spec import (
+    Rows,
+    Spec,
+    accumulation_dtype,
+    denormalise_gradient,
+    reduce_losses,
+    row_gradient,
+)
 
 _PANEL_ELEMENTS = 1 << 24
 """Numbers of one panel of S (own rows x all columns) that exist at a time: 64 MiB in float32."""
