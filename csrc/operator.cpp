@@ -105,7 +105,7 @@ StridedRows strided_rows(const Tensor& matrix) {
                           : dtype == ScalarType::Half  ? Element::float16
                                                        : Element::bfloat16;
   const int64_t rows = matrix.size(0), columns = matrix.size(1);
-  // A dimension of one element can have any stride, even one that no address has.
+  // The stride of a dimension of one element has no meaning, and may be out of range.
   return {matrix.const_data_ptr(),
           element,
           rows,

@@ -1,5 +1,5 @@
 // The operator batch_similarity: its arguments, their check and its results, the same on every
-// device. After `checked` a kernel may follow every pointer.
+// device. After `checked` a kernel may follow every pointer. Allocations are for all operators.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -23,9 +23,9 @@ namespace bstriplet {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// loss [], means [2, N] (Eq. 3's of the positives, of the negatives), grad [N, D], grad_ref [M, D].
-// A gradient that was not asked for, and grad_ref without ref_emb, is [0]. There are few outputs
-// because each costs a microsecond.
+// loss [], means [2, N] (Eq. 3's over positives, over negatives), grad [N, D], grad_ref [M, D], all
+// of the accumulation dtype. A gradient that is not wanted is [0], as is grad_ref without ref_emb.
+// Outputs are few because each costs a microsecond.
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 struct Inputs {
@@ -34,13 +34,13 @@ struct Inputs {
   Tensor labels;                     // [N] int64
   std::optional<Tensor> ref_labels;  // [M] int64
   std::optional<Tensor> upstream;    // dL/dl_i, [N] of the accumulation dtype
-  ScalarType accumulation;           // Double if an embedding is, else Float
+  ScalarType accumulation;           // Double if either matrix is, else Float
   int64_t rows;                      // N
   int64_t columns;                   // M, or N without ref_emb
   int64_t depth;                     // D
 };
 
-// Throws std::runtime_error, naming the argument and what is allowed, unless everything fits.
+// Throws std::runtime_error, naming the argument and what is allowed, if one does not fit.
 Inputs checked(Tensor embeddings, std::optional<Tensor> ref_emb, Tensor labels,
                std::optional<Tensor> ref_labels, std::optional<Tensor> upstream);
 
@@ -59,7 +59,7 @@ void check_matrix(const char* name, const Tensor& matrix);
 void check_vector(const char* name, const Tensor& vector, ScalarType dtype, int64_t n);
 void check_device(const char* name, const Tensor& tensor, const Tensor& embeddings);
 
-// An uninitialised contiguous tensor of float32, float64 or int64, on the device of `like`.
+// An uninitialised contiguous float32, float64 or int64 tensor, up to 3D, on the device of `like`.
 Tensor empty_tensor(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like);
 
 // An uninitialised tensor of zero, one or two dimensions, on the device of `like`.

@@ -29,7 +29,7 @@ void gather(const void* data, int64_t n, int64_t stride, T* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i * stride]);
 }
 
-// rows x columns, the elements of a scratch; throws where int64 cannot count their bytes.
+// rows x columns, a number of elements; throws where int64 cannot count their bytes.
 int64_t checked_product(int64_t rows, int64_t columns);
 
 }  // namespace bstriplet

@@ -1,4 +1,4 @@
-// What batch_similarity computes, the same on every device; no headers of torch.
+// The options of batch_similarity, the same on every device; needs no headers of torch.
 #pragma once
 
 namespace bstriplet {

@@ -3,11 +3,11 @@
 // S is computed once, as raw dot products: N M D multiply-adds for N rows and M columns, half of
 // that without ref_emb, where M = N. One sweep over S gives every row's sums; a second turns S in
 // place into the weights w_ij phi'(s_ij) / |f_j|; their product with the embeddings, another N M D
-// multiply-adds, is the gradient. Large batches are bound by the products, small ones by the calls
-// around them.
+// multiply-adds a side, is the gradient. Large batches are bound by the products, small ones by the
+// calls around them.
 //
-// One thread computes every number in one order, so the bits depend on neither the number of
-// threads nor on chance.
+// One thread computes each number, in a fixed order, so the bits depend on neither the number of
+// threads nor chance.
 #include <algorithm>
 #include <optional>
 #include <vector>
@@ -18,8 +18,8 @@
 namespace bstriplet {
 namespace {
 
-// S, or its transpose: rows are padded to whole vectors. An odd number of cache lines from row to
-// row keeps rows from falling into the same few sets of the cache.
+// S, or its transpose: rows are padded to whole vectors. An odd multiple of kPad from row to row
+// keeps rows from falling into the same few sets of the cache.
 template <class T>
 struct PairMatrix {
   Tensor owner;
@@ -100,7 +100,7 @@ class ColumnClasses {
     values_.resize(starts_.size() - 1);
   }
 
-  // Writes each label's number among the classes; one past the last where no column has it.
+  // Writes each label's class number; one past the last number where no column has the label.
   template <class C>
   void number(const Tensor& labels, C* to) const {
     for (int64_t label : read(labels)) {
@@ -219,7 +219,7 @@ class Batch {
   }
 
   // Computes Eq. 4, and each row's a_i = dL/dl_i [h_i > 0] over its counts. Returns whether any row
-  // is active; a NaN is.
+  // is active; one whose h_i is NaN is.
   bool hinge(const T* positive, const T* negative, T* loss) {
     const T* upstream = in_.upstream ? static_cast<const T*>(in_.upstream->const_data_ptr())
                                      : nullptr;

@@ -1,4 +1,4 @@
-// Which kernels run, on which threads, and the operator instruction_set that tells.
+// The choice of kernels, torch's threads, and the operator instruction_set, which names the choice.
 #include "cpu/cpu.h"
 
 #include <cstdlib>
@@ -50,7 +50,7 @@ void run_parallel(int64_t begin, int64_t end, int64_t grain,
 }
 
 void map_pages(void* data, int64_t bytes) {
-#if defined(MADV_POPULATE_WRITE)  // in headers of Linux 5.14 on; an older kernel only refuses
+#if defined(MADV_POPULATE_WRITE)  // in headers since Linux 5.14; an older kernel refuses it
   constexpr int64_t piece = int64_t{1} << 18;
   const int64_t page = sysconf(_SC_PAGESIZE);
   const auto address = reinterpret_cast<int64_t>(data);

@@ -3,13 +3,13 @@
 //
 // A team of blocks forms S, N x N, in shared memory. On chips with clusters (Hopper and later) a
 // team is 16 blocks, or eight where 16 do not fit: each multiplies out its share of the D columns,
-// and messages between the blocks add the partial S, always in the same order. On other chips a
+// sends its partial S to the others, and they add the parts, always in the same order. Elsewhere a
 // team is one block, which multiplies out all columns. Every team forms the whole S and writes its
 // own columns of the gradient: at this size that is cheaper than a second launch.
 //
-// Each team reads N D elements and does N^2 D / 2 multiply-adds for S; all teams together write N D
-// elements, for another N^2 D multiply-adds. The kernel is bound by latency. It has no atomics, so
-// that the bits are the same from run to run.
+// Each team reads N D elements and does N^2 D / 2 multiply-adds for S; all teams together do
+// another N^2 D for the gradient, and write its N D elements. The kernel is bound by latency. It
+// has no atomics, so the bits are the same from run to run.
 #include "cuda/cluster_messages.h"
 #include <cuda_runtime.h>
 
@@ -27,12 +27,12 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kPart = 16;              // columns of the gradient that suit a block best
 constexpr int kMostClusters = 8;       // the most teams of clusters: each reads all embeddings
 constexpr int kMostBlocks = 64;        // the most teams of one block
-constexpr int kLanes = kThreads / kMaxRows;  // adjacent lanes that have a row
+constexpr int kLanes = kThreads / kMaxRows;  // adjacent lanes that share a row
 constexpr int kSlots = 8;              // vectors, or elements of S, that a lane holds of its row
 constexpr int kStride = kMaxRows + 4;  // of the weights: whole 16-byte loads
 constexpr int kMostTiles = kMaxRows / 4 * (kMaxRows / 4 + 1) / 2;  // 4 x 4, of the lower triangle
 
-// Columns of the accumulation type that are 16 bytes.
+// Columns that fill 16 bytes in the accumulation type.
 template <class T>
 constexpr int kVector = 16 / sizeof(T);
 
@@ -41,8 +41,8 @@ struct alignas(16) Vector {
   T of[kVector<T>];
 };
 
-// Half precision as it lies in memory. cuda_fp16.h and cuda_bf16.h would take a tenth of the time
-// that the kernel compiles.
+// Half precision as it lies in memory. With cuda_fp16.h and cuda_bf16.h the kernel would take a
+// tenth longer to compile.
 struct Half {
   uint16_t bits;
 };
@@ -50,7 +50,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// The columns of a Vector, as they lie in memory.
+// The accumulation type, and the columns of a Vector as they lie in memory.
 template <class In>
 using Accumulation = std::conditional_t<std::is_same_v<In, double>, double, float>;
 template <class In>
@@ -58,7 +58,7 @@ struct alignas(sizeof(In) * kVector<Accumulation<In>>) Raw {
   In of[kVector<Accumulation<In>>];
 };
 
-// What the kernel takes: the batch, and how the launch shares out its columns.
+// The kernel's arguments: the batch, and how the launch shares out its columns.
 struct Arguments : SmallBatch {
   int64_t share, part;  // columns of which a block forms S; of those, columns of its gradient
   int chunk, stride;    // vectors of a row in shared memory at a time; from row to row
@@ -114,15 +114,15 @@ __device__ inline int element(int n, int i, int j) {
   return tile * 16 + high % 4 * 4 + low % 4;
 }
 
-// Vectors of a row in the chunk that begins at column `from` of [from, end).
+// Vectors of a row in the first chunk of columns [from, end).
 template <class T>
 __device__ inline int vectors_of(const Arguments& args, int64_t from, int64_t end) {
   return static_cast<int>(
       max(int64_t{0}, min(int64_t{args.chunk}, (end - from + kVector<T> - 1) / kVector<T>)));
 }
 
-// Starts to load a chunk of columns [from, end), zeros after `end`; the caller goes on meanwhile.
-// The lanes of a row take adjacent vectors.
+// Starts to load the first chunk of columns [from, end), zeros after `end`; the caller goes on
+// meanwhile. The lanes of a row take adjacent vectors.
 template <class In>
 __device__ inline void load(const Arguments& args, int64_t from, int64_t end,
                             Raw<In> (&held)[kSlots]) {
@@ -290,8 +290,8 @@ template <int cluster, class T>
 __device__ void add_over_cluster(int n, T squared_eps, Shared<T>& shared) {
   const int count = vectors_of_s<T>(n), lane = threadIdx.x % cluster;
   const int rank = static_cast<int>(blockIdx.x % cluster);
-  // The last warps begin, since the first are busy with `row_of`. All lanes of a warp run as many
-  // rounds, which shuffles need.
+  // Begins with the last warps, since `row_of` keeps the first ones busy. All lanes of a warp run
+  // the same number of rounds, as shuffles need.
   const int start = (kWarps - 1 - static_cast<int>(threadIdx.x) / 32) * 32;
   if (start < count) wait_for(shared.parts_are_here);
   for (int from = start; from < count; from += kThreads) {
@@ -316,11 +316,11 @@ __device__ inline T phi_slope(T s, bool is_signed) {
   return is_signed ? (s < 0 ? -s : s) : s;  // half of phi'; s times it is phi
 }
 
-// What a lane knows of its row before S is there. Its columns are lane, lane + kLanes, ...
+// What a lane can tell about its row without S. Its columns are lane, lane + kLanes, ...
 template <class T>
 struct Row {
   unsigned positives;            // bit k: column lane + k kLanes is a positive
-  T per_positive, per_negative;  // 1 over the counts of all columns; 0 where there are none
+  T per_positive, per_negative;  // 1 over the row's counts; 0 where there are none
   T upstream;
   int at[kSlots];                // indices into shared.s
 };
@@ -407,7 +407,8 @@ __device__ void weigh(const Arguments& args, const Row<T>& row, const T (&s)[kSl
 }
 
 // Writes dL/df in columns [begin, end), whose vectors are in `columns`. A warp has 4 rows. Four
-// lanes share a vector of these: each adds every fourth embedding, and ends with one row.
+// lanes share a vector of columns: each adds up every fourth embedding for all 4 rows, and ends
+// with one row.
 template <class T>
 __device__ void gradient(const Arguments& args, int64_t begin, int64_t end,
                          const Vector<T>* columns, const Shared<T>& shared) {
@@ -552,7 +553,7 @@ cudaError_t launch_as(const SmallBatch& batch, int device, void* stream) {
   struct Form {
     void (*kernel)(Arguments);
     int team_size;
-    std::atomic<int> known[128];  // by device: 1 + the clusters; asking takes microseconds
+    std::atomic<int> known[128];  // by device: 1 + the clusters that fit, or 0: not asked
   };
   static Form forms[] = {{batch_similarity_kernel<In, T, 16>, 16, {}},
                          {batch_similarity_kernel<In, T, 8>, 8, {}}};

@@ -1,4 +1,4 @@
-// What the CUDA operator hands to its kernel; no headers of torch or CUDA.
+// What the CUDA operator hands to its kernel; needs no headers of torch or CUDA.
 #pragma once
 
 #include <cstdint>

@@ -11,8 +11,8 @@ void widen_bfloat16(const uint16_t* from, float* to, int64_t n) {
 }
 
 void widen_float16(const uint16_t* from, float* to, int64_t n) {
-  // With exponent and fraction in float's places only the exponent's bias, 15 and 127, differs,
-  // which is a factor of 2^112, for subnormals too. All-ones exponents (inf, NaN) stay all ones.
+  // Exponent and fraction move to float's places. Then only the exponent's bias differs, 15 and
+  // 127: a factor of 2^112, for subnormals too. An exponent of all ones (inf, NaN) stays all ones.
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t half = from[i];
     const uint32_t sign = (half & 0x8000u) << 16, rest = (half & 0x7fffu) << 13;

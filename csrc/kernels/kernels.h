@@ -14,8 +14,8 @@ inline constexpr int64_t kRowGroup = 96;     // rows that share one packed panel
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// A matrix whose rows have unit stride. Each row is readable, and zero, from its last column up to
-// a multiple of kPad.
+// A matrix whose rows have unit stride. After its last column each row has readable zeros up to a
+// multiple of kPad.
 template <class T>
 struct Matrix {
   const T* data;
@@ -47,12 +47,12 @@ template <class T>
 struct Side {
   T* inverse;        // 1 / |f_i|, 0 for a zero row, NaN where |f_i|^2 overflows
   Class<T>* label;   // dense class numbers
-  T* per_positive;   // a_i / N_i+: the row's share of dL/ds for each of its positives
-  T* per_negative;   // sigma a_i / N_i-
+  T* per_positive;   // a_i / N_i+: minus the row's share of w_ij for each of its positives
+  T* per_negative;   // sigma a_i / N_i-: its share of w_ij for each of its negatives
 };
 
-// Consecutive rows of a scratch, `stride` elements apart. Each row is readable, and zero, from its
-// last column up to a multiple of kWidestPanel.
+// Consecutive rows of a scratch, `stride` elements apart. After its last column each row has
+// readable zeros up to a multiple of kWidestPanel.
 template <class T>
 struct Block {
   T* data;
@@ -66,11 +66,12 @@ struct Block {
 // The kernels of one instruction set for one accumulation type.
 template <class T>
 struct Kernels {
-  // Over S of rows x columns, for batch_similarity. is_signed: phi(s) = s|s| instead of s^2.
+  // For S of rows x columns; the moments use `dots` and `squared_norms` too. is_signed: phi(s) is
+  // s|s| instead of s^2.
 
-  // Raw dot products of tiles [begin, end) of rows x columns into s and, transposed, into mirror if
-  // there is one. With `squared`, columns are the rows, only tiles on or below the diagonal are
-  // counted, the diagonal of s becomes 0, and squared[i] = |f_i|^2.
+  // Writes the raw dot products of tiles [begin, end) to s and, transposed, to mirror, unless that
+  // is null. If `squared` is not null, columns must be the rows: only tiles on and below the
+  // diagonal count, the diagonal of s becomes 0, and squared[i] = |f_i|^2.
   void (*dots)(const Matrix<T>& rows, const Matrix<T>& columns, T* s, int64_t s_stride, T* mirror,
                int64_t mirror_stride, T* squared, int64_t begin, int64_t end);
   // |f_i|^2 of rows [begin, end).
@@ -95,12 +96,12 @@ struct Kernels {
 
   // rows_i *= factor_i.
   void (*scale_rows)(Block<T> rows, const T* factor);
-  // total += sum_i weighted_i^T unit_i [D, D]: of each panel the lines down to its last column.
+  // total [D, D] += sum_i weighted_i^T unit_i: in each panel the lines down to its last column.
   void (*add_moment)(Block<const T> weighted, Block<const T> unit, T* total, int64_t total_stride);
-  // form_i = u_i^T M u_i. Of each panel the lines down to its last column are read; those above its
+  // form_i = u_i^T M u_i. Reads the lines of each panel down to its last column. Those above its
   // diagonal block must be doubled, since they stand for the ones below as well.
   void (*quadratic_forms)(Block<const T> unit, const T* packed, T* form);
-  // result_i = factor_i u_i M, added to result_i where `add` is true; factor null: 1.
+  // result_i = factor_i u_i M, or += where `add` is true. If factor is null, factor_i = 1.
   void (*multiply_rows)(Block<const T> unit, const T* packed, const T* factor, bool add,
                         Block<T> result);
   // result_i += sum_j weights[i][j] u_j; weights are square.
@@ -121,8 +122,8 @@ inline int64_t tile_count(int64_t rows, int64_t columns, bool symmetric) {
   return symmetric ? down * (down + 1) / 2 : down * across;
 }
 
-// The kernels of each instruction set. Baseline is what every processor of the architecture has:
-// SSE2 on x86-64, NEON on arm64.
+// The kernels of each instruction set. Baseline runs on every processor of the architecture: SSE2
+// on x86-64, NEON on arm64.
 namespace baseline {
 const Kernels<float>& float_kernels();
 const Kernels<double>& double_kernels();

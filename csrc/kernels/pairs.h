@@ -1,8 +1,8 @@
 // The kernels of batch_similarity: S of rows x columns as raw products, the sweeps over it, and the
 // product of weights with rows.
 
-// Elements of a row that `dots` takes at a time, so that a tile's rows of both sides fit a 32 KiB
-// cache.
+// Elements of a row that `dots` takes at a time, 2 KiB. The columns of a tile and the rows of one
+// `dot_tile` are then 30 KiB (16 registers) or 36 KiB (32): about a first-level cache.
 template <class T>
 constexpr int64_t kDepth = 2048 / sizeof(T);
 
@@ -37,7 +37,7 @@ void dots(const Matrix<T>& rows, const Matrix<T>& columns, T* s, int64_t s_strid
   const bool symmetric = squared != nullptr;
   const int64_t across = round_up(columns.rows, kTile) / kTile;
   int64_t down = begin / across, right = begin % across;
-  if (symmetric) {  // tile t of the triangle is in line d where d (d + 1) / 2 <= t
+  if (symmetric) {  // tile t of the triangle is in the last line d with d (d + 1) / 2 <= t
     down = static_cast<int64_t>((std::sqrt(8.0 * static_cast<double>(begin) + 1.0) - 1.0) / 2.0);
     while (down * (down + 1) / 2 > begin) --down;
     while ((down + 1) * (down + 2) / 2 <= begin) ++down;
@@ -86,7 +86,7 @@ void squared_norms(const Matrix<T>& rows, T* squared, int64_t begin, int64_t end
 
 template <class T>
 BST_INLINE Vec<T> cosine(const T* raw, Vec<T> inverse, const Side<T>& columns, int64_t j) {
-  // In this order no intermediate leaves the range that |f_i| |f_j| itself is in.
+  // In this order the intermediate product is at most |f_j|; 1 / (|f_i| |f_j|) could overflow.
   return multiply<T>(multiply<T>(load(raw + j), inverse), load(columns.inverse + j));
 }
 

@@ -20,7 +20,7 @@
 namespace bstriplet::BST_ISA {
 namespace {
 
-// Each of these two is used by those after it.
+// The files after each of these two use it.
 #include "kernels/vec.h"
 
 #include "kernels/tiles.h"

@@ -11,8 +11,8 @@ void scale_rows(Block<T> rows, const T* factor) {
   }
 }
 
-// Adds to kProductRows x kPanel numbers of a moment, from columns `top` of the weighted rows and
-// `left` of the unit rows. Both are read where they lie: what a row gives is one line of the cache.
+// Adds to kProductRows x kPanel numbers of a moment: columns from `top` of the weighted rows times
+// columns from `left` of the unit rows. Both are read in place, a few cache lines a row.
 template <class T>
 BST_INLINE void moment_tile(const Block<const T>& weighted, const Block<const T>& unit, int64_t top,
                             int64_t left, T* total, int64_t total_stride, int64_t height) {
@@ -46,8 +46,8 @@ BST_INLINE void moment_tile(const Block<const T>& weighted, const Block<const T>
   }
 }
 
-// Rows whose part of the moment is added up in registers. So few rows of both operands, a few
-// columns each, stay in the first-level cache.
+// Rows that are added up in registers at once. The few columns that a tile reads of so few rows
+// stay in the first-level cache.
 constexpr int64_t kMomentRows = 128;
 
 template <class T>
@@ -99,7 +99,7 @@ void quadratic_forms(Block<const T> unit, const T* packed, T* form) {
   }
 }
 
-// to[v] = factor from[v] for a row of one panel; with add_to, that is added to what is there.
+// One row of a panel: to[v] = factor from[v], or += with add_to.
 template <class T>
 BST_INLINE void write_panel(const T* from, T factor, bool add_to, T* to) {
   const Vec<T> scale = broadcast(factor);

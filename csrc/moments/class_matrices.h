@@ -11,13 +11,13 @@
 
 namespace bstriplet {
 
-// M_c [D, D] with a weight w_c for each class c. The path has two: T_c with weights 1, and A_c with
-// weights q_c. Classes with slots have matrices of their own; of the small ones the sum is enough.
-// Elements are numbered i D + j.
+// M_c [D, D] with a weight w_c for each class c. The path has two such sets: T_c with weights 1,
+// and A_c with weights q_c. Classes with slots have matrices of their own, small classes only their
+// sum. Elements are numbered i D + j.
 template <class T>
 class ClassMatrices {
  public:
-  // M_c = factor numbers of a class with a slot, and its w_c.
+  // A class with a slot: M_c = factor numbers, and w_c = weight.
   struct Slot {
     const T* numbers;
     double factor;
@@ -26,8 +26,8 @@ class ClassMatrices {
     double own(int64_t at) const { return factor * static_cast<double>(numbers[at]); }
   };
 
-  // small: [D, D], the sum of w_c M_c over the classes without slots. numbers: what slots may point
-  // into, kept alive here.
+  // small: [D, D], the sum of w_c M_c over the classes without slots. numbers: memory that slots
+  // may point into, kept alive here.
   ClassMatrices(const Classes& classes, int64_t d, std::vector<Slot> slots, const T* small,
                 std::vector<T> numbers = {})
       : slots_(std::move(slots)),
@@ -63,8 +63,8 @@ class ClassMatrices {
     }
   };
 
-  // Of the class with slot s. The others' sum is a difference, except for the class with more than
-  // half of the rows, where the difference would cancel.
+  // The view of the class with slot s. The others' sum is a difference, except for the class with
+  // more than half of the rows, where the difference would cancel.
   View operator[](int64_t s) const {
     const bool dominates = s == dominating_;
     return {slots_[s], (dominates ? all_but_dominating_ : all_).data(), !dominates};
@@ -73,7 +73,7 @@ class ClassMatrices {
   // The sum of w_k M_k over all classes.
   double all(int64_t at) const { return all_[at]; }
 
-  // Whether M_c of slot s is a multiple of what `matrices` has there.
+  // Whether M_c of slot s is a multiple of that of `matrices`.
   bool is_multiple_of(const ClassMatrices& matrices, int64_t s) const {
     return slots_[s].numbers == matrices.slots_[s].numbers;
   }

@@ -45,12 +45,12 @@ class ClassRows {
     Block<T> unit;
     Block<T> result;   // the same memory as `unit` where only one block was asked for
     T* form;           // a number a row
-    T* other_form;     // another
+    T* other_form;     // a second number a row
     T* similarity;     // S of the largest small class
     int64_t similarity_stride;
   };
 
-  // `inverse` holds 1 / |f_i| in class order; `read` alone does not need it.
+  // inverse: 1 / |f_i| in class order. `read` works before it is filled.
   ClassRows(const Sorted& sorted, const T* inverse)
       : classes(sorted.classes),
         d(sorted.embeddings.columns),
@@ -103,7 +103,7 @@ class ClassRows {
   // taken in this order, which reads and writes memory faster.
   bool lies_before(Range a, Range b) const { return order[a.begin] < order[b.begin]; }
 
-  // Blocks of rows, each against one matrix, that are worth a thread.
+  // The fewest blocks of rows, each against one matrix, that are worth a thread.
   int64_t block_grain() const { return grain(block_rows * d * d); }
 
   // Ranges of small classes whose rows fit a block together.
@@ -122,8 +122,8 @@ class ClassRows {
     return {classes.starts[of_classes.begin], classes.starts[of_classes.end]};
   }
 
-  // S of one small class into the scratch, from its unit rows; the diagonal is 0, and rows are
-  // padded with zeros.
+  // Writes S of one small class to the scratch, from its unit rows; the diagonal is 0, and rows are
+  // padded with zeros. Overwrites `other_form`.
   void similarities(const T* unit, int64_t members, const Scratch& scratch) const {
     T* const s = scratch.similarity;
     std::fill(s, s + members * scratch.similarity_stride, T(0));
@@ -139,8 +139,8 @@ class ClassRows {
   const int64_t stride;  // from row to row of a block
   const int64_t* const order;
   const T* const inverse;
-  int64_t block_rows;  // the most of a block
-  int64_t part_rows;   // the most of one sum in the accumulation type
+  int64_t block_rows;  // the most rows of a block
+  int64_t part_rows;   // the most rows of one sum in the accumulation type
 
  private:
   RowReader<T> reader_;

@@ -68,8 +68,8 @@ void large_gradient(const ClassRows<T>& rows, const ClassMatrices<T>& moments,
       });
 }
 
-// Adds what the members of a small class, whose rows begin at `first` of the scratch, are to each
-// other as positives, and takes out what the sums over all rows made of them as negatives.
+// Corrects dL/du of a small class, whose rows begin at `first` of the scratch. The sums over all
+// rows count its pairs as negatives: takes that out and adds them as positives.
 template <class T>
 void add_own_class(const ClassRows<T>& rows, int64_t c, int64_t first, const T* a, double sigma,
                    const typename ClassRows<T>::Scratch& scratch) {

@@ -38,8 +38,8 @@ void large_means(const ClassRows<T>& rows, const ClassMatrices<T>& moments, T* p
       });
 }
 
-// Rows of the small classes: S of the class in the place of T_c, and the other rows' form is that
-// of T less the class's own.
+// Rows of the small classes: S of the class replaces T_c. The form of T - T_c is that of T less the
+// class's own sum.
 template <class T>
 void small_means(const ClassRows<T>& rows, const ClassMatrices<T>& moments, T* positive,
                  T* negative) {

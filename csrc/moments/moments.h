@@ -7,14 +7,15 @@
 //
 //   sums      T_c, the half on one side of the diagonal: about N D^2 / 2 multiply-adds. A_c, where
 //             the rows of a class differ in weight: as many again
-//   means     u^T T_c u and u^T (T - T_c) u by halves: N D^2; for a small class one of the two
+//   means     u^T T_c u and u^T (T - T_c) u by halves: N D^2; for a small class only u^T T u
 //   gradient  u times one matrix where the rows of a class share one weight: N D^2; else times two
 //
-// Memory is read three times and the gradient is written once: each time a block of rows is
-// gathered, widened and normalised into a cache-sized scratch, where the products find it.
+// The embeddings are read three times, four with A_c; the gradient is written once. Each time a
+// block of rows is gathered, widened and normalised into a cache-sized scratch, where the products
+// find it.
 //
 // Sums over many rows are added up in double, by parts that depend on sizes alone. So the bits
-// depend on neither the number of threads nor on chance.
+// depend on neither the number of threads nor chance.
 #pragma once
 
 #include <cstdint>
@@ -49,7 +50,7 @@ struct Classes {
   int64_t dominating() const {
     return count() > 0 && 2 * size(count() - 1) > rows() ? count() - 1 : -1;
   }
-  // Eq. 3's weights of a row: one over its positives, and over its negatives; 0 of none.
+  // Eq. 3's weights of a row: one over its positives, and over its negatives; 0 if it has none.
   double p(int64_t c) const { return size(c) > 1 ? 1.0 / static_cast<double>(size(c) - 1) : 0.0; }
   double q(int64_t c) const {
     return size(c) < rows() ? 1.0 / static_cast<double>(rows() - size(c)) : 0.0;

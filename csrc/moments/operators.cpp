@@ -9,7 +9,7 @@
 namespace bstriplet {
 namespace {
 
-// Dense class numbers of labels, and how many rows each class has.
+// Class numbers of labels, and how many rows each number has; some can have none.
 class Numbered {
  public:
   explicit Numbered(const Tensor& labels) : numbers_(labels.size(0)) {
@@ -62,7 +62,7 @@ class Numbered {
 };
 
 // The classes for the backward, run-length coded: a line (rows, columns, k) stands for the next k
-// classes, which have so many rows and columns each. Without ref_emb, columns = rows.
+// classes, which have so many rows and columns each. Here columns = rows: there is no ref_emb.
 Tensor make_table(const Classes& classes, const Tensor& like) {
   std::vector<int64_t> lines;
   for (int64_t c = 0; c < classes.count(); ++c) {

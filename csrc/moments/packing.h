@@ -23,7 +23,7 @@ int64_t packed_size(const ClassRows<T>& rows) {
   return panel_count(rows) * rows.k.panel * rows.d;
 }
 
-// Packs panel p for `multiply_rows`; element(i D + j) is the matrix's.
+// Packs panel p for `multiply_rows`; the matrix has element(i D + j) at (i, j).
 template <class T, class ElementAt>
 void pack(const ClassRows<T>& rows, int64_t p, T* packed, const ElementAt& element) {
   const int64_t panel = rows.k.panel, left = p * panel, width = std::min(panel, rows.d - left);
@@ -49,8 +49,8 @@ void pack_half(const ClassRows<T>& rows, int64_t p, T* packed, const ElementAt& 
   }
 }
 
-// Serves the rows of the classes with slots by two packed matrices a class. Classes are taken as
-// many at once as there is room for: first make(slot, panel, matrices) packs each panel, then
+// Serves the rows of each class with a slot by two packed matrices. Takes as many classes at once
+// as kPackedNumbers has room for: first make(slot, panel, matrices) packs each panel, then
 // use(slot, range, matrices) runs for each block of rows.
 template <class T, class Make, class Use>
 void for_each_slot(const ClassRows<T>& rows, const Make& make, const Use& use) {

@@ -1,5 +1,5 @@
-// Sums over rows, T_c = sum_j u_j u_j^T and A_c = sum_j a_j u_j u_j^T: in the accumulation type
-// over parts of a class, and over the parts in double. Parts depend on sizes alone.
+// Sums over rows, T_c = sum_j u_j u_j^T and A_c = sum_j a_j u_j u_j^T. Each part of a class is
+// summed in the accumulation type, the parts in double. Parts depend on sizes alone.
 #include "moments/sums.h"
 
 #include <algorithm>
@@ -44,7 +44,7 @@ class PartSums {
   PartSums(const ClassRows<T>& rows, const std::vector<Part>& parts, const Weigh& weigh)
       : size_(checked_product(rows.d, rows.wide)), numbers_(allocated(parts)) {
     const int64_t count = static_cast<int64_t>(parts.size());
-    std::vector<int64_t> in_memory(parts.size());  // the order to take them in
+    std::vector<int64_t> in_memory(parts.size());  // parts, by their first rows in memory
     std::iota(in_memory.begin(), in_memory.end(), int64_t{0});
     std::sort(in_memory.begin(), in_memory.end(), [&](int64_t a, int64_t b) {
       return rows.lies_before(parts[a].range, parts[b].range);
@@ -76,8 +76,8 @@ class PartSums {
   AlignedArray<T> numbers_;
 };
 
-// Adds parts [range) up and mirrors the sum into `sum` [D, D]; their sum times q into
-// `sum_times_q`. Either can be null.
+// Adds up the parts of `range` into `sum` [D, D], and each times its q into `sum_times_q` [D, D],
+// and mirrors both. Either can be null.
 template <class T>
 void add_up(const ClassRows<T>& rows, const PartSums<T>& sums, const std::vector<Part>& parts,
             Range range, T* sum, T* sum_times_q) {

@@ -1,9 +1,9 @@
-"""impl="gram": exact, in time linear in the batch, by moments. Nothing is N x M.
+"""impl="gram": exact, by moments, in time linear in the batch. Nothing is N x M.
 
-similarity="linear" takes first moments, sums of classes, by `class_sums`. "square" takes second
-ones. One mathematics (`mathematics`), four schedules. On the CPU, where sizes can be read,
-`on_cpu_native` where the native library is, else `on_cpu`. Where reading them would stop a GPU,
-`on_gpu` in thirteen launches, and `anywhere` in plain torch for what these do not take.
+similarity="linear" takes first moments, the sums of classes: `class_sums`. "square" takes second
+moments, by the equations in `mathematics` and one of four schedules. The CPU reads the sizes of
+classes: `on_cpu_native` needs the native library and takes no ref_emb, `on_cpu` does the rest.
+Reading them would stop a GPU: `on_gpu` has Triton kernels, `anywhere` does the rest in plain torch.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from . import anywhere, class_sums, on_cpu, on_cpu_native, on_gpu
 
 
 def schedule_of(work: Work, device: torch.device | None) -> ModuleType:
-    """The module that computes this and counts it, on a device or, where that is None, on the
-    usual GPU.
-    """
+    """The module that does this work and counts its cost. device: None stands for the usual GPU."""
     if work.similarity == LINEAR.name:
         return class_sums
     if on_gpu.takes(work, device):
@@ -40,7 +38,7 @@ def forward(
     ref_labels: Tensor | None,
     spec: Spec,
 ) -> tuple[Tensor, Rows, Kept]:
-    """Moments of the columns, then two forms a row; see `mathematics` and `class_sums`."""
+    """The loss, Eq. 3's two means of each row, and what `backward` needs."""
     schedule = schedule_of(work_of(embeddings, ref_emb, spec), embeddings.device)
     if schedule is on_gpu:  # its kernels have the hinge too
         loss, rows, tensors = on_gpu.forward(embeddings, ref_emb, labels, ref_labels, spec)
@@ -59,7 +57,7 @@ def backward(
     kept: tuple[Tensor, ...],
     spec: Spec,
 ) -> tuple[Tensor, Tensor | None]:
-    """One matrix a class where its rows share one weight, else two; see `mathematics`."""
+    """dL/d(embeddings), and dL/d(ref_emb) where given, both in the accumulation dtype."""
     schedule = schedule_of(work_of(embeddings, ref_emb, spec), embeddings.device)
     if schedule is on_gpu:
         return on_gpu.backward(grad_loss, embeddings, kept, spec)
@@ -68,7 +66,7 @@ def backward(
 
 
 def refuses(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str | None:
-    """What has no moments, or no schedule."""
+    """Why no schedule takes these inputs, or None."""
     if spec.signed:
         return 'similarity="signed_square" has no second-moment form'
     if ref_emb is None or embeddings.is_cpu:
@@ -79,7 +77,7 @@ def refuses(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str | Non
 
 
 def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
-    """Of the schedule that will run; class_sizes: members of each class among the columns."""
+    """Cost of the schedule that will run; class_sizes: members of each class among the columns."""
     return schedule_of(work, gpu.of_type(work.device)).cost(work, class_sizes)
 
 

@@ -54,7 +54,7 @@ class BandBlocks(NamedTuple):
     """Consecutive blocks of rows, each with the rows behind it that may share its small classes.
 
     start: the first position. own: unit rows of each block, [k, b, D]. near: the same and those
-    behind, [k, W, D]. apart: [k, b, W], whether two rows are not of one small class.
+    behind, [k, W, D]. apart: [k, b, W], whether two rows are one, or not of one small class.
     """
 
     start: int
@@ -89,13 +89,13 @@ def numbers_at_once(n: int, d: int) -> int:
 
 
 def tiles_at_once(n: int, d: int) -> int:
-    """Row tiles of a chunk, each with its rows, its weighted rows and two [D, D] matrices."""
+    """Row tiles of a chunk: each has four arrays of its rows and two [D, D] matrices."""
     width = max(16, d // 2)
     return max(1, numbers_at_once(n, d) // (2 * d * d + 4 * width * d))
 
 
 def blocks_at_once(n: int, d: int) -> int:
-    """Blocks of a chunk, each with its rows, their products and its band of S."""
+    """Blocks of a chunk: each has six arrays of its rows and four of its band of S."""
     block = max(16, d // 4)
     window = block + round_up(smallest_moment(d), block)
     return max(1, numbers_at_once(n, d) // (block * (4 * window + 6 * d)))
@@ -302,7 +302,8 @@ class TiledRows:
         n, d = self.embeddings.shape
         gradient = a.new_empty(n + 1, d)
         self.write_others_share(gradient, a, moments, sigma)
-        # A row's share of its own T_c and A_c: -2 p, less the 2 sigma q that all rows get.
+        # A row's weight of its own T_c and A_c: -2 p, and -2 sigma q to take them out of the sums
+        # over all classes. The sums for a dominating class are without it.
         of_row = -2 * (self.p + (sigma * self.q).masked_fill(self.row_dominates, 0.0))
         first = self.starts.clamp(max=n - 1)
         shared = torch.arange(len(first), device=first.device) == 0
@@ -327,7 +328,7 @@ class TiledRows:
     def write_others_share(
         self, gradient: Tensor, a: Tensor, moments: Tensor, sigma: float
     ) -> None:
-        """dL/d(unit rows) from the moments of all others and from pairs within small classes."""
+        """Write dL/d(unit rows): own shares from all moments, and pairs within small classes."""
         n, d = self.embeddings.shape
         behind = self.blocks_behind * self.block
         whole = self.together(moments, torch.ones_like(moments[:, 0, 0]))
@@ -443,7 +444,7 @@ _SETUP_BYTES = 400  # a row, for weights of classes, tiles, and what is looked u
 
 
 def _setup_launches(work: Work, launches: int) -> int:
-    """Launches outside of chunks. Weights of classes are float64: below it, two casts are more."""
+    """Launches outside of chunks: two more where float64 weights of classes are cast to float32."""
     return launches + (2 if work.accumulated < 8 else 0)
 
 

@@ -6,15 +6,15 @@ none):
 
     mean over P_i = u_i . p_c m_c - p_c |u_i|^2        mean over Q_i = u_i . q_c (m - m_c)
 
-where |u_i|^2 is of a row that is itself a column. With a_i = dL/dl_i [h_i > 0], b_c the sum of
-a_i u_i over the rows of class c, and b that of q_c b_c over all classes:
+With ref_emb no row is a column, and the term of |u_i|^2 drops out. With a_i = dL/dl_i [h_i > 0],
+b_c the sum of a_i u_i over the rows of class c, and b that of q_c b_c over all classes:
 
     v_i = a_i K_c + B_c
     K_c = sigma q_c (m - m_c) - p_c m_c        B_c = sigma (b - q_c b_c) - p_c b_c
 
-What of it is parallel to u_i projects away. With ref_emb a row has a_i K_c alone, and a column B_c.
-Sums are in float64, where a class cancels from the sum of all to sixteen digits; what a class makes
-of its rows is rounded once, to the accumulation dtype.
+The part of v_i along u_i projects away. With ref_emb a row has a_i K_c alone, and a column B_c.
+Sums are in float64 (on the CPU over bags of rows), so that m - m_c keeps sixteen digits. A class's
+vectors are rounded once, to the accumulation dtype.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .mathematics import class_weights, inverse_norms
 
 SCHEDULE = "class sums"
 PANEL_NUMBERS = {"cpu": 1 << 17, "other": 1 << 23}
-"""Numbers of rows at a time: what a cache holds, and what is worth a GPU's launches."""
+"""Numbers of a panel of rows: as many as a cache holds, or as are worth a GPU's launches."""
 _BAG = 64  # rows of a class that are added up in the accumulation dtype
 _BLOCK = 128  # rows whose running sums one product forms
 
@@ -45,7 +45,7 @@ def means(
 ) -> tuple[Rows, tuple[Tensor, ...]]:
     """The two means of Eq. 3, and what `gradients` needs.
 
-    That is for each side 1 / norm and its rows' classes; and m_c, p_c and q_c of each class.
+    That is m_c, p_c and q_c of each class; then for each side 1 / norm and its rows' classes.
     """
     own = ref_emb is None
     dtype = accumulation_dtype(embeddings, *(() if ref_emb is None else (ref_emb,)))
@@ -95,7 +95,7 @@ def gradients(
 def write_shares(
     table: Tensor, sums: Tensor, back: Tensor, p: Tensor, q: Tensor, sigma: float
 ) -> None:
-    """K_c and B_c of each class to the table, [C, 2, D], from m_c and b_c."""
+    """Write K_c and B_c of each class to the table, [C, 2, D], from m_c and b_c, [C, D] each."""
     share = (sums.sum(0) - sums).mul_(sigma * q)
     table[:, 0] = share.addcmul_(p, sums, value=-1.0)
     torch.mul(q, back, out=share)
@@ -118,9 +118,9 @@ def _gradient(
 
 
 def number_classes(labels: Tensor, ref_labels: Tensor | None) -> tuple[Tensor, int]:
-    """The classes as numbers from 0 on, of the rows and then of the columns, and how many may be.
+    """Class numbers from 0 on, of the rows and then of the columns, and the most there can be.
 
-    A GPU is not asked how many there are: as many as labels.
+    That is exact on the CPU. A GPU is not asked: it is the number of labels.
     """
     labels = labels if ref_labels is None else torch.cat((labels, ref_labels))
     if _may_count(labels):
@@ -132,7 +132,7 @@ def number_classes(labels: Tensor, ref_labels: Tensor | None) -> tuple[Tensor, i
 
 
 def count_classes(classes: Tensor, n_classes: int) -> Tensor:
-    """How many are of each class, [C]."""
+    """Members of each class, [C]."""
     edges = torch.arange(n_classes + 1, device=classes.device)
     return torch.searchsorted(classes.sort().values, edges).diff()
 
@@ -159,14 +159,14 @@ def sum_classes(embeddings: Tensor, weights: Tensor, classes: Tensor, n_classes:
 
 
 def _may_count(labels: Tensor) -> bool:
-    """Whether to ask how many classes there are stops nothing."""
+    """Whether the host may ask how many classes there are: a GPU would make it wait."""
     return labels.device.type == "cpu"
 
 
 def running_sums(x: Tensor) -> Tensor:
     """Sums of the first k rows of x [n, D] for k from 0 to n, [n + 1, D], by products.
 
-    Their order is fixed, where `torch.cumsum` on a GPU gives other bits from run to run.
+    Their order is fixed. `torch.cumsum` on a GPU gives other bits from run to run.
     """
     n, d = x.shape
     if n <= _BLOCK:
@@ -187,9 +187,9 @@ _FLOPS_A_SUM, _BYTES_A_SUM = 2 * _BLOCK + 2, 298  # of a number that goes into `
 
 
 def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
-    """A few numbers for each of the embeddings'; on a GPU, where running sums are products, more.
+    """FLOPs and bytes are a few for each number of the embeddings; on a GPU, by products, many.
 
-    There the columns are added up forward, and the rows backward. Launches are counted for two
+    There the forward adds up the columns, and the backward the rows. Launches are counted for two
     sides of equal size where there is a ref_emb.
     """
     side, wanted = work.vectors * work.d, work.wants_gradient
@@ -240,7 +240,7 @@ def _launches(work: Work) -> int:
 
 
 def _extra_memory(work: Work, classes: int) -> int:
-    """On the CPU: the sums of classes, and a panel of rows with what classes make of them."""
+    """On the CPU: sums and tables of classes, and a panel of rows with their classes' vectors."""
     d, number = work.d, work.accumulated
     longer = max(work.n, work.columns)
     vectors = work.vectors * (number + 8) + 4 * work.n * number
@@ -252,7 +252,7 @@ def _extra_memory(work: Work, classes: int) -> int:
     rows, columns = (min(size * d, panel) * number for size in (work.n, work.columns))
     table = 2 * classes * d * number
     sums = 8 * classes * d
-    held = 4 if work.n * d <= panel else 5  # with what is left of the panel before
+    held = 4 if work.n * d <= panel else 5  # with what is left of the previous panel
     forward = max(sums + adding, 2 * sums + table, sums + table + held * rows)
     if not work.wants_gradient:
         return vectors + max(sorting, forward)
@@ -263,7 +263,7 @@ def _extra_memory(work: Work, classes: int) -> int:
 
 
 def _extra_memory_on_gpu(work: Work) -> int:
-    """Running sums of all rows, then sums and what they make of rows for as many classes."""
+    """Running sums of all rows, then sums and tables of as many classes as there are labels."""
     d, number = work.d, work.accumulated
     classes, panel = work.vectors * d, min(work.n * d, PANEL_NUMBERS["other"])
     making, table = 36 if max(work.n, work.columns) > _BLOCK else 28, 8 + 2 * number

@@ -1,25 +1,25 @@
 """Triton kernels of second moments, which `on_gpu` launches. Importing this needs triton.
 
-Rows are in class order, as unit rows times 2^8 in two float16 numbers, high + low: to 2^-23 of
+Rows are unit rows in class order, stored times 2^8 as two float16 numbers, high + low: to 2^-23 of
 their size. A product of two such matrices is three float16 products (low low^T is below 2^-22), or
-one of the high parts alone where SPLIT is off. Tensor cores truncate what they add up, always the
-same way, so that only a block's products are added there and blocks are by ordinary float32 sums.
+one of the high parts alone where SPLIT is off. Tensor cores truncate their sums, always the same
+way. So they add up only the products within a block; blocks are added by ordinary float32 sums.
 
-A class of `least` members or more is large: it has matrices of its own, whose number is the first
+A class of `least` members or more is large and has matrices of its own. Their number is the first
 multiple of `least` among its rows, over `least`: no two classes share one. Each program has a run
-of consecutive rows; a large class that has rows in it has the first of them, the last, or a
-multiple of `least` in between.
+of consecutive rows. Every large class in the run has its first row, its last, or a multiple of
+`least` in between, so that programs look there for classes.
 
 Arguments that belong together are a tuple, which `on_gpu` describes: `rows` is a `SortedRows`,
 `weights` a `Weights`, `sums` a `Sums`; `own`, `others`, `active` and `back` are `Matrices`. Sizes
 are arguments of their own: Triton specialises on numbers in a tuple whatever `do_not_specialize`
-says. In a kernel a block in two parts is a pair (high, low), of the same block without SPLIT.
+says. In a kernel a block in two parts is a pair (high, low); without SPLIT, the same block twice.
 """
 
 import triton
 import triton.language as tl
 
-UNIT = tl.constexpr(256.0)  # unit rows are stored times this, matrices' rows up to it
+UNIT = tl.constexpr(256.0)  # unit rows are stored times this, matrices' rows scaled to at most this
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def _split(x):
 
 @triton.jit
 def _load_parts(high, low, r, mask, c, DP: tl.constexpr, SPLIT: tl.constexpr):
-    """Rows r, columns c from there, of both parts; 0 where the mask is off."""
+    """Rows r, columns c of the matrices that begin at high and low; 0 where the mask is off."""
     at = r[:, None].to(tl.int64) * DP + c[None, :]
     block = tl.load(high + at, mask=mask[:, None], other=0.0)
     if SPLIT:
@@ -110,7 +110,7 @@ def _probes(begin, end, least):
 
 @triton.jit
 def _probe(rows, t, begin, end, least):
-    """(first row, last row + 1, number) of the class that has the t-th of these rows."""
+    """(first row, last row + 1, number) of the class of the t-th row of `_probes`."""
     row = tl.where(t == 0, begin, tl.minimum((begin // least + t) * least, end - 1))
     c_first, c_last = _class_of(rows, row)
     return c_first, c_last, tl.cdiv(c_first, least)
@@ -140,10 +140,10 @@ def _load_embeddings(embeddings, i, inside, k, d, stride_n, stride_d):
 
 @triton.jit
 def _counted(members, n, columns, begin, end, mask):
-    """Members of classes that begin and end there, and of all, as `_class_weights` counts them.
+    """How many columns are in classes [begin, end), and in all, as `_class_weights` takes them.
 
-    Where rows are compared with other columns, each is one more in both. `columns`: how many there
-    are before each row and, at n, in all.
+    It takes one off for the row itself. In a joint batch no row is a column, so both counts are one
+    more. columns: how many there are before each row and, at n, in all; else None.
     """
     if columns is None:
         return members, n
@@ -154,7 +154,7 @@ def _counted(members, n, columns, begin, end, mask):
 
 @triton.jit
 def _is_column(columns, r, mask):
-    """Which rows are columns, where they are compared with others than themselves."""
+    """Which rows of a joint batch are columns."""
     after = tl.load(columns + r + 1, mask=mask, other=0)
     return after > tl.load(columns + r, mask=mask, other=0)
 
@@ -175,9 +175,9 @@ def split_rows(
     BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """All of `rows` but `order`, which is given as the labels are, sorted.
+    """Fill `rows`, except `order`, which is given; the labels are sorted.
 
-    Ends of classes are found by `steps` of bisection. Reads n d numbers, writes as many: bound by
+    Finds the ends of classes by `steps` of bisection. Reads n d numbers, writes as many: bound by
     memory. Takes WIDTH columns at a time; a row of several such parts is read twice.
     """
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -224,9 +224,9 @@ def split_rows(
 
 @triton.jit
 def _weight(weights, rows, r, mask, UNIFORM: tl.constexpr):
-    """a_i over the largest; where UNIFORM 1 for active rows, else 0. Rows in class order.
+    """a_i over the largest a; where UNIFORM, 1 for active rows, 0 for others. r: in class order.
 
-    What is below 2^-20 of the largest loses digits.
+    Weights below 2^-20 of the largest lose digits.
     """
     if weights is None:
         return mask.to(tl.float32)
@@ -240,7 +240,7 @@ def _weight(weights, rows, r, mask, UNIFORM: tl.constexpr):
 
 @triton.jit
 def _add_total(total, matrix, count):
-    """total = or += matrix, in memory and in float64."""
+    """Store the matrix at `total`, or add it if count is not 0; in float64."""
     if count == 0:
         tl.store(total, matrix)
     else:
@@ -250,10 +250,10 @@ def _add_total(total, matrix, count):
 
 @triton.jit
 def _part(part, DP: tl.constexpr, TILE: tl.constexpr, HALVED: tl.constexpr):
-    """Rows and columns of the part-th TILE x TILE part of a matrix, where its numbers stand, and
-    how many of these a matrix has.
+    """Rows and columns of the part-th TILE x TILE part of a matrix, where its numbers are stored,
+    and how many numbers a matrix has.
 
-    HALVED: of the parts on and below the diagonal alone, which follow each other.
+    HALVED: only parts on and below the diagonal are stored, one after another.
     """
     t, parts = tl.arange(0, TILE), DP // TILE
     if HALVED:
@@ -272,7 +272,7 @@ def _add_moment(
     acc, rows, r, mask, w, i, j,
     DP: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """acc + w u u^T of rows r at rows i, columns j, times 2^16. WEIGHTED: w is not only 0 or 1."""
+    """acc + 2^16 sum_r w_r u_r u_r^T, rows i, columns j. WEIGHTED: w is not only 0 or 1."""
     mask = mask & (w != 0)
     u = _load_rows(rows, r, mask, i, DP, SPLIT)
     weighted = u
@@ -302,11 +302,11 @@ def class_moments(
 ):
     """Sums of w_j u_j u_j^T over a run of rows: of each large class in it, and of all of them.
 
-    Program (p, t) has the p-th run and the t-th TILE x TILE part of the matrices. What it finds of
-    class number k is slots[p + k]: no other program writes there, and a class's slots follow each
-    other. total[p] is the sum over the run in float64, where these very numbers cancel again; with
-    BY_Q a class counts there times q_c, one over the number of its negatives. small_rows[p]:
-    how many rows are of small classes. 6 D^2 FLOPs a row (2 D^2 without SPLIT) on tensor cores,
+    Program (p, t) has the p-th run and the t-th TILE x TILE part of the matrices. Its sum of class
+    number k goes to slots[p + k]: no other program writes there, and a class's slots follow each
+    other. total[p] is the float64 sum over the run, from which these very numbers cancel again;
+    with BY_Q a class counts there times q_c, one over the number of its negatives. small_rows[p]
+    is how many rows are of small classes. 6 D^2 FLOPs a row (2 D^2 without SPLIT) on tensor cores,
     little more than half of that where HALVED.
     """
     p, part = tl.program_id(0), tl.program_id(1)
@@ -371,7 +371,7 @@ def add_totals(totals, total, runs, SIZE: tl.constexpr, BLOCK: tl.constexpr, DEP
 
 @triton.jit
 def _factor(largest):
-    """A power of two, times which the largest number is 2^7 to 2^8."""
+    """The power of two that brings the largest number to 2^7 or above, but below 2^8."""
     exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
     # 2^(7 - (exponent - 127)), in its bits; tiny and huge ones are left at the ends of the range
     power = tl.minimum(tl.maximum(127 + 7 - (exponent - 127), 2), 240)
@@ -381,7 +381,7 @@ def _factor(largest):
 
 @triton.jit
 def _store_matrix(matrix, matrices, number, r, DP: tl.constexpr, SPLIT: tl.constexpr):
-    """Rows r of the matrix of that number, each times a power of two of its own."""
+    """Store rows r of the matrix of that number, each times a power of two of its own."""
     at_row = number.to(tl.int64) * DP
     factor = _factor(tl.max(tl.abs(matrix), axis=1))
     high, low = _split(matrix * factor[:, None])
@@ -415,7 +415,7 @@ def _class_number(rows, k, n, least):
 
 @triton.jit
 def _add_runs(slots, k, begin, end, run, within, SIZE: tl.constexpr):
-    """What all runs found of class k, in float64."""
+    """The sum of class k over all runs, in float64."""
     acc = tl.zeros(within.shape, tl.float64)
     for p in range(begin // run, (end - 1) // run + 1):
         acc += tl.load(slots + (p + k).to(tl.int64) * SIZE + within).to(tl.float64)
@@ -435,11 +435,11 @@ def moment_matrices(
     ROWS: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """T_c and T - T_c of every large class; T for small rows, in place of the last T - T_c.
+    """T_c and T - T_c of every large class; after the last T - T_c, T for small rows.
 
-    Program (k, s) has ROWS rows of the matrices of number k. The difference is of sums in float64,
-    in which T_c itself cancels whatever its error is: where similar rows are of one class, T - T_c
-    is far smaller than T_c.
+    Program (k, s) has ROWS rows of the matrices of number k. T is a float64 sum of the very numbers
+    that make T_c, so the errors of T_c cancel in T - T_c, which is far smaller than T_c where
+    similar rows are of one class.
     """
     k, classes = tl.program_id(0), tl.num_programs(0) - 1
     r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -471,11 +471,11 @@ def gradient_matrices(
     SPLIT: tl.constexpr,
     UNIFORM: tl.constexpr,
 ):
-    """K_c and B_c of every large class (see `mathematics`): what makes dL/du_i of an active row
-    and of one that is not. UNIFORM: active rows have K_c + B_c at once.
+    """K_c and B_c of every large class (see `mathematics`), to `active` and `back`. UNIFORM:
+    K_c + B_c instead of K_c, so that one product serves an active row.
 
-    For small rows K = 2 sigma T, which q_i is to multiply, and B = 2 sigma sum_c q_c A_c. Program
-    (k, s) has ROWS rows of the matrices of number k.
+    After the last, for small rows: K = 2 sigma T, which `row_gradients` multiplies by q_i, and
+    B = 2 sigma sum_c q_c A_c. Program (k, s) has ROWS rows of the matrices of number k.
     """
     k, classes = tl.program_id(0), tl.num_programs(0) - 1
     r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -502,7 +502,7 @@ def gradient_matrices(
 
 @triton.jit
 def _held(matrices, number, DP: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr):
-    """The whole matrix for `_times`, if it fits: where BLOCK_K is DP."""
+    """The whole matrix, transposed, for `_times`, where BLOCK_K is DP."""
     if DP == BLOCK_K:
         c = tl.arange(0, DP)
         return _transposed(_load_entries(matrices, number, c, c, DP, SPLIT))
@@ -515,7 +515,7 @@ def _times(
     u, held, rows, r, mask, matrices, number,
     DP: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """(M u) but for the scale of M's rows, [rows, DP]. An M that is not held is read here, BLOCK_K
+    """M u without the scales of M's rows, [rows, DP]. An M that is not held is read here, BLOCK_K
     columns at a time.
     """
     if DP == BLOCK_K:
@@ -536,7 +536,7 @@ def _store_means(
     own_form, others_form, squared, members, rows, r, inside, is_active, means, losses,
     n, margin, sigma, BY_ROW: tl.constexpr,
 ):  # fmt: skip
-    """Both means of rows from their forms, and whether they are active; their losses, [rows]."""
+    """Store both means of rows from their forms, and whether h_i > 0; return losses, [rows]."""
     p, q = _class_weights(members, n)
     positive_mean = p * (own_form - squared * squared)
     negative_mean = q * others_form
@@ -580,10 +580,10 @@ def row_means(
 ):
     """Eq. 3's two means of a run of rows, in the given order, by two quadratic forms each.
 
-    What small rows have from their own class is in `in_band`. is_active: whether h_i > 0, in class
-    order; losses[p]: the sum over the run of max(0, h_i), times `scale`. BY_ROW: is_active and
-    losses are of each row, in the given order. 12 D^2 FLOPs a row (4 D^2 without SPLIT), half of
-    that for small rows.
+    in_band: sums of small rows over their own class. is_active: whether h_i > 0, in class order.
+    losses[p]: the sum over the run of max(0, h_i), times `scale`. BY_ROW: is_active is in the given
+    order, and so are losses, one a row without `scale`. 12 D^2 FLOPs a row (4 D^2 without SPLIT),
+    half of that for small rows.
     """
     begin, end = _run(run, n)
     c = tl.arange(0, DP)
@@ -638,7 +638,9 @@ def row_means(
 
 @triton.jit
 def _band(rows, r, inside, least, n):
-    """Which rows have others in a small class, and the rows [begin, end) of these classes."""
+    """Which rows share a small class with others, where each's class begins, and the rows
+    [begin, end) of all these classes.
+    """
     c_first = tl.load(rows.first + r, mask=inside, other=0)
     c_last = tl.load(rows.last + r, mask=inside, other=0)
     small = inside & (c_last - c_first < least) & (c_last - c_first > 1)
@@ -675,9 +677,10 @@ def band_sums(
     BLOCK_D: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """The sum of s_ij^2 over a small row's own class, itself left out.
+    """The sum of s_ij^2 over the columns in a small row's own class, itself left out.
 
-    Program (p, s) has every num_programs(1)-th block of the p-th run; it ends at once without any.
+    Program (p, s) has every num_programs(1)-th block of the p-th run; it ends at once if the run
+    has no small rows.
     """
     begin, end = _run(run, n)
     if tl.load(small_rows + tl.program_id(0)) == 0:
@@ -719,7 +722,7 @@ def band_gradient(
     SPLIT: tl.constexpr,
     UNIFORM: tl.constexpr,
 ):
-    """What a small row's own class adds to dL/du_i, over the largest weight, into its gradient.
+    """Write to `gradient` what a small row's own class adds to dL/du_i over the largest weight.
 
     -2 (p + sigma q) sum_j (w_i + w_j) s_ij u_j. Program (p, s, t) has BLOCK_V columns of every
     num_programs(1)-th block of the p-th run; it ends at once without small rows.
@@ -757,7 +760,7 @@ def _store_gradient(v, parts, rows, r, out, mask, written, factor, SPLIT: tl.con
     u = _whole(parts, SPLIT) * (1 / UNIT)
     v -= tl.sum(v * u, axis=1)[:, None] * u
     v *= tl.load(rows.inverse + r, mask=mask, other=0.0)[:, None]
-    v = tl.where(v == 0, 0.0, v * factor)  # an infinite upstream of rows that are all inactive
+    v = tl.where(v == 0, 0.0, v * factor)  # not NaN if upstream is infinite and no row active
     tl.store(out, v, mask=written)
 
 
@@ -782,13 +785,13 @@ def row_gradients(
     SPLIT: tl.constexpr,
     UNIFORM: tl.constexpr,
 ):
-    """dL/df of a run of rows, in the given order, by v = dL/du = w K u + B u over the largest w.
+    """dL/df of a run of rows, in the given order, from v = w K u + B u: dL/du over the largest a.
 
     `gradient` holds what `band_gradient` found for small rows. Two products, 12 D^2 FLOPs a row
     (4 D^2 without SPLIT), or one where UNIFORM and all of a class's rows in the run are active.
     Reads and writes a row once where matrices are held as a whole.
     """
-    # of rows beside two whole matrices, for which shared memory has less room
+    # rows of a block beside two whole matrices, which leave less shared memory
     FEWER: tl.constexpr = BLOCK // 2 if DP == BLOCK_K else BLOCK
     begin, end = _run(run, n)
     c = tl.arange(0, DP)

@@ -1,13 +1,13 @@
 """The mathematics of the second-moment path, shared by its schedules.
 
 For phi(s) = s^2 the sums of Eq. 3 over a class c are quadratic forms of its moment matrix
-T_c = sum_{j in c} f^_j f^_j^T, so a row u of class c with weights p_c and q_c (one over the number
-of its positives and negatives) needs T_c and the sum of the others, T - T_c, only:
+T_c = sum_{j in c} f^_j f^_j^T. So a row u of class c needs T_c and the sum of the others, T - T_c,
+alone. With p_c and q_c, one over the number of its positives and of its negatives:
 
     positive = p_c (u^T T_c u - |u|^4)        negative = q_c u^T (T - T_c) u
 
-and dL/df^ = K_c (a u) + B_c u, with the row's own share K_c and, from the rows of which u is a
-column, B_c, where A_c = sum_{j in c} a_j f^_j f^_j^T and a = dL/dl [h > 0]:
+The gradient is dL/df^ = K_c (a u) + B_c u with a = dL/dl [h > 0]. K_c comes from the row's own
+loss, B_c from the losses in which u is a column. With A_c = sum_{j in c} a_j f^_j f^_j^T:
 
     K_c = 2 (sigma q_c (T - T_c) - p_c T_c)   B_c = 2 (sigma (sum of the other q A) - p_c A_c)
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 
 _BYTES_A_ROW = 96  # order, inverse norms, means, a and the vectors that make them
 _BLOCK = 64  # columns of a symmetric matrix computed at once, down to its diagonal block
-_ROWS_WORTH_HALVING = 1024  # rows of one matrix from which cutting it up saves time
+_ROWS_WORTH_HALVING = 1024  # from so many rows of one matrix on, cutting it up saves time
 
 
 def inverse_norms(embeddings: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -46,9 +46,9 @@ def class_weights(positives: Tensor, columns: int, own: bool) -> tuple[Tensor, T
 
 
 def add_moment(total: Tensor, weighted: Tensor, unit: Tensor) -> None:
-    """Add weighted^T unit to `total` [D, D], down to its diagonal blocks; both [n, D].
+    """Add weighted^T unit to `total` [D, D], on and above its diagonal blocks; both [n, D].
 
-    The product is symmetric: what is computed is 3/4 of it at D = 128, 9/16 at 512.
+    The product is symmetric, so 3/4 of it is computed at D = 128, 9/16 at 512.
     """
     for start in range(0, unit.shape[1], _BLOCK):
         block = slice(start, start + _BLOCK)
@@ -66,8 +66,8 @@ def mirror(total: Tensor) -> Tensor:
 def half_matrices(matrices: tuple[Tensor, ...], rows: int) -> list[Tensor]:
     """Symmetric [D, D] matrices as column blocks down to the diagonal, for `quadratic_forms`.
 
-    Block j is [end_j, len(matrices) * width_j]: what stands above the diagonal block is doubled,
-    for what stands below it. For few rows one block holds all: cutting would cost more.
+    Block j is [end_j, len(matrices) * width_j]. Numbers above its diagonal block are doubled, since
+    they stand for those below it too. For few rows one block holds all: cutting would cost more.
     """
     stacked = torch.stack(matrices, dim=1)
     if rows < _ROWS_WORTH_HALVING:
@@ -81,7 +81,7 @@ def half_matrices(matrices: tuple[Tensor, ...], rows: int) -> list[Tensor]:
 
 
 def quadratic_forms(unit: Tensor, halves: list[Tensor], count: int) -> Tensor:
-    """u^T H u, [n, count], for each row u of `unit` [n, D] and each of `count` matrices."""
+    """u^T M u, [n, count], for each row u of `unit` [n, D] and each of `count` matrices M."""
     parts = []
     for half in halves:
         end, width = half.shape[0], half.shape[1] // count
@@ -94,12 +94,12 @@ def quadratic_forms(unit: Tensor, halves: list[Tensor], count: int) -> Tensor:
 def own_share(
     own: Tensor, others: Tensor, p: float | Tensor, q: float | Tensor, sigma: float
 ) -> Tensor:
-    """K_c: what a row's own loss makes of it, from T_c and T - T_c."""
+    """K_c, from a row's own loss. own: T_c; others: T - T_c."""
     return others * (2 * sigma * q) - own * (2 * p)
 
 
 def others_share(own: Tensor, others: Tensor, p: float | Tensor, sigma: float) -> Tensor:
-    """B_c: what the rows that a column serves make of it, from A_c and the sum of the other q A."""
+    """B_c, from the losses in which a row is a column. own: A_c; others: sum of the other q A."""
     return others * (2 * sigma) - own * (2 * p)
 
 
@@ -115,13 +115,13 @@ def split_sizes(
 
 
 def moment_fraction(d: int, columns: int = _BLOCK) -> float:
-    """What is computed of a symmetric [D, D] product, so many columns at once, as `add_moment`."""
+    """The share of a symmetric [D, D] product that is computed, `columns` of them at once."""
     blocks = -(-d // columns)
     return (blocks + 1) / (2 * blocks)
 
 
 def form_fraction(d: int, rows: int) -> float:
-    """What `quadratic_forms` of so many rows computes of the product of a row and a matrix."""
+    """The share of a product with a matrix that `quadratic_forms` of so many rows computes."""
     return 1.0 if rows < _ROWS_WORTH_HALVING else moment_fraction(d)
 
 
@@ -137,10 +137,10 @@ def product_flops(
 ) -> int:
     """FLOPs of the products of forward and backward on the CPU, class by class.
 
-    large, small: as `split_sizes` returns them. moment: the share of a moment that is computed;
-    form(rows): that of a form of so many rows. block_products: of the members of a small class with
-    each other. one_weight: all rows have h > 0, or none, and the reduction is a scalar; otherwise
-    the weighted moments and a second product are added.
+    large, small: as `split_sizes` returns them. moment: the share of a moment that is computed.
+    form(rows): that of a form of so many rows. block_products: products of a small class's members
+    with each other. one_weight: the rows of each class share one weight, as where all have h > 0
+    and the reduction is a scalar; otherwise weighted moments and a second product are added.
     """
     rows = sum(size * count for size, count in small.items())
     forms = sum(2 * s * form(s) for s in large) + rows * form(n)
@@ -152,7 +152,7 @@ def product_flops(
 
 
 def traffic(n: int, d: int, itemsize: int) -> int:
-    """Bytes to and from memory, forward and backward, on the CPU: norms, three readings, a
+    """Bytes to and from memory on the CPU: the rows read for their norms and three times more, the
     gradient written.
 
     Writing a row of the gradient out of order reads its cache lines first.

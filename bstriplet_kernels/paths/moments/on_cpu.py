@@ -203,8 +203,8 @@ def column_moments(columns: SortedSide, runs: list[ClassRun]) -> Moments:
 def range_moment(side: SortedSide, start: int, stop: int, weights: Tensor | None = None) -> Tensor:
     """sum_j w_j u_j u_j^T over a range of a side, [D, D]; weights [N] None: ones.
 
-    Panels are multiplied in the accumulation dtype and added up in float64, so that the error does
-    not grow with their number.
+    Panels are multiplied in the accumulation dtype. Several are added up in float64, the result's
+    dtype then, so that the error does not grow with their number.
     """
     d = side.embeddings.shape[1]
     several = stop - start > panel_rows(d)
@@ -216,7 +216,7 @@ def range_moment(side: SortedSide, start: int, stop: int, weights: Tensor | None
 
 
 class Complements:
-    """Sums of matrices over all classes but one, without cancellation, in `dtype`.
+    """Sums of matrices over all classes but one, without cancellation, in the dtype of `small`.
 
     rest: the sum without the dominating class, the one with most of the columns. total: with it.
     Subtracting any other class from the total takes away no more than stays.
@@ -301,8 +301,8 @@ def tiles(run: ClassRun, rows: SortedSide, columns: SortedSide) -> Iterator[Tile
 def column_blocks(tile: Tile, columns: SortedSide, own: bool) -> Iterator[tuple[slice, Tensor]]:
     """The columns of a tile's classes by panels: (their range, unit rows [classes, m, D]).
 
-    There are several panels only where the tile has a single class. There is none where each class
-    is one row of the batch.
+    There are several panels only where the tile has a single class. There is none where a class has
+    no columns, or only the row itself.
     """
     if tile.m <= own:
         return
@@ -504,7 +504,7 @@ def add_blocks(v: Tensor, tile: Tile, columns: SortedSide, weights: Weights, sca
 
 
 def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
-    """Products of forward and backward where all rows have h > 0, and what crosses memory.
+    """FLOPs of products, where all rows have h > 0, and bytes that cross memory.
 
     class_sizes: members of each class among the columns; the rows are taken to be shared out alike.
     """
@@ -526,8 +526,8 @@ def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
 def _extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
     """The gradient included.
 
-    A class whose rows differ in weight needs a matrix A_c, known only when it runs: counted for
-    half of the classes.
+    A class whose rows differ in weight needs a matrix A_c. Only the run shows which do: half of the
+    large classes are counted, with other columns all of them.
     """
     n, m, d, number = work.n, work.columns, work.d, work.accumulated
     large, small = split_sizes(class_sizes, m, smallest_moment(d))

@@ -1,7 +1,7 @@
 """Second moments on the CPU by the native operators of csrc/moments, without `ref_emb`.
 
-Classes, moments, weights and what is kept for the backward are those of `on_cpu`. Rows are read
-where they lie, where `on_cpu` first puts a panel of them in class order.
+Classes, moments, weights and what is kept for the backward are as in `on_cpu`, but smaller classes
+have moment matrices. Each thread gathers rows into its cache, a block at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PANEL = 16  # columns of a symmetric matrix computed at once, with AVX2 in float
 
 
 def smallest_moment(d: int) -> int:
-    """Rows from which a class is served by its moment matrix; smaller, it would be N D numbers."""
+    """Rows that a class needs for a moment matrix. All matrices then have at most N D numbers."""
     return max(d, SMALLEST_MOMENT)
 
 
@@ -49,7 +49,7 @@ def gradients(
 
 
 def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
-    """Products of forward and backward where all rows have h > 0, and what crosses memory."""
+    """FLOPs of products, where all rows have h > 0, and bytes that cross memory."""
     n, d = work.n, work.d
     half = moment_fraction(d, PANEL)
     sizes = split_sizes(class_sizes, n, smallest_moment(d))
@@ -72,8 +72,8 @@ _WIDEST_PANEL = 32  # numbers: rows of a block are padded to whole panels
 def _extra_memory(work: Work, class_sizes: Sequence[int]) -> int:
     """The gradient, and the operators' own arrays.
 
-    A class whose rows differ in weight needs a matrix A_c, known only when it runs: counted for
-    half of the classes.
+    A class whose rows differ in weight needs a matrix A_c. Only the run shows which do: half of the
+    large classes are counted.
     """
     n, d, number = work.n, work.d, work.accumulated
     large, small = split_sizes(class_sizes, n, smallest_moment(d))

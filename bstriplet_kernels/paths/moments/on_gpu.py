@@ -8,7 +8,7 @@ bits are the same from run to run.
 
 Other columns (`ref_emb`) join the rows in one batch, sorted by class: six launches more, seven with
 losses by row. The kernels are in `kernels`. Where D is above `NARROW_DEPTH`, or the batch is joint,
-those that multiply with matrices are in `wide_kernels`.
+all that follow `class_moments` and `add_totals`, but for `band_sums`, are in `wide_kernels`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ WHOLE_DEPTH = 128  # the largest D' at which Hopper holds two matrices and a blo
 _TILE = 128  # one program adds up so many rows and columns of a moment
 _MATRIX_ROWS = 16
 _SCALED = 64  # columns of a block of a wide matrix that shares one scale
-_LONGEST_RUN = 16_384  # rows of a wide run: float32 adds up that many over the rows of a block
+_LONGEST_RUN = 16_384  # the most rows of a wide run, whose blocks are added up in float32
 _MOST_RUNS, _MOST_ROUNDS = 40, 8  # wide runs, and rounds of the programs that add them up
 BLOCK_NUMBERS = 16_384  # the most numbers of a block of rows: what registers hold
 
@@ -99,8 +99,8 @@ TOTALS = Cut(64, 32, 4, 1)
 def takes(work: Work, device: torch.device | None) -> bool:
     """Whether the kernels serve this work on a device; None stands for the usual GPU.
 
-    They have no float64 and at most `MAX_DEPTH` columns. A class of more than half of the columns
-    must be large, and row numbers must fit 32 bits.
+    They have no float64 and no D above `MAX_DEPTH`. A class of more than half of the columns must
+    be large, and row numbers must fit 32 bits.
     """
     least = 2 * smallest_moment(work.d, work.m is not None)
     fits = least <= work.columns and work.vectors <= MOST_ROWS and work.d <= MAX_DEPTH
@@ -223,9 +223,9 @@ class Weights(NamedTuple):
 class KeptMoments(NamedTuple):
     """What `backward` needs of the forward.
 
-    active: bool [N] in class order, whether h > 0. own: T_c of each large class. others: T - T_c of
-    each, then T. before: int32 [N + 1], how many columns stand before each row of a joint batch;
-    None for other batches.
+    active: bool [N], whether h > 0, in class order, but in the given order for losses by row. own:
+    T_c of each large class. others: T - T_c of each, then T. before: int32 [N + 1], how many
+    columns stand before each row of a joint batch; None for other batches.
     """
 
     batch: SortedRows
@@ -438,7 +438,7 @@ def forward(
         losses = new(n if by_row else launcher.row_programs(cut), dtype=torch.float32)
         active = new(every, dtype=torch.bool)
         if joint:
-            active.zero_()  # of columns
+            active.zero_()  # columns are not active
         launcher.multiply_rows(
             "row_means", cut,
             batch, before if launcher.wide else sums.small_rows, in_band, own, others,

@@ -1,15 +1,15 @@
 """Kernels of second moments of wide embeddings, whose matrices no program holds as a whole.
 
-As `kernels`, whose rows, split numbers and class numbers these share, but D' is any multiple
-of TILE, and everything is in blocks of columns. A symmetric matrix is added up down to its diagonal
-blocks, which stand in memory one after another. Once complete it is stored in two float16 parts,
-and a block of TILE x SCALED numbers shares a scale.
+Rows, split numbers and class numbers are as in `kernels`, but D' is any multiple of TILE, and
+everything is in blocks of columns. Of a symmetric matrix the TILE x TILE blocks on and below the
+diagonal are added up, and stored one after another. The complete matrix is stored in two float16
+parts, and each block of TILE x SCALED numbers shares a scale.
 
-A block of rows is multiplied with the matrices that its rows need, one after another: with each,
-the rows of other classes are zeros. It is of one class but where classes meet.
+A block of rows is multiplied with the matrices that its rows need, one after another; rows of other
+classes are zeros meanwhile. Most blocks need one matrix.
 
-Arguments are as in `kernels`. These alone serve rows that are compared with other columns:
-`columns_before` is how many of those stand before each row, or None.
+Arguments are as in `kernels`. Where both have a kernel, this one serves joint batches too:
+`columns_before` is how many columns stand before each row of one, else None.
 """
 
 import triton
@@ -47,7 +47,7 @@ def _block_of(t, DP: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr):
 
 @triton.jit
 def _halved(rows, columns, TILE: tl.constexpr):
-    """Where numbers of a symmetric matrix stand that `class_moments` added up."""
+    """Where `class_moments` stored these numbers of a symmetric matrix."""
     i = tl.maximum(rows[:, None], columns[None, :])
     j = tl.minimum(rows[:, None], columns[None, :])
     part = (i // TILE) * (i // TILE + 1) // 2 + j // TILE
@@ -59,7 +59,7 @@ def _store_scaled(
     block, matrices, number, t,
     DP: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """The t-th block of the matrix of that number, times a power of two."""
+    """Store the t-th block of the matrix of that number, times a power of two."""
     r, c = _block_of(t, DP, TILE, SCALED)
     factor = _factor(tl.max(tl.max(tl.abs(block), axis=1), axis=0))
     high, low = _split(block * factor)
@@ -84,7 +84,7 @@ def _load_scaled(
 
 @triton.jit
 def _size(DP: tl.constexpr, TILE: tl.constexpr):
-    """Numbers of a symmetric matrix down to its diagonal blocks."""
+    """Numbers of a symmetric matrix in its blocks on and below the diagonal."""
     parts: tl.constexpr = DP // TILE
     return parts * (parts + 1) // 2 * TILE * TILE
 
@@ -103,7 +103,7 @@ def moment_matrices(
     SCALED: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """T_c and T - T_c of every large class, T in place of the last T - T_c: see `kernels`.
+    """T_c and T - T_c of every large class; after the last T - T_c, T: see `kernels`.
 
     Program (k, t) has the t-th block of the matrices of number k.
     """
@@ -139,8 +139,8 @@ def gradient_matrices(
     SPLIT: tl.constexpr,
     UNIFORM: tl.constexpr,
 ):
-    """K_c and B_c of every large class, and what small rows have in their place: see
-    `kernels`. K_c + B_c for K_c where UNIFORM and rows are columns.
+    """K_c and B_c of every large class, then those of small rows: see `kernels`. K_c + B_c instead
+    of K_c where UNIFORM and the rows are the columns.
 
     Program (k, t) has the t-th block of the matrices of number k.
     """
@@ -170,8 +170,8 @@ def gradient_matrices(
 
 @triton.jit
 def _rows_of(rows, n, least, classes, BLOCK: tl.constexpr):
-    """A program's rows, which are there, members of their classes, and whose matrices they need:
-    number `classes` is of small rows, and what is beyond of none.
+    """A program's rows, whether they exist, members of their classes, and the number of the
+    matrices that they need: `classes` for small rows, classes + 1 for rows that do not exist.
     """
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = r < n
@@ -183,7 +183,7 @@ def _rows_of(rows, n, least, classes, BLOCK: tl.constexpr):
 
 @triton.jit
 def _next(numbers, number, classes):
-    """The least of these numbers above the given one."""
+    """The least of `numbers` above `number`, or classes + 1."""
     return tl.min(tl.where(numbers > number, numbers, classes + 1), axis=0)
 
 
@@ -208,7 +208,7 @@ def _form(
     DP: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """u^T M u of a symmetric M, and |u|^2; what stands below the diagonal blocks counts twice."""
+    """u^T M u of a symmetric M, and |u|^2; numbers below the diagonal blocks count twice."""
     form = tl.zeros((r.shape[0],), tl.float32)
     squared = tl.zeros((r.shape[0],), tl.float32)
     for start in range(0, DP, TILE):
@@ -255,8 +255,8 @@ def row_means(
 ):
     """Eq. 3's two means of a block of rows, in the given order: see `kernels`.
 
-    losses[p]: the sum over the block. 6 D^2 FLOPs a row (2 D^2 without SPLIT) and what diagonal
-    blocks have beyond their halves; half of that for small rows.
+    losses[p]: the sum over the block. 6 D^2 FLOPs a row (2 D^2 without SPLIT), a little more as
+    diagonal blocks are whole; half of that for small rows.
     """
     r, inside, members, numbers = _rows_of(rows, n, least, classes, BLOCK)
     begins = tl.load(rows.first + r, mask=inside, other=0)
@@ -314,8 +314,8 @@ def band_gradient(
     """What a small row's own class adds to dL/du_i: see `kernels`.
 
     Program (p, s) has every num_programs(1)-th block of the p-th run. It forms each block of S once
-    and adds what that makes of BLOCK_V columns at a time to their sum in `gradient`, which L2 holds
-    meanwhile: 12 D FLOPs a pair (4 D without SPLIT).
+    and adds its products with BLOCK_V columns at a time to `gradient`, which L2 holds meanwhile:
+    12 D FLOPs a pair (4 D without SPLIT).
     """
     begin, end = _run(run, n)
     if tl.load(small_rows + tl.program_id(0)) == 0:
@@ -375,11 +375,12 @@ def row_gradients(
     SPLIT: tl.constexpr,
     UNIFORM: tl.constexpr,
 ):
-    """dL/df of a block of rows, in the given order, by v = dL/du = w K u + B u over the largest w.
+    """dL/df of a block of rows, in the given order, from v = w K u + B u: dL/du over the largest a.
 
-    `gradient` holds what `band_gradient` found for small rows. Blocks of v go there, then the
-    projection needs v . u, and the same program reads them once more. 6 D^2 FLOPs a row (2 D^2
-    without SPLIT); twice that for active small rows, and for all rows but for UNIFORM.
+    `gradient` holds what `band_gradient` found for small rows. Blocks of v go there; the projection
+    needs the whole v . u, so the program reads them once more. 6 D^2 FLOPs a row (2 D^2 without
+    SPLIT). Without other columns, twice that for active small rows and, without UNIFORM, for all
+    active rows.
     """
     r, inside, members, numbers = _rows_of(rows, n, least, classes, BLOCK)
     small = numbers == classes
@@ -438,5 +439,5 @@ def row_gradients(
         u = _whole(_load_rows(rows, r, inside, c, DP, SPLIT), SPLIT) * (1 / UNIT)
         v = tl.load(out, mask=written, other=0.0)
         v = (v - along[:, None] * u) * shrunk
-        v = tl.where(v == 0, 0.0, v * factor)  # an infinite upstream of rows that are all inactive
+        v = tl.where(v == 0, 0.0, v * factor)  # not NaN if upstream is infinite and no row active
         tl.store(out, v, mask=written)
