@@ -4,7 +4,6 @@
 #include <limits>
 #include <utility>
 
-
 namespace bstriplet {
 
 void check_matrix(const char* name, const Tensor& matrix) {

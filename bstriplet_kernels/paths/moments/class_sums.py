@@ -183,9 +183,6 @@ def _panels(embeddings: Tensor) -> Iterator[slice]:
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
-_FLOPS_A_SUM, _BYTES_A_SUM = 2 * _BLOCK + 2, 298  # of a number that goes into `running_sums`
-
-
 def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
     """FLOPs and bytes are a few for each number of the embeddings; on a GPU, by products, many.
 
