@@ -1,7 +1,7 @@
 """The few private calls of torch that this package makes, each with its reason.
 
-Public torch has no equivalent. A torch that lacks one raises ImportError or AttributeError; no
-result changes. Tested with torch 2.11 and 2.14.
+Public torch has no equivalent. A torch that lacks one raises ImportError or AttributeError and
+never changes a result. Tested with torch 2.11 and 2.14.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
-"""Classes without behaviour of their own. Compared by type, as a subclass may override all."""
+"""Classes that override nothing. Compared by type, because a subclass may override anything."""
 
 # Looked up once: a call asks for all of them, and each look-up takes 13 ns.
 _are_transforms_active = torch._C._are_functorch_transforms_active
@@ -32,13 +32,13 @@ _TRACING_MODES = (ModeKey.FAKE, ModeKey.PROXY, ModeKey.FUNCTIONAL)
 
 
 def is_traced() -> bool:
-    """Whether a tracer, a transform of torch.func or forward-mode AD looks at what is called.
+    """Whether a tracer, a transform of torch.func or forward-mode AD sees the calls made here.
 
-    All of them see operators and their registered derivatives; most do not see an
-    `autograd.Function`, or see what is inside its forward.
+    All of them see operators and their registered derivatives. Most do not see an
+    `autograd.Function`, or they look inside its forward.
     """
     return (
-        is_dynamo_compiling()  # a non-strict export is seen by its modes
+        is_dynamo_compiling()  # a non-strict export shows in the modes below
         or _are_transforms_active()
         or forward_ad._current_level >= 0
         or _tracing_state() is not None
@@ -50,13 +50,13 @@ def is_traced() -> bool:
 def is_transform_traced_above_autograd() -> bool:
     """Whether make_fx(..., pre_dispatch=True) records the inside of a transform of torch.func.
 
-    Whatever the function, its graph then holds the numbers of the transform's level as constants.
+    For any function, the graph then holds the numbers of the transform's level as constants.
     """
     return not is_compiling() and _is_key_included(_PRE_DISPATCH) and _are_transforms_active()
 
 
 def is_jit_traced() -> bool:
-    """Whether torch.jit.trace records what is called."""
+    """Whether torch.jit.trace is recording."""
     return _tracing_state() is not None
 
 
@@ -70,10 +70,10 @@ def dispatches_itself(tensor: Tensor) -> bool:
 
 
 is_batched_upstream = torch._C._functorch.is_legacy_batchedtensor
-"""Whether a tensor is what `torch.autograd.grad(..., is_grads_batched=True)` sends upstream."""
+"""Whether a tensor holds all upstreams of `torch.autograd.grad(..., is_grads_batched=True)`."""
 
 keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
-"""Whether the running backward leaves the graph for another one (retain_graph)."""
+"""Whether the running backward keeps the graph for another one (retain_graph)."""
 
 
 def have_tangents(*tensors: Tensor | None) -> bool:
@@ -84,7 +84,7 @@ def have_tangents(*tensors: Tensor | None) -> bool:
 
 
 def require_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd records what is done to one of them."""
+    """Whether autograd records operations on one of them."""
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
 
 
@@ -96,15 +96,15 @@ The rest of the dispatcher stays: negated views, zero tensors, dispatch modes, t
 
 
 def in_memory(tensor: Tensor) -> Tensor:
-    """A tensor whose numbers lie where its pointer says: no negated view, no zero tensor.
+    """The tensor with its numbers where its pointer says: no negated view, no zero tensor.
 
-    Operators are given such tensors by the dispatcher; what takes a pointer itself has to ask.
+    The dispatcher gives operators such tensors; code that takes a pointer itself must call this.
     """
     return tensor.clone() if tensor._is_zerotensor() else tensor.resolve_neg()
 
 
 def call_below_autograd(operator: Any, keyset: Any, *args: Any) -> Any:
-    """Go on to what an operator does below its kernel for autograd, from within that kernel."""
+    """From within an operator's kernel for autograd, call its kernel below autograd."""
     with below_autograd():
         return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
@@ -114,9 +114,9 @@ def function_for_kernels(
 ) -> Callable[..., Any]:
     """`function.apply` for use within an operator's kernel for autograd.
 
-    `apply` under a transform of torch.func would enter the stack of transforms from its top once
-    more; the kernel is called for one level of the stack, and records at that one. A forward runs
-    without recording, which is meant for its own level and must not reach those below.
+    Under a transform of torch.func, `apply` would enter the stack of transforms again at its top,
+    but the kernel is called for one level of the stack and must record at that level. `apply` runs
+    a forward with recording off, as its own level needs; `forward` turns it on for those below.
     """
 
     def forward(ctx: Any, *args: Any) -> Any:
@@ -136,7 +136,7 @@ def function_for_kernels(
 
 
 def fake_tensors() -> AbstractContextManager[Any]:
-    """While entered, new tensors have shapes, dtypes and devices, and no numbers."""
+    """While entered, new tensors have shapes, dtypes and devices, but no numbers."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # it brings sympy
 
     return FakeTensorMode()
@@ -146,9 +146,9 @@ _LIBRARY = torch.library.Library("bstriplet", "FRAGMENT")
 
 
 def register_autograd_kernel(operator: Any, kernel: Callable[..., Any]) -> None:
-    """Have `kernel(keyset, *args)` called where autograd or forward-mode AD looks at `operator`.
+    """Register `kernel(keyset, *args)` as what autograd and forward-mode AD call for `operator`.
 
-    `torch.library.register_autograd` knows neither forward mode nor the transforms of torch.func.
+    `torch.library.register_autograd` supports neither forward mode nor torch.func's transforms.
     """
     _LIBRARY.impl(operator, kernel, "Autograd", with_keyset=True)
 
@@ -157,7 +157,7 @@ _NO_CONTEXT = nullcontext()
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Products of a loss stay in its accumulation dtype, whatever autocast would choose."""
+    """While entered, products stay in the accumulation dtype, whatever autocast would choose."""
     if not torch._C._is_any_autocast_enabled():
         return _NO_CONTEXT
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
@@ -179,9 +179,9 @@ def is_known_true(comparison: bool) -> bool:
 
 @contextlib.contextmanager
 def numbers_of_shapes() -> Iterator[None]:
-    """Under `torch.jit.trace` sizes are tensors, and to compare one is to warn; here they are int.
+    """While entered, sizes are ints under `torch.jit.trace`, not tensors, which warn if compared.
 
-    Elsewhere it does nothing.
+    Without that tracer it does nothing.
     """
     state = _tracing_state()
     if state is None:

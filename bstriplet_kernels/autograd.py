@@ -1,4 +1,4 @@
-"""The loss for eager autograd: a path's forward, and its backward from what that kept.
+"""The loss for eager autograd: a path's forward, then its backward from what the forward kept.
 
 Tracers, torch.func, forward mode and higher derivatives go through `operators`.
 """
@@ -20,11 +20,11 @@ _N_SAVED = 6  # both sides, their labels and the rows; then what the path keeps
 
 
 class BatchSimilarity(torch.autograd.Function):
-    """(embeddings, ref_emb, what has no gradient) -> loss, and the rows where spec wants them.
+    """(embeddings, ref_emb, others) -> loss, followed by the rows if spec wants them.
 
-    Differentiable in `embeddings` and `ref_emb`; of the outputs, in the loss alone. Keeps the
-    inputs and what the path asks for. Each argument and output of a Function costs a part of a
-    microsecond: what has no gradient is one, and the rows are outputs only where spec wants them.
+    Only the loss is differentiable, in `embeddings` and `ref_emb`. Saves the inputs and what the
+    path keeps. Each argument and output of a Function costs a fraction of a microsecond: inputs
+    without a gradient are therefore one tuple, and rows are outputs only if spec wants them.
     """
 
     @staticmethod
@@ -33,7 +33,7 @@ class BatchSimilarity(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor, ...]:
         labels, ref_labels, spec, name = others
         path = PATHS[name]
-        if path.heeds_autocast:  # else not even the guard, which takes 0.25 us
+        if path.heeds_autocast:  # otherwise skip the guard, which takes 0.25 us
             with without_autocast(embeddings.device):
                 loss, rows, kept = path.forward(embeddings, ref_emb, labels, ref_labels, spec)
         else:
@@ -58,7 +58,7 @@ class BatchSimilarity(torch.autograd.Function):
             torch.is_grad_enabled()  # a second derivative may follow
             or is_traced()
             or type(grad_loss) is not Tensor
-            or grad_loss._is_zerotensor()  # which has no number to look at
+            or grad_loss._is_zerotensor()  # it has no number to read
             or is_batched_upstream(grad_loss)  # many upstreams come at once
         ):
             tensors = embeddings, saved[2], ref_emb, saved[3]
@@ -78,13 +78,13 @@ class BatchSimilarity(torch.autograd.Function):
 
 
 def _scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
-    """A saved gradient times the upstream number; in its own memory where this is its last use."""
+    """A saved gradient times the upstream number; in place if this is its last use."""
     if gradient.is_cuda and gradient.dtype != dtype:
-        # One launch, which casts what it writes. A CPU would cast a copy of the product.
+        # One launch multiplies and casts. A CPU would cast a copy of the product.
         return torch.mul(gradient, grad_loss, out=torch.empty_like(gradient, dtype=dtype))
     if keeps_graph():
         gradient = gradient * grad_loss
-    # Elsewhere to look at the number is to wait for it; here tolist() is faster than item().
+    # Only on the CPU can the number be read without waiting; tolist() is faster than item().
     elif not grad_loss.is_cpu or grad_loss.tolist() != 1:
         gradient = gradient.mul_(grad_loss)
     return gradient if gradient.dtype == dtype else gradient.to(dtype)

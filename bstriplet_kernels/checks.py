@@ -22,7 +22,7 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _NUMBER = (float, Real)  # float first: asking an abstract class takes microseconds
 _SIGMA = {"corrected": 1.0, "printed": -1.0}
 _REDUCTIONS = ("mean", "sum", "none")
-_LARGEST = 1 << 29  # of two sizes, whose product is then one that torch can count in bytes
+_LARGEST = 1 << 29  # size in a shape; torch can then count the bytes of two sizes' product
 
 
 class Options(NamedTuple):
@@ -35,7 +35,7 @@ class Options(NamedTuple):
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """The options again as `bstriplet_loss` takes them."""
+        """The options as keyword arguments of `bstriplet_loss`."""
         spec = self.spec
         return {
             "margin": spec.margin,
@@ -70,7 +70,7 @@ def make_options(
 
 
 remembered_options = functools.lru_cache(1024, typed=True)(make_options)
-"""`make_options` of options that were checked before, 2 us sooner: a tenth of a small batch's call.
+"""`make_options` with a cache, which saves 2 us: a tenth of a small batch's call.
 
 `typed=True` keeps 1 and True apart.
 """
@@ -82,7 +82,7 @@ def available_impls() -> tuple[str, ...]:
 
 
 def check_group(group: ProcessGroup) -> None:
-    """Raise unless this is a process group, or what `new_group` gives a rank that is not in it."""
+    """Raise unless this is a process group, or what `new_group` returns to a rank outside it."""
     from torch.distributed import GroupMember, ProcessGroup
 
     if not isinstance(group, ProcessGroup) and group is not GroupMember.NON_GROUP_MEMBER:
@@ -102,7 +102,7 @@ def check_weight(weight: float) -> float:
 
 
 def make_spec(margin: float, similarity: str, eq3: str, reduction: str, eps: float = 1e-12) -> Spec:
-    """The options checked and turned into numbers."""
+    """Check these options and return them as a `Spec`."""
     if isinstance(margin, bool) or not isinstance(margin, _NUMBER):
         raise TypeError(f"margin must be a number in [0, 1], got {_named(margin)}")
     phi = check_similarity(similarity)
@@ -115,13 +115,13 @@ def make_spec(margin: float, similarity: str, eq3: str, reduction: str, eps: flo
 
 
 def check_similarity(similarity: str) -> Similarity:
-    """phi of that name."""
+    """The `Similarity` of that name; raises if there is none."""
     _check_word("similarity", similarity, tuple(SIMILARITIES))
     return SIMILARITIES[similarity]
 
 
 def check_spec(spec: Spec) -> None:
-    """Raise unless the numbers are those of a loss."""
+    """Raise unless margin, sigma, reduction and eps are allowed."""
     if not 0 <= spec.margin <= 1:
         raise ValueError(f"margin must be in [0, 1], got {spec.margin}")
     if spec.sigma not in _SIGMA.values():
@@ -145,7 +145,7 @@ def check_impl(impl: str) -> None:
 
 
 def refuse_input(impl: str, embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> None:
-    """Raise where the path of that name cannot run here, or does not take this input."""
+    """Raise if the path of that name cannot run here, or does not take this input."""
     check_impl(impl)
     reason = PATHS[impl].refuses(embeddings, ref_emb, spec)
     if reason is not None:
@@ -153,7 +153,7 @@ def refuse_input(impl: str, embeddings: Tensor, ref_emb: Tensor | None, spec: Sp
 
 
 def refuse_named_impl(impl: str, given: str) -> None:
-    """Raise where a path is named beside an argument that no path serves."""
+    """Raise if a path is named together with an argument that no path serves."""
     if impl != "auto":
         raise ValueError(
             f"impl={impl!r} cannot be combined with {given}: that loss is computed in plain torch; "
@@ -162,12 +162,12 @@ def refuse_named_impl(impl: str, given: str) -> None:
 
 
 def refuse_distributed(name: str, tensor: Tensor) -> None:
-    """Raise where a tensor is a DTensor, a part of which lies on each rank."""
+    """Raise if a tensor is a DTensor, whose parts lie on the ranks."""
     if type(tensor).__name__ == "DTensor":  # by name: importing the class takes half a second
         raise TypeError(
-            f"{name} is a DTensor, a part of which lies on each rank: pass full_tensor() of "
-            "embeddings and labels, or to_local() of both and group=, whose loss is also that of "
-            "the whole batch"
+            f"{name} is a DTensor, whose parts lie on the ranks: pass full_tensor() of "
+            "embeddings and labels, or to_local() of both with group=, which also gives the loss "
+            "of the whole batch"
         )
 
 
@@ -201,7 +201,7 @@ def check_embeddings(
 def check_shape(
     shape: Any, classes: Any, ref_shape: Any, ref_labels: Any, dtype: Any, device: Any
 ) -> tuple[tuple[int, int], int | None, list[int], torch.dtype, torch.device]:
-    """What `explain` takes of a shape: N and D, M, the sizes of classes, dtype and device."""
+    """Check a shape for `explain`; return (N, D), M, the sizes of classes, dtype and device."""
     if ref_labels is not None:
         raise TypeError("ref_labels was given with a shape; give the sizes of classes as labels")
     dtype = torch.float32 if dtype is None else dtype
@@ -229,14 +229,16 @@ def _sizes(name: str, given: Any) -> tuple[int, ...]:
 
 
 def _class_sizes(classes: Any, columns: int) -> list[int]:
-    """The sizes of classes as they are given, or of so many that are as even as can be."""
+    """The sizes of classes as given, or those of a given number of classes of even size."""
     if type(classes) is int:
         if not 1 <= classes <= columns:
-            raise ValueError(f"labels must be 1 to {columns} classes of a shape, got {classes}")
+            raise ValueError(
+                f"labels must be a number of classes from 1 to {columns}, got {classes}"
+            )
         return [columns // classes + (k < columns % classes) for k in range(classes)]
     if not isinstance(classes, tuple | list) or any(type(c) is not int for c in classes):
         raise TypeError(
-            "labels must be how many classes a shape has, or the sizes of all, got "
+            "labels must be the number of classes of a shape or the size of each, got "
             f"{_named(classes)}"
         )
     if sum(classes) != columns or min(classes, default=0) < 1:
@@ -308,7 +310,7 @@ def _check_labels(name: str, labels: Tensor, of: str, matrix: Tensor) -> None:
 
 
 def check_batch(embeddings: Tensor, ref_emb: Tensor | None) -> None:
-    """Raise where there are too few rows: 2, or 1 on each side where ref_emb is given."""
+    """Raise if there are fewer than 2 rows, or with ref_emb than 1 on either side."""
     if ref_emb is not None:
         for name, side in (("embeddings", embeddings), ("ref_emb", ref_emb)):
             if is_known_true(side.shape[0] < 1):
@@ -332,5 +334,5 @@ def _check_word(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def _named(value: object) -> str:
-    """A value of a wrong type, with the type."""
+    """A value of a wrong type and that type, for a message."""
     return f"{value!r} of type {type(value).__name__}"

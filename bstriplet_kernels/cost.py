@@ -1,4 +1,4 @@
-"""What a path is to compute and what that costs; each path counts itself beside its code."""
+"""The work of a path and its cost; each path counts its own cost beside its code."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 class Work(NamedTuple):
     """What is to be computed: n rows of d numbers against m columns (None: against themselves).
 
-    device: the type of the embeddings' device. It and the similarity decide the schedule of some
-    paths.
+    device: the type of the embeddings' device. Some paths choose their schedule by it and by the
+    similarity.
     """
 
     n: int
@@ -45,7 +45,7 @@ class Work(NamedTuple):
 
     @property
     def casts(self) -> bool:
-        """Whether the gradient is computed in another dtype than the embeddings have."""
+        """Whether the gradient is computed in another dtype than that of the embeddings."""
         return self.dtype.itemsize < 4
 
     @property
@@ -62,11 +62,10 @@ class Work(NamedTuple):
 class Cost(NamedTuple):
     """What a schedule of a path does, forward and, where a gradient is wanted, backward.
 
-    flops: of its products and sweeps, as it computes them. bytes: that must cross memory.
-    launches: kernels that a GPU is told to run; 0 on the CPU. extra_memory: peak bytes beyond the
-    inputs. It includes the gradient and the buffers of the C++ operators, not those inside BLAS.
-    schedule: which one it is, where a path has several on one device whose speeds are measured
-    apart.
+    flops: those of its products and sweeps. bytes: those that must cross memory. launches: kernels
+    launched on a GPU; 0 on the CPU. extra_memory: peak bytes beyond the inputs. It includes the
+    gradient and the buffers of the C++ operators, not those inside BLAS. schedule: the name under
+    which its speed is measured; "" for the path's own name.
     """
 
     flops: int
@@ -79,7 +78,7 @@ class Cost(NamedTuple):
 class Constants(NamedTuple):
     """Measured speed of a schedule: seconds a call, a FLOP, a byte and a launch.
 
-    half: seconds a FLOP of a product of half-precision numbers, where that was measured apart.
+    half: seconds a FLOP for half-precision embeddings; None where `flop` holds for them too.
     """
 
     call: float
@@ -89,11 +88,11 @@ class Constants(NamedTuple):
     half: float | None = None
 
     def seconds(self, cost: Cost, dtype: torch.dtype) -> float:
-        """The predicted time of what costs so much, on embeddings of this dtype."""
+        """The predicted seconds of a schedule of this cost, on embeddings of this dtype."""
         flop = self.half if self.half is not None and dtype.itemsize < 4 else self.flop
         return self.call + flop * cost.flops + self.byte * cost.bytes + self.launch * cost.launches
 
 
 def round_up(n: int, multiple: int) -> int:
-    """The least multiple of a number that is not below n."""
+    """The least multiple of `multiple` that is at least n."""
     return -(-n // multiple) * multiple

@@ -2,8 +2,8 @@
 
 Embeddings and labels are gathered once. Each rank computes Eq. 3 for its own rows against all,
 the row means are gathered, and then each rank computes the *whole* gradient of its own rows itself,
-because the weight of a pair needs only a_i and a_j of its two rows. Nothing is reduced or scattered
-in the backward of a scalar.
+because the weight of a pair needs only a_i and a_j of its two rows. The backward of a scalar
+communicates nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .spec import (
 )
 
 _PANEL_ELEMENTS = 1 << 24
-"""Numbers of one panel of S (own rows x all columns) that exist at a time: 64 MiB in float32."""
+"""Numbers of one panel of S, some own rows x all columns: 64 MiB in float32."""
 
 
 def global_loss(
@@ -35,10 +35,11 @@ def global_loss(
 
     embeddings [n, D], labels [n] int64; n may differ between ranks and may be 0. "mean" and "sum"
     are the same global scalar on every rank; "none" is this rank's own [n] losses. The backward
-    gives the gradient of the sum of what all ranks did with their outputs: for a scalar that is
-    world_size * dL/df, which DistributedDataParallel's averaging turns into dL/df.
+    differentiates the sum of all ranks' objectives, and for a scalar it takes the upstream to be
+    equal on all ranks: world_size * dL/df, which DistributedDataParallel averages to dL/df.
 
-    Raises ValueError where the global batch has fewer than 2 rows, or ranks differ in D or dtype.
+    Raises ValueError if this rank is not in `group`, if the global batch has fewer than 2 rows, or
+    if ranks differ in D or dtype.
     """
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("this rank is not in group; only its members may call the loss")
@@ -128,7 +129,7 @@ class _GlobalBatch(torch.autograd.Function):
 
 
 def _pair_counts(labels: Tensor, dtype: torch.dtype) -> Tensor:
-    """N_i+ and N_i- for each row, [N, 2], at least 1 (an empty mean has an empty sum)."""
+    """N_i+ and N_i- for each row, [N, 2], at least 1 (the sum of an empty mean is 0)."""
     ordered = labels.sort().values
     members = torch.searchsorted(ordered, labels, right=True) - torch.searchsorted(ordered, labels)
     counts = torch.stack((members - 1, labels.shape[0] - members), dim=1)

@@ -19,11 +19,11 @@ _N, _D, _CLASSES = 36, 1280, 3
 _TOLERANCE = 1e-5
 _REPEATS = 20
 _SECONDS = 1.0
-"""Timing stops after so many calls, or once so much time has gone by (Triton's interpreter)."""
+"""Timing stops after `_REPEATS` calls, or after so many seconds (Triton's interpreter is slow)."""
 
 
 def main() -> int:
-    """Print the report; 1 where a path that can run disagrees with the reference, else 0."""
+    """Print the report; return 1 if a path that can run disagrees with the reference, else 0."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"python {platform.python_version()} on {platform.platform()}")
     for package in ("bstriplet-kernels", "torch", "triton", "numpy"):
@@ -40,7 +40,7 @@ def main() -> int:
 
 
 def _examine(impl: str, device: torch.device) -> tuple[str, bool]:
-    """One line on a path, and whether nothing is wrong with it."""
+    """One line on a path, and False only if it disagrees with the reference."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(_N, _D, generator=generator).to(device)
     labels = torch.randint(0, _CLASSES, (_N,), generator=generator).to(device)

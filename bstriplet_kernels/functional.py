@@ -86,27 +86,27 @@ def bstriplet_loss(
             self-pair is removed, N may then be 1, and gradient flows to both sides.
         ref_labels: [M], the labels of `ref_emb`.
         group: process group; the loss is that of the rows of all ranks together. Every rank must
-            call, and gets, the global loss (with "none": its own rows). The backward gives
+            call the loss and gets the global one (with "none": its own rows). The backward gives
             world_size times the one-process gradient, because DistributedDataParallel divides by
             world_size: parameters see exactly the gradient of one process on the whole batch.
-            Each rank gathers all rows and compares its own with them in plain torch, whatever
-            the sizes are: time grows with the square of the whole batch, memory with its size.
-            `impl` must be "auto" here.
+            Each rank gathers all rows and compares its own with them in plain torch, for any
+            sizes: time grows with the square of the whole batch, memory with its size. `impl`
+            must be "auto", and there is no second derivative.
         impl: "auto", or one of `available_impls()`: "reference" and "native" compare all pairs,
-            "triton" does so in tiles, "gram" takes time linear in N; similarity="signed_square"
-            has no such form, and is quadratic in N by every path. "linear" is by "gram", and by
-            "reference".
+            "triton" does so in tiles, "gram" takes time linear in N. similarity="signed_square"
+            takes time quadratic in N by every path. "linear" runs by "gram" and "reference" alone.
         eps: a row of at most this norm is a zero row: similarity 0 to all, gradient 0.
         return_stats: also return `BSTripletStats`.
 
     Returns:
-        The loss, float32 for half inputs, else in the embeddings' dtype; with `return_stats` a
-        pair (loss, BSTripletStats). NaN or infinity in the embeddings, or norms whose square
-        overflows, give NaN.
+        The loss, a scalar or [N], float64 where `embeddings` or `ref_emb` is, else float32; with
+        `return_stats` a pair (loss, BSTripletStats). NaN or infinity in the embeddings, or norms
+        whose square overflows, give NaN.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what is allowed.
-        RuntimeError: a named `impl` that cannot run here, saying what is missing.
+        RuntimeError: a named `impl` that cannot run here, saying what is missing; or `group` under
+            torch.func or a tracer other than torch.compile.
     """
     given = margin, similarity, eq3, reduction, eps, impl, return_stats
     options = None
@@ -120,7 +120,7 @@ def bstriplet_loss(
     return compute(embeddings, labels, options, ref_emb, ref_labels)
 
 
-_Given = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # ..., ref_emb, ref_labels
+_Given = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # the last two of ref_emb
 
 
 def compute(
@@ -130,7 +130,7 @@ def compute(
     ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, BSTripletStats]:
-    """`bstriplet_loss` for options that have been checked: check the tensors, plan, run."""
+    """`bstriplet_loss` with checked options: check the tensors, plan, run."""
     if (
         type(embeddings) not in PLAIN_TENSORS
         or type(labels) not in PLAIN_TENSORS
@@ -157,7 +157,7 @@ def compute(
 
 
 def _compute_otherwise(given: _Given, options: Options) -> Tensor | tuple[Tensor, BSTripletStats]:
-    """`compute` where it is not the eager loss of plain tensors in one process."""
+    """`compute` for subclasses of Tensor, traced calls, meta tensors and `group`."""
     if not is_dynamo_compiling():
         if has_torch_function(given):
             return _compute_by_class(given, options)
@@ -180,9 +180,9 @@ def _compute_otherwise(given: _Given, options: Options) -> Tensor | tuple[Tensor
 
 
 def _compute_by_class(given: _Given, options: Options) -> Any:
-    """As torch's own losses do: a class with `__torch_function__` takes the whole call.
+    """Hand the whole call to a class with `__torch_function__`, as torch's own losses do.
 
-    torch refuses to mix unrelated subclasses, so labels of one are stripped.
+    torch refuses to mix unrelated subclasses, so labels of an unrelated one are stripped.
     """
     embeddings, labels, ref_emb, ref_labels = given
     kinds = type(embeddings), type(labels)
@@ -199,9 +199,9 @@ def _compute_by_class(given: _Given, options: Options) -> Any:
 
 
 def loss_and_stats(embeddings: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, ...]:
-    """`bstriplet_loss` with `return_stats` as such a class is asked for it.
+    """`bstriplet_loss` with `return_stats`, for a class with `__torch_function__`.
 
-    A plain tuple of the loss and the three statistics, in which torch finds the tensors to convert.
+    Returns the loss and the three statistics in a plain tuple, where torch finds them to convert.
     """
     loss, stats = bstriplet_loss(embeddings, labels, **options)
     return loss, *stats
@@ -221,7 +221,7 @@ def _compute_traced(
     ref_labels: Tensor | None,
     options: Options,
 ) -> Tensor | tuple[Tensor, BSTripletStats]:
-    """By the operator, which looks at sizes when it runs; here they may be symbols."""
+    """Call the operator, which reads sizes when it runs; here they may be symbols."""
     if is_transform_traced_above_autograd():
         raise RuntimeError(
             "a transform of torch.func traced above autograd (pre_dispatch=True) leaves a graph "
@@ -230,9 +230,9 @@ def _compute_traced(
     with numbers_of_shapes():
         check_embeddings(embeddings, labels, ref_emb, ref_labels)
         check_batch(embeddings, ref_emb)
-        if options.impl != "auto" and not embeddings.is_meta:  # which stands for any device
+        if options.impl != "auto" and not embeddings.is_meta:  # meta may be any device
             refuse_input(options.impl, embeddings, ref_emb, options.spec)
-    # torch.jit.trace traces once more without recording, and both graphs must be the same.
+    # torch.jit.trace traces once more under no_grad, and both graphs must be the same.
     wants_gradient = (
         not is_jit_traced()
         and torch.is_grad_enabled()
@@ -282,23 +282,25 @@ def explain(
     times.
 
     Args:
-        embeddings: as there, or the shape (N, D) of what need not exist, on any device.
-        labels: as there; it counts the classes, so on a GPU it waits for the device. For a shape:
-            how many classes there are, or the sizes of all, of the columns if `ref_emb` is given.
-        similarity: as there.
-        reduction: as there.
-        ref_emb: as there, or the shape (M, D).
-        ref_labels: as there; none for a shape.
-        dtype: of a shape; torch.float32.
-        device: of a shape; "cpu". For "cuda" where there is no GPU, an H200 with Triton and the
-            native library is meant.
+        embeddings: as in `bstriplet_loss`, or a shape (N, D) without a tensor.
+        labels: as in `bstriplet_loss`; their classes are counted, which waits for a GPU. For a
+            shape: the number of classes or the size of each, with `ref_emb` those of its rows.
+        similarity, reduction: as in `bstriplet_loss`.
+        ref_emb: as in `bstriplet_loss`, or a shape (M, D).
+        ref_labels: as in `bstriplet_loss`; None for a shape.
+        dtype: the dtype of a shape; None is torch.float32.
+        device: the device of a shape; None is "cpu". Where there is no GPU, "cuda" is an H200 with
+            Triton and the native library.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is allowed.
     """
     spec = make_spec(0.9, similarity, "corrected", reduction)._replace(wants_gradient=True)
     if not isinstance(embeddings, Tensor):
         described = check_shape(embeddings, labels, ref_emb, ref_labels, dtype, device)
         return plan.explain_shape(*described, spec)
     if dtype is not None or device is not None:
-        raise TypeError("dtype and device are of a shape; the embeddings are a tensor with its own")
+        raise TypeError("dtype and device belong to a shape; embeddings is a tensor with its own")
     given: tuple[Any, Any, Any, Any] = embeddings, labels, ref_emb, ref_labels
     check_embeddings(*given)
     check_batch(embeddings, given[2])

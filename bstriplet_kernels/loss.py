@@ -19,17 +19,17 @@ class BSTripletLoss(nn.Module):
     """The batch-similarity triplet loss, Eqs. 1-4 of Huang et al., Sensors 2021, 21, 764.
 
     `criterion(embeddings, labels)` with embeddings [N, D] and labels [N] returns the scalar loss.
-    It is called as a pytorch-metric-learning loss is; `bstriplet_kernels.metric_learning` has the
-    loss on that library's base class. The options are those of `bstriplet_loss`; all are checked
-    here, once.
+    It takes the arguments of a pytorch-metric-learning loss; `bstriplet_kernels.metric_learning`
+    has the loss on that library's base class. The options are those of `bstriplet_loss`; they are
+    checked once, here, and raise the same errors.
 
     Args:
         margin: m of Eq. 3, in [0, 1].
         similarity: "square", "signed_square" or "linear".
         eq3: "corrected" or "printed".
         reduction: "mean", "sum" or "none".
-        group: process group whose ranks' rows together are the batch; its cost is in
-            `bstriplet_loss`.
+        group: process group; the rows of all its ranks are the batch. `bstriplet_loss` has the
+            cost.
         impl: "auto" or one of `available_impls()`.
         eps: a row of at most this norm is a zero row.
         return_stats: return (loss, BSTripletStats) instead of the loss.
@@ -65,8 +65,9 @@ class BSTripletLoss(nn.Module):
         embeddings [N, D], labels [N], ref_emb [M, D], ref_labels [M] as in `bstriplet_loss`.
         indices_tuple: a miner's triplets (anchors, positives, negatives) or pairs (anchors,
         positives, anchors, negatives), int64 or int32. The means of Eq. 3 then run over the listed
-        pairs, each as often as it is listed; labels are not used, and a row that is listed nowhere
-        has two empty means and counts as the margin.
+        pairs, each as often as it is listed. Labels are not used. A row that is listed nowhere has
+        two empty means and counts as the margin. `impl` must be "auto" or "reference", and `group`
+        None.
         """
         if indices_tuple is not None:
             return functional.compute_listed(embeddings, indices_tuple, self._options, ref_emb)
@@ -81,7 +82,7 @@ class BSTripletLoss(nn.Module):
 
 
 class CrossEntropyBSTripletLoss(nn.Module):
-    """Eq. 7: L = L_ce + weight * L_bst, of logits and the embeddings that they were made from.
+    """Eq. 7: L = L_ce + weight * L_bst, of logits and the embeddings behind them.
 
     `criterion(logits, embeddings, labels)` with logits [N, C], embeddings [N, D] and labels [N]
     integer in [0, C) returns the scalar loss, in float32 or float64.

@@ -29,7 +29,7 @@ from .loss import BSTripletLoss as Criterion
 __all__ = ["BSTripletLoss", "CrossBatchMemory", "SelfSupervisedLoss"]
 
 Losses = dict[str, dict[str, Any]]
-"""What their reducers take: for each part of the loss its values, their indices and their kind."""
+"""What the library's reducers take: values, indices and kind of each part of the loss."""
 
 
 class BSTripletLoss(losses.BaseMetricLossFunction):
@@ -37,27 +37,27 @@ class BSTripletLoss(losses.BaseMetricLossFunction):
 
     `loss(embeddings, labels, indices_tuple=None, ref_emb=None, ref_labels=None)`, with embeddings
     [N, D], labels [N], ref_emb [M, D] and ref_labels [M]; the equations are those of
-    `bstriplet_loss`. The reducer is given the N losses l_i of Eq. 3, and by default takes their
-    mean: value and gradient are those of `bstriplet_kernels.BSTripletLoss`.
+    `bstriplet_loss`. A reducer takes the N losses l_i of Eq. 3. The default is their mean, which
+    has the value and the gradient of `bstriplet_kernels.BSTripletLoss`.
 
     The library's habits hold:
 
     - labels and indices_tuple are moved to the embeddings' device.
     - Without ref_emb, or where `ref_labels is labels`, row i is not compared with column i; other
       references are compared with every row.
-    - indices_tuple, a miner's pairs or triplets, takes the place of the labels. The means of Eq. 3
-      run over what it lists, and a row without listed pairs counts as the margin. Where it lists
-      nothing at all the loss is 0, still attached to the embeddings.
+    - indices_tuple, a miner's pairs or triplets, replaces the labels. The means of Eq. 3 run over
+      the listed pairs, and a row without listed pairs counts as the margin. If nothing at all is
+      listed the loss is 0, still attached to the embeddings.
 
-    The loss of half-precision embeddings is float32. Exceptions are the library's own: where
-    nothing is listed, or no row passes a reducer's threshold, or `MultipleReducers` (which
-    embedding_regularizer brings in) adds up, the result has the embeddings' dtype.
+    The loss of half-precision embeddings is float32, with three exceptions of the library, where
+    the result has the embeddings' dtype: nothing is listed, no row passes a reducer's threshold, or
+    `MultipleReducers` (used for embedding_regularizer) adds up its parts.
 
     For several processes wrap it in the library's `DistributedLossWrapper`, which needs batches of
-    one size: it returns world_size times the loss of all ranks' rows together, and
-    DistributedDataParallel averages to the gradient of one process on them. Its `efficient=True`
-    takes the mean of each rank's own rows and keeps the other ranks' constant, which is another
-    gradient. The option `group` is that of `bstriplet_kernels.BSTripletLoss` alone.
+    equal size. It returns world_size times the loss of all ranks' rows, and DistributedDataParallel
+    averages to the gradient of one process on them. With `efficient=True` it takes the mean of each
+    rank's own rows and holds the other ranks' constant, which gives another gradient. Only
+    `bstriplet_kernels.BSTripletLoss` has the option `group`.
 
     Args:
         margin: m of Eq. 3, in [0, 1]; read-only as an attribute.
@@ -70,8 +70,8 @@ class BSTripletLoss(losses.BaseMetricLossFunction):
             takes the mean over the rows with l_i > 0.
         embedding_regularizer: a regularizer of the library; its value is added to the loss.
         embedding_reg_weight: the factor of that value.
-        collect_stats: keep `BSTripletStats` of the last call as attributes of these names, floats,
-            which a GPU has to be waited for. None is the library's global setting.
+        collect_stats: keep the fields of the last call's `BSTripletStats` as attributes, in floats,
+            which waits for a GPU. None is the library's global setting.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what is allowed.
@@ -154,27 +154,27 @@ class BSTripletLoss(losses.BaseMetricLossFunction):
         return {"loss": _as_reducers_take_it(result)}
 
     def _criterion(self) -> Criterion:
-        """The mean where the reducer does no more than that: loss and gradient are then one call.
+        """`mean_loss` for a plain `MeanReducer`, as loss and gradient are then one call.
 
-        A reducer that collects statistics counts the losses that it is given.
+        A reducer that collects statistics needs the single losses to count them.
         """
         is_mean = type(self.reducer) is MeanReducer and not self.reducer.collect_stats
         return self.mean_loss if is_mean else self.row_losses
 
     def _record_norms(self, embeddings: Tensor, ref_emb: Tensor) -> None:
-        """The statistics of `CosineSimilarity`, whose matrix is not computed here."""
+        """Record the statistics of `CosineSimilarity`, whose matrix is never computed here."""
         unit = (self.distance.normalize(side.detach()) for side in (embeddings, ref_emb))
         self.distance.set_default_stats(embeddings, ref_emb, *unit)
 
 
 class CrossBatchMemory(losses.CrossBatchMemory):
-    """The library's `CrossBatchMemory`, which admits losses by name, admitting `BSTripletLoss`.
+    """The library's `CrossBatchMemory`, which admits losses by name, with `BSTripletLoss` added.
 
     `loss(embeddings, labels, indices_tuple=None, enqueue_mask=None)` compares the batch with a
     queue of the last `memory_size` rows, the batch included; gradient flows to the batch as rows,
-    never to the queue. No row is compared with its own copy, which the library's own removal
-    overlooks in a batch of one row. Arguments are the library's; by its name `BSTripletLoss` of
-    `bstriplet_kernels` is admitted too. Pairs are listed here, so `impl` must be "auto" or
+    never to the queue. No row is compared with its own copy; the library itself misses that copy
+    in a batch of one row. Arguments are the library's. `BSTripletLoss` of `bstriplet_kernels` has
+    the same name and is admitted too. Pairs are listed here, so `impl` must be "auto" or
     "reference". The library reads the columns of a given indices_tuple as places in the queue.
     """
 
@@ -183,7 +183,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         return [*losses.CrossBatchMemory.supported_losses(), "BSTripletLoss"]
 
     def add_to_memory(self, embeddings: Tensor, labels: Tensor, batch_size: int) -> None:
-        """Write the rows in the queue's dtype, which under autocast the library leaves as it is."""
+        """Write the rows in the queue's dtype, which the library does not match under autocast."""
         super().add_to_memory(
             embeddings.to(self.embedding_memory.dtype),
             labels.to(self.label_memory.dtype),
@@ -199,7 +199,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         input_indices_tuple: tuple[Tensor, ...] | None,
         do_remove_self_comparisons: bool,
     ) -> tuple[Tensor, ...]:
-        """The pairs or triplets of rows and places in the queue, without a row and its copy."""
+        """The pairs or triplets of rows and places in the queue, none of a row and its copy."""
         indices = super().create_indices_tuple(
             embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove_self_comparisons=False
         )
@@ -213,11 +213,12 @@ class CrossBatchMemory(losses.CrossBatchMemory):
 
 
 class SelfSupervisedLoss(losses.SelfSupervisedLoss):
-    """The library's `SelfSupervisedLoss`, which admits losses by name, admitting `BSTripletLoss`.
+    """The library's `SelfSupervisedLoss`, which admits losses by name, with `BSTripletLoss` added.
 
-    `loss(embeddings, ref_emb)` with both [N, D]: row i of each is an augmentation of image i, the
-    one positive of the other. Arguments are the library's; by its name `BSTripletLoss` of
-    `bstriplet_kernels` is admitted too, on the CPU alone: this wrapper makes its labels there.
+    `loss(embeddings, ref_emb)` with both [N, D]: row i of each is an augmentation of image i, and
+    the two are each other's only positive. Arguments are the library's. `BSTripletLoss` of
+    `bstriplet_kernels` has the same name and is admitted too, but only on the CPU, where this
+    wrapper makes its labels.
     """
 
     @staticmethod
@@ -226,7 +227,7 @@ class SelfSupervisedLoss(losses.SelfSupervisedLoss):
 
 
 def _check_distance(distance: Any) -> None:
-    """Raise unless `distance` is the cosine itself: what a subclass changes would be ignored."""
+    """Raise unless `distance` is the cosine itself: a subclass's changes would be ignored."""
     if type(distance) is not CosineSimilarity:
         raise TypeError(f"distance must be CosineSimilarity() or None, got {distance!r}")
     if (distance.p, distance.power) != (2, 1):
@@ -237,7 +238,7 @@ def _check_distance(distance: Any) -> None:
 
 
 def _as_reducers_take_it(values: Tensor) -> dict[str, Any]:
-    """A scalar, or one loss a row, with what their reducers ask beside it."""
+    """A scalar, or one loss a row, as a part of `Losses`."""
     if values.dim() == 0:
         return {"losses": values, "indices": None, "reduction_type": "already_reduced"}
     rows = c_f.torch_arange_from_size(values)

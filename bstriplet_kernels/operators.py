@@ -1,17 +1,17 @@
 """torch.ops.bstriplet.loss and loss_gradient: the loss as operators, for tracers and torch.func.
 
 torch.compile, torch.export, make_fx, torch.func, torch.jit.trace, meta, fake and wrapper tensors
-meet two operators that have everything of their own: shapes, a rule for vmap, and derivatives of
-every order in both directions. Which path runs is decided when they run, by sizes that are numbers
-then: one graph serves every batch, each by its best path.
+see two operators with their own shapes, rule for vmap, and derivatives of every order in forward
+and reverse mode. The path is chosen when an operator runs, where sizes are numbers: one graph
+serves every batch, each by its best path.
 
     loss(f, y)              ->  L, the two means of Eq. 3, and dL/df for an upstream of 1
     loss_gradient(g, f, y)  ->  dL/df for an upstream g, one number or one for each row
 
-dL/df of a scalar comes with L, so a graph that trains keeps those N x D numbers and computes
-nothing twice: its backward gives them to `loss_gradient` as `known`, and that multiplies. With
-reduction="none" it cannot, and the backward starts from the embeddings. First derivatives in
-reverse mode are the paths'; all others are those of the reference, in plain torch.
+A scalar L comes with dL/df, so a training graph keeps those N x D numbers and computes nothing
+twice: its backward passes them to `loss_gradient` as `known`, which multiplies them by g. With
+reduction="none" the backward starts from the embeddings. Paths compute first derivatives in
+reverse mode; the reference, in plain torch, computes all others.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ _LOSS_GRADIENT = torch.ops.bstriplet.loss_gradient.default
 
 
 class Problem(NamedTuple):
-    """The arguments of both operators; torch leaves out of a call what is a default.
+    """The arguments of both operators; torch omits from a call those that equal the default.
 
-    labels and ref_labels: any integer dtype. impl: "auto" or a path's name. gradient: whether a
-    scalar loss is to come with its gradient.
+    labels and ref_labels: any integer dtype or bool. impl: "auto" or a path's name. gradient:
+    whether `loss` returns the gradient with a scalar loss.
     """
 
     embeddings: Tensor
@@ -80,7 +80,7 @@ class Problem(NamedTuple):
 
     @property
     def spec(self) -> Spec:
-        """The loss in numbers."""
+        """The options of the loss as paths take them."""
         wants_gradient = self.gradient and self.reduction != "none"
         numbers = (
             self.margin,
@@ -103,11 +103,11 @@ class Problem(NamedTuple):
 
     @property
     def sides(self) -> tuple[Tensor, ...]:
-        """What can be differentiated: the embeddings and, where there is one, ref_emb."""
+        """The differentiable inputs: the embeddings and, if given, ref_emb."""
         return (self.embeddings,) if self.ref_emb is None else (self.embeddings, self.ref_emb)
 
     def planned(self) -> tuple[Spec, Path]:
-        """What to run, and by which path; raises where an argument is wrong."""
+        """The spec and the path to run; raises if an argument is wrong."""
         spec = self.spec
         options = Options(spec, self.impl, group=None, return_stats=True)  # means are outputs
         spec, name = checked_plan(*self.tensors, options, spec.wants_gradient)
@@ -121,11 +121,11 @@ class Problem(NamedTuple):
 
 
 _N_PROBLEM = len(Problem._fields) - 1
-"""The arguments that both operators have; `gradient` is of `loss` alone."""
+"""How many arguments both operators have; `gradient` belongs to `loss` alone."""
 
 
 def _numbers(spec: Spec) -> tuple[float, float, str, str, float]:
-    """The loss in numbers and words as the operators take them."""
+    """The options of a spec as the operators take them."""
     return spec.margin, spec.sigma, spec.similarity.name, spec.reduction, spec.eps
 
 
@@ -139,7 +139,7 @@ def loss_and_means(
 ) -> tuple[Tensor, Tensor]:
     """The loss and Eq. 3's two means for each row, [2, N], through the operator."""
     options = (*_numbers(spec), impl, spec.wants_gradient)
-    # Inside the operator it would be too late: torch.func restores autocast level by level.
+    # Inside the operator this comes too late: torch.func restores autocast level by level.
     with without_autocast(embeddings.device):
         loss, means, *_ = _LOSS(embeddings, labels, ref_emb, ref_labels, *options)
     return loss, means
@@ -157,8 +157,8 @@ def gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """dL/df of each side for an upstream of `grad_loss`, through the operator.
 
-    In the accumulation dtype, and differentiable in grad_loss and both sides. known: what `loss`
-    returned for an upstream of 1.
+    In the accumulation dtype, and differentiable in grad_loss and both sides. known: the gradients
+    that `loss` returned for an upstream of 1.
     """
     inputs = embeddings, labels, ref_emb, ref_labels, *_numbers(spec), impl
     with without_autocast(embeddings.device):
@@ -173,7 +173,7 @@ def _pair(gradients: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, Ten
     return grads[0], grads[1]
 
 
-# What the operators do: the tensors of one device, by one path.
+# What the operators run: one path, on tensors of one device.
 
 
 def _run_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -209,7 +209,7 @@ def _run_loss_gradient(grad_loss: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _check_upstream(grad_loss: Tensor, problem: Problem) -> None:
-    """Raise unless there is a number from upstream for what the reduction leaves."""
+    """Raise unless grad_loss has the shape of the reduced loss."""
     n = problem.embeddings.shape[0]
     expected = (n,) if problem.reduction == "none" else ()
     if grad_loss.shape != expected:
@@ -220,7 +220,7 @@ def _check_upstream(grad_loss: Tensor, problem: Problem) -> None:
 
 
 def _check_known(known: Sequence[Tensor | None], problem: Problem) -> None:
-    """Raise unless these can be what `loss` returned for the sides."""
+    """Raise unless these have the shapes of what `loss` returns for a scalar."""
     shapes = [None if gradient is None else list(gradient.shape) for gradient in known]
     expected = [list(side.shape) for side in problem.sides]
     if problem.reduction == "none" or shapes != expected:
@@ -252,7 +252,7 @@ def _empty_gradients(problem: Problem) -> list[Tensor]:
     return [side.new_empty(side.shape, dtype=dtype) for side in problem.sides]
 
 
-# The same in plain torch, which can be differentiated by whatever differentiates torch.
+# The same in plain torch, which every transform of torch can differentiate.
 
 
 def _plain_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -295,7 +295,7 @@ class _Loss(torch.autograd.Function):
         grads: tuple[Tensor | None, ...] = (None, None)
         if grad_loss is not None:
             spec = problem.spec
-            # Eager autograd differentiates these outputs again; a traced graph needs the operator.
+            # Eager autograd can differentiate the saved outputs; a traced graph needs the operator.
             if spec.wants_gradient and not is_traced():
                 grads = grad * grad_loss, grad_ref * grad_loss
             else:
@@ -332,7 +332,7 @@ def _pull_back(
     problem: Problem,
     upstream: tuple[Tensor | None, ...],
 ) -> tuple[Tensor, ...]:
-    """Gradients of `function(*before, *problem)` by autograd: of `before`, then of the sides."""
+    """The vjp of `function(*before, *problem)`: gradients of `before`, then of the sides."""
 
     def outputs(*inputs: Tensor) -> tuple[Tensor, ...]:
         first, sides = inputs[: len(before)], inputs[len(before) :]
@@ -355,7 +355,7 @@ def _in_place_of_inputs(
     problem: Problem,
     n_inputs: int,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of all inputs: `before`, those of the sides in their dtypes, and None."""
+    """A gradient for each input: `before`, those of the sides in their dtypes, else None."""
     cast = [
         None if grad is None else grad.to(side.dtype)
         for side, grad in zip(problem.sides, grads, strict=False)
@@ -367,7 +367,7 @@ def _in_place_of_inputs(
 def _derivative(
     operator: Any, function: type[torch.autograd.Function], plain: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """The kernel for autograd: what `operator` does where one of its tensors is differentiated."""
+    """The autograd kernel of `operator`: `plain` in forward mode, `function` in reverse mode."""
     apply = function_for_kernels(function)
     differentiable = [
         k
@@ -387,7 +387,7 @@ def _derivative(
 
 
 def _map_over_batch(operator: Any, shapes: Callable[..., Any]) -> Callable[..., Any]:
-    """The rule for vmap: one call for each batch, since a batch is what the loss is of."""
+    """The rule for vmap: one call for each batch, since the loss is defined over one batch."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         given = list(zip(args, in_dims, strict=True))

@@ -1,9 +1,9 @@
 """Which path runs, and what it costs: Eq. 8, each path's own counts, predicted times.
 
 The time of a path is predicted as call + flop * FLOPs + byte * bytes + launch * launches, with the
-path's own counts and with constants measured on each kind of device (`calibration.py`);
-`impl="auto"` takes the path of the least predicted time among those that can run. A schedule that
-has not been measured on a kind of device is assumed to be slow there.
+path's own counts and with constants measured on each kind of device (`calibration.py`). Among the
+paths that can run and do not take too much memory, `impl="auto"` takes that of the least predicted
+time. A schedule that has not been measured on a kind of device is assumed to be slow there.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from .paths import PATHS, gpu
 from .spec import Spec, work_of
 
 _ASSUMED = {"cpu": Constants(1e-3, 1e-10, 5e-10), "other": Constants(2e-3, 1e-13, 1e-12, 2e-5)}
-"""Of a schedule that was not measured: 10 GFLOP/s and 2 GB/s on a CPU; elsewhere 10 TFLOP/s, 1 TB/s
-and 20 us a launch."""
+"""For a schedule that was not measured: 1 ms a call, 10 GFLOP/s, 2 GB/s on a CPU; elsewhere 2 ms,
+10 TFLOP/s, 1 TB/s and 20 us a launch."""
 _MUCH_MEMORY, _MUCH_OF_EMBEDDINGS = 1 << 33, 8
-"""Bytes, and times the embeddings: a path that takes more than both gives way to one that takes
-less, whatever their times are."""
+"""Extra memory in bytes, and as a multiple of the embeddings. A path above both is not taken,
+however fast, unless none takes less."""
 _ASSUMED_CLASSES = 3
 """`choose` does not ask the device how many classes there are; the paper has two or three."""
 
@@ -42,8 +42,9 @@ _ASSUMED_CLASSES = 3
 class Plan:
     """What `impl="auto"` does with an input, and why; `print` it.
 
-    path: the name that `impl` takes. cost: that path's own counts. eq8_flops: the paper's figure
-    for the forward alone. predicted: seconds by path, where the device has been measured.
+    path: the name that `impl` takes. n_classes: those of the columns. cost: that path's own counts.
+    eq8_flops: the paper's figure for the forward alone. predicted: seconds of each path that does
+    not take too much memory, at an assumed speed where none was measured.
     """
 
     path: str
@@ -79,14 +80,14 @@ class Plan:
 def eq8_flops(n: int, d: int, c: int) -> int:
     """Eq. 8 as printed: the FLOPs of the loss for N_b = n, l = d and c classes.
 
-    Its l^2 + l - 1 operations for one entry of S are 2 l - 1; the cost of the path "reference"
-    counts what is done.
+    It counts l^2 + l - 1 operations for one entry of S, which takes 2 l - 1; the cost of the path
+    "reference" has the true count.
     """
     return (d * d + c * c + d + c + 3) * n * n + (2 * d + 5) * n
 
 
 REMEMBERED = 4096
-"""How many forms of input are checked and planned once, and not again."""
+"""How many forms of input `checked_plan` remembers."""
 _planned: dict[tuple[object, ...], tuple[Spec, str]] = {}
 
 
@@ -100,7 +101,7 @@ def checked_plan(
 ) -> tuple[Spec, str]:
     """Check the inputs; return the spec to run and the path's name. Raises as `bstriplet_loss`.
 
-    Remembered by all that decides it, so that in a training loop check and choice are a look-up.
+    The result is remembered by options and forms of input: in a training loop it is a look-up.
     """
     key: tuple[object, ...] | None = None
     if type(embeddings) in PLAIN_TENSORS and type(labels) in PLAIN_TENSORS:
@@ -138,14 +139,14 @@ def checked_plan(
 
 
 def _form(given: Tensor | None) -> object:
-    """What checks and plans see of a tensor; of anything else, its type."""
+    """What checks and plans read of a tensor; for anything else, its type."""
     if isinstance(given, Tensor):
         return given.shape, given.dtype, given.layout, given.device
     return type(given)
 
 
 def choose(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str:
-    """The path of `impl="auto"`, by shapes, dtypes and kind of device; it never waits for one."""
+    """The path of `impl="auto"`, by shapes, dtypes and kind of device; never waits for a GPU."""
     return fastest(_takers(embeddings, ref_emb, spec), work_of(embeddings, ref_emb, spec))
 
 
@@ -173,9 +174,9 @@ def explain_shape(
     device: torch.device,
     spec: Spec,
 ) -> Plan:
-    """The same of tensors that need not exist, on a device that need not be here.
+    """`explain_plan` for shapes: neither the tensors nor the device need exist.
 
-    Where it is not, all paths count that a machine with it can have.
+    Where there is no GPU, every path counts as installed for one.
     """
     is_here = device.type != "cuda" or torch.cuda.is_available()
     with contextlib.nullcontext() if is_here else gpu.imagined(), fake_tensors():
@@ -211,14 +212,14 @@ def _takers(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> tuple[str
 
 
 def fastest(takers: Sequence[str], work: Work) -> str:
-    """Which of these paths is taken: the one of the least predicted time."""
+    """The path of the least predicted time, for `_ASSUMED_CLASSES` classes of even size."""
     sizes = [max(1, work.columns // _ASSUMED_CLASSES)] * _ASSUMED_CLASSES
     costs = _contenders(takers, work, sizes)
     return min(costs, key=lambda name: _seconds(name, costs[name], work))
 
 
 def _contenders(takers: Sequence[str], work: Work, class_sizes: Sequence[int]) -> dict[str, Cost]:
-    """The paths that may be taken, with what they cost: without those of too much memory."""
+    """The costs of these paths, without the paths that take too much memory."""
     costs = {name: PATHS[name].cost(work, class_sizes) for name in takers}
     much = max(_MUCH_MEMORY, _MUCH_OF_EMBEDDINGS * work.embedding_bytes)
     least = min(cost.extra_memory for cost in costs.values())
@@ -226,7 +227,7 @@ def _contenders(takers: Sequence[str], work: Work, class_sizes: Sequence[int]) -
 
 
 def _measured(path: str, cost: Cost, work: Work) -> Constants | None:
-    """The speed of that path's schedule on this kind of device, if it is known."""
+    """The measured speed of a path's schedule on this kind of device, or None."""
     return CONSTANTS.get(work.device, {}).get(cost.schedule or path)
 
 

@@ -59,7 +59,8 @@ def listed_pair_weights(
 ) -> Tensor:
     """[2, N, M]: how often each pair is listed as a positive, and as a negative.
 
-    indices: (anchors, positives, anchors, negatives) or triplets (anchors, positives, negatives).
+    indices: pairs (anchors, positives, anchors, negatives) or triplets (anchors, positives,
+    negatives).
     Sums of ones are exact, so the result does not depend on the order of accumulation.
     """
     anchors, positives, *negative_anchors, negatives = indices
@@ -79,7 +80,7 @@ def row_means(similarity: Tensor, weights: Tensor, spec: Spec) -> Rows:
 
 
 def similarity_gradient(similarity: Tensor, weights: Tensor, a: Tensor, spec: Spec) -> Tensor:
-    """dL/dS, [N, M], for dL/dl_i [h_i > 0] = a: each row's own share, not yet symmetrised."""
+    """dL/dS [N, M] from a = dL/dl_i [h_i > 0]: each row's own share, not yet symmetrised."""
     slope = spec.similarity.slope(similarity)
     share = weights / weights.sum(dim=2, keepdim=True).clamp_min(1)
     return a[:, None] * (spec.sigma * share[1] - share[0]) * slope
@@ -95,7 +96,7 @@ class Units(NamedTuple):
 
 
 def units(embeddings: Tensor, ref_emb: Tensor | None, eps: float) -> Units:
-    """f^ of both sides in the accumulation dtype; the columns are the rows without `ref_emb`."""
+    """f^ of both sides in the accumulation dtype; without `ref_emb` the columns are the rows."""
     if ref_emb is None:
         own = normalise(embeddings.to(accumulation_dtype(embeddings)), eps)
         return Units(*own, *own)
@@ -133,9 +134,9 @@ def gradient(
         w_ij = -(a_i / N_i+ + a_j / N_j+)       for another row of i's class
         w_ij = sigma (a_i / N_i- + a_j / N_j-)  for a row of another class
 
-    because each pair stands in S twice. With ref_emb a row keeps its own terms, those of a_i, and a
-    column the others. Everything is computed anew from the embeddings, so that differentiating this
-    function gives the second derivative of the loss.
+    because S holds each pair twice. With ref_emb only rows have a loss: a row keeps the terms of
+    its own a_i, and a column gets those of the rows' a. Everything is computed anew from the
+    embeddings, so differentiating this function gives the second derivative of the loss.
     """
     unit = units(embeddings, ref_emb, spec.eps)
     similarity = unit.rows @ unit.columns.T
@@ -143,7 +144,7 @@ def gradient(
     rows = row_means(similarity, weights, spec)
     a = row_gradient(grad_loss.to(similarity.dtype), rows, spec)
     ds = similarity_gradient(similarity, weights, a, spec)
-    if ref_emb is None:  # each pair stands in S twice: in row i and in row j
+    if ref_emb is None:  # S holds each pair twice: in row i and in row j
         v = (ds + ds.T) @ unit.rows
         return denormalise_gradient(v, unit.rows, unit.row_inverse), None
     grad_rows = denormalise_gradient(ds @ unit.columns, unit.rows, unit.row_inverse)
@@ -165,8 +166,8 @@ def listed_pairs_loss(
 def naive_loss(embeddings: Tensor, labels: Tensor, margin: float = 0.9) -> Tensor:
     """Eqs. 2-4 as the paper computes them, scalar; its operations are those that Eq. 8 counts.
 
-    embeddings [N, D] float, labels [N] integer. Normalisation, S, one-hot labels, B = y^ y^T,
-    D = S (2B - 1) with its diagonal removed (Eq. 2 as the text describes it), then for each row the
+    embeddings [N, D] float, labels [N] integer. In order: normalised rows, S, one-hot labels,
+    B = y^ y^T, D = S (2B - 1) without its diagonal (Eq. 2 as the text describes it), and each row's
     means of D+^2 and D-^2 (the second sign of Eq. 3 corrected). The gradient is autograd's.
     """
     unit = torch.nn.functional.normalize(embeddings, dim=1)
@@ -208,9 +209,9 @@ def _backward(
 
 
 def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
-    """Dense matrices in plain torch; the backward computes S anew.
+    """The cost of dense matrices in plain torch; the backward computes S anew.
 
-    Each sweep over N x M numbers is an operator of its own, and so is each launch on a GPU.
+    Each sweep over N x M numbers is a separate operator. On a GPU each operator is a launch.
     """
     pairs, side = work.n * work.columns, work.vectors * work.d * work.accumulated
     own = work.m is None
@@ -229,18 +230,18 @@ def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
 
 
 def _extra_memory(work: Work) -> int:
-    """N x M matrices, unit rows and columns, O(N).
+    """Peak bytes: N x M matrices, unit rows and columns, O(N).
 
-    The forward ends with S, phi(S), two masks and phi(S) under each. The backward has S, two masks,
-    the slope, two shares and the two terms of dL/dS; or, where D is large, S, the masks and dL/dS
-    are still there beside the last three temporaries of a side's gradient.
+    The forward ends with S, phi(S), two masks and phi(S) times each. The backward peaks with S, two
+    masks, the slope, two shares and the two terms of dL/dS; or, where D is large, with S, two
+    masks, dL/dS and the last three temporaries of a side's gradient.
     """
     number = work.accumulated
     pairs, vectors = work.n * work.columns * number, work.n * number
     rows, columns = vectors * work.d, (work.m or 0) * work.d * number
     units = rows + columns
     if not work.wants_gradient:
-        widened = units if work.casts else 0  # half rows, before there is anything else
+        widened = units if work.casts else 0  # half rows, before any matrix exists
         return units + max(6 * pairs, widened) + 3 * vectors
     forming = 8 * pairs
     ending = 4 * pairs + max(3 * rows, rows + 3 * columns)

@@ -1,4 +1,4 @@
-"""What every way of computing the loss is given, and the O(N) arithmetic they share."""
+"""What every path takes and returns, and the O(N) arithmetic that all paths share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .cost import Cost, Work
 
 
 class Similarity(NamedTuple):
-    """phi, what Eq. 3 takes the means of, by the name that the option `similarity` takes."""
+    """phi, whose means Eq. 3 takes; `name` is a value of the option `similarity`."""
 
     name: str
 
@@ -34,7 +34,7 @@ SIMILARITIES = {each.name: each for each in (SQUARE, SIGNED_SQUARE, LINEAR)}
 
 
 class Spec(NamedTuple):
-    """The loss in numbers; option names are resolved before one is made.
+    """The options of the loss as paths take them.
 
     margin: m of Eq. 3. sigma: +1 (corrected) or -1 (as printed), the sign of the negatives' mean.
     similarity: phi. reduction: "mean" (Eq. 4), "sum" or "none". eps: rows of at most this norm
@@ -53,7 +53,7 @@ class Spec(NamedTuple):
 
     @property
     def signed(self) -> bool:
-        """Whether phi(s) is s|s| where kernels of squares have the choice."""
+        """Whether phi(s) is s|s| and not s^2, for kernels that take either."""
         return self.similarity == SIGNED_SQUARE
 
 
@@ -67,9 +67,9 @@ class Rows(NamedTuple):
 class Kept(NamedTuple):
     """What a path's forward keeps for the backward.
 
-    tensors: what the path's `backward` needs, in an order of its own. is_gradient: they are the
-    gradients of the embeddings and, where there is one, of ref_emb, for an upstream of 1: the
-    caller multiplies them by the upstream number, and `backward` is not called.
+    tensors: what the path's `backward` needs, in an order of its own. is_gradient: the tensors are
+    the gradients, for an upstream of 1, of the embeddings and of ref_emb if there is one. The
+    caller then multiplies them by the upstream number and does not call `backward`.
     """
 
     tensors: tuple[Tensor, ...] = ()
@@ -88,17 +88,17 @@ class Path(NamedTuple):
     """One way of computing the loss, as functions of tensors and numbers.
 
     forward(embeddings [N, D], ref_emb [M, D] or None, labels [N] int64, ref_labels [M] int64 or
-    None, spec) -> (loss, rows, kept): the reduced loss, Eq. 3's two means for each row, and what is
-    kept. Where that is the gradient and spec does not want the rows they may be None.
+    None, spec) -> (loss, rows, kept): the reduced loss, Eq. 3's two means for each row, and what
+    the backward needs. rows may be None if the gradient is kept and spec does not want the rows.
     backward(grad_loss, embeddings, ref_emb, labels, ref_labels, rows, kept.tensors, spec) ->
-    (gradient of the embeddings, gradient of ref_emb or None), both in the accumulation dtype: the
-    upstream number, such as a loss scale, must be multiplied in before half precision underflows.
-    cost(work, class_sizes) -> what the schedule that will run does; class_sizes: members of each
+    (gradient of the embeddings, gradient of ref_emb or None), both in the accumulation dtype: in
+    half precision they could underflow before the upstream, such as a loss scale, is multiplied in.
+    cost(work, class_sizes) -> the Cost of the schedule that will run; class_sizes: members of each
     class among the columns.
-    missing() -> what is not installed that the path needs and how to get it, or None.
-    refuses(embeddings, ref_emb, spec) -> why the path cannot take this input, or None; it looks at
-    shapes, dtypes and devices alone.
-    keeps: whether `backward` needs the rows and what is kept; else they may be None and ().
+    missing() -> which requirement of the path is not installed and how to get it, or None.
+    refuses(embeddings, ref_emb, spec) -> why the path cannot take this input, or None; it looks
+    only at the spec and at shapes, dtypes and devices.
+    keeps: whether `backward` needs rows and kept.tensors; otherwise they may be None and ().
     heeds_autocast: whether autocast would change the dtype of products in `forward`.
     """
 
@@ -112,7 +112,7 @@ class Path(NamedTuple):
 
 
 def work_of(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> Work:
-    """What there is to compute of these tensors."""
+    """The Work of these tensors and this spec."""
     (n, d), m, dtype = embeddings.shape, None, embeddings.dtype
     if ref_emb is not None:
         m, dtype = ref_emb.shape[0], torch.promote_types(dtype, ref_emb.dtype)
@@ -130,9 +130,9 @@ def denormalise_gradient(v: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
 
 
 def refuses_linear(spec: Spec) -> str | None:
-    """Why a path over pairs does not take similarity="linear", if that is asked for."""
+    """Why a path over pairs refuses similarity="linear"; None for the others."""
     if spec.similarity == LINEAR:
-        return 'of similarity="linear" it has no kernels: impl="gram" takes sums of classes'
+        return 'it has no kernels for similarity="linear": impl="gram" takes sums of classes'
     return None
 
 
@@ -155,7 +155,7 @@ def reduce_losses(rows: Rows, spec: Spec) -> Tensor:
 
 
 def row_gradient(grad_loss: Tensor, rows: Rows, spec: Spec) -> Tensor:
-    """a_i = dL/dl_i [h_i > 0], [N]: 0 at h_i = 0 as relu's, and NaN rows count as active."""
+    """a_i = dL/dl_i [h_i > 0], [N]: 0 at h_i = 0 as for relu; NaN rows count as active."""
     n = rows.positive.shape[0]
     upstream = grad_loss / n if spec.reduction == "mean" else grad_loss
     return torch.where(hinge(rows, spec) <= 0, torch.zeros_like(rows.positive), upstream)

@@ -1,4 +1,4 @@
-"""One module for each way of computing the loss; here, their names."""
+"""One module for each way of computing the loss, and their names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What paths ask of the GPU that they run on, and whether Triton can run its kernels there."""
+"""Properties of the GPU that paths run on, and whether Triton's kernels can run there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 USUAL_PROCESSORS = 132
-"""For predictions: an H100's."""
+"""Those of an H100 and an H200, for predictions without a GPU."""
 _INTERPRETER_PROCESSORS = 6  # so that small inputs are shared out among programs there too
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _IS_IMAGINED = False
@@ -29,29 +29,29 @@ def processors(device: torch.device) -> int:
 
 
 def of_type(kind: str) -> torch.device | None:
-    """The current device of that type, or None where there is none: then the usual GPU is meant."""
+    """The current device of that type; None, which means the usual GPU, if there is no GPU."""
     return torch.device(kind) if kind == "cpu" or torch.cuda.is_available() else None
 
 
 @functools.cache
 def is_hopper(device: torch.device) -> bool:
-    """Whether tensor cores read their operands from shared memory, as blocks assume there."""
+    """Whether a GPU is a Hopper, whose tensor cores read their operands from shared memory."""
     if device.type == "cpu" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def products_are_exact() -> bool:
-    """Whether torch multiplies float32 on a GPU as it is, by whichever of its settings was used.
+    """Whether torch multiplies float32 on a GPU without rounding it to tf32.
 
-    `torch.get_float32_matmul_precision` raises where the newer one was.
+    Reads the newer of two settings; `torch.get_float32_matmul_precision` raises once that was set.
     """
     return torch.backends.cuda.matmul.fp32_precision != "tf32"
 
 
 @contextlib.contextmanager
 def imagined() -> Iterator[None]:
-    """While entered, GPUs are those of another machine, on which all is installed."""
+    """While entered, GPUs are those of another machine, on which everything is installed."""
     global _IS_IMAGINED
     before, _IS_IMAGINED = _IS_IMAGINED, True
     try:
@@ -61,17 +61,17 @@ def imagined() -> Iterator[None]:
 
 
 def is_imagined() -> bool:
-    """Whether what is installed here does not matter."""
+    """Whether `imagined` is entered."""
     return _IS_IMAGINED
 
 
 def has_triton() -> bool:
-    """Whether Triton is installed."""
+    """Whether Triton is installed, here or on the imagined machine."""
     return _HAS_TRITON or _IS_IMAGINED
 
 
 def missing() -> str | None:
-    """What is not here that Triton's kernels need: Triton, and a GPU or Triton's interpreter."""
+    """Which need of Triton's kernels is not here (Triton; a GPU or the interpreter), or None."""
     if not _HAS_TRITON:
         return "Triton is not installed (on Linux: pip install triton; on Windows: triton-windows)"
     if not (torch.cuda.is_available() or interpreted()):
@@ -85,7 +85,7 @@ def refuses(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"its kernels run on GPUs, and the embeddings are on {device}"
-    # Where there is no GPU, a tensor on one is a fake of what another machine will run.
+    # Where there is no GPU, a tensor on one is fake: another machine will run its kernels.
     if torch.version.hip is not None or not torch.cuda.is_available():
         return None
     if torch.cuda.get_device_capability(device)[0] < _FIRST_CAPABILITY:

@@ -1,11 +1,10 @@
 """impl="native": the operator of csrc/, one call for loss and gradient, built when installing.
 
-`torch.ops.bstriplet.batch_similarity` is declared in C++ on torch's stable ABI; here it gets its
-shapes for tracing and is called. It raises where it would be differentiated;
-`torch.ops.bstriplet.loss` has the derivative. On the CPU it runs AVX-512, AVX2 or the
-architecture's baseline, the widest that the processor has; the environment variable
-BSTRIPLET_INSTRUCTION_SET (avx512, avx2, baseline), read at the first call, asks for less. On CUDA
-it takes small batches, in one launch.
+`torch.ops.bstriplet.batch_similarity` is declared in C++ on torch's stable ABI; this module
+registers its shapes for tracing and calls it. Differentiating it raises; `torch.ops.bstriplet.loss`
+has the derivative. On the CPU it runs the widest of AVX-512, AVX2 and the architecture's baseline
+that the processor has; the environment variable BSTRIPLET_INSTRUCTION_SET (avx512, avx2, baseline),
+read at the first call, selects a narrower one. On CUDA it takes small batches, in one launch.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _REINSTALL = (
 
 
 CUDA_ROWS = 64
-"""The largest batch that the CUDA kernel, all in one launch, holds in shared memory."""
+"""Rows of the largest batch, which the CUDA kernel holds in shared memory, in one launch."""
 _CUDA_CAPABILITY = 8  # the first that setup.py compiles for
 
 _OPERATORS = {
@@ -51,7 +50,7 @@ _OPERATORS = {
 
 
 def _load(name: str) -> str | None:
-    """Load a compiled library; what is wrong where that fails, else None."""
+    """Load a compiled library; return what went wrong, or None."""
     package = File(__file__).parent.parent
     files = sorted(f for f in package.glob(f"{name}.*") if f.suffix in (".so", ".pyd"))
     if not files:
@@ -64,7 +63,7 @@ def _load(name: str) -> str | None:
 
 
 def _older() -> str | None:
-    """What is wrong where the loaded library was built from other sources than these, else None."""
+    """How the loaded library shows that it was built from other sources than these, or None."""
     for name, expected in _OPERATORS.items():
         operator = getattr(torch.ops.bstriplet, name, None)
         schema = None if operator is None else operator.default._schema
@@ -72,7 +71,7 @@ def _older() -> str | None:
             " ".join(argument.name for argument in schema.arguments),
             len(schema.returns),
         ):
-            return f"_native was built from other sources, its {name} is another; {_REINSTALL}"
+            return f"_native was built from other sources, its {name} differs; {_REINSTALL}"
     return None
 
 
@@ -95,7 +94,7 @@ def _shapes(
     ref_labels: Tensor | None = None,
     upstream: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """What `batch_similarity` returns, unfilled: torch's tracers run this instead of it."""
+    """Empty tensors of the shapes that `batch_similarity` returns, for torch's tracers."""
     others = (ref_emb, labels, ref_labels, upstream)
     if any(t is not None and t.device != embeddings.device for t in others):
         raise RuntimeError("batch_similarity needs all its tensors on the device of embeddings")
@@ -108,7 +107,7 @@ def _shapes(
 
 
 def _refuse_derivatives(operator: Any) -> None:
-    """Have the operator raise where it is differentiated, instead of giving no gradient."""
+    """Make the operator raise where it is differentiated, instead of giving no gradient."""
 
     def kernel(keyset: Any, *args: Any) -> Any:
         numbers = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
@@ -123,7 +122,7 @@ def _refuse_derivatives(operator: Any) -> None:
 
 
 CALLS: dict[str, Callable[..., Any]] = {}
-"""`_OPERATORS` by name, to call `below_autograd`: 0.2 us sooner than torch.ops' own objects."""
+"""`_OPERATORS` by name, to call within `below_autograd`; 0.2 us faster than through torch.ops."""
 
 if _MISSING is None:
     torch.library.register_fake("bstriplet::batch_similarity", _shapes)
@@ -139,7 +138,7 @@ def missing() -> str | None:
 
 
 def refuses(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str | None:
-    """Devices that it was not built for, and on CUDA what is beyond one launch."""
+    """Why the operator cannot take this input (similarity, device, size on CUDA), or None."""
     device = embeddings.device.type
     if device == "cpu" or refuses_linear(spec):
         return refuses_linear(spec)
@@ -149,7 +148,7 @@ def refuses(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str | Non
         return _MISSING_CUDA
     if ref_emb is not None or embeddings.shape[0] > CUDA_ROWS:
         return f"on CUDA the native operator takes at most {CUDA_ROWS} rows and no ref_emb"
-    # Where there is no GPU, a tensor on one is a fake of what another machine will run.
+    # Where there is no GPU, a tensor on one is fake: another machine will run the kernel.
     if (
         torch.cuda.is_available()
         and torch.cuda.get_device_capability(embeddings.device)[0] < _CUDA_CAPABILITY
@@ -172,7 +171,7 @@ def _options(spec: Spec) -> tuple[object, ...]:
 
 @functools.lru_cache(maxsize=256)
 def _given_options(spec: Spec) -> tuple[object, ...]:
-    """`_options` without those at the end that are the operator's defaults: each takes its time."""
+    """`_options` without the operator's defaults at the end: each argument takes time."""
     options = _options(spec)
     defaults = [
         argument.default_value
@@ -190,7 +189,7 @@ def forward(
     ref_labels: Tensor | None,
     spec: Spec,
 ) -> tuple[Tensor, Rows | None, Kept]:
-    """One call, which brings the gradient too where one number will come from upstream."""
+    """One call, which also computes the gradient of a scalar loss if a backward can follow."""
     scalar = spec.reduction != "none"
     with_gradient = scalar and spec.wants_gradient
     call = CALLS["batch_similarity"]
@@ -200,7 +199,7 @@ def forward(
         else:
             results = call(embeddings, labels, *_options(spec), ref_emb, ref_labels)
     loss, means, grad, grad_ref = results
-    # To take the means apart costs as much as a small batch's arithmetic.
+    # Splitting the means costs as much as a small batch's arithmetic.
     rows = None if with_gradient and not spec.wants_rows else Rows(*means.unbind())
     if with_gradient:
         return loss, rows, Kept((grad,) if ref_emb is None else (grad, grad_ref), is_gradient=True)
@@ -231,7 +230,7 @@ def backward(
 
 
 def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
-    """S once, and once its weights times each side; a sweep over S for each."""
+    """One product for S, one for the gradient of each side, and a sweep over S with each."""
     if work.device != "cpu":
         return _cost_on_gpu(work)
     pairs = work.n * work.columns
@@ -245,13 +244,13 @@ def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
 
 
 def _cost_on_gpu(work: Work) -> Cost:
-    """Half of S, all in shared memory: a launch for loss and gradient, and one in the backward
-    that multiplies the gradient by what comes from upstream and casts it.
+    """One launch computes loss and gradient from half of S, in shared memory. In the backward
+    another multiplies the gradient by the upstream and casts it.
 
-    Embeddings are counted as read once, as by a cluster of blocks.
+    Embeddings are counted as read once, as a cluster of blocks reads them.
     """
     scalar = work.reduction != "none"
-    # Without a scalar loss the hinge is torch's, and the backward launches the kernel anew;
+    # Without a scalar loss torch computes the hinge, the backward launches the kernel anew, and
     # another launch casts.
     calls = 1 if scalar or not work.wants_gradient else 2
     again = work.gradient_bytes + (work.cast_bytes or work.gradient_bytes)
@@ -266,19 +265,19 @@ def _cost_on_gpu(work: Work) -> Cost:
 
 
 _PAD = 16  # numbers: the widest vector, to which rows are padded (csrc/kernels/kernels.h)
-_ROW_GROUP = 96  # rows of the gradient that one unit of work computes, of one panel of columns
+_ROW_GROUP = 96  # rows of the gradient in one unit of work, with one panel of columns
 _PANEL_BYTES = {"avx512": 128, "avx2": 64, "baseline": 32}  # of one row, by instruction set
-_THREAD_OPERATIONS = 1 << 18  # multiply-adds for which a thread is started
+_THREAD_OPERATIONS = 1 << 18  # multiply-adds that justify starting a thread
 
 
 def panel_columns(work: Work) -> int:
-    """Columns of a matrix that the kernels compute at once; the most there are if not built."""
+    """Columns of a matrix that the kernels compute at once; as with AVX-512 if not built."""
     chosen = "avx512" if _MISSING is not None else instruction_set()
     return _PANEL_BYTES[chosen] // work.accumulated
 
 
 def threads(units: int, multiply_adds: int) -> int:
-    """Among how many threads so many units of so many multiply-adds each are shared out."""
+    """How many threads share these units of work, of so many multiply-adds each."""
     grain = max(1, _THREAD_OPERATIONS // multiply_adds)
     return min(torch.get_num_threads(), -(-units // grain))
 
@@ -286,7 +285,7 @@ def threads(units: int, multiply_adds: int) -> int:
 def _extra_memory(work: Work, classes: int) -> int:
     """On the CPU: S, rows that have to be copied, the gradient, thread scratch.
 
-    All are there when the gradient is written. A gradient of half rows is cast when S is gone.
+    All exist while the gradient is written. A gradient of half rows is cast after S is freed.
     """
     n, m, d, number = work.n, work.columns, work.d, work.accumulated
     similarities = n * _stride(m)

@@ -398,9 +398,9 @@ def test_a_gpu_that_is_not_here_is_explained_too(monkeypatch, shape, classes, op
     [
         (("x", 3), {}, TypeError, "embeddings must be a torch.Tensor or a shape of two sizes, got"),
         (((8,), 3), {}, TypeError, "embeddings must be a torch.Tensor or a shape of two sizes"),
-        (((8, 4), 9), {}, ValueError, "labels must be 1 to 8 classes of a shape, got 9"),
+        (((8, 4), 9), {}, ValueError, "labels must be a number of classes from 1 to 8, got 9"),
         (((8, 4), [3, 4]), {}, ValueError, "add up to 8, got .3, 4. that add up to 7"),
-        (((8, 4), torch.arange(8)), {}, TypeError, "labels must be how many classes"),
+        (((8, 4), torch.arange(8)), {}, TypeError, "labels must be the number of classes"),
         (((8, 4), 2), {"dtype": torch.int8}, TypeError, "dtype must be float64"),
         (((8, 4), 2), {"device": "cdua:1"}, ValueError, "device must be .*did you mean 'cuda'"),
         ((None, 2), {}, TypeError, "embeddings must be a torch.Tensor or a shape"),
@@ -408,7 +408,7 @@ def test_a_gpu_that_is_not_here_is_explained_too(monkeypatch, shape, classes, op
         (((1, 4), 1), {}, ValueError, "embeddings has 1 row,"),
         (((8, 4), 2), {"ref_emb": (3, 5)}, ValueError, "ref_emb must have as many columns"),
         (((8, 4), 2), {"ref_labels": torch.arange(8)}, TypeError, "ref_labels was given with a"),
-        ((torch.ones(8, 4), torch.arange(8)), {"device": "cuda"}, TypeError, "are of a shape"),
+        ((torch.ones(8, 4), torch.arange(8)), {"device": "cuda"}, TypeError, "belong to a shape"),
     ],
 )
 def test_what_explain_takes_of_a_shape(given, keywords, error, message):

@@ -1,8 +1,8 @@
 """impl="triton": kernels for GPUs, on the CPU in Triton's interpreter.
 
-`small` serves at most 64 rows with themselves and a scalar loss in one launch, `pairs` all other
-work by tiles of S, which it never stores whole but in half precision. Triton is imported when the
-first kernel runs.
+`small` computes a scalar loss of at most 64 rows, without `ref_emb`, in one or two launches.
+`pairs` does all else by tiles of S, which it stores whole only for half precision, up to a bounded
+size. Triton is imported when the first kernel runs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def forward(
     ref_labels: Tensor | None,
     spec: Spec,
 ) -> tuple[Tensor, Rows, Kept]:
-    """Eqs. 2-4; of a small batch dL/df for an upstream of 1 is kept."""
+    """Eqs. 2-4; a small batch keeps dL/df for an upstream of 1."""
     embeddings, ref_emb, labels, ref_labels = _in_memory(embeddings, ref_emb, labels, ref_labels)
     with gpu.current(embeddings):
         if _is_small(embeddings, ref_emb, spec):
@@ -78,7 +78,7 @@ def _is_small(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> bool:
 
 
 def _one_dtype(embeddings: Tensor, ref_emb: Tensor | None) -> torch.dtype:
-    """In which both sides are, since products take one."""
+    """The dtype of both sides, since a product takes only one."""
     if ref_emb is None or ref_emb.dtype == embeddings.dtype:
         return embeddings.dtype
     return accumulation_dtype(embeddings, ref_emb)
@@ -90,12 +90,12 @@ def _in_one_dtype(embeddings: Tensor, ref_emb: Tensor | None) -> tuple[Tensor, T
 
 
 def refuses(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str | None:
-    """Tensors that lie where no kernel runs, and a similarity that has none."""
+    """Why no kernel takes this input (its similarity or device), or None."""
     return refuses_linear(spec) or gpu.refuses(embeddings.device)
 
 
 def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
-    """Memory as here, the rest as launched on an H100: whole blocks, recomputed tiles included."""
+    """Memory is counted with this GPU's blocks, the rest with fixed ones, as launched."""
     device = gpu.of_type(work.device)
     if small.takes(work.n, work.m, work.reduction):
         found = small.cost(work, device is None or gpu.is_hopper(device))

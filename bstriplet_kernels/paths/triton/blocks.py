@@ -13,22 +13,22 @@ from .. import gpu
 ROWS = 128
 """Prepared rows are padded with zeros to a multiple of this: the largest tile."""
 PANEL_BYTES = 1 << 26
-"""Of weights at once: 64 MiB, all of 4,096 rows in float32, when half of S is enough."""
+"""Bytes of a panel of weights. Those of 4,096 float32 rows fit, and half of S is then enough."""
 MAX_PARTS = 16
-"""Among how many programs the columns of one tile of rows are shared out at most."""
+"""The most programs that share the columns of one tile of rows."""
 MOST_HALVED_TILES = 256
-"""S is halved up to so many tiles of rows, since each row has a sum from each tile: 2 KiB a row at
-most."""
-_SCALE = 256.0  # of unit float32 rows, so that what rounding leaves is in float16's range
+"""S is halved up to so many tiles of rows, since each row has two sums from each tile: 2 KiB a row
+at most in float32."""
+_SCALE = 256.0  # of unit float32 rows, which brings their rounding errors into float16's range
 _DEPTH = 64  # of one step of a product
 _WHOLE = 128  # up to this width a tile of S is one step
-_FEW_ROWS, _MANY_ROWS = 512, 2048  # up to and from which tiles of half of S are small and large
+_FEW_ROWS, _MANY_ROWS = 512, 2048  # tiles of half of S: small up to, large from so many
 
 
 class Form(NamedTuple):
     """How rows of D numbers are prepared and multiplied.
 
-    dtype: the embeddings'. width: D', a power of two up to 64, then a multiple of it. split:
+    dtype: the embeddings'. width: D', which is D rounded up to 16, 32 or a multiple of 64. split:
     whether numbers are multiplied in two parts. processors, hopper: of the GPU.
     """
 
@@ -40,22 +40,22 @@ class Form(NamedTuple):
 
     @property
     def operand(self) -> torch.dtype:
-        """In which dtype rows are multiplied."""
+        """The dtype in which rows are multiplied."""
         return torch.float16 if self.dtype == torch.float32 else self.dtype
 
     @property
     def is_unit(self) -> bool:
-        """Whether prepared rows are of norm 1, times `scale`."""
+        """Whether prepared rows have norm 1, times `scale`."""
         return self.dtype.itemsize >= 4
 
     @property
     def scale(self) -> float:
-        """What unit rows are multiplied by."""
+        """The factor of unit rows."""
         return _SCALE if self.dtype == torch.float32 else 1.0
 
     @property
     def constants(self) -> dict[str, Any]:
-        """What kernels are compiled for."""
+        """The constants that kernels are compiled for."""
         return {"UNIT": self.is_unit, "SPLIT": self.split}
 
     @property
@@ -65,7 +65,7 @@ class Form(NamedTuple):
 
     @property
     def slice(self) -> int:
-        """Columns of a gradient at once, of which D' is a multiple."""
+        """Columns of a gradient computed at once; D' is a multiple of them."""
         return _WHOLE if self.width % _WHOLE == 0 else min(self.width, _DEPTH)
 
 
@@ -95,7 +95,7 @@ class Blocks(NamedTuple):
 
     @property
     def constants(self) -> dict[str, int]:
-        """What a kernel with these blocks is compiled for; of these, a kernel takes some."""
+        """The constants that kernels with these blocks are compiled for; a kernel takes some."""
         return {"BLOCK_N": self.n, "BLOCK_M": self.m, "BLOCK_D": self.d, "BLOCK_V": self.v}
 
     def options(self, *names: str) -> dict[str, int]:
@@ -120,7 +120,7 @@ def sum_blocks(form: Form) -> Blocks:
 
 
 def half_blocks(form: Form, rows: int) -> Blocks:
-    """Blocks of `half_tile_sums`: squares, the larger the fewer times a row is read."""
+    """Blocks of `half_tile_sums`, squares: the larger they are, the fewer times a row is read."""
     if form.dtype == torch.float64:
         return Blocks(32, 32, min(form.width, 16), 0, 4, 2)
     if not form.hopper:
@@ -145,7 +145,7 @@ def gradient_blocks(form: Form) -> Blocks:
 
 
 def weight_blocks(form: Form, kept: bool = False) -> Blocks:
-    """Blocks of `tile_weights`, squares; kept: from S as the forward kept it."""
+    """Blocks of `tile_weights`, squares; kept: whether the forward kept S."""
     if kept:
         return Blocks(32, 32, 0, 0, 2, 1)
     if form.dtype == torch.float64:
@@ -170,12 +170,12 @@ def row_blocks(form: Form) -> Blocks:
 
 
 def parts(programs: int, tiles: int, processors: int) -> int:
-    """Among how many programs tiles of columns are shared out: two for each processor."""
+    """How many programs share `tiles` of columns: so many that each processor gets about two."""
     return max(1, min(MAX_PARTS, tiles, 2 * processors // programs))
 
 
 def half_tiles(form: Form, rows: int, own: bool) -> int:
-    """How many tiles wide S is where sums are taken of half of it; else 0."""
+    """How many tiles wide S is if sums are taken over half of it; else 0."""
     tiles = rows // half_blocks(form, rows).n
     return tiles if own and tiles <= MOST_HALVED_TILES else 0
 
@@ -186,13 +186,13 @@ def keeps_similarities(form: Form, rows: int, own: bool) -> bool:
 
 
 def panel_rows(form: Form, rows: int, columns: int) -> int:
-    """Rows of weights at once, a multiple of `ROWS`."""
+    """Rows of a panel of weights, a multiple of `ROWS`."""
     weight = form.operand.itemsize * (2 if form.split else 1)
     return min(rows, max(ROWS, PANEL_BYTES // (columns * weight) // ROWS * ROWS))
 
 
 def product_parts(form: Form, step: int, columns: int) -> int:
-    """Among how many programs `weighted_rows` shares the columns of a panel out."""
+    """How many programs share the columns of a panel in `weighted_rows`."""
     if not form.split:
         return 1
     blocks = product_blocks(form)

@@ -1,15 +1,15 @@
-"""The loss's formulas, and loads, as Triton's kernels share them. Importing this needs triton."""
+"""Formulas of the loss, and loads, that Triton's kernels share. Importing this needs triton."""
 
 import triton
 import triton.language as tl
 
-# numpy, which runs kernels in the interpreter, has no bfloat16 to multiply in.
+# The interpreter runs kernels in numpy, which cannot multiply bfloat16.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
 def operand(x):
-    """`x` in the dtype that it is multiplied in: its own, but for the interpreter's bfloat16."""
+    """`x` in the dtype of its products: its own, or float32 for the interpreter's bfloat16."""
     if INTERPRETED and x.dtype == tl.bfloat16:
         x = x.to(tl.float32)
     return x

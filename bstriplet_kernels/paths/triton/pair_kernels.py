@@ -2,19 +2,19 @@
 
 Index names follow the loss's formulas: i runs over rows, j over the columns they are compared with
 (the rows themselves, `own`, or `ref_emb`), k over the embedding's dimension. A side, `rows` or
-`columns`, is what `prepare_rows` made of embeddings, a tuple as `pairs.Side` describes it: rows of
-one scale, padded with zeros to whole blocks, so that no operand is masked; and each row's class as
-a 32-bit number. `weights` are a `pairs.Weights`.
+`columns`, is a `pairs.Side` written by `prepare_rows`: rows of one scale, padded with zeros to
+whole blocks so that no operand is masked, and each row's class as a 32-bit number. Weights of a
+side are a `pairs.Weights`.
 
-Rows begin at addresses in 64 bits; what is near them is found in 32. Kernels are compiled once for
-a dtype and a block shape: sizes are never specialised on, so a ragged batch compiles nothing. A
-stride is a number of tiles times their size, which tells the compiler a factor of it: without one
+Addresses of rows take 64 bits, offsets from them 32. Kernels are compiled once for a dtype and a
+block shape: sizes are never specialised on, so a ragged batch compiles nothing. A stride is written
+as a number of tiles times their size. The compiler then knows a factor of the stride; without one
 it loads numbers one at a time.
 
-Tensor cores cut the running sum of a product towards 0 after each few steps. The errors of a long
-sum all have one sign, and grow with its length. Where float32 is to be exact (SPLIT), operands are
-sums of two float16 numbers, a step of a product begins at zero with its smallest parts, and
-ordinary additions put steps together.
+Tensor cores cut the running sum of a product towards 0 every few steps, so the errors of a long sum
+all have one sign and grow with its length. Where float32 must be exact (SPLIT), operands are sums
+of two float16 numbers, each step of a product begins at zero with its smallest parts, and ordinary
+additions join the steps.
 """
 
 import triton
@@ -32,7 +32,7 @@ def _share(count, parts, part):
 
 @triton.jit
 def _bits_of_power(inverse):
-    """(rest, power): their product is `inverse`, power is one of two and 1/2 <= rest < 1."""
+    """(rest, power): `inverse` = rest power, where power is 2^k and 1/2 <= rest < 1."""
     bits = inverse.to(tl.int32, bitcast=True)
     power = ((((bits >> 23) & 255) + 1) << 23).to(tl.float32, bitcast=True)
     rest = ((bits & 0x007FFFFF) | (126 << 23)).to(tl.float32, bitcast=True)
@@ -42,7 +42,7 @@ def _bits_of_power(inverse):
 
 @triton.jit
 def _first_of_class(label, column_labels, i, n, m, BLOCK_M: tl.constexpr):
-    """The first column with the label of each row, m where there is none; looks no further."""
+    """The first column with each row's label, m if there is none; stops once all are found."""
     first = tl.zeros_like(i) + m
     start = 0
     is_missing = 1
@@ -78,11 +78,11 @@ def prepare_rows(
 ):
     """BLOCK_N rows at one scale, and their classes among the columns: see `pairs.Side`.
 
-    UNIT: f_i / n_i times SCALE, as high + low with SPLIT. Else f_i times the power of two next to
-    1 / n_i, which rounds at most what is below 2^-14 of n_i. Beyond n rows are 0, and so are
-    elements beyond d. Reads n d elements twice, from a cache the second time. COLUMNS: the rows are
-    the columns, and the first of each class counts its members; that and the search for it read
-    labels, 8 bytes each.
+    UNIT: f_i / n_i times SCALE, as high + low with SPLIT. Else f_i times the power of two next
+    above 1 / n_i, which rounds only elements below 2^-14 n_i. Rows beyond n and elements beyond d
+    are 0. Reads n d elements twice, from a cache the second time. COLUMNS: the rows are the
+    columns, and the first row of each class counts its members. The search for that row and the
+    count read labels, 8 bytes each.
     """
     acc: tl.constexpr = side.scales.dtype.element_ty
     element: tl.constexpr = side.high.dtype.element_ty
@@ -124,7 +124,7 @@ def prepare_rows(
 
 @triton.jit
 def _products(a, a_low, b, b_low, acc: tl.constexpr, SPLIT: tl.constexpr):
-    """a b from zero; split: of a + a_low and b + b_low, but for a_low b_low."""
+    """a b from zero; with SPLIT, (a + a_low) (b + b_low) without a_low b_low."""
     if SPLIT:
         total = tl.dot(a_low, b, out_dtype=acc)
         total = tl.dot(a, b_low, total, out_dtype=acc)
@@ -136,7 +136,7 @@ def _products(a, a_low, b, b_low, acc: tl.constexpr, SPLIT: tl.constexpr):
 
 @triton.jit
 def _load_parts(matrix, at, k, SPLIT: tl.constexpr):
-    """A block of rows that begin at `at`, and of what their rounding left: of `high` and `low`."""
+    """Blocks of `high` and `low` for rows that begin at `at`; without SPLIT `high` twice."""
     address = at[:, None] + k[None, :]
     a = operand(tl.load(matrix.high + address))
     a_low = a
@@ -156,7 +156,7 @@ def _similarity(
     SPLIT: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Products of prepared rows and columns that begin there, over `depth` of their elements."""
+    """Products of prepared rows and columns that begin at at_*, over `depth` of their elements."""
     total = tl.zeros((at_row.shape[0], at_column.shape[0]), dtype=acc)
     for start in range(0, depth, BLOCK_D):
         k = start + tl.arange(0, BLOCK_D)
@@ -199,8 +199,8 @@ def tile_sums(
     """Sums of phi over P_i and over Q_i for BLOCK_N rows and a share of the columns.
 
     Program (r, p) walks the p-th share of the columns' tiles and writes slots[0, p, i] and
-    slots[1, p, i]. WHOLE: BLOCK_D is the width, and rows are loaded once. At a scale of c sums are
-    c^4 times what they stand for. 2 n m d FLOPs, times three with SPLIT. Bound by the products.
+    slots[1, p, i]. WHOLE: BLOCK_D is the width, and rows are loaded once. Rows of scale c give c^4
+    times the sums. 2 n m d FLOPs, times three with SPLIT. Bound by the products.
     """
     acc: tl.constexpr = slots.dtype.element_ty
     part = tl.program_id(1)
@@ -235,14 +235,14 @@ def tile_sums(
 
 @triton.jit
 def _tile(matrix, row, column, stride, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Where a tile of a matrix begins, and its elements from there, in 32 bits."""
+    """Where a tile of a matrix begins, and its elements' offsets from there, in 32 bits."""
     begin = matrix + row.to(tl.int64) * stride + column
     return begin, tl.arange(0, BLOCK_N)[:, None] * stride + tl.arange(0, BLOCK_M)[None, :]
 
 
 @triton.jit
 def _triangle(p):
-    """The p-th tile (row, column) up to the diagonal."""
+    """The p-th tile (row, column) on or below the diagonal."""
     row = ((tl.sqrt(8.0 * p.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
     row = tl.where(row * (row + 1) // 2 > p, row - 1, row)
     row = tl.where((row + 1) * (row + 2) // 2 <= p, row + 1, row)
@@ -263,12 +263,12 @@ def half_tile_sums(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """As `tile_sums` where the rows are the columns: of half of S, a tile a program.
+    """As `tile_sums` where the rows are the columns, from half of S, a tile a program.
 
-    The tile of rows r and columns c gives its sums over columns to rows, slots[0, c, i] and
-    slots[1, c, i], and its sums over rows to columns, slots[0, r, j] and slots[1, r, j]. KEPT: the
-    tile is written too, for `tile_weights`. n^2 d FLOPs, times three with SPLIT. Bound by the
-    products, and by what the second-level cache delivers.
+    The program of tile (r, c) writes its sums over columns to slots[0, c, i] and slots[1, c, i],
+    and its sums over rows to slots[0, r, j] and slots[1, r, j]. KEPT: the tile is written too, for
+    `tile_weights`. n^2 d FLOPs, times three with SPLIT. Bound by the products and by the bandwidth
+    of the second-level cache.
     """
     acc: tl.constexpr = slots.dtype.element_ty
     r, c = _triangle(tl.program_id(0))
@@ -327,9 +327,10 @@ def finish_rows(
 ):
     """Eq. 3's means and the hinge of BLOCK_N rows, from slots [2, parts, rows] of their sums.
 
-    pull[0, i] and pull[1, i] are what row i's pairs weigh in dL/dS for dL/dl_i = 1: -1/N_i+ and
-    sigma/N_i-, over N for the mean, 0 where h_i <= 0 and beyond n. column_rows: the padded number
-    of columns, behind which their side keeps the size of each class. Bound by memory.
+    pull[0, i] and pull[1, i] are the weights of row i's positives and negatives in dL/dS for an
+    upstream of 1: -1/N_i+ and sigma/N_i-, over N for the mean, 0 if h_i <= 0 and beyond n.
+    column_rows: the padded number of columns, where class sizes begin in `columns.classes`. Bound
+    by memory.
     """
     acc: tl.constexpr = slots.dtype.element_ty
     scale = tl.where(mean != 0, 1.0 / n.to(acc), 1.0)
@@ -356,9 +357,9 @@ def finish_rows(
 
 @triton.jit
 def _store_scale(scale, largest, LARGEST: tl.constexpr):
-    """The power of two that has max(largest) between 2^(LARGEST - 1) and 2^LARGEST."""
+    """Store the power of two that brings max(largest) between 2^(LARGEST - 1) and 2^LARGEST."""
     bits = tl.max(largest[None, :], axis=1).to(tl.float32).to(tl.int32, bitcast=True)
-    exponent = tl.minimum(tl.maximum((bits >> 23) - 126, -90), 120)  # so that it is normal
+    exponent = tl.minimum(tl.maximum((bits >> 23) - 126, -90), 120)  # so that power is normal
     power = ((LARGEST - exponent + 127) << 23).to(tl.float32, bitcast=True)
     tl.store(scale + tl.arange(0, 1), power.to(largest.dtype))
 
@@ -377,7 +378,7 @@ def reduce_losses(
 ):
     """The sum of all rows' losses, or their mean, and the scale of weights in half precision.
 
-    By one program: one order of the sum. Reads 3 n numbers. Bound by latency.
+    One program, so that the sum has one order. Reads 3 n numbers. Bound by latency.
     """
     acc: tl.constexpr = row_loss.dtype.element_ty
     total = tl.zeros((BLOCK_N,), dtype=acc)
@@ -405,9 +406,9 @@ def weigh_rows(
     LARGEST: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Pulls times what comes from upstream for each row, exactly 0 where they are, and the scale.
+    """Pulls times each row's upstream, exactly 0 where the pulls are, and the scale.
 
-    pull, weight: [2, n_rows]. By one program, because of the maximum. Bound by latency.
+    pull, weight: [2, n_rows]. One program, because of the maximum. Bound by latency.
     """
     acc: tl.constexpr = pull.dtype.element_ty
     largest = tl.zeros((BLOCK_N,), dtype=acc)
@@ -424,7 +425,7 @@ def weigh_rows(
 
 @triton.jit
 def _load_weights(weights, i, count):
-    """What rows i of `count` weigh on their positives and on their negatives, scaled."""
+    """Scaled weights of rows i, for positives and for negatives; count: rows of the side."""
     scale = tl.load(weights.scale)
     p = tl.load(weights.of_rows + i)
     return p * scale, tl.load(weights.of_rows + count.to(tl.int64) + i) * scale
@@ -444,10 +445,10 @@ def _pair_weights(
     UNIT: tl.constexpr,
     KEPT: tl.constexpr,
 ):
-    """w_ij phi'(s_ij) rest_i rest_j from products of prepared rows, in both directions of a pair.
+    """w_ij phi'(s_ij) rest_i rest_j from products of prepared rows; w_ij has both rows' losses.
 
     of_row, of_column: what `_load_weights` returned. UNIT, at a scale of c: c^2 w_ij phi'(s_ij).
-    KEPT: s is of unit rows, and of others than UNIT.
+    KEPT: s is that of unit rows, though prepared rows are not UNIT.
     """
     p_i, q_i = of_row
     p_j, q_j = of_column
@@ -498,7 +499,7 @@ def tile_gradient(
 
     Program (r, c, p) forms tiles of S (2 d FLOPs a pair) and multiplies their weights with f_j (2
     BLOCK_V a pair), all times three with SPLIT; writes partial[p, i, k]. WHOLE: BLOCK_D and BLOCK_V
-    are the width, and what is loaded of f_j serves both products. `normalise_gradient` adds up the
+    are the width, and one load of f_j serves both products. `normalise_gradient` adds up the
     parts. Bound by the products.
     """
     acc: tl.constexpr = partial.dtype.element_ty
@@ -555,12 +556,12 @@ def tile_weights(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One tile of weights, as `_pair_weights`, for a panel of rows from `first` on.
+    """One tile of weights (`_pair_weights`) of a panel of rows from `first` on.
 
-    MIRRORED: the panel is all of a symmetric S, and a tile below the diagonal's is written on both
-    of its sides. A tile of inactive rows and columns is 0, and nothing is multiplied. 2 width FLOPs
-    a pair, times three with SPLIT; writes 2 bytes a pair, or 4. Bound by the products. KEPT: S is
-    read as `half_tile_sums` wrote it, 1 byte a pair, and bounds it by memory.
+    MIRRORED: the panel is all of a symmetric S, and a tile below the diagonal is written on both
+    its sides. A tile of inactive rows and columns is 0, and nothing is multiplied. 2 width FLOPs a
+    pair, times three with SPLIT; writes 2 bytes a pair, 4 with SPLIT, 8 in float64. Bound by the
+    products. KEPT: S is read as `half_tile_sums` wrote it, 1 byte a pair; bound by memory.
     """
     acc: tl.constexpr = row_weights.of_rows.dtype.element_ty
     element: tl.constexpr = panel.high.dtype.element_ty
@@ -613,10 +614,10 @@ def weighted_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """partial[p, first + i, k]: the sum over the p-th share of j of weights[i, j] f_j[k].
+    """partial[p, first + i, k] = the sum of weights[i, j] f_j[k] over the p-th share of the j.
 
-    Where torch's product would keep one running sum over all j in a tensor core. 2 d FLOPs a pair,
-    times three with SPLIT. Bound by the products.
+    torch's product would instead keep one running sum over all j in a tensor core. 2 d FLOPs a
+    pair, times three with SPLIT. Bound by the products.
     """
     acc: tl.constexpr = partial.dtype.element_ty
     local = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -667,9 +668,9 @@ def normalise_gradient(
 ):
     """dL/df_i = (v_i - (v_i . f^_i) f^_i) / n_i of BLOCK_N rows: the normalisation's backward.
 
-    partial[p, i, k] adds up to v_i times SCALE^3 `scale`, and times rest_i where rows are not UNIT;
-    one_upstream: what comes from upstream, one number for all, is still to be multiplied in.
-    Reads it and the rows twice, from a cache the second time; writes n d numbers. Bound by memory.
+    partial[p, i, k] adds up to v_i times SCALE^3 `scale`, and times rest_i where rows are not UNIT.
+    one_upstream: the upstream is one number for all rows, and is multiplied in here. Reads partial
+    and the rows twice, from a cache the second time; writes n d numbers. Bound by memory.
     """
     acc: tl.constexpr = partial.dtype.element_ty
     i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -692,5 +693,5 @@ def normalise_gradient(
         k = start + tl.arange(0, BLOCK_D)[None, :]
         v, u = _direction(partial, side, at, k, k < width, plane, parts, acc, SPLIT)
         v = v - along * (u * to_unit)
-        v = tl.where(v == 0, 0.0, v * factor)  # inactive rows, whatever comes from upstream
+        v = tl.where(v == 0, 0.0, v * factor)  # inactive rows, whatever the upstream
         tl.store(gradient + to + k, v, mask=(i < n)[:, None] & (k < d))

@@ -1,17 +1,17 @@
 """The loss over pairs of rows, in a few launches; kernels are in `pair_kernels`.
 
-Both sides are prepared once: rows of one scale, in the dtype in which they are multiplied. A tile
-of S then needs no norms and no masks. The forward turns tiles into sums of rows, which one small
-kernel finishes. The backward forms S anew and goes one of two ways: `_by_tiles` multiplies each
-tile of weights with its columns at once and stores nothing of size N x M, at the price of S anew
-for each slice of D; `_by_panels` writes weights in half precision, a bounded panel at a time, and
-one product serves all of D. Where half precision is enough and all of S fits a panel, the forward
-keeps it, and nothing is formed anew. Prepared rows, as many bytes as the embeddings, are kept too.
+Both sides are prepared once: brought to one scale, cast to the dtype of products, and padded. A
+tile of S then needs no masks. The forward turns tiles into sums of rows, which one small kernel
+finishes. The backward forms S anew and goes one of two ways. `_by_tiles` multiplies each tile of
+weights with its columns at once and stores nothing of size N x M, but forms S anew for each slice
+of D. `_by_panels` writes weights in the dtype of products, a bounded panel at a time, and one
+product serves all of D. For half precision where all of S fits a panel, the forward keeps S, and
+nothing is formed anew. Prepared rows, about as many bytes as the embeddings, are kept too.
 
 float32 is multiplied as high + low, two float16 numbers that hold 22 bits of rows of one scale:
-three products, exact to float32's own rounding, on units that take half precision. Where torch is
-allowed to round products (`torch.set_float32_matmul_precision("high")`), high alone has tf32's
-bits, and one product does. Half-precision rows are multiplied as they are, and float64 ones.
+three half-precision products, exact to float32's own rounding. Where torch may round products
+(`torch.set_float32_matmul_precision("high")`), high alone has tf32's bits, and one product is
+enough. Half-precision and float64 rows are multiplied as they are.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ from .blocks import (
 PREPARED = 8
 """Rows that one program prepares."""
 LABELS = 1024
-"""Labels that such a program looks at at a time."""
+"""Labels that such a program reads at once."""
 FINISHED = 32
 """Rows whose sums one program finishes."""
-_LARGEST_WEIGHT = 13  # as a power of two: four of them are below float16's largest number
+_LARGEST_WEIGHT = 13  # its log2: four of such weights are below float16's largest number
 
 
 @functools.cache
@@ -63,13 +63,14 @@ def kernels() -> ModuleType:
 class Side(NamedTuple):
     """Rows or columns of S, padded with zeros to whole blocks; kernels take it as it is.
 
-    high: [N', D']. Of float32 and float64 unit rows, float32's times 256 and rounded to float16; of
-    half precision f_i times the power of two next to 1 / n_i, which rounds at most what is below
-    2^-14 of n_i.
-    low: what the rounding left, or [0] where one product does.
-    scales: [2, N']: what makes unit rows of half precision's, and what f_i was multiplied by.
-    classes: [2, N'] int32: the first column with the row's label, M where there is none; and where
-    the side's rows are columns, at the first of each class, how many it has.
+    high: [N', D']. float64: unit rows. float32: unit rows times 256, rounded to float16. Half
+    precision: f_i times the power of two next above 1 / n_i, which rounds only elements below
+    2^-14 n_i.
+    low: what the rounding left, or [0] where one product is enough.
+    scales: [2, N']: the factor from prepared to unit rows, for half precision alone; and that from
+    f_i to prepared rows, without the 256.
+    classes: [2, N'] int32: the first column with the row's label, M if none has it, -1 in padding;
+    and, where the rows are columns, the size of each class at its first column.
     """
 
     high: Tensor
@@ -84,9 +85,9 @@ class Side(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What rows' pairs weigh in dL/dS for what comes from upstream.
+    """The weights of rows' losses in dL/dS, for reduction "none" times the upstream.
 
-    of_rows: [2, N'], on a row's positives and on its negatives, 0 where a row is not active.
+    of_rows: [2, N'], for a row's positives and for its negatives; 0 if the row is not active.
     scale: scalar, the power of two that brings weights into float16's range.
     """
 
@@ -95,7 +96,7 @@ class Weights(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """Weights of a few rows with all columns, in the parts in which they are multiplied."""
+    """Weights of some rows with all columns, as high + low; low is unused without split."""
 
     high: Tensor
     low: Tensor
@@ -109,10 +110,10 @@ def forward(
     spec: Spec,
     panels: bool,
 ) -> tuple[Tensor, Rows, tuple[Tensor, ...]]:
-    """The loss, Eq. 3's means, and what `backward` needs; panels: which way that will go.
+    """The loss, Eq. 3's means, and what `backward` needs; panels: whether that goes by panels.
 
-    It needs the rows' pulls, their scale, the prepared rows, and the prepared columns or, where
-    there are none, S if it is kept.
+    It needs the rows' pulls (see `finish_rows`), their scale, the prepared rows, and the prepared
+    columns or, without `ref_emb`, S if it is kept.
     """
     (n, d), dtype = embeddings.shape, embeddings.dtype
     m, own = n, True
@@ -156,7 +157,7 @@ def backward(
     spec: Spec,
     panels: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """dL/df of rows [n, d], and of m columns where they are others, from what `forward` kept."""
+    """dL/df of rows [n, d] and of `ref_emb` [m, d] or None, from what `forward` kept."""
     pull, scale, *tensors = kept
     side, more = Side(*tensors[:4]), tensors[4:]
     form = form_of(d, dtype, side.low.numel() > 0, side.high.device)
@@ -185,7 +186,7 @@ def _prepare(
 ) -> Side:
     """The side of embeddings [N, D] with labels [N] against columns with `column_labels` [M].
 
-    None: the rows are the columns.
+    Without them the rows are the columns.
     """
     are_columns, labels = column_labels is None, labels.contiguous()
     column_labels = labels if column_labels is None else column_labels.contiguous()
@@ -208,7 +209,7 @@ def _prepare(
 
 
 def _row_sums(form: Form, rows: Side, columns: Side, own: bool, signed: bool) -> Tensor:
-    """Sums of phi over P_i and Q_i, times scale^4: [2, parts, N'], to be added up."""
+    """Partial sums of phi over P_i and Q_i, times scale^4: [2, parts, N']."""
     blocks = sum_blocks(form)
     row_tiles, column_tiles = rows.rows // blocks.n, columns.rows // blocks.m
     shares = parts(row_tiles, column_tiles, form.processors)
@@ -224,7 +225,7 @@ def _row_sums(form: Form, rows: Side, columns: Side, own: bool, signed: bool) ->
 def _own_row_sums(form: Form, side: Side, signed: bool, kept: bool) -> tuple[Tensor, Tensor]:
     """As `_row_sums` of rows with themselves, from half of S; and S in float16, [N', N'].
 
-    kept: whether it is wanted; it is written up to the diagonal's tiles. Else it is empty.
+    kept: whether to write S, in tiles up to the diagonal. Without it S is [0].
     """
     blocks = half_blocks(form, side.rows)
     tiles = side.rows // blocks.n
@@ -238,8 +239,8 @@ def _own_row_sums(form: Form, side: Side, signed: bool, kept: bool) -> tuple[Ten
 
 
 def largest_weight(form: Form) -> int:
-    """What `Weights.scale` raises the largest weight to, as a power of two."""
-    # for scale^2, see `_pair_weights`
+    """log2 of the size to which `Weights.scale` brings the largest weight."""
+    # less those of scale^2, see `_pair_weights`
     return _LARGEST_WEIGHT - 2 * (int(form.scale).bit_length() - 1)
 
 
@@ -262,7 +263,7 @@ def _by_tiles(
     own: bool,
     signed: bool,
 ) -> Tensor:
-    """Weighted sums of columns, [parts, N', D'], to be added up: see `tile_gradient`."""
+    """Partial weighted sums of columns, [parts, N', D']: see `tile_gradient`."""
     blocks = gradient_blocks(form)
     row_tiles, slices = rows.rows // blocks.n, form.width // blocks.v
     column_tiles = columns.rows // blocks.m
@@ -326,7 +327,7 @@ def _add_products(
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a b: of half precision as it is, accumulated in float32."""
+    """out = a b; half-precision operands are accumulated in float32."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     elif a.is_cuda and torch.version.hip is None:
@@ -340,7 +341,7 @@ def _normalised(
 ) -> Tensor:
     """dL/df [n, d] in the accumulation dtype, from what `_by_tiles` or `_by_panels` returned.
 
-    upstream: dL/dL, to be multiplied in, or [n], which weights have already.
+    upstream: a scalar, which is multiplied in here, or [n], which the weights include already.
     """
     gradient = partial.new_empty(n, d)
     blocks = row_blocks(form)

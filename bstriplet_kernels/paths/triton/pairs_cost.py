@@ -13,8 +13,8 @@ from .. import gpu
 from . import blocks
 
 TILES, PANELS = "triton tiles", "triton panels"
-"""The schedules, by the names under which their measured speeds stand."""
-_MOST_COLUMNS = 1 << 24  # 128 rows of a panel then have numbers of 32 bits
+"""The schedules, by their names in `CONSTANTS`."""
+_MOST_COLUMNS = 1 << 24  # offsets in 128 rows of a panel then fit 32 bits
 _HALF_BYTES = 2  # of a similarity that is kept
 
 
@@ -27,11 +27,11 @@ class Rates(NamedTuple):
     float64: float
 
 
-# Of an H200, rounded; measured speeds come before them. They decide between tiles and panels, and
+# Rates of an H200, rounded, for want of measured ones. They decide between tiles and panels, and
 # nothing else.
 _TILES = Rates(4e14, 4e14, 5e14, 2e13)
 _PANELS = Rates(3.9e14, 3.9e14, 4.6e14, 3e13)
-_BYTES_A_SECOND = 4e12  # panels lie in the second-level cache in part
+_BYTES_A_SECOND = 4e12  # panels are partly in the second-level cache
 _LAUNCH_SECONDS = 3e-6
 
 
@@ -55,7 +55,7 @@ def _compare(
 
 
 def _speeds(dtype: torch.dtype, exact: bool) -> tuple[Constants, Constants]:
-    """Of tiles and of panels: measured, where both were in this precision, else assumed."""
+    """Speeds of tiles and panels: measured, if both were in this precision, else assumed."""
     measured = CONSTANTS.get("cuda", {})
     if TILES in measured and PANELS in measured:
         found = measured[TILES], measured[PANELS]
@@ -75,14 +75,14 @@ def _assumed(rates: Rates, dtype: torch.dtype, exact: bool) -> Constants:
 
 
 def cost(work: Work, device: torch.device | None) -> Cost:
-    """By the way that is taken; memory is of a device, or of the usual GPU where that is None.
+    """The cost of the faster way. Memory is counted for `device`, or the usual GPU if None.
 
-    The rest is counted as launched on an H100, whole blocks and recomputed tiles included. The
-    three products of an exact float32 one are three.
+    The rest is counted as launched on an H100, with whole blocks and recomputed tiles. An exact
+    float32 product counts as three.
     """
     found = _cost(work, by_panels(work.n, work.m, work.d, work.dtype), device)
     casts = (1 if work.m is None else 2) if work.wants_gradient and work.casts else 0
-    by_row = work.reduction == "none"  # no reduction, but weights of each row's own
+    by_row = work.reduction == "none"  # no `reduce_losses`, but `weigh_rows` in a backward
     launches = found.launches + casts - (by_row and not work.wants_gradient)
     return found._replace(launches=launches)
 
@@ -106,7 +106,7 @@ class _Sizes(NamedTuple):
         return tile * tile * tiles * (tiles + 1) // 2
 
     def flops(self, count: int) -> int:
-        """Of a product of depth D' for so many pairs."""
+        """FLOPs of a product of depth D' for `count` pairs."""
         return 2 * count * self.form.width * (3 if self.form.split else 1)
 
     @property
@@ -126,7 +126,7 @@ class _Sizes(NamedTuple):
 
     @property
     def slot_bytes(self) -> int:
-        """Of the partial sums of rows, of half of S or of all."""
+        """Bytes of the partial sums of rows, over half of S or all of it."""
         cut = blocks.sum_blocks(self.form)
         tiles = self.rows // cut.n, self.columns // cut.m
         parts = self.half_tiles or blocks.parts(*tiles, self.form.processors)
@@ -138,7 +138,7 @@ class _Sizes(NamedTuple):
         return blocks.panel_rows(self.form, self.rows, self.columns)
 
     def gradient_parts(self, panels: bool) -> int:
-        """In how many parts the side's gradient comes."""
+        """How many parts add up to the side's gradient."""
         if panels:
             return blocks.product_parts(self.form, self.panel_rows, self.columns)
         cut = blocks.gradient_blocks(self.form)
@@ -147,7 +147,7 @@ class _Sizes(NamedTuple):
 
 
 def _sides(work: Work, device: torch.device | None = None) -> tuple[_Sizes, ...]:
-    """Each side whose gradient is wanted."""
+    """The rows' side and, with `ref_emb`, the columns'."""
     form = blocks.form_of(work.d, work.dtype, blocks.is_split(work.dtype), device)
     rows, columns = (round_up(size, blocks.ROWS) for size in (work.n, work.columns))
     if work.m is None:
@@ -156,7 +156,7 @@ def _sides(work: Work, device: torch.device | None = None) -> tuple[_Sizes, ...]
 
 
 def _cost(work: Work, panels: bool, device: torch.device | None) -> Cost:
-    """Of a scalar loss by tiles or by panels."""
+    """The cost of a scalar loss by tiles or by panels."""
     sides = _sides(work)
     first = sides[0]
     sizes, accumulated = (work.n, work.m), work.accumulated
@@ -185,13 +185,13 @@ def _cost(work: Work, panels: bool, device: torch.device | None) -> Cost:
             flops += side.flops(side.pairs * (slices + 1))
             launches += 2
     if work.wants_gradient:
-        launches += len(sides) - 1  # the weights of columns' losses, which are 0
+        launches += len(sides) - 1  # zeros for the weights of columns
     schedule = PANELS if panels else TILES
     return Cost(flops, moved, launches, _extra_memory(work, panels, device), schedule)
 
 
 def _extra_memory(work: Work, panels: bool, device: torch.device | None) -> int:
-    """Prepared rows of both sides, and partial sums, parts of a gradient or a panel of weights."""
+    """Prepared rows of both sides, and partial sums or a gradient with its parts and a panel."""
     sides, number = _sides(work, device), work.accumulated
     first = sides[0]
     kept = sum(s.rows * (s.form.width * s.element + 2 * (number + 4)) for s in sides)

@@ -1,4 +1,4 @@
-"""The loss and its gradient for at most 64 rows, in one launch, in float32 in two.
+"""The loss and its gradient for at most 64 rows, in one launch, or two for exact float32.
 
 Kernels are in `small_kernels`. The gradient is for an upstream of 1: the backward is one multiply.
 """
@@ -17,9 +17,9 @@ from .. import gpu
 from .blocks import Blocks
 
 SCHEDULE = "triton small"
-"""The schedule, by the name under which its measured speed stands."""
+"""The schedule, by its name in `CONSTANTS`."""
 ROWS = 64
-"""Rows of a batch at most."""
+"""The most rows of a batch."""
 
 
 def takes(n: int, m: int | None, reduction: str) -> bool:
@@ -30,8 +30,8 @@ def takes(n: int, m: int | None, reduction: str) -> bool:
 def blocks_of(n: int, dtype: torch.dtype, hopper: bool) -> Blocks:
     """Blocks of `loss_and_gradient`, and of `batch_products`.
 
-    As deep as registers allow. Hopper multiplies 64 rows from shared memory; other GPUs hold both
-    operands of a step in registers.
+    Steps are as deep as registers allow. Hopper multiplies 64 rows from shared memory; other GPUs
+    hold both operands of a step in registers.
     """
     rows, warps = (32, 4) if n <= 32 else (64, 8)
     if dtype == torch.float64:
@@ -42,9 +42,9 @@ def blocks_of(n: int, dtype: torch.dtype, hopper: bool) -> Blocks:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied: by what torch's own products are allowed to do.
+    """The `input_precision` of float32 products, as torch's own settings allow.
 
-    Half-precision embeddings are multiplied as they are; the word is then for their weights, which
+    Half-precision embeddings are multiplied as they are; for them it holds for weights alone, which
     cost nothing to multiply exactly.
     """
     if dtype == torch.float64 or torch.version.hip is not None:
@@ -53,7 +53,7 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def products_are_apart(dtype: torch.dtype) -> bool:
-    """Whether products are formed in a launch of their own: exact float32 ones."""
+    """Whether products are formed in a separate launch, as exact float32 ones are."""
     return dtype == torch.float32 and precision(dtype) == "tf32x3"
 
 
@@ -66,7 +66,7 @@ def kernels() -> ModuleType:
 
 
 def forward(embeddings: Tensor, labels: Tensor, spec: Spec) -> tuple[Tensor, Rows, Tensor]:
-    """The loss, Eq. 3's means, and dL/df [N, D] for an upstream of 1, or [0, D]."""
+    """The loss, Eq. 3's means, and dL/df [N, D] for an upstream of 1, [0, D] if not wanted."""
     (n, d), dtype = embeddings.shape, accumulation_dtype(embeddings)
     loss = embeddings.new_empty((), dtype=dtype)
     rows = Rows(loss.new_empty(n), loss.new_empty(n))
@@ -92,9 +92,9 @@ def forward(embeddings: Tensor, labels: Tensor, spec: Spec) -> tuple[Tensor, Row
 
 
 def cost(work: Work, hopper: bool) -> Cost:
-    """Counted as launched, with blocks that suit any GPU; an exact product is four.
+    """Counted as launched, with blocks that suit any GPU; an exact product counts as four.
 
-    hopper: whether memory is of blocks that suit Hopper.
+    hopper: whether memory is counted with Hopper's blocks.
     """
     blocks = blocks_of(work.n, work.dtype, False)
     slices = -(-work.d // blocks.v) if work.wants_gradient else 1

@@ -26,7 +26,7 @@ def batch_products(
 
     f = high + middle + low, three bfloat16 numbers, which have float32's range whatever the norms:
     f f^T = high high^T + middle middle^T + X + X^T with X = (middle + low) high^T. Reads n BLOCK_D
-    elements, 4 products of 2 n^2 BLOCK_D FLOPs. Bound by latency: hence one step each.
+    elements; 4 products of 2 n^2 BLOCK_D FLOPs. Bound by latency, hence one step a program.
     """
     acc: tl.constexpr = partial.dtype.element_ty
     i = tl.arange(0, BLOCK_N)
@@ -79,9 +79,9 @@ def loss_and_gradient(
     than one synchronisation between programs would. Bound by launch and by the latency of the loop
     over D: at n = 36 the embeddings lie in L2. Hence few deep steps over D and narrow slices.
 
-    SUMMED: products come in `parts` from `batch_products`, since the step of an exact float32
-    product takes 3 us on an H200, six times a half-precision one, and each of these programs would
-    take all of them one after another.
+    SUMMED: products come in `parts` from `batch_products`. A step of an exact float32 product takes
+    3 us on an H200, six times a half-precision one, and each of these programs would take all steps
+    one after another.
     """
     acc: tl.constexpr = loss.dtype.element_ty
     i = tl.arange(0, BLOCK_N)
@@ -123,13 +123,13 @@ def loss_and_gradient(
         tl.store(negative + i, negative_mean, mask=i < n)
 
     if wants_gradient != 0:
-        # w_ij phi'(s_ij) / n_j off the diagonal; on it what makes row i's sum orthogonal to f_i
+        # w_ij phi'(s_ij) / n_j off the diagonal; on it, row i's sum is made orthogonal to f_i
         p = tl.where(inactive, 0.0, -scale / tl.maximum(n_positive, 1.0))
         q = tl.where(inactive, 0.0, sigma * scale / tl.maximum(n_negative, 1.0))
         w = tl.where(same, p[:, None] + p[None, :], q[:, None] + q[None, :])
         w = tl.where(pair, w * slope_of(s, signed), 0.0)
         w = w * inverse[None, :]
-        along = tl.sum(w * raw, axis=1) * inverse * inverse  # of these very weights
+        along = tl.sum(w * raw, axis=1) * inverse * inverse  # from the same weights
         w = tl.where(off_diagonal, w, -along[:, None])
         k = part * BLOCK_V + tl.arange(0, BLOCK_V)
         f = load_block(embeddings, i, k, n, d, stride_n, stride_d).to(acc)
