@@ -24,6 +24,7 @@ from .spec import (
     row_gradient,
 )
 
+_DTYPES = torch.float64, torch.float32, torch.float16, torch.bfloat16
 _PANEL_ELEMENTS = 1 << 24
 """Numbers of one panel of S, some own rows x all columns: 64 MiB in float32."""
 
@@ -50,13 +51,14 @@ def global_loss(
 
 def _gather_sizes(embeddings: Tensor, group: dist.ProcessGroup) -> list[int]:
     """Every rank's number of rows. Shapes are needed on the host, so this waits for the device."""
-    kind = (torch.float64, torch.float32, torch.float16, torch.bfloat16).index(embeddings.dtype)
-    own = torch.tensor([*embeddings.shape, kind], device=embeddings.device)
+    own = torch.tensor(
+        [*embeddings.shape, _DTYPES.index(embeddings.dtype)], device=embeddings.device
+    )
     everyone = torch.stack(_all_gather(own, group)).tolist()
     if len({(d, k) for _, d, k in everyone}) > 1:
         raise ValueError(
             "embeddings must have the same number of columns and dtype on every rank, "
-            f"got (columns, dtype) of {[(d, k) for _, d, k in everyone]}"
+            f"got by rank {', '.join(f'{d} of {_DTYPES[k]}' for _, d, k in everyone)}"
         )
     sizes = [n for n, _, _ in everyone]
     if sum(sizes) < 2:

@@ -259,17 +259,17 @@ def _plain_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     problem = Problem(*args)
     spec, inputs = problem.spec, problem.path_inputs
     with without_autocast(problem.embeddings.device):
-        loss, rows = reference.forward(*inputs, spec)
+        loss, rows, _ = reference.forward(*inputs, spec)
         grads: Sequence[Tensor | None] = ()
         if spec.wants_gradient:
-            grads = reference.gradient(torch.ones_like(loss), *inputs, spec)
+            grads = reference.backward(torch.ones_like(loss), *inputs, None, (), spec)
     return loss, torch.stack(rows), *_pair(grads, loss)
 
 
 def _plain_loss_gradient(grad_loss: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     problem = Problem(*args[:_N_PROBLEM])
     with without_autocast(problem.embeddings.device):
-        grads = reference.gradient(grad_loss, *problem.path_inputs, problem.spec)
+        grads = reference.backward(grad_loss, *problem.path_inputs, None, (), problem.spec)
     return _pair(grads, grads[0])
 
 

@@ -1,6 +1,6 @@
 """Eqs. 1-4 line by line in plain torch: the truth that every other path is judged by.
 
-`forward` and `gradient` are the reference path: the forward of Eqs. 2-4 and its analytic backward,
+`forward` and `backward` are the reference path: the forward of Eqs. 2-4 and its analytic backward,
 both over explicit N x M matrices and both differentiable. `naive_loss` is the form that the paper
 prints (one-hot labels, B, D, a mean for each row; the cost of Eq. 8), left to autograd: the oracle
 of the tests and the baseline of the benchmarks.
@@ -110,20 +110,22 @@ def forward(
     labels: Tensor,
     ref_labels: Tensor | None,
     spec: Spec,
-) -> tuple[Tensor, Rows]:
+) -> tuple[Tensor, Rows, Kept]:
     """The reduced loss and the row means; columns are `ref_emb`, or the batch itself where None."""
     unit = units(embeddings, ref_emb, spec.eps)
     weights = pair_weights(labels, ref_labels, unit.rows.dtype)
     rows = row_means(unit.rows @ unit.columns.T, weights, spec)
-    return reduce_losses(rows, spec), rows
+    return reduce_losses(rows, spec), rows, Kept()
 
 
-def gradient(
+def backward(
     grad_loss: Tensor,
     embeddings: Tensor,
     ref_emb: Tensor | None,
     labels: Tensor,
     ref_labels: Tensor | None,
+    rows: Rows | None,
+    kept: tuple[Tensor, ...],
     spec: Spec,
 ) -> tuple[Tensor, Tensor | None]:
     """dL/d(embeddings) and dL/d(ref_emb), in the accumulation dtype, by the analytic backward.
@@ -136,7 +138,8 @@ def gradient(
 
     because S holds each pair twice. With ref_emb only rows have a loss: a row keeps the terms of
     its own a_i, and a column gets those of the rows' a. Everything is computed anew from the
-    embeddings, so differentiating this function gives the second derivative of the loss.
+    embeddings, `rows` and `kept` are not used: differentiating this function gives the second
+    derivative of the loss.
     """
     unit = units(embeddings, ref_emb, spec.eps)
     similarity = unit.rows @ unit.columns.T
@@ -184,30 +187,6 @@ def naive_loss(embeddings: Tensor, labels: Tensor, margin: float = 0.9) -> Tenso
     return torch.relu(margin - positive_mean + negative_mean).mean()
 
 
-def _forward(
-    embeddings: Tensor,
-    ref_emb: Tensor | None,
-    labels: Tensor,
-    ref_labels: Tensor | None,
-    spec: Spec,
-) -> tuple[Tensor, Rows, Kept]:
-    loss, rows = forward(embeddings, ref_emb, labels, ref_labels, spec)
-    return loss, rows, Kept()
-
-
-def _backward(
-    grad_loss: Tensor,
-    embeddings: Tensor,
-    ref_emb: Tensor | None,
-    labels: Tensor,
-    ref_labels: Tensor | None,
-    rows: Rows | None,
-    kept: tuple[Tensor, ...],
-    spec: Spec,
-) -> tuple[Tensor, Tensor | None]:
-    return gradient(grad_loss, embeddings, ref_emb, labels, ref_labels, spec)
-
-
 def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
     """The cost of dense matrices in plain torch; the backward computes S anew.
 
@@ -248,5 +227,5 @@ def _extra_memory(work: Work) -> int:
     return units + max(forming, ending) + 6 * vectors
 
 
-PATH = Path(_forward, _backward, cost, keeps=False)
+PATH = Path(forward, backward, cost, keeps=False)
 """impl="reference"."""

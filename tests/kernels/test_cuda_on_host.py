@@ -169,7 +169,7 @@ def assert_right(got, x, labels, spec, upstream):
     loss, means, grad, _ = got
     n, tolerance = len(x), TOLERANCE[loss.dtype]
     exact = x.double()
-    truth, rows = reference.forward(exact, None, labels, None, spec)
+    truth, rows, _ = reference.forward(exact, None, labels, None, spec)
     total = n if spec.reduction == "sum" else 1
     assert abs(loss.double() - truth) <= tolerance * total
     assert (means.double() - torch.stack((rows.positive, rows.negative))).norm() <= tolerance * n
@@ -177,7 +177,9 @@ def assert_right(got, x, labels, spec, upstream):
         return
     per_row = torch.full((n,), total / n) if upstream is None else upstream
     per_row_spec = spec._replace(reduction="none")
-    expected, _ = reference.gradient(per_row.double(), exact, None, labels, None, per_row_spec)
+    expected, _ = reference.backward(
+        per_row.double(), exact, None, labels, None, None, (), per_row_spec
+    )
     norms = exact.norm(dim=1)  # what cancels in a row is of the size of its own share
     size = total * per_row.abs().max() * n / total / norms[norms > 0].min()
     assert (grad.double() - expected).norm() <= tolerance * (expected.norm() + size)

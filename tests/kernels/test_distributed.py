@@ -109,8 +109,13 @@ def errors_are_clear(rank, world):
     group = dist.group.WORLD
     with pytest.raises(ValueError, match=r"global batch has 1 row\(s\) over 2 ranks.*drop_last"):
         bstriplet_loss(x[: 1 - rank], labels[: 1 - rank], group=group)
-    with pytest.raises(ValueError, match="same number of columns and dtype on every rank"):
-        bstriplet_loss(x[:, : 3 + rank], labels, group=group)
+    for own, found in (
+        (x[:, : 3 + rank], "3 of torch.float32, 4 of torch.float32"),
+        (x.to((torch.float32, torch.bfloat16)[rank]), "5 of torch.float32, 5 of torch.bfloat16"),
+    ):
+        message = f"same number of columns and dtype on every rank, got by rank {found}"
+        with pytest.raises(ValueError, match=message):
+            bstriplet_loss(own, labels, group=group)
     for module in (BSTripletLoss, CrossEntropyBSTripletLoss):
         with pytest.raises(ValueError, match="impl='gram' cannot be combined with group"):
             module(impl="gram", group=group)

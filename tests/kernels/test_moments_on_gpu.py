@@ -58,12 +58,12 @@ def both_ways(x, labels, spec, upstream=None):
     found = []
     for forward in (on_gpu.forward, None):
         if forward is None:
-            loss, rows = reference.forward(x.double(), None, labels, None, spec)
+            loss, rows, _ = reference.forward(x.double(), None, labels, None, spec)
         else:
             loss, rows, kept = forward(x, None, labels, None, spec)
         up = torch.ones_like(loss) if upstream is None else upstream.to(loss)
         if forward is None:
-            gradient = reference.gradient(up, x.double(), None, labels, None, spec)[0]
+            gradient = reference.backward(up, x.double(), None, labels, None, None, (), spec)[0]
         else:
             gradient, _ = on_gpu.backward(up, x, kept, spec)
         found.append((loss, *rows, gradient))

@@ -90,7 +90,7 @@ def test_operator_agrees_with_the_reference(problem, mean, per_row):
     sides = (embeddings,) if ref_emb is None else (embeddings, ref_emb)
     dtype = accumulation_dtype(*sides)
     spec = spec._replace(reduction="none" if per_row else "mean" if mean else "sum")
-    truth, rows = reference.forward(exact, exact_ref, labels, ref_labels, spec)
+    truth, rows, _ = reference.forward(exact, exact_ref, labels, ref_labels, spec)
     # A row this near h = 0 may be active in one precision and not in another.
     h = spec.margin - rows.positive + spec.sigma * rows.negative
     if (h.abs() < 1e-5).any():
@@ -98,7 +98,9 @@ def test_operator_agrees_with_the_reference(problem, mean, per_row):
     weight = (
         torch.linspace(-1, 2, len(labels), dtype=dtype) if per_row else torch.ones((), dtype=dtype)
     )
-    grads = reference.gradient(weight.double(), exact, exact_ref, labels, ref_labels, spec)
+    grads = reference.backward(
+        weight.double(), exact, exact_ref, labels, ref_labels, None, (), spec
+    )
     loss, positive, negative, *got = operator(
         embeddings,
         labels,
@@ -351,8 +353,8 @@ def test_cuda_agrees_with_the_reference(n, d, dtype):
     spec = Spec(reduction="none")
     weight = torch.linspace(-1, 2, n, dtype=accumulation_dtype(embeddings))
     exact = embeddings.double()
-    _, rows = reference.forward(exact, None, labels, None, spec)
-    grad, _ = reference.gradient(weight.double(), exact, None, labels, None, spec)
+    _, rows, _ = reference.forward(exact, None, labels, None, spec)
+    grad, _ = reference.backward(weight.double(), exact, None, labels, None, None, (), spec)
     loss, positive, negative, got, _ = (
         t.cpu() for t in operator(embeddings.cuda(), labels.cuda(), upstream=weight.cuda())
     )
