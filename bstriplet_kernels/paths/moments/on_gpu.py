@@ -102,11 +102,12 @@ def takes(work: Work, device: torch.device | None) -> bool:
     They have no float64 and no D above `MAX_DEPTH`. A class of more than half of the columns must
     be large, and row numbers must fit 32 bits.
     """
+    if work.device != "cuda" or torch.version.hip is not None or not gpu.has_triton():
+        return False
     least = 2 * smallest_moment(work.d, work.m is not None)
     fits = least <= work.columns and work.vectors <= MOST_ROWS and work.d <= MAX_DEPTH
-    runs = work.device == "cuda" and torch.version.hip is None and gpu.has_triton()
-    may = device is None or gpu.refuses(device) is None
-    return fits and work.dtype != torch.float64 and runs and may
+    may_run = device is None or gpu.refuses(device) is None
+    return fits and work.dtype != torch.float64 and may_run
 
 
 def is_wide(d: int, joint: bool = False) -> bool:
