@@ -127,9 +127,9 @@ class ColumnClasses {
 };
 
 template <class T>
-class Batch {
+class PairwiseLoss {
  public:
-  Batch(const Inputs& in, const Spec& spec)
+  PairwiseLoss(const Inputs& in, const Spec& spec)
       : in_(in),
         spec_(spec),
         s_(in.rows, in.columns, in),
@@ -281,8 +281,8 @@ class Batch {
 };
 
 Results run(const Inputs& in, const Spec& spec) {
-  return in.accumulation == ScalarType::Double ? Batch<double>(in, spec).run()
-                                               : Batch<float>(in, spec).run();
+  return in.accumulation == ScalarType::Double ? PairwiseLoss<double>(in, spec).run()
+                                               : PairwiseLoss<float>(in, spec).run();
 }
 
 }  // namespace
