@@ -4,9 +4,9 @@ With u_i the unit rows, m_c the sum of the unit columns of class c, m that of al
 and q_c one over the number of positives and of negatives of a row of class c (0 where there are
 none):
 
-    mean over P_i = u_i . p_c m_c - p_c |u_i|^2        mean over Q_i = u_i . q_c (m - m_c)
+    mean over P_i = u_i . (p_c m_c - p_c u_i)        mean over Q_i = u_i . q_c (m - m_c)
 
-With ref_emb no row is a column, and the term of |u_i|^2 drops out. With a_i = dL/dl_i [h_i > 0],
+With ref_emb no row is a column, and the term p_c u_i drops out. With a_i = dL/dl_i [h_i > 0],
 b_c the sum of a_i u_i over the rows of class c, and b that of q_c b_c over all classes:
 
     v_i = a_i K_c + B_c
@@ -62,13 +62,13 @@ def means(
     table[:, 0] = p[:, None] * sums
     table[:, 1] = (sums.sum(0) - sums).mul_(q[:, None])
     both = inverse.new_empty(len(inverse), 2)
+    itself = p.to(dtype)[classes] * inverse if own else None  # p_c / norm
     for rows in _panels(embeddings):
-        pair = table.index_select(0, classes[rows])
-        both[rows] = torch.linalg.vecdot(pair, embeddings[rows, None].to(dtype))
-    positive, negative = both.mul_(inverse[:, None]).unbind(1)
-    if own:
-        positive = positive - p.to(dtype)[classes] * (inverse != 0)
-    return Rows(positive, negative), (sums, p, q, *sides)
+        pair, wide = table.index_select(0, classes[rows]), embeddings[rows].to(dtype)
+        if itself is not None:  # before the product, in which it would cancel
+            pair[:, 0].addcmul_(wide, itself[rows, None], value=-1.0)
+        both[rows] = torch.linalg.vecdot(pair, wide[:, None])
+    return Rows(*both.mul_(inverse[:, None]).unbind(1)), (sums, p, q, *sides)
 
 
 def gradients(
@@ -216,9 +216,11 @@ def _bytes(work: Work) -> int:
     Rows are added up, then a table of as many classes as there are vectors is made, then walked.
     """
     number = work.accumulated
-    moved = (98 + number) * work.columns + (114 + 5 * number) * work.vectors + 11 * number * work.n
+    own = work.m is None
+    moved = (98 + number) * work.columns + (114 + 5 * number) * work.vectors
+    moved += (14 if own else 11) * number * work.n
     if work.wants_gradient:
-        walked = 202 + (25 if work.m is None else 20) * number
+        walked = 202 + (25 if own else 20) * number
         moved += (95 + 3 * number) * work.n + walked * work.vectors
     return moved
 
@@ -231,9 +233,9 @@ def _launches(work: Work) -> int:
     own, by_row = work.m is None, work.reduction == "none"
     if not work.wants_gradient:
         cast = (2 + more) * work.casts
-        return 62 + 7 * levels + 4 * more + (0 if own else 2) + cast - by_row
+        return 61 + 7 * levels + 4 * more + (more if own else 3) + cast - by_row
     cast = (5 + 2 * more if own else 7 + 3 * more) * work.casts
-    return 105 + 14 * levels + 13 * more + (0 if own else 9 + 6 * more) + cast - 2 * by_row
+    return 104 + 14 * levels + 14 * more + (0 if own else 10 + 5 * more) + cast - 2 * by_row
 
 
 def _extra_memory(work: Work, classes: int) -> int:
