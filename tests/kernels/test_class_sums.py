@@ -75,11 +75,25 @@ def test_views_are_read_where_they_lie(view):
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("n", [2, 200])
+def test_a_rows_own_share_does_not_cancel(n):
+    """Classes of two: a row's own share is 1, and its one positive is near 0."""
+    x = torch.randn(n, 2048, generator=torch.Generator().manual_seed(n))
+    labels = torch.arange(n) % max(1, n // 2)
+    given = {"similarity": "linear", "margin": 0.0, "return_stats": True, "reduction": "none"}
+    truth, exact = bstriplet_loss(x.double(), labels, impl="reference", **given)
+    loss, stats = bstriplet_loss(x, labels, impl="gram", **given)
+    assert (loss - truth).norm() <= 1e-6 * truth.norm()
+    rel = abs(stats.positive_similarity - exact.positive_similarity)
+    assert rel <= 1e-6 * exact.positive_similarity.abs()
+
+
 def test_the_same_bits_again():
     x, labels = batch(300, 17, 5, 0, torch.float32)
     x.requires_grad_()
     first, again = (
-        torch.autograd.grad(bstriplet_loss(x, labels, similarity="linear"), x)[0] for _ in range(2)
+        torch.autograd.grad(bstriplet_loss(x, labels, similarity="linear", impl="gram"), x)[0]
+        for _ in range(2)
     )
     assert torch.equal(first, again)
 
@@ -88,7 +102,7 @@ def test_nothing_is_n_by_n():
     """A batch whose pairs would take 2 TB."""
     n = 1 << 19
     x, labels = torch.randn(n, 4), torch.arange(n) % 1000
-    loss = bstriplet_loss(x.requires_grad_(), labels, similarity="linear")
+    loss = bstriplet_loss(x.requires_grad_(), labels, similarity="linear", impl="gram")
     loss.backward()
     assert loss.isfinite()
     explained = explain((n, 4), 1000, similarity="linear")

@@ -379,6 +379,7 @@ class TestCosts:
         products = (1 + 2 + 1) * n * d * d
         work = Work(n, None, d, torch.float32)
         assert on_cpu.cost(work, [512, 512]).flops == 2 * products
+        assert on_cpu.cost(work, [512, 512]).bytes == n * (6 * d * 4 + 96)
         by_row = on_cpu.cost(work._replace(reduction="none"), [512, 512])
         assert by_row.flops == 2 * (products + 2 * n * d * d)
 

@@ -431,6 +431,21 @@ def test_what_it_does_not_take():
             work._replace(n=1000),
         ):
             assert not on_gpu.takes(refused, None)
+        assert not on_gpu.takes(work._replace(n=(1 << 30) + 1), None)
+
+
+def test_where_its_kernels_do_not_run(monkeypatch):
+    work, device = Work(4096, None, 128, torch.float32, device="cuda"), torch.device("cuda", 0)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for major, taken in ((7, False), (8, True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, of=major: (of, 0))
+        assert on_gpu.takes(work, device) is taken
+    with monkeypatch.context() as without:
+        without.setattr(gpu, "_HAS_TRITON", False)
+        assert not on_gpu.takes(work, device)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not on_gpu.takes(work, device)
 
 
 def test_sides_of_two_dtypes_are_taken_as_one():

@@ -15,7 +15,7 @@ from bstriplet_kernels.cost import Constants, Cost
 from bstriplet_kernels.paths import PATHS, gpu, native
 from bstriplet_kernels.paths.moments import on_gpu
 from bstriplet_kernels.paths.triton import pairs_cost
-from bstriplet_kernels.spec import SIGNED_SQUARE, Spec
+from bstriplet_kernels.spec import LINEAR, SIGNED_SQUARE, Spec
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,11 @@ def test_the_choice_follows_predicted_time(monkeypatch):
 
 def test_a_choice_that_the_classes_would_change_says_so(monkeypatch):
     """Many small classes make moments cheap, which a choice by shapes alone cannot know."""
-    constants = {"reference": Constants(0, 1e-12, 0), "gram": Constants(0, 0.9e-12, 0)}
+    slow = Constants(1, 0, 0)
+    constants = {
+        "reference": Constants(0, 1e-12, 0), "gram": Constants(0, 0.9e-12, 0), "native": slow,
+        "triton": slow,
+    }  # fmt: skip
     monkeypatch.setattr(plan, "CONSTANTS", {"cpu": constants})
     reasons = []
     for classes in (3, 100):
@@ -154,7 +158,33 @@ def test_linear_takes_sums_of_classes_where_the_batch_is_large(monkeypatch, cons
     monkeypatch.setattr(plan, "CONSTANTS", constants)
     choices = [taken(1 << k, 128, "reference", "gram", similarity="linear") for k in range(5, 21)]
     assert choices == sorted(choices, reverse=True)
-    assert choices[9:] == ["gram"] * 7
+    assert choices[6:] == ["gram"] * 10
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "gradient", "path"),
+    [
+        (16, 8, True, "reference"), (36, 128, True, "reference"), (200, 2048, True, "gram"),
+        (256, 2048, True, "gram"), (256, 1024, False, "gram"), (300, 32768, False, "gram"),
+        (4096, 128, True, "gram"), (1 << 18, 128, True, "gram"),
+    ],
+)  # fmt: skip
+def test_linear_on_the_cpu_where_one_path_is_far_faster(n, d, gradient, path):
+    """By measured time one of the two takes at least 1.5 times as long, and up to nine times."""
+    spec = Spec(similarity=LINEAR, wants_gradient=gradient)
+    assert plan.choose(torch.empty(n, d), None, spec) == path
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "path"),
+    [(36, 128, "reference"), (64, 128, "reference"), (2048, 128, "gram"), (4096, 1280, "gram")],
+)
+def test_without_the_native_library_moments_are_of_another_speed(monkeypatch, n, d, path):
+    monkeypatch.setattr(native, "missing", lambda: "taken away")
+    monkeypatch.setitem(PATHS, "native", PATHS["native"]._replace(missing=native.missing))
+    found = explain((n, d), 3)
+    assert found.path == path
+    assert found.reason == "least predicted time; not measured on cpu, at an assumed speed: gram"
 
 
 def test_counts_decide_among_the_paths_that_take_it(monkeypatch):
@@ -173,7 +203,8 @@ def test_counts_decide_among_the_paths_that_take_it(monkeypatch):
     assert [choose(n, 128) for n in (36, 64, 65, 1024, 16384)] == [
         "native", "native", "triton", "triton", "gram"
     ]  # fmt: skip
-    assert choose(36, 128, m=100) == choose(1 << 17, 128, m=100) == "triton"
+    assert choose(36, 128, m=100) == "triton"
+    assert choose(1 << 17, 128, m=1 << 17) == "gram"
     assert choose(36, 128, similarity=SIGNED_SQUARE) == "native"
     assert choose(1 << 17, 128, similarity=SIGNED_SQUARE) == "triton"
     with monkeypatch.context() as older:
@@ -194,7 +225,7 @@ def test_the_reason_says_that_a_speed_is_assumed(monkeypatch):
     monkeypatch.setattr(plan, "CONSTANTS", {})
     for name in ("native", "triton"):
         monkeypatch.setitem(PATHS, name, PATHS[name]._replace(missing=lambda: "taken away"))
-    assumed = least + "; its speed is assumed, cpu is not calibrated for it"
+    assumed = least + "; not measured on cpu, at an assumed speed: reference, gram"
     found = explain(x, labels)
     assert (found.path, found.reason) == ("gram", assumed)
     found = explain((36, 1280), 3)
@@ -295,6 +326,7 @@ def test_what_the_native_kernel_does_on_a_gpu():
     n, d = 36, 1280
     counted = PATHS["native"].cost(plan.Work(n, None, d, torch.float32, device="cuda"), [n])
     assert counted[:3] == (3 * n * n * d, 4 * n * d * (1 + 3), 2)
+    assert counted.extra_memory == 4 * (n * d + 2 * n + 1)
     half = plan.Work(n, None, d, torch.bfloat16, device="cuda")
     assert PATHS["native"].cost(half, [n])[1:3] == (n * d * (2 + 4 + 4 + 2), 2)
     forward = plan.Work(n, None, d, torch.float32, wants_gradient=False, device="cuda")

@@ -34,6 +34,8 @@ from .mathematics import (
     traffic,
 )
 
+SCHEDULE = "gram torch"
+"""The schedule, by the name under which its measured speed would stand."""
 PANEL_BYTES = 1 << 20  # of unit rows, which stay in the second-level cache with their products
 BLOCK_PRODUCTS = 3  # of the members of a small class: S forward, S and its weights backward
 SMALLEST_MOMENT = 256  # below it a block costs less than the operator calls for a matrix
@@ -520,6 +522,7 @@ def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
         bytes=traffic(n, d, work.dtype.itemsize),
         launches=0,
         extra_memory=_extra_memory(work, class_sizes),
+        schedule=SCHEDULE,
     )
 
 
