@@ -1,5 +1,6 @@
 """The loss of a global batch over processes equals one process's on the concatenated batch."""
 
+import os
 import tempfile
 import traceback
 from pathlib import Path
@@ -27,6 +28,9 @@ def run_rank(rank, world, meeting, body, failures):
         raise
     finally:
         dist.destroy_process_group()
+    # Threads of gloo may still hold tensors. Where the interpreter is being finalised, to give one
+    # up aborts the process, sometimes (github.com/pytorch/pytorch/pull/179291).
+    os._exit(0)
 
 
 def on_ranks(body, world=2):
