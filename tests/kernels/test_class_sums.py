@@ -19,7 +19,7 @@ from bstriplet_kernels.spec import LINEAR, Spec
 @pytest.fixture(params=["counted", "not counted"], autouse=True)
 def _classes(request, monkeypatch):
     """Whether the schedule may ask how many classes there are; panels of a few rows."""
-    monkeypatch.setattr(class_sums, "_may_count", lambda labels: request.param == "counted")
+    monkeypatch.setattr(class_sums, "_may_count", lambda _: request.param == "counted")
     monkeypatch.setattr(class_sums, "PANEL_NUMBERS", {"cpu": 100, "other": 100})
     monkeypatch.setattr(class_sums, "_BLOCK", 8)
 
@@ -109,6 +109,21 @@ def test_nothing_is_n_by_n():
     assert explained.path == "gram"
     assert explained.cost.extra_memory < 64 * x.nbytes
     assert explained.cost.schedule == class_sums.SCHEDULE
+
+
+def test_cost_on_the_cpu_by_hand():
+    """Rows are read for norms, sums and means, then for sums and the gradient.
+
+    To write that reads its cache lines first.
+    """
+    n, d, sizes = 1000, 64, [400, 600]
+    work = Work(n, None, d, torch.float32, similarity="linear")
+    both = PATHS["gram"].cost(work, sizes)
+    assert both.bytes == 7 * n * d * 4 + 96 * len(sizes) * d
+    assert both.flops == 18 * n * d + 16 * len(sizes) * d
+    forward = PATHS["gram"].cost(work._replace(wants_gradient=False), sizes)
+    assert forward.bytes == 3 * n * d * 4 + 48 * len(sizes) * d
+    assert forward.flops == 8 * n * d + 8 * len(sizes) * d
 
 
 @pytest.mark.parametrize("impl", ["native", "triton"])

@@ -56,8 +56,9 @@ def means(
         classes, of_columns = classes.split((len(embeddings), len(ref_emb)))
         columns, sides = ref_emb, [inverse, classes, inverse_norms(ref_emb, eps, dtype), of_columns]
     column_inverse, column_classes = sides[-2:]
-    sums = sum_classes(columns, column_inverse, column_classes, n_classes)
-    p, q = class_weights(count_classes(column_classes, n_classes), len(columns), own)
+    order, edges = class_order(column_classes, n_classes)
+    sums = sum_classes(columns, column_inverse, order, edges)
+    p, q = class_weights(edges.diff(), len(columns), own)
     table = inverse.new_empty(n_classes, 2, sums.shape[1])
     table[:, 0] = p[:, None] * sums
     table[:, 1] = (sums.sum(0) - sums).mul_(q[:, None])
@@ -80,7 +81,7 @@ def gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """dL/d(embeddings), and dL/d(ref_emb) where given, for a = dL/dl [h > 0], [N]."""
     sums, p, q, inverse, classes, *of_columns = kept
-    back = sum_classes(embeddings, inverse * a, classes, len(sums))
+    back = sum_classes(embeddings, inverse * a, *class_order(classes, len(sums)))
     table = inverse.new_empty(len(sums), 2, sums.shape[1])
     write_shares(table, sums, back, p[:, None], q[:, None], sigma)
     del back
@@ -131,20 +132,20 @@ def number_classes(labels: Tensor, ref_labels: Tensor | None) -> tuple[Tensor, i
     return torch.empty_like(order).index_copy_(0, order, first.cumsum(0)), len(labels)
 
 
-def count_classes(classes: Tensor, n_classes: int) -> Tensor:
-    """Members of each class, [C]."""
-    edges = torch.arange(n_classes + 1, device=classes.device)
-    return torch.searchsorted(classes.sort().values, edges).diff()
+def class_order(classes: Tensor, n_classes: int) -> tuple[Tensor, Tensor]:
+    """(order [N], edges [C + 1]): class c has the rows order[edges[c] : edges[c + 1]]."""
+    ordered, order = classes.sort(stable=True)
+    numbers = torch.arange(n_classes + 1, device=classes.device)
+    return order, torch.searchsorted(ordered, numbers)
 
 
-def sum_classes(embeddings: Tensor, weights: Tensor, classes: Tensor, n_classes: int) -> Tensor:
+def sum_classes(embeddings: Tensor, weights: Tensor, order: Tensor, edges: Tensor) -> Tensor:
     """The sum over each class of weights [N] times embeddings [N, D], [C, D] in float64.
 
-    The order of addends is fixed: the same bits from run to run.
+    order, edges: as `class_order` returns them. The order of addends is fixed: the same bits from
+    run to run.
     """
-    ordered, order = classes.sort(stable=True)
-    edges = torch.searchsorted(ordered, torch.arange(n_classes + 1, device=classes.device))
-    if not _may_count(classes):
+    if not _may_count(order):
         scaled = embeddings[order].to(weights.dtype).mul_(weights[order, None])
         return running_sums(scaled.double())[edges].diff(dim=0)
     sizes = edges.diff()
@@ -154,13 +155,13 @@ def sum_classes(embeddings: Tensor, weights: Tensor, classes: Tensor, n_classes:
     parts = embedding_bag(
         order, embeddings.to(weights.dtype), first, mode="sum", per_sample_weights=weights[order]
     )
-    total = torch.zeros(n_classes, embeddings.shape[1], dtype=torch.float64)
+    total = torch.zeros(len(sizes), embeddings.shape[1], dtype=torch.float64)
     return total.index_add_(0, of_bag, parts.double())
 
 
-def _may_count(labels: Tensor) -> bool:
+def _may_count(classes: Tensor) -> bool:
     """Whether the host may ask how many classes there are: a GPU would make it wait."""
-    return labels.device.type == "cpu"
+    return classes.device.type == "cpu"
 
 
 def running_sums(x: Tensor) -> Tensor:
@@ -233,9 +234,9 @@ def _launches(work: Work) -> int:
     own, by_row = work.m is None, work.reduction == "none"
     if not work.wants_gradient:
         cast = (2 + more) * work.casts
-        return 61 + 7 * levels + 4 * more + (more if own else 3) + cast - by_row
+        return 58 + 7 * levels + 4 * more + (more if own else 3) + cast - by_row
     cast = (5 + 2 * more if own else 7 + 3 * more) * work.casts
-    return 104 + 14 * levels + 14 * more + (0 if own else 10 + 5 * more) + cast - 2 * by_row
+    return 101 + 14 * levels + 14 * more + (0 if own else 10 + 5 * more) + cast - 2 * by_row
 
 
 def _extra_memory(work: Work, classes: int) -> int:
