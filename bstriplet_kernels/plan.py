@@ -28,9 +28,9 @@ from .cost import Constants, Cost, Work
 from .paths import PATHS, gpu
 from .spec import Spec, work_of
 
-_ASSUMED = {"cpu": Constants(1e-3, 2e-11, 5e-11), "other": Constants(1e-3, 1e-13, 1e-12, 1e-5)}
-"""For a schedule that was not measured: 1 ms a call, 50 GFLOP/s, 20 GB/s on a CPU; elsewhere 1 ms,
-10 TFLOP/s, 1 TB/s and 10 us a launch."""
+_ASSUMED = {"cpu": Constants(1e-3, 2e-11, 5e-11), "other": Constants(2e-3, 1e-13, 1e-12, 2e-5)}
+"""For a schedule that was not measured: 1 ms a call, 50 GFLOP/s, 20 GB/s on a CPU; elsewhere 2 ms,
+10 TFLOP/s, 1 TB/s and 20 us a launch."""
 _MUCH_MEMORY, _MUCH_OF_EMBEDDINGS = 1 << 33, 8
 """Extra memory in bytes, and as a multiple of the embeddings. A path above both is not taken,
 however fast, unless none takes less."""
@@ -195,9 +195,13 @@ def _explained(work: Work, takers: Sequence[str], sizes: Sequence[int]) -> Plan:
         reason = "the only path that takes this input here"
     elif path not in predicted or predicted[path] > min(predicted.values()):
         reason += f" for {_ASSUMED_CLASSES} classes, which a choice by shapes alone assumes"
-    assumed = [name for name, cost in costs.items() if _measured(name, cost, work) is None]
+    assumed = [
+        counted.schedule or name
+        for name, counted in {**costs, path: cost}.items()
+        if _measured(name, counted, work) is None
+    ]
     if len(takers) > 1 and assumed:
-        reason += f"; not measured on {work.device}, at an assumed speed: {', '.join(assumed)}"
+        reason += f"; the speed of {', '.join(assumed)} is assumed, not measured on {work.device}"
     eq8 = eq8_flops(work.n, work.d, len(sizes))
     return Plan(path, reason, work, len(sizes), cost, eq8, predicted)
 

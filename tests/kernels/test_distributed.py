@@ -28,8 +28,8 @@ def run_rank(rank, world, meeting, body, failures):
         raise
     finally:
         dist.destroy_process_group()
-    # Threads of gloo may still hold tensors. Where the interpreter is being finalised, to give one
-    # up aborts the process, sometimes (github.com/pytorch/pytorch/pull/179291).
+    # A rank whose body had passed aborted at its end, once. Threads of gloo may still hold tensors,
+    # and releasing one while the interpreter is being finalised can abort the process.
     os._exit(0)
 
 

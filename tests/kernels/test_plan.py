@@ -23,6 +23,14 @@ def _nothing_remembered(monkeypatch):
     monkeypatch.setattr(plan, "_planned", {})
 
 
+@pytest.fixture
+def _torch_alone(monkeypatch):
+    """The reference and moments are left, whatever is built here; moments count as if it were."""
+    monkeypatch.setattr(native, "missing", lambda: None)
+    for name in ("native", "triton"):
+        monkeypatch.setitem(PATHS, name, PATHS[name]._replace(missing=lambda: "taken away"))
+
+
 def test_equation_8_for_the_papers_batch():
     # (l^2 + C^2 + l + C + 3) N^2 + (2 l + 5) N with l = 1280, C = 3, N = 36, worked by hand
     assert plan.eq8_flops(36, 1280, 3) == 1_639_695 * 1_296 + 2_565 * 36
@@ -53,12 +61,11 @@ def test_moments_are_linear_and_pairs_quadratic_in_n():
     assert flops("reference", 1 << 14) == pytest.approx(4 * flops("reference", 1 << 13), rel=0.01)
 
 
+@pytest.mark.usefixtures("_torch_alone")
 def test_the_choice_follows_predicted_time(monkeypatch):
     fast_call = Constants(call=1e-6, flop=1e-9, byte=0)
     fast_flop = Constants(call=1e-3, flop=1e-12, byte=0)
-    slow = Constants(call=1, flop=0, byte=0)
-    constants = {"reference": fast_call, "gram": fast_flop, "native": slow, "triton": slow}
-    monkeypatch.setattr(plan, "CONSTANTS", {"cpu": constants})
+    monkeypatch.setattr(plan, "CONSTANTS", {"cpu": {"reference": fast_call, "gram": fast_flop}})
     small, large = torch.randn(4, 8), torch.randn(3000, 8)
     assert plan.choose(small, None, Spec()) == "reference"
     assert plan.choose(large, None, Spec()) == "gram"
@@ -66,16 +73,13 @@ def test_the_choice_follows_predicted_time(monkeypatch):
     explained = explain(large, torch.arange(3000) % 4)
     assert explained.path == "gram"
     assert explained.reason == "least predicted time"
-    assert set(explained.predicted) == set(available_impls())
+    assert set(explained.predicted) == {"reference", "gram"}
 
 
+@pytest.mark.usefixtures("_torch_alone")
 def test_a_choice_that_the_classes_would_change_says_so(monkeypatch):
     """Many small classes make moments cheap, which a choice by shapes alone cannot know."""
-    slow = Constants(1, 0, 0)
-    constants = {
-        "reference": Constants(0, 1e-12, 0), "gram": Constants(0, 0.9e-12, 0), "native": slow,
-        "triton": slow,
-    }  # fmt: skip
+    constants = {"reference": Constants(0, 1e-12, 0), "gram": Constants(0, 0.9e-12, 0)}
     monkeypatch.setattr(plan, "CONSTANTS", {"cpu": constants})
     reasons = []
     for classes in (3, 100):
@@ -158,7 +162,8 @@ def test_linear_takes_sums_of_classes_where_the_batch_is_large(monkeypatch, cons
     monkeypatch.setattr(plan, "CONSTANTS", constants)
     choices = [taken(1 << k, 128, "reference", "gram", similarity="linear") for k in range(5, 21)]
     assert choices == sorted(choices, reverse=True)
-    assert choices[6:] == ["gram"] * 10
+    assert choices[0] == "reference"
+    assert choices[9:] == ["gram"] * 7
 
 
 @pytest.mark.parametrize(
@@ -170,7 +175,7 @@ def test_linear_takes_sums_of_classes_where_the_batch_is_large(monkeypatch, cons
     ],
 )  # fmt: skip
 def test_linear_on_the_cpu_where_one_path_is_far_faster(n, d, gradient, path):
-    """By measured time one of the two takes at least 1.5 times as long, and up to nine times."""
+    """The other path took 1.5 to nine times as long, on two AVX-512 cores."""
     spec = Spec(similarity=LINEAR, wants_gradient=gradient)
     assert plan.choose(torch.empty(n, d), None, spec) == path
 
@@ -179,12 +184,14 @@ def test_linear_on_the_cpu_where_one_path_is_far_faster(n, d, gradient, path):
     ("n", "d", "path"),
     [(36, 128, "reference"), (64, 128, "reference"), (2048, 128, "gram"), (4096, 1280, "gram")],
 )
+@pytest.mark.usefixtures("_torch_alone")
 def test_without_the_native_library_moments_are_of_another_speed(monkeypatch, n, d, path):
     monkeypatch.setattr(native, "missing", lambda: "taken away")
-    monkeypatch.setitem(PATHS, "native", PATHS["native"]._replace(missing=native.missing))
     found = explain((n, d), 3)
     assert found.path == path
-    assert found.reason == "least predicted time; not measured on cpu, at an assumed speed: gram"
+    assert found.reason == (
+        "least predicted time; the speed of gram torch is assumed, not measured on cpu"
+    )
 
 
 def test_counts_decide_among_the_paths_that_take_it(monkeypatch):
@@ -218,14 +225,13 @@ def test_counts_decide_among_the_paths_that_take_it(monkeypatch):
     assert choose(1 << 17, 128, similarity=SIGNED_SQUARE) == "reference"
 
 
+@pytest.mark.usefixtures("_torch_alone")
 def test_the_reason_says_that_a_speed_is_assumed(monkeypatch):
     x, labels = torch.randn(4096, 4), torch.arange(4096) % 3
     least = "least predicted time"
     assert explain(x, labels).reason == least
     monkeypatch.setattr(plan, "CONSTANTS", {})
-    for name in ("native", "triton"):
-        monkeypatch.setitem(PATHS, name, PATHS[name]._replace(missing=lambda: "taken away"))
-    assumed = least + "; not measured on cpu, at an assumed speed: reference, gram"
+    assumed = least + "; the speed of reference, gram is assumed, not measured on cpu"
     found = explain(x, labels)
     assert (found.path, found.reason) == ("gram", assumed)
     found = explain((36, 1280), 3)

@@ -66,7 +66,7 @@ def means(
     itself = p.to(dtype)[classes] * inverse if own else None  # p_c / norm
     for rows in _panels(embeddings):
         pair, wide = table.index_select(0, classes[rows]), embeddings[rows].to(dtype)
-        if itself is not None:  # before the product, in which it would cancel
+        if itself is not None:  # after the product it would cancel digits
             pair[:, 0].addcmul_(wide, itself[rows, None], value=-1.0)
         both[rows] = torch.linalg.vecdot(pair, wide[:, None])
     return Rows(*both.mul_(inverse[:, None]).unbind(1)), (sums, p, q, *sides)
@@ -193,6 +193,7 @@ def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
     side, wanted = work.vectors * work.d, work.wants_gradient
     if work.device == "cpu":
         flops, times = (18, 7) if wanted else (8, 3)
+        flops += 2 * (work.m is None)  # a row's own share
         table = len(class_sizes) * work.d * (4 if wanted else 2)
         return Cost(
             flops=flops * side + 4 * table,

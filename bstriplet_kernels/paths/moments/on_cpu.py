@@ -35,7 +35,7 @@ from .mathematics import (
 )
 
 SCHEDULE = "gram torch"
-"""The schedule, by the name under which its measured speed would stand."""
+"""Its name in `CONSTANTS`, where nobody has measured it yet; "gram" there is `on_cpu_native`."""
 PANEL_BYTES = 1 << 20  # of unit rows, which stay in the second-level cache with their products
 BLOCK_PRODUCTS = 3  # of the members of a small class: S forward, S and its weights backward
 SMALLEST_MOMENT = 256  # below it a block costs less than the operator calls for a matrix
