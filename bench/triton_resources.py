@@ -53,23 +53,16 @@ DOUBLES = ("margin", "squared_eps")
 INT64_POINTERS = ("labels", "column_labels")
 SIDES = ("side", "rows", "columns")
 MOMENTS = {
-    **dict.fromkeys(("n", "run", "runs", "least", "classes", "d", "stride", "steps"), "i32"),
-    "labels": "*i64",
-    "small_rows": "*i32",
+    **dict.fromkeys(("n", "m", "run", "runs", "least", "classes", "d", "stride", "steps"), "i32"),
+    **dict.fromkeys(("labels", "order", "ref_labels", "ref_order"), "*i64"),
+    **dict.fromkeys(("small_rows", "columns_before"), "*i32"),
     **dict.fromkeys(("totals", "total"), "*fp64"),
-    "is_active": "*i1",
     **dict.fromkeys(("margin", "scale", "squared_eps"), "fp64"),
     "sigma": "fp32",
-    "rows": on_gpu.SortedRows("*fp16", "*fp16", "*fp32", "*i64", "*i32", "*i32"),
-    **dict.fromkeys(
-        ("own", "others", "active", "back"), on_gpu.Matrices("*fp16", "*fp16", "*fp32")
-    ),
-    "sums": on_gpu.Sums("*fp32", "*fp64", "*i32"),
-    "weights": on_gpu.Weights("*i1", "*fp32"),
-    "means": Rows("*fp32", "*fp32"),
 }
-"""Arguments of the kernels of moments; other names are float32."""
-EMBEDDINGS = ("embeddings",)
+"""Arguments of the kernels of moments; other names are of the dtype that is accumulated."""
+OF_JOINT_BATCHES = ("ref_emb", "ref_labels", "ref_order", "columns_before")
+EMBEDDINGS = ("embeddings", "ref_emb")
 ALIGNED = ("d", "width", *EMBEDDINGS)
 SPILLS = {
     "half_tile_sums": 200,
@@ -91,14 +84,18 @@ class Architecture(NamedTuple):
 
     gpu: GPUTarget
     shared_limit: int
-    hopper: bool = False
+    kind: str
+
+    @property
+    def hopper(self) -> bool:
+        return self.kind == "hopper"
 
 
 ARCHITECTURES = {  # what sm_80 runs, its smaller siblings sm_86 and sm_89 run too: their limit
-    "sm_80": Architecture(GPUTarget("cuda", 80, 32), 101_376),
-    "sm_90": Architecture(GPUTarget("cuda", 90, 32), 232_448, hopper=True),
-    "sm_100": Architecture(GPUTarget("cuda", 100, 32), 232_448),
-    "gfx942": Architecture(GPUTarget("hip", "gfx942", 64), 65_536),
+    "sm_80": Architecture(GPUTarget("cuda", 80, 32), 101_376, "other"),
+    "sm_90": Architecture(GPUTarget("cuda", 90, 32), 232_448, "hopper"),
+    "sm_100": Architecture(GPUTarget("cuda", 100, 32), 232_448, "blackwell"),
+    "gfx942": Architecture(GPUTarget("hip", "gfx942", 64), 65_536, "amd"),
 }
 
 
@@ -140,32 +137,39 @@ def configurations(architecture: Architecture) -> list[Configuration]:
 
 
 def _of_moments(architecture: Architecture) -> list[Configuration]:
-    """Of a backward with a scalar loss; AMD GPUs have another schedule."""
-    if architecture.gpu.backend == "hip":
-        return []
+    """Of a backward with a scalar loss."""
     return [
         configuration
-        for depth in (128, 256, 512)
-        for dtype in (torch.float32, torch.float16)
-        if depth == 128 or dtype == torch.float32
-        for configuration in _of_depth(depth, dtype, architecture)
+        for depth, dtype, joint in (
+            (128, torch.float32, False),
+            (128, torch.float16, False),
+            (256, torch.float32, False),
+            (512, torch.float32, False),
+            (128, torch.float32, True),
+            (128, torch.float64, False),
+        )
+        for configuration in _of_depth(depth, dtype, joint, architecture)
     ]
 
 
-def _of_depth(depth: int, dtype: torch.dtype, architecture: Architecture) -> list[Configuration]:
+def _of_depth(
+    depth: int, dtype: torch.dtype, joint: bool, architecture: Architecture
+) -> list[Configuration]:
     """Kernels of moments for embeddings of so many columns; half precision as one part."""
-    wide, hopper = on_gpu.is_wide(depth), architecture.hopper
-    if wide:
-        cuts = on_gpu.WIDE_HOPPER if hopper else on_gpu.WIDE_OTHERS
-    else:
-        cuts = on_gpu.HOPPER if hopper else on_gpu.OTHERS
-    tile = min(depth, 128)
+    columns = 1 << 16 if joint else None
+    sizes = on_gpu.Sizes(1 << 16, columns, depth, dtype == torch.float64, kind=architecture.kind)
+    wide, cuts = sizes.wide, on_gpu.cuts_of(sizes)
     shape = {"DP": depth, "SPLIT": dtype == torch.float32, "UNIFORM": True, "BY_ROW": False}
     shape["BY_Q"] = True
-    shape |= {"TILE": tile, "HALVED": wide, "WIDE": wide, "WIDTH": tile if wide else depth}
-    shape |= {"SCALED": 64, "ROWS": 16, "DEPTH": on_gpu.TOTALS.depth}
-    shape["SIZE"] = on_gpu.matrix_numbers(depth)
-    held = hopper and depth <= on_gpu.WHOLE_DEPTH
+    shape |= {"TILE": sizes.tile, "HALVED": wide, "WIDE": wide, "JOINT": joint}
+    shape |= {
+        "SCALED": sizes.scaled,
+        "ROWS": 16,
+        "DEPTH": on_gpu.TOTALS.depth,
+        "SIZE": sizes.numbers,
+    }
+    shape["WIDTH"] = sizes.tile if wide else depth
+    held = architecture.hopper and not wide and depth <= on_gpu.WHOLE_DEPTH
     found = []
     for kernel, cut in (
         ("split_rows", on_gpu.SPLIT_ROWS),
@@ -175,10 +179,28 @@ def _of_depth(depth: int, dtype: torch.dtype, architecture: Architecture) -> lis
         *cuts._asdict().items(),
     ):
         rows = cut.rows if wide else min(cut.rows, on_gpu.BLOCK_NUMBERS // depth)
-        sizes = {"BLOCK": rows, "BLOCK_D": min(64, cut.depth), "BLOCK_V": cut.depth}
-        sizes["BLOCK_K"] = depth if held else min(depth, cut.depth)
-        found.append(Configuration(kernel, dtype, shape | sizes, cut.warps, cut.stages))
+        constants = {"BLOCK": rows, "BLOCK_D": min(sizes.scaled, cut.depth)}
+        constants["BLOCK_V"] = cut.depth
+        constants["BLOCK_K"] = depth if held else min(depth, cut.depth)
+        found.append(Configuration(kernel, dtype, shape | constants, cut.warps, cut.stages))
     return found
+
+
+def _moment_types(dtype: torch.dtype) -> dict[str, Any]:
+    """Types of the arguments of the kernels of moments."""
+    stored, accumulator, flag = "*fp16", "*fp32", "*i1"
+    if dtype == torch.float64:
+        stored, accumulator, flag = "*fp64", "*fp64", "*i32"
+    matrices = on_gpu.Matrices(stored, stored, accumulator)
+    indices = "*i64", "*i32", "*i32"
+    return MOMENTS | {
+        "rows": on_gpu.SortedRows(stored, stored, accumulator, *indices),
+        **dict.fromkeys(("own", "others", "active", "back"), matrices),
+        "sums": on_gpu.Sums(accumulator, "*fp64", "*i32"),
+        "weights": on_gpu.Weights(flag, accumulator),
+        "is_active": flag,
+        "means": Rows(accumulator, accumulator),
+    }
 
 
 def _precisions(dtype: torch.dtype, architecture: Architecture) -> list[str]:
@@ -280,7 +302,9 @@ def compile_one(name: str, configuration: Configuration) -> dict[str, Any]:
         "precision": constants.get("PRECISION", "split" if constants.get("SPLIT") else ""),
         "layout": configuration.layout,
         "kind": " ".join(
-            kind.lower() for kind in ("MIRRORED", "KEPT", "WHOLE") if constants.get(kind)
+            kind.lower()
+            for kind in ("MIRRORED", "KEPT", "WHOLE", "JOINT")
+            if configuration.constants.get(kind)
         ),
         **{f"block_{x.lower()}": constants.get(f"BLOCK_{x}", "") for x in ("N", "M", "D", "V")},
         **(
@@ -317,17 +341,17 @@ def _source(configuration: Configuration, constants: dict[str, Any]) -> ASTSourc
     element = TRITON_NAMES[configuration.dtype]
     accumulator = "fp64" if element == "fp64" else "fp32"
     aligned = configuration.layout == "aligned"
-    of_moments = "DP" in configuration.constants
+    of_moments, moments = "DP" in configuration.constants, _moment_types(configuration.dtype)
     signature: dict[str, Any] = {}
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
-        elif aligned and name in ("stride_d", "stride_label"):
+        elif aligned and name in ("stride_d", "ref_stride_d", "stride_label"):
             signature[name], constants[name] = "constexpr", 1
-        elif name == "columns_before":  # rows are compared with themselves
+        elif name in OF_JOINT_BATCHES and not configuration.constants.get("JOINT"):
             signature[name], constants[name] = "constexpr", None
-        elif of_moments and name in MOMENTS:
-            signature[name] = MOMENTS[name]
+        elif of_moments and name in moments:
+            signature[name] = moments[name]
         elif name in SIDES:
             signature[name] = pairs.Side(operand := _operand(configuration), operand,
                                          f"*{accumulator}", "*i32")  # fmt: skip
@@ -355,8 +379,9 @@ def _source(configuration: Configuration, constants: dict[str, Any]) -> ASTSourc
             attributes |= {(index, part): divisible for part in range(len(kind))}
         elif kind != "constexpr" and (kind[0] == "*" if name not in ALIGNED else aligned):
             attributes[(index,)] = divisible
-    if aligned and "stride_n" in kernel.arg_names:
-        attributes[(kernel.arg_names.index("stride_n"),)] = divisible
+    for name in ("stride_n", "ref_stride_n"):
+        if aligned and name in kernel.arg_names:
+            attributes[(kernel.arg_names.index(name),)] = divisible
     return ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
 
 

@@ -17,6 +17,7 @@ USUAL_PROCESSORS = 132
 _INTERPRETER_PROCESSORS = 6  # so that small inputs are shared out among programs there too
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _IS_IMAGINED = False
+_KINDS = {9: "hopper", 10: "blackwell"}  # by the major number of the compute capability
 _FIRST_CAPABILITY = 8  # the first with bfloat16 and tf32 products
 
 
@@ -34,11 +35,22 @@ def of_type(kind: str) -> torch.device | None:
 
 
 @functools.cache
+def kind(device: torch.device) -> str:
+    """Which matrix instructions a GPU has.
+
+    "hopper" and "blackwell" (of data centres) multiply blocks in shared memory, "amd" and "other"
+    in registers.
+    """
+    if device.type == "cpu":
+        return "other"
+    if torch.version.hip is not None:
+        return "amd"
+    return _KINDS.get(torch.cuda.get_device_capability(device)[0], "other")
+
+
 def is_hopper(device: torch.device) -> bool:
-    """Whether a GPU is a Hopper, whose tensor cores read their operands from shared memory."""
-    if device.type == "cpu" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device)[0] == 9
+    """Whether a GPU is a Hopper."""
+    return kind(device) == "hopper"
 
 
 def products_are_exact() -> bool:

@@ -11,6 +11,7 @@ NOT_LAUNCHED = (
     "empty_like",
     "new_empty",
     "empty_strided",
+    "promote_types",
     "new_empty_strided",
     "_unsafe_view",
 )

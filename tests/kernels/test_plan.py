@@ -147,7 +147,7 @@ def test_on_an_unmeasured_gpu_counts_decide(monkeypatch):
         assert taken(n, d, *unbuilt, dtype=torch.bfloat16) == path, (n, d)
     without_triton = ("reference", "gram")
     for n, d, path in (
-        (36, 1280, "reference"), (1024, 128, "reference"), (8192, 128, "gram"),
+        (36, 1280, "reference"), (250, 128, "reference"), (1024, 128, "gram"), (8192, 128, "gram"),
         (4096, 1280, "reference"), (16384, 100_000, "reference"), (1 << 20, 128, "gram"),
     ):  # fmt: skip
         assert taken(n, d, *without_triton) == path, (n, d)
@@ -221,7 +221,7 @@ def test_counts_decide_among_the_paths_that_take_it(monkeypatch):
     monkeypatch.setattr(native, "_MISSING_CUDA", "not built")
     assert choose(36, 128) == "triton"
     monkeypatch.setitem(PATHS, "triton", triton._replace(refuses=lambda *given: "too old"))
-    assert [choose(n, 128) for n in (36, 1024, 8192)] == ["reference", "reference", "gram"]
+    assert [choose(n, 128) for n in (36, 1024, 8192)] == ["reference", "gram", "gram"]
     assert choose(1 << 17, 128, similarity=SIGNED_SQUARE) == "reference"
 
 
@@ -260,7 +260,7 @@ def test_launches_take_their_time(monkeypatch):
     fast = Constants(call=1e-5, flop=1e-12, byte=0, launch=1e-5)
     measured = {"reference": slow, "gram": fast, on_gpu.SCHEDULE: fast}
     monkeypatch.setattr(plan, "CONSTANTS", {"cuda": measured})
-    assert taken(256, 128, "reference", "gram") == "reference"
+    assert taken(250, 128, "reference", "gram") == "reference"
     assert taken(8192, 128, "reference", "gram") == "gram"
     cost = PATHS["reference"].cost(plan.Work(64, None, 32, torch.float32), [64])
     assert slow.seconds(cost, torch.float32) == 1e-5 + 1e-11 * cost.flops

@@ -110,7 +110,7 @@ def test_refuses_gpus_before_tensor_cores_for_float32(monkeypatch):
     for major, is_refused in ((7, True), (8, False), (9, False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, of=major: (of, 0))
         assert bool(PATHS["triton"].refuses(on_gpu, None, Spec())) is is_refused
-        assert gpu.is_hopper.__wrapped__(on_gpu.device) is (major == 9)
+        assert (gpu.kind.__wrapped__(on_gpu.device) == "hopper") is (major == 9)
     monkeypatch.setattr(torch.version, "hip", "6.0")
     assert PATHS["triton"].refuses(on_gpu, None, Spec()) is None
     assert {small.precision(dtype) for dtype in (torch.float32, torch.float16)} == {"ieee"}
@@ -538,7 +538,7 @@ def test_predicted_launches_are_those_made(monkeypatch, n, m, d, by_panels, dtyp
     monkeypatch.setattr(pairs_cost, "by_panels", lambda *_: by_panels)
     monkeypatch.setattr(gpu, "current", lambda _: nullcontext())
     monkeypatch.setattr(gpu, "processors", lambda _: 132)
-    monkeypatch.setattr(gpu, "is_hopper", lambda _: True)
+    monkeypatch.setattr(gpu, "kind", lambda _: "hopper")
     with FakeTensorMode():
         x, labels = on_fake_gpu(n, d, dtype)
         others = (None, None) if m is None else on_fake_gpu(m, d, dtype)

@@ -71,9 +71,10 @@ def refuses(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str | Non
         return 'similarity="signed_square" has no second-moment form'
     if ref_emb is None or embeddings.is_cpu:
         return None
-    if schedule_of(work_of(embeddings, ref_emb, spec), embeddings.device) is not anywhere:
+    work = work_of(embeddings, ref_emb, spec)
+    if schedule_of(work, embeddings.device) is not anywhere:
         return None
-    return "with ref_emb it runs on the CPU, and on a GPU where its Triton kernels take the input"
+    return f"off the CPU, ref_emb needs its Triton kernels, which take {on_gpu.limits(work)}"
 
 
 def cost(work: Work, class_sizes: Sequence[int]) -> Cost:

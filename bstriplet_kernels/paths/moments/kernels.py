@@ -4,6 +4,7 @@ Rows are unit rows in class order, stored times 2^8 as two float16 numbers, high
 their size. A product of two such matrices is three float16 products (low low^T is below 2^-22), or
 one of the high parts alone where SPLIT is off. Tensor cores truncate their sums, always the same
 way. So they add up only the products within a block; blocks are added by ordinary float32 sums.
+float64 is one part, and its products are plain; only `wide_kernels` and what they share take it.
 
 A class of `least` members or more is large and has matrices of its own. Their number is the first
 multiple of `least` among its rows, over `least`: no two classes share one. Each program has a run
@@ -28,15 +29,28 @@ def _norm(squared, squared_eps):
 
     The approximate rsqrt is 2e-7 off, and v - (v . u) u would keep twice that share of v along u.
     """
-    norm = tl.where(squared <= squared_eps, float("inf"), tl.sqrt_rn(squared))
+    root = tl.sqrt(squared) if squared.dtype == tl.float64 else tl.sqrt_rn(squared)
+    norm = tl.where(squared <= squared_eps, float("inf"), root)
     return tl.where(squared == float("inf"), float("nan"), norm)
 
 
 @triton.jit
+def _over(x, y):
+    """x / y, rounded to nearest."""
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
 def _split(x):
-    """x = high + low, float16 each, to 2^-23 of x."""
-    high = x.to(tl.float16)
-    return high, (x - high.to(tl.float32)).to(tl.float16)
+    """x = high + low, float16 each, to 2^-23 of x; float64 numbers are not split."""
+    if x.dtype == tl.float64:
+        return x, x
+    else:
+        high = x.to(tl.float16)
+        return high, (x - high.to(tl.float32)).to(tl.float16)
 
 
 @triton.jit
@@ -68,6 +82,8 @@ def _whole(parts, SPLIT: tl.constexpr):
     """The numbers that two parts stand for."""
     if SPLIT:
         return parts[0].to(tl.float32) + parts[1].to(tl.float32)
+    elif parts[0].dtype == tl.float64:
+        return parts[0]
     else:
         return parts[0].to(tl.float32)
 
@@ -84,6 +100,8 @@ def _product(a, b, SPLIT: tl.constexpr):
         d = tl.dot(a[1], b[0])
         d = tl.dot(a[0], b[1], d)
         d = tl.dot(a[0], b[0], d)
+    elif a[0].dtype == tl.float64:
+        d = tl.dot(a[0], b[0], input_precision="ieee", out_dtype=tl.float64)
     else:
         d = tl.dot(a[0], b[0])
     return d
@@ -124,18 +142,11 @@ def _members(rows, r, mask):
 
 
 @triton.jit
-def _class_weights(members, n):
+def _class_weights(members, n, ACC: tl.constexpr):
     """p_c and q_c, one over the number of positives and of negatives; 0 where there are none."""
-    p = tl.where(members > 1, 1.0 / tl.maximum(members - 1, 1).to(tl.float32), 0.0)
-    q = tl.where(members < n, 1.0 / tl.maximum(n - members, 1).to(tl.float32), 0.0)
+    p = tl.where(members > 1, 1.0 / tl.maximum(members - 1, 1).to(ACC), 0.0)
+    q = tl.where(members < n, 1.0 / tl.maximum(n - members, 1).to(ACC), 0.0)
     return p, q
-
-
-@triton.jit
-def _load_embeddings(embeddings, i, inside, k, d, stride_n, stride_d):
-    """Columns k of given rows, in float32."""
-    address = embeddings + i[:, None] * stride_n + k[None, :].to(tl.int64) * stride_d
-    return tl.load(address, mask=inside[:, None] & (k < d)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -159,15 +170,78 @@ def _is_column(columns, r, mask):
     return after > tl.load(columns + r, mask=mask, other=0)
 
 
-@triton.jit(do_not_specialize=["n", "d", "steps"])
+@triton.jit
+def _bounds(labels, label, inside, n, steps):
+    """The first of n sorted labels that is `label` or more, and the first that is more.
+
+    By bisection: 2^steps > n.
+    """
+    low, high = tl.zeros(label.shape, tl.int32), tl.zeros(label.shape, tl.int32) + n
+    below, above = low, high
+    for _ in range(steps):
+        middle = (low + high) // 2
+        sought = inside & (low < high)
+        less = tl.load(labels + middle, mask=sought, other=0) < label
+        low, high = tl.where(sought & less, middle + 1, low), tl.where(less, high, middle)
+        middle = (below + above) // 2
+        sought = inside & (below < above)
+        less = tl.load(labels + middle, mask=sought, other=0) <= label
+        below, above = tl.where(sought & less, middle + 1, below), tl.where(less, above, middle)
+    return low, below
+
+
+@triton.jit
+def _load_embeddings(embeddings, i, inside, k, d, stride_n, stride_d, ACC: tl.constexpr):
+    """Columns k of given rows."""
+    address = embeddings + i[:, None] * stride_n + k[None, :].to(tl.int64) * stride_d
+    return tl.load(address, mask=inside[:, None] & (k < d)[None, :], other=0.0).to(ACC)
+
+
+@triton.jit
+def _split_side(
+    embeddings, i, inside, place, rows, d, stride_n, stride_d, squared_eps,
+    DP: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Store the unit rows of embeddings i, and 1 / norm, at `place` among `rows`."""
+    ACC: tl.constexpr = rows.inverse.dtype.element_ty
+    k = tl.arange(0, WIDTH)
+    squared = tl.zeros(i.shape, ACC)
+    if WIDTH == DP:
+        f = _load_embeddings(embeddings, i, inside, k, d, stride_n, stride_d, ACC)
+        squared = tl.sum(f * f, axis=1)
+    else:
+        for start in range(0, DP, WIDTH):
+            f = _load_embeddings(embeddings, i, inside, start + k, d, stride_n, stride_d, ACC)
+            squared += tl.sum(f * f, axis=1)
+    norm = _norm(squared, tl.full((), squared_eps, ACC))
+    tl.store(rows.inverse + place, _over(tl.full(i.shape, 1.0, ACC), norm), mask=inside)
+    for start in range(0, DP, WIDTH):
+        if WIDTH < DP:
+            f = _load_embeddings(embeddings, i, inside, start + k, d, stride_n, stride_d, ACC)
+        high, low = _split(_over(f, norm[:, None]) * UNIT)
+        at = place[:, None].to(tl.int64) * DP + (start + k)[None, :]
+        tl.store(rows.high + at, high, mask=inside[:, None])
+        if SPLIT:
+            tl.store(rows.low + at, low, mask=inside[:, None])
+
+
+@triton.jit(do_not_specialize=["n", "m", "d", "steps"])
 def split_rows(
     embeddings,
     labels,
+    ref_emb,
+    ref_labels,
+    ref_order,
     rows,
+    order,
+    columns_before,
     n,
+    m,
     d,
     stride_n,
     stride_d,
+    ref_stride_n,
+    ref_stride_d,
     squared_eps: tl.float64,
     steps,
     DP: tl.constexpr,
@@ -175,63 +249,71 @@ def split_rows(
     BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """Fill `rows`, except `order`, which is given; the labels are sorted.
+    """Fill `rows`, except their order where there is no ref_emb.
 
-    Finds the ends of classes by `steps` of bisection. Reads n d numbers, writes as many: bound by
-    memory. Takes WIDTH columns at a time; a row of several such parts is read twice.
+    labels are sorted, and `order` is where each was before. In a joint batch so are ref_labels and
+    ref_order; its rows of a class come before its columns, which are numbered from n on. Reads n d
+    numbers, writes as many: bound by memory. Takes WIDTH columns at a time; a row of several such
+    parts is read twice.
     """
-    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = r < n
-    label = tl.load(labels + r, mask=inside, other=0)
-    # labels[below] < label <= labels[begin]; labels[end - 1] <= label < labels[above]
-    below, begin = tl.full((BLOCK,), -1, tl.int32), r
-    end, above = r, tl.zeros((BLOCK,), tl.int32) + n
-    for _ in range(steps):
-        middle = (below + begin) // 2
-        less = tl.load(labels + middle, mask=inside & (middle >= 0), other=0) < label
-        less = less | (middle < 0)
-        below = tl.where(less, tl.maximum(middle, below), below)
-        begin = tl.where(less, begin, middle)
-        middle = end + (above - end + 1) // 2
-        more = tl.load(labels + middle, mask=inside & (middle < n), other=0) > label
-        more = more | (middle >= n)
-        above = tl.where(more, tl.minimum(middle, above), above)
-        end = tl.where(more, end, middle)
-    tl.store(rows.first + r, begin, mask=inside)
-    tl.store(rows.last + r, end + 1, mask=inside)
-
-    i = tl.load(rows.order + r, mask=inside, other=0)
-    k = tl.arange(0, WIDTH)
-    squared = tl.zeros((BLOCK,), tl.float32)
-    if WIDTH == DP:
-        f = _load_embeddings(embeddings, i, inside, k, d, stride_n, stride_d)
-        squared = tl.sum(f * f, axis=1)
+    block = tl.program_id(0)
+    if ref_emb is None:
+        r = block * BLOCK + tl.arange(0, BLOCK)
+        inside = r < n
+        label = tl.load(labels + r, mask=inside, other=0)
+        first, last = _bounds(labels, label, inside, n, steps)
+        tl.store(rows.first + r, first, mask=inside)
+        tl.store(rows.last + r, last, mask=inside)
+        i = tl.load(order + r, mask=inside, other=0)
+        _split_side(
+            embeddings, i, inside, r, rows, d, stride_n, stride_d, squared_eps, DP, WIDTH, SPLIT
+        )
     else:
-        for start in range(0, DP, WIDTH):
-            f = _load_embeddings(embeddings, i, inside, start + k, d, stride_n, stride_d)
-            squared += tl.sum(f * f, axis=1)
-    norm = _norm(squared, tl.full((), squared_eps, tl.float32))
-    tl.store(rows.inverse + r, tl.div_rn(1.0, norm), mask=inside)
-    for start in range(0, DP, WIDTH):
-        if WIDTH < DP:
-            f = _load_embeddings(embeddings, i, inside, start + k, d, stride_n, stride_d)
-        high, low = _split(tl.div_rn(f, norm[:, None]) * UNIT)
-        at = r[:, None].to(tl.int64) * DP + (start + k)[None, :]
-        tl.store(rows.high + at, high, mask=inside[:, None])
-        if SPLIT:
-            tl.store(rows.low + at, low, mask=inside[:, None])
+        row_blocks = tl.cdiv(n, BLOCK)
+        is_row = block < row_blocks
+        r = tl.where(is_row, block, block - row_blocks) * BLOCK + tl.arange(0, BLOCK)
+        inside = r < tl.where(is_row, n, m)
+        label = tl.load(labels + r, mask=inside & is_row, other=0)
+        label += tl.load(ref_labels + r, mask=inside & (is_row == 0), other=0)
+        first, last = _bounds(labels, label, inside, n, steps)
+        first_column, last_column = _bounds(ref_labels, label, inside, m, steps)
+        place = r + tl.where(is_row, first_column, last)
+        tl.store(rows.first + place, first + first_column, mask=inside)
+        tl.store(rows.last + place, last + last_column, mask=inside)
+        tl.store(columns_before + place, tl.where(is_row, first_column, r), mask=inside)
+        if block == 0:
+            tl.store(columns_before + n + m, m)
+        if is_row:
+            i = tl.load(order + r, mask=inside, other=0)
+            tl.store(rows.order + place, i, mask=inside)
+            _split_side(
+                embeddings, i, inside, place, rows, d, stride_n, stride_d, squared_eps,
+                DP, WIDTH, SPLIT,
+            )  # fmt: skip
+        else:
+            i = tl.load(ref_order + r, mask=inside, other=0)
+            tl.store(rows.order + place, n + i, mask=inside)
+            _split_side(
+                ref_emb, i, inside, place, rows, d, ref_stride_n, ref_stride_d, squared_eps,
+                DP, WIDTH, SPLIT,
+            )  # fmt: skip
 
 
 @triton.jit
-def _weight(weights, rows, r, mask, UNIFORM: tl.constexpr):
+def _weight(weights, rows, columns_before, r, mask, UNIFORM: tl.constexpr):
     """a_i over the largest a; where UNIFORM, 1 for active rows, 0 for others. r: in class order.
 
-    Weights below 2^-20 of the largest lose digits.
+    Weights below 2^-20 of the largest lose digits. Columns of a joint batch weigh 0. Without
+    weights they weigh 1 instead, and so does every row of another batch.
     """
+    ACC: tl.constexpr = rows.inverse.dtype.element_ty
+    if columns_before is not None:
+        is_column = _is_column(columns_before, r, mask)
+        mask = mask & (is_column if weights is None else is_column == 0)
     if weights is None:
-        return mask.to(tl.float32)
+        return mask.to(ACC)
     elif UNIFORM:
-        return tl.load(weights.of_rows + r, mask=mask, other=0).to(tl.float32)
+        return tl.load(weights.of_rows + r, mask=mask, other=0).to(ACC)
     else:
         i = tl.load(rows.order + r, mask=mask, other=0)
         a = tl.load(weights.of_rows + i, mask=mask, other=0.0)
@@ -310,6 +392,7 @@ def class_moments(
     little more than half of that where HALVED.
     """
     p, part = tl.program_id(0), tl.program_id(1)
+    ACC: tl.constexpr = rows.inverse.dtype.element_ty
     i, j, within, size = _part(part, DP, TILE, HALVED)
     begin, end = _run(run, n)
     total = sums.total + p.to(tl.int64) * size + within
@@ -321,35 +404,35 @@ def class_moments(
         if (members >= least) & (stop > done):
             done = stop
             n_small -= stop - start
-            acc = tl.zeros((TILE, TILE), tl.float32)
+            acc = tl.zeros((TILE, TILE), ACC)
             for at in range(start, stop, BLOCK):
                 r = at + tl.arange(0, BLOCK)
                 mask = r < stop
-                w = _weight(weights, rows, r, mask, UNIFORM)
+                w = _weight(weights, rows, columns_before, r, mask, UNIFORM)
                 acc = _add_moment(acc, rows, r, mask, w, i, j, DP, TILE, SPLIT, not UNIFORM)
             acc *= 1 / (UNIT * UNIT)
             tl.store(sums.slots + (p + number).to(tl.int64) * size + within, acc)
             counted = acc.to(tl.float64)
             if BY_Q:
                 own, all_ = _counted(members, n, columns_before, c_first, c_last, True)
-                counted *= _class_weights(own, all_)[1].to(tl.float64)
+                counted *= _class_weights(own, all_, ACC)[1].to(tl.float64)
             _add_total(total, counted, found)
             found += 1
     if part == 0:
         tl.store(sums.small_rows + p, n_small)
     if n_small > 0:
-        acc = tl.zeros((TILE, TILE), tl.float32)
+        acc = tl.zeros((TILE, TILE), ACC)
         for at in range(begin, end, BLOCK):
             r = at + tl.arange(0, BLOCK)
             mask = r < end
             members = _members(rows, r, mask)
             mask = mask & (members < least)
             if tl.max(mask.to(tl.int32), axis=0) > 0:
-                w = _weight(weights, rows, r, mask, UNIFORM)
+                w = _weight(weights, rows, columns_before, r, mask, UNIFORM)
                 if BY_Q:  # fewer than half of all rows: n q is between 1 and 2
                     begins = tl.load(rows.first + r, mask=mask, other=0)
                     own, all_ = _counted(members, n, columns_before, begins, begins + members, mask)
-                    w *= all_.to(tl.float32) / tl.maximum(all_ - own, 1).to(tl.float32)
+                    w *= all_.to(ACC) / tl.maximum(all_ - own, 1).to(ACC)
                 acc = _add_moment(acc, rows, r, mask, w, i, j, DP, TILE, SPLIT, BY_Q)
         counted = acc.to(tl.float64) * (1 / (UNIT * UNIT))
         if BY_Q:
@@ -371,12 +454,18 @@ def add_totals(totals, total, runs, SIZE: tl.constexpr, BLOCK: tl.constexpr, DEP
 
 @triton.jit
 def _factor(largest):
-    """The power of two that brings the largest number to 2^7 or above, but below 2^8."""
-    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
-    # 2^(7 - (exponent - 127)), in its bits; tiny and huge ones are left at the ends of the range
-    power = tl.minimum(tl.maximum(127 + 7 - (exponent - 127), 2), 240)
-    factor = (power << 23).to(tl.float32, bitcast=True)
-    return tl.where(largest == 0, 1.0, factor)
+    """The power of two that brings the largest number to 2^7 or above, but below 2^8.
+
+    It is 1 for float64, which needs none.
+    """
+    if largest.dtype == tl.float64:
+        return 1.0
+    else:
+        exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
+        # 2^(7 - (exponent - 127)), in its bits; tiny and huge ones stay at the ends of the range
+        power = tl.minimum(tl.maximum(127 + 7 - (exponent - 127), 2), 240)
+        factor = (power << 23).to(tl.float32, bitcast=True)
+        return tl.where(largest == 0, 1.0, factor)
 
 
 @triton.jit
@@ -485,7 +574,7 @@ def gradient_matrices(
         of_all = tl.load(sums.total + within)
         of_active = _load_matrix(others, k, r, DP, SPLIT)
         if k < classes:
-            p, q = _class_weights(end - begin, n)
+            p, q = _class_weights(end - begin, n, tl.float32)
             moment = _load_matrix(own, k, r, DP, SPLIT)
             weighted = _add_runs(sums.slots, k, begin, end, run, within, DP * DP)
             of_all = sigma * (of_all - q.to(tl.float64) * weighted) - p * weighted
@@ -537,7 +626,7 @@ def _store_means(
     n, margin, sigma, BY_ROW: tl.constexpr,
 ):  # fmt: skip
     """Store both means of rows from their forms, and whether h_i > 0; return losses, [rows]."""
-    p, q = _class_weights(members, n)
+    p, q = _class_weights(members, n, rows.inverse.dtype.element_ty)
     positive_mean = p * (own_form - squared * squared)
     negative_mean = q * others_form
     i = tl.load(rows.order + r, mask=inside, other=0)
@@ -654,7 +743,7 @@ def _band_similarity(
     rows, i, own, j, others, DP: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr
 ):
     """s_ij of two blocks of rows."""
-    s = tl.zeros((i.shape[0], j.shape[0]), tl.float32)
+    s = tl.zeros((i.shape[0], j.shape[0]), rows.inverse.dtype.element_ty)
     for start in range(0, DP, BLOCK_D):
         c = start + tl.arange(0, BLOCK_D)
         u_i = _load_rows(rows, i, own, c, DP, SPLIT)
@@ -688,7 +777,7 @@ def band_sums(
     for block in range(begin + tl.program_id(1) * BLOCK, end, tl.num_programs(1) * BLOCK):
         r = block + tl.arange(0, BLOCK)
         small, c_first, near, far = _band(rows, r, r < end, least, n)
-        total = tl.zeros((BLOCK,), tl.float32)
+        total = tl.zeros((BLOCK,), rows.inverse.dtype.element_ty)
         for at in range(near, far, BLOCK):
             j = at + tl.arange(0, BLOCK)
             inside = j < far
@@ -735,7 +824,7 @@ def band_gradient(
         r = block + tl.arange(0, BLOCK)
         small, c_first, near, far = _band(rows, r, r < end, least, n)
         if near < far:
-            w_i = _weight(weights, rows, r, small, UNIFORM)
+            w_i = _weight(weights, rows, None, r, small, UNIFORM)
             v = tl.zeros((BLOCK, BLOCK_V), tl.float32)
             for at in range(near, far, BLOCK):
                 j = at + tl.arange(0, BLOCK)
@@ -743,11 +832,11 @@ def band_gradient(
                 s = _band_similarity(rows, r, small, j, inside, DP, BLOCK_D, SPLIT)
                 pair = c_first[:, None] == tl.load(rows.first + j, mask=inside, other=-1)[None, :]
                 pair = pair & (r[:, None] != j[None, :]) & small[:, None]
-                w_j = _weight(weights, rows, j, inside, UNIFORM)
+                w_j = _weight(weights, rows, None, j, inside, UNIFORM)
                 weight = tl.where(pair, s * (w_i[:, None] + w_j[None, :]), 0.0)
                 weight = _split(weight * (UNIT / 2))
                 v += _product(weight, _load_rows(rows, j, inside, k, DP, SPLIT), SPLIT)
-            p, q = _class_weights(_members(rows, r, small), n)
+            p, q = _class_weights(_members(rows, r, small), n, tl.float32)
             v *= ((p + sigma * q) * (-4 / (UNIT * UNIT)))[:, None]
             i = tl.load(rows.order + r, mask=small, other=0)
             out = gradient + i[:, None] * stride + k[None, :]
@@ -838,7 +927,7 @@ def row_gradients(
                     members = _members(rows, r, inside)
                     inside = inside & ((members < least) | (of_small == 0))
                     u = _load_rows(rows, r, inside, c, DP, SPLIT)
-                    w = _weight(weights, rows, r, inside, UNIFORM)
+                    w = _weight(weights, rows, None, r, inside, UNIFORM)
                     v = _times(u, k_held, rows, r, inside, active, number, DP, BLOCK_K, SPLIT)
                     v *= k_scale[None, :]
                     b = _times(u, b_held, rows, r, inside, back, number, DP, BLOCK_K, SPLIT)
@@ -847,7 +936,7 @@ def row_gradients(
                     out = gradient + i[:, None] * stride + c[None, :]
                     written = inside[:, None] & (c < d)[None, :]
                     if of_small:
-                        w *= _class_weights(members, n)[1]
+                        w *= _class_weights(members, n, tl.float32)[1]
                         b += tl.load(out, mask=written & (members > 1)[:, None], other=0.0)
                         v = v * w[:, None] + b
                     elif UNIFORM:

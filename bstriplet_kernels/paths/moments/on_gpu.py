@@ -6,14 +6,15 @@ matrices as there can be large classes. The members of smaller classes meet each
 around the diagonal of S, whose rows and columns are in class order. Sums have a fixed order, so the
 bits are the same from run to run.
 
-Other columns (`ref_emb`) join the rows in one batch, sorted by class: six launches more, seven with
-losses by row. The kernels are in `kernels`. Where D is above `NARROW_DEPTH`, or the batch is joint,
-all that follow `class_moments` and `add_totals`, but for `band_sums`, are in `wide_kernels`.
+Other columns (`ref_emb`) join the rows in one batch, sorted by class: one launch more. The kernels
+are in `kernels`. Where D is above `NARROW_DEPTH`, numbers are float64 or the batch is joint, all
+that follow `class_moments` and `add_totals`, but for `band_sums`, are in `wide_kernels`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
@@ -28,13 +29,13 @@ from .. import gpu
 SCHEDULE = "gram triton"
 """The schedule, by the name under which its measured speed stands."""
 MAX_DEPTH, MOST_ROWS = 2048, 1 << 30
-NARROW_DEPTH = 256
+NARROW_DEPTH = {"hopper": 256, "other": 128}
 """The largest D whose rows fit registers; wider rows have kernels of their own."""
 _MULTIPLE = 64  # a run has a multiple of this many rows: whole blocks
 WHOLE_DEPTH = 128  # the largest D' at which Hopper holds two matrices and a block of rows
 _TILE = 128  # one program adds up so many rows and columns of a moment
 _MATRIX_ROWS = 16
-_SCALED = 64  # columns of a block of a wide matrix that shares one scale
+_SCALED = {"hopper": 64, "other": 32}  # columns of a block of a wide matrix that shares a scale
 _LONGEST_RUN = 16_384  # the most rows of a wide run, whose blocks are added up in float32
 _MOST_RUNS, _MOST_ROUNDS = 40, 8  # wide runs, and rounds of the programs that add them up
 BLOCK_NUMBERS = 16_384  # the most numbers of a block of rows: what registers hold
@@ -59,7 +60,6 @@ class Cuts(NamedTuple):
     band_gradient: Cut
 
 
-# The fastest of those tried on an H200.
 HOPPER = Cuts(
     class_moments=Cut(64, 0, 8, 3),
     row_means=Cut(128, 64, 8, 2),
@@ -67,14 +67,6 @@ HOPPER = Cuts(
     band_sums=Cut(64, 64, 4, 3),
     band_gradient=Cut(64, 64, 4, 3),
 )
-OTHERS = Cuts(
-    class_moments=Cut(32, 0, 8, 2),
-    row_means=Cut(64, 32, 8, 2),
-    row_gradients=Cut(64, 32, 8, 2),
-    band_sums=Cut(64, 64, 4, 2),
-    band_gradient=Cut(64, 64, 4, 2),
-)
-"""For the 99 KB of shared memory that a program may use on most GPUs."""
 WIDE_HOPPER = Cuts(
     class_moments=Cut(64, 0, 8, 3),
     row_means=Cut(128, 64, 8, 3),
@@ -82,13 +74,30 @@ WIDE_HOPPER = Cuts(
     band_sums=Cut(64, 64, 4, 3),
     band_gradient=Cut(64, 128, 8, 3),
 )
-WIDE_OTHERS = Cuts(
+"""The fastest of those tried on an H200. Cuts for other GPUs are not measured: their blocks fit the
+least shared memory there, and registers hold what they multiply."""
+BLACKWELL = Cuts(
     class_moments=Cut(32, 0, 8, 2),
-    row_means=Cut(64, 32, 8, 3),
-    row_gradients=Cut(64, 32, 8, 3),
+    row_means=Cut(64, 32, 8, 2),
+    row_gradients=Cut(64, 32, 8, 2),
     band_sums=Cut(64, 64, 4, 2),
     band_gradient=Cut(64, 64, 8, 2),
 )
+AMD = BLACKWELL._replace(row_means=Cut(64, 32, 4, 2), row_gradients=Cut(64, 32, 4, 2))
+OTHER = BLACKWELL._replace(
+    row_means=Cut(32, 32, 8, 2),
+    row_gradients=Cut(32, 32, 8, 2),
+    band_gradient=Cut(32, 64, 4, 2),
+)
+FLOAT64 = Cuts(
+    class_moments=Cut(16, 0, 8, 2),
+    row_means=Cut(32, 16, 8, 2),
+    row_gradients=Cut(32, 16, 8, 2),
+    band_sums=Cut(32, 32, 4, 2),
+    band_gradient=Cut(32, 64, 4, 2),
+)
+"""For the wide kernels on NVIDIA's GPUs."""
+AMD_FLOAT64 = FLOAT64._replace(row_means=Cut(32, 16, 4, 2), row_gradients=Cut(32, 16, 4, 2))
 SPLIT_ROWS = Cut(32, 0, 4, 1)
 BAND_PARTS = 4
 """So many programs share the blocks of a run."""
@@ -99,65 +108,133 @@ TOTALS = Cut(64, 32, 4, 1)
 def takes(work: Work, device: torch.device | None) -> bool:
     """Whether the kernels serve this work on a device; None stands for the usual GPU.
 
-    They have no float64 and no D above `MAX_DEPTH`. A class of more than half of the columns must
-    be large, and row numbers must fit 32 bits.
+    They have no D above `MAX_DEPTH`, no fewer columns than 2 D', and row numbers of 32 bits.
     """
-    if work.device != "cuda" or torch.version.hip is not None or not gpu.has_triton():
+    if work.device != "cuda" or not gpu.has_triton():
         return False
-    least = 2 * smallest_moment(work.d, work.m is not None)
-    fits = least <= work.columns and work.vectors <= MOST_ROWS and work.d <= MAX_DEPTH
+    fits = 2 * sizes_of(work).depth <= work.columns and work.vectors <= MOST_ROWS
     may_run = device is None or gpu.refuses(device) is None
-    return fits and work.dtype != torch.float64 and may_run
+    return fits and work.d <= MAX_DEPTH and may_run
 
 
-def is_wide(d: int, joint: bool = False) -> bool:
-    """Whether no program holds a whole row or a whole matrix.
+def limits(work: Work) -> str:
+    """What the kernels take, and what this work asks for, in words."""
+    fewest = 2 * sizes_of(work).depth
+    return (
+        f"D of at most {MAX_DEPTH:,} (here {work.d:,}) and at least {fewest:,} columns "
+        f"(here {work.columns:,})"
+    )
 
-    joint: the batch holds rows and the other columns they are compared with. Only the wide kernels
-    tell the two apart.
+
+class Sizes(NamedTuple):
+    """How a batch is cut up: n rows of d numbers, and m other columns, or None.
+
+    With other columns the batch is joint. float64: whether numbers are. processors: those of the
+    GPU. kind: see `gpu.kind`.
     """
-    return joint or d > NARROW_DEPTH
+
+    n: int
+    m: int | None
+    d: int
+    float64: bool
+    processors: int = gpu.USUAL_PROCESSORS
+    kind: str = "hopper"
+
+    @property
+    def joint(self) -> bool:
+        """Whether the batch holds rows and the other columns that they are compared with."""
+        return self.m is not None
+
+    @property
+    def every(self) -> int:
+        """Rows of the batch in class order, those of both sides."""
+        return self.n + (self.m or 0)
+
+    @property
+    def wide(self) -> bool:
+        """Whether no program holds a whole row or a whole matrix; others have no joint batches."""
+        narrow = NARROW_DEPTH["hopper" if self.kind == "hopper" else "other"]
+        return self.joint or self.float64 or self.d > narrow
+
+    @property
+    def depth(self) -> int:
+        """D': columns of the kernels' matrices.
+
+        They are whole tiles, or a power of two, at least the 16 that a product needs.
+        """
+        if self.wide and self.d > _TILE:
+            return round_up(self.d, _TILE)
+        return max(16, 1 << (self.d - 1).bit_length())
+
+    @property
+    def tile(self) -> int:
+        """Rows and columns of a moment that one program adds up."""
+        return min(self.depth, _TILE)
+
+    @property
+    def scaled(self) -> int:
+        """Columns of a block of a wide matrix that shares a scale."""
+        large = self.kind == "hopper" and not self.float64
+        return min(self.tile, _SCALED["hopper" if large else "other"])
+
+    @property
+    def numbers(self) -> int:
+        """Numbers of a moment that are added up. Wide moments stop at the diagonal's tiles."""
+        parts = self.depth // self.tile
+        return parts * (parts + 1) // 2 * self.tile**2 if self.wide else self.depth**2
+
+    @property
+    def least(self) -> int:
+        """Members of the smallest large class.
+
+        A class of half of the columns is large, or T - T_c would cancel digits of what is left. One
+        of fewer than D' rows is not: a row's own term, which is 1, would cancel digits of what its
+        others add up to.
+        """
+        columns = self.n if self.m is None else self.m
+        return min(smallest_moment(self.depth), max(self.depth, columns // 2))
+
+    @property
+    def classes(self) -> int:
+        """How many numbers large classes can have.
+
+        A class's number is the first multiple of `least` among its rows, over it.
+        """
+        return -(-self.every // self.least)
+
+    @property
+    def run(self) -> int:
+        """Rows of a run. There is one run for each processor.
+
+        Several programs share a run of wide rows, one for each tile of its moment. Fewer runs then
+        keep the processors busy: as many as fill their last round.
+        """
+        if not self.wide:
+            return round_up(-(-self.every // self.processors), _MULTIPLE)
+        tiles = self.numbers // self.tile**2
+        rounds = max(1, min(_MOST_ROUNDS, _MOST_RUNS * tiles // self.processors))
+        runs = max(1, rounds * self.processors // tiles)
+        return round_up(max(4 * _MULTIPLE, min(-(-self.every // runs), _LONGEST_RUN)), _MULTIPLE)
+
+    @property
+    def runs(self) -> int:
+        """How many runs there are."""
+        return -(-self.every // self.run)
 
 
-def padded(d: int, joint: bool = False) -> int:
-    """D': columns of the kernels' matrices. Wide ones have whole tiles; others a power of two, at
-    least the 16 that a product needs.
-    """
-    return round_up(d, _TILE) if is_wide(d, joint) else max(16, 1 << (d - 1).bit_length())
+def smallest_moment(depth: int) -> int:
+    """Members of a class whose matrices of so many columns cost little beside its rows."""
+    return max(128, 6 * depth)
 
 
-def matrix_numbers(d: int, joint: bool = False) -> int:
-    """Numbers of a moment that are added up. Wide moments stop at the diagonal's tiles."""
-    depth = padded(d, joint)
-    parts = depth // _TILE
-    return parts * (parts + 1) // 2 * _TILE**2 if is_wide(d, joint) else depth**2
+def sizes_of(work: Work) -> Sizes:
+    """The sizes of a batch of this work on the usual GPU."""
+    return Sizes(work.n, work.m, work.d, work.dtype == torch.float64)
 
 
-def smallest_moment(d: int, joint: bool = False) -> int:
-    """Members of the smallest large class: its matrices cost little beside its rows."""
-    return max(128, 6 * padded(d, joint))
-
-
-def class_count(n: int, d: int, joint: bool = False) -> int:
-    """How many numbers large classes can have.
-
-    A class's number is the first multiple of `smallest_moment` among its rows, over it.
-    """
-    return -(-n // smallest_moment(d, joint))
-
-
-def run_length(n: int, d: int, processors: int, joint: bool = False) -> int:
-    """Rows of a run. There is one run for each processor.
-
-    Several programs share a run of wide rows, one for each tile of its moment. Fewer runs then keep
-    the processors busy: as many as fill their last round.
-    """
-    if not is_wide(d, joint):
-        return round_up(-(-n // processors), _MULTIPLE)
-    tiles = matrix_numbers(d, joint) // _TILE**2
-    rounds = max(1, min(_MOST_ROUNDS, _MOST_RUNS * tiles // processors))
-    runs = max(1, rounds * processors // tiles)
-    return round_up(max(4 * _MULTIPLE, min(-(-n // runs), _LONGEST_RUN)), _MULTIPLE)
+def sizes_here(sizes: Sizes, device: torch.device) -> Sizes:
+    """The sizes of that batch on this GPU."""
+    return sizes._replace(processors=gpu.processors(device), kind=gpu.kind(device))
 
 
 def splits(dtype: torch.dtype) -> bool:
@@ -169,8 +246,17 @@ def splits(dtype: torch.dtype) -> bool:
     return dtype == torch.float16 or (dtype == torch.float32 and gpu.products_are_exact())
 
 
+def cuts_of(sizes: Sizes) -> Cuts:
+    """How kernels work on a batch of these sizes."""
+    if sizes.float64:
+        return AMD_FLOAT64 if sizes.kind == "amd" else FLOAT64
+    if sizes.kind == "hopper":
+        return WIDE_HOPPER if sizes.wide else HOPPER
+    return {"blackwell": BLACKWELL, "amd": AMD}.get(sizes.kind, OTHER)
+
+
 class Matrices(NamedTuple):
-    """Matrices [count, D', D'] in two float16 parts; low is empty where one part does.
+    """Matrices [count, D', D'] in parts as those of `SortedRows`.
 
     scale: of each row, or of each block of a wide matrix.
     """
@@ -184,8 +270,8 @@ class SortedRows(NamedTuple):
     """Rows in class order, N of D' numbers.
 
     high, low: unit rows times 2^8 in two float16 parts, [N, D']; low is empty where one part does.
-    inverse: 1 / norm. order: the row's index in the batch. first, last: where its class begins and
-    ends.
+    float64 numbers are one part, in float64. inverse: 1 / norm. order: the row's index in the
+    batch. first, last: where its class begins and ends.
     """
 
     high: Tensor
@@ -212,9 +298,10 @@ class Sums(NamedTuple):
 class Weights(NamedTuple):
     """What rows weigh in a sum over them.
 
-    of_rows: bool [N] in class order, which rows count; or float32 weights [N] in the given order.
-    largest: scalar. With float32 weights the largest of them: kernels divide by it first and
-    multiply the gradient by it last. With bool ones dL/dL, which multiplies the gradient alone.
+    of_rows: flags in class order, which rows count; or weights [N] in the given order. Kernels do
+    not read those of a joint batch's columns. largest: scalar. With weights the largest of them:
+    kernels divide by it first and multiply the gradient by it last. With flags dL/dL, which
+    multiplies the gradient alone.
     """
 
     of_rows: Tensor
@@ -224,9 +311,9 @@ class Weights(NamedTuple):
 class KeptMoments(NamedTuple):
     """What `backward` needs of the forward.
 
-    active: bool [N], whether h > 0, in class order, but in the given order for losses by row. own:
-    T_c of each large class. others: T - T_c of each, then T. before: int32 [N + 1], how many
-    columns stand before each row of a joint batch; None for other batches.
+    active: flags, whether h > 0, in class order, but in the given order for losses by row. own: T_c
+    of each large class. others: T - T_c of each, then T. before: int32, how many columns stand
+    before each row of a joint batch, and in all; None for other batches.
     """
 
     batch: SortedRows
@@ -250,34 +337,38 @@ class KeptMoments(NamedTuple):
 
 
 class Launcher:
-    """Launches the kernels on one batch, with the sizes and constants that they share."""
+    """Launches the kernels on one batch, with the sizes and constants that they share.
 
-    def __init__(
-        self, n: int, d: int, split: bool, device: torch.device, joint: bool = False
-    ) -> None:
+    dtype: that of what is accumulated.
+    """
+
+    def __init__(self, sizes: Sizes, split: bool) -> None:
         from . import kernels, wide_kernels
 
-        self.wide, self.joint = is_wide(d, joint), joint
         self.kernels: ModuleType = kernels
         self.wide_kernels: ModuleType = wide_kernels
-        self.n, self.d, self.depth, self.split = n, d, padded(d, joint), split
-        self.least, self.classes = smallest_moment(d, joint), class_count(n, d, joint)
-        self.run = run_length(n, d, gpu.processors(device), joint)
-        self.runs = -(-n // self.run)
-        self.of_runs = n, self.run, self.least
+        self.n, self.d, self.joint, self.wide = sizes.every, sizes.d, sizes.joint, sizes.wide
+        self.split, self.size = split, sizes.numbers
+        self.depth, self.tile = sizes.depth, sizes.tile
+        self.dtype = torch.float64 if sizes.float64 else torch.float32
+        self.stored = torch.float64 if sizes.float64 else torch.float16
+        self.least, self.classes = sizes.least, sizes.classes
+        self.run, self.runs = sizes.run, sizes.runs
+        self.of_runs = self.n, self.run, self.least
         """Sizes for the kernels that walk runs of rows."""
         run = () if self.wide else (self.run,)
-        self.of_rows = n, *run, self.least, self.classes
+        self.of_rows = self.n, *run, self.least, self.classes
         """Sizes for the kernels that multiply rows with matrices."""
-        self.tile, self.size = min(self.depth, _TILE), matrix_numbers(d, joint)
-        self.scaled = min(self.tile, _SCALED)
+        self.scaled, self.cuts = sizes.scaled, cuts_of(sizes)
         self.blocks = self.depth**2 // (self.tile * self.scaled)
-        hopper = gpu.is_hopper(device)
-        if self.wide:
-            self.cuts = WIDE_HOPPER if hopper else WIDE_OTHERS
-        else:
-            self.cuts = HOPPER if hopper else OTHERS
-        self.whole = hopper and self.depth <= WHOLE_DEPTH
+        self.whole = sizes.kind == "hopper" and self.depth <= WHOLE_DEPTH
+
+    def flag(self, by_row: bool) -> torch.dtype:
+        """The dtype of flags of rows.
+
+        Triton's compiler fails on a product of float64 numbers that were chosen by bytes.
+        """
+        return torch.int32 if self.dtype == torch.float64 and not by_row else torch.bool
 
     def options(self, cut: Cut) -> dict[str, object]:
         """Constants of a kernel that walks blocks of rows."""
@@ -291,32 +382,44 @@ class Launcher:
 
     def matrices(self, like: Tensor, count: int) -> Matrices:
         """Room for that many matrices."""
-        high = like.new_empty((count, self.depth, self.depth), dtype=torch.float16)
+        high = like.new_empty((count, self.depth, self.depth), dtype=self.stored)
         low = high.new_empty(high.shape if self.split else 0)
         scales = self.blocks if self.wide else self.depth
-        return Matrices(high, low, like.new_empty((count, scales), dtype=torch.float32))
+        return Matrices(high, low, like.new_empty((count, scales), dtype=self.dtype))
 
-    def sort(self, embeddings: Tensor, labels: Tensor, eps: float) -> SortedRows:
-        """Rows in class order."""
-        n, new = self.n, embeddings.new_empty
+    def sort(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        ref_emb: Tensor | None,
+        ref_labels: Tensor | None,
+        eps: float,
+    ) -> tuple[SortedRows, Tensor | None]:
+        """Rows in class order, and how many columns stand before each in a joint batch."""
+        every, n, new = self.n, len(embeddings), embeddings.new_empty
+        m, ref_order, before, ref_strides = 0, None, None, [0, 0]
         labels, order = labels.sort(stable=True)
-        high = new((n, self.depth), dtype=torch.float16)
+        if ref_emb is not None and ref_labels is not None:
+            ref_labels, ref_order = ref_labels.sort(stable=True)
+            before = new(every + 1, dtype=torch.int32)
+            m, ref_strides = len(ref_emb), list(ref_emb.stride())
+        high = new((every, self.depth), dtype=self.stored)
         batch = SortedRows(
             high,
             high.new_empty(high.shape if self.split else 0),
-            new(n, dtype=torch.float32),
-            order,
-            new(n, dtype=torch.int32),
-            new(n, dtype=torch.int32),
+            new(every, dtype=self.dtype),
+            order if ref_emb is None else new(every, dtype=torch.int64),
+            new(every, dtype=torch.int32),
+            new(every, dtype=torch.int32),
         )
         width = self.tile if self.wide else self.depth
         cut = SPLIT_ROWS._replace(rows=max(1, SPLIT_ROWS.rows * 128 // width))
-        self.kernels.split_rows[(-(-n // cut.rows),)](
-            embeddings, labels, batch,
-            n, self.d, *embeddings.stride(), eps * eps, n.bit_length(),
+        self.kernels.split_rows[(-(-n // cut.rows) - (-m // cut.rows),)](
+            embeddings, labels, ref_emb, ref_labels, ref_order, batch, order, before,
+            n, m, self.d, *embeddings.stride(), *ref_strides, eps * eps, max(n, m).bit_length(),
             WIDTH=width, **self.options(cut),
         )  # fmt: skip
-        return batch
+        return batch, before
 
     def sums(
         self,
@@ -395,6 +498,12 @@ class Launcher:
         return -(-self.run // cut.rows) if self.wide else BAND_PARTS
 
 
+def launcher_of(embeddings: Tensor, m: int | None, dtype: torch.dtype, split: bool) -> Launcher:
+    """A launcher for these rows, and m other columns where there are some."""
+    n, d = embeddings.shape
+    return Launcher(sizes_here(Sizes(n, m, d, dtype == torch.float64), embeddings.device), split)
+
+
 def forward(
     embeddings: Tensor,
     ref_emb: Tensor | None,
@@ -404,42 +513,32 @@ def forward(
 ) -> tuple[Tensor, Rows, tuple[Tensor, ...]]:
     """The loss, the two means of Eq. 3, and the tensors of `KeptMoments`.
 
-    Other columns are appended to the rows. In T_c a column weighs 1 and a row 0; in A_c a column
-    weighs 0 and row i a_i.
+    In T_c of a joint batch a column weighs 1 and a row 0; in A_c a column weighs 0 and row i a_i.
     """
-    n, joint = len(embeddings), ref_emb is not None
+    n, m, dtype = len(embeddings), None, embeddings.dtype
     embeddings, labels = in_memory(embeddings), in_memory(labels)
     if ref_emb is not None and ref_labels is not None:
-        embeddings = torch.cat((embeddings, ref_emb))
-        labels = torch.cat((labels, ref_labels))
-    new = embeddings.new_empty
-    every, d = embeddings.shape
-    launcher = Launcher(every, d, splits(embeddings.dtype), embeddings.device, joint)
+        ref_emb, ref_labels = in_memory(ref_emb), in_memory(ref_labels)
+        m, dtype = len(ref_emb), torch.promote_types(dtype, ref_emb.dtype)
+    launcher = launcher_of(embeddings, m, dtype, splits(dtype))
+    new = partial(embeddings.new_empty, dtype=launcher.dtype)
     with gpu.current(embeddings):
-        batch = launcher.sort(embeddings, labels, spec.eps)
-        before = weights = None
-        if joint:
-            is_column = batch.order >= n
-            before = new(every + 1, dtype=torch.int32).zero_()
-            torch.cumsum(is_column, 0, dtype=torch.int32, out=before[1:])
-            weights = Weights(is_column, new((), dtype=torch.float32))  # there is no dL/dL yet
-        sums = launcher.sums(batch, before, weights, uniform=True, by_q=False)
+        batch, before = launcher.sort(embeddings, labels, ref_emb, ref_labels, spec.eps)
+        sums = launcher.sums(batch, before, None, uniform=True, by_q=False)
         own = launcher.matrices(embeddings, launcher.classes)
         others = launcher.matrices(embeddings, launcher.classes + 1)
         launcher.make_matrices("moment_matrices", sums, batch, own, others, *launcher.of_runs)
-        in_band = new(every, dtype=torch.float32)
+        in_band = new(launcher.n)
         launcher.kernels.band_sums[launcher.runs, launcher.band_parts(launcher.cuts.band_sums)](
             batch, before, sums.small_rows, in_band, *launcher.of_runs,
             BLOCK_D=min(launcher.scaled, launcher.cuts.band_sums.depth),
             **launcher.options(launcher.cuts.band_sums),
         )  # fmt: skip
-        rows = Rows(new(n, dtype=torch.float32), new(n, dtype=torch.float32))
+        rows = Rows(new(n), new(n))
         by_row = spec.reduction == "none"
         cut = launcher.cuts.row_means
-        losses = new(n if by_row else launcher.row_programs(cut), dtype=torch.float32)
-        active = new(every, dtype=torch.bool)
-        if joint:
-            active.zero_()  # columns are not active
+        losses = new(n if by_row else launcher.row_programs(cut))
+        active = new(n if by_row else launcher.n, dtype=launcher.flag(by_row))
         launcher.multiply_rows(
             "row_means", cut,
             batch, before if launcher.wide else sums.small_rows, in_band, own, others,
@@ -458,15 +557,14 @@ def backward(
     n, d = embeddings.shape
     grad_loss = in_memory(grad_loss)
     batch, is_active, own, others, before = KeptMoments.of(tensors)
-    every, joint = len(batch.order), before is not None
-    launcher = Launcher(every, d, batch.low.numel() > 0, embeddings.device, joint)
+    every, joint, split = len(batch.order), before is not None, batch.low.numel() > 0
+    launcher = launcher_of(embeddings, every - n if joint else None, batch.inverse.dtype, split)
     uniform, scale = spec.reduction != "none", 1.0
     if uniform:
         weights = Weights(is_active, grad_loss)
         scale = 1 / n if spec.reduction == "mean" else 1.0
     else:
-        grad_loss = torch.nn.functional.pad(grad_loss, (0, every - n)) if joint else grad_loss
-        of_rows = torch.where(is_active, grad_loss.to(torch.float32), 0.0)
+        of_rows = torch.where(is_active, grad_loss.to(launcher.dtype), 0.0)
         weights = Weights(of_rows, torch.linalg.vector_norm(of_rows, float("inf")))
     with gpu.current(embeddings):
         sums = launcher.sums(batch, before, weights, uniform, by_q=True)
@@ -478,7 +576,7 @@ def backward(
         )  # fmt: skip
         small_rows = sums.small_rows
         del sums  # slots make room for the gradient
-        gradient = embeddings.new_empty((every, d), dtype=torch.float32)
+        gradient = embeddings.new_empty((every, d), dtype=launcher.dtype)
         launcher.multiply_band(
             launcher.cuts.band_gradient, batch, *of_columns, small_rows, weights, gradient,
             *launcher.of_runs, d, d, spec.sigma, UNIFORM=uniform,
@@ -496,21 +594,20 @@ def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
     read and written, with the matrices of these classes. Launches: a sort counts as one. Memory is
     the same for any classes.
     """
-    joint = work.m is not None
-    n, d = work.vectors, padded(work.d, joint)
-    wide, size, each = is_wide(work.d, joint), matrix_numbers(work.d, joint), 2 * d * d
-    least = smallest_moment(work.d, joint)
+    sizes = sizes_of(work)
+    n, d, joint, wide, least = work.vectors, sizes.depth, sizes.joint, sizes.wide, sizes.least
     class_sizes = [s * n // work.columns for s in class_sizes]  # with as large a share of rows
-    symmetric = 2 * size  # FLOPs of a form or a moment; wide ones stop at the diagonal
+    symmetric, each = 2 * sizes.numbers, 2 * d * d  # FLOPs; wide forms stop at the diagonal
     products = 3 if splits(work.dtype) else 1
     large = [s for s in class_sizes if s >= least]
     small = n - sum(large)
-    runs = -(-n // run_length(n, work.d, gpu.USUAL_PROCESSORS, joint))
-    stored = n * d * 2 * (2 if products == 3 else 1)
-    slots, matrix = (runs + len(large)) * size * 4, d * d * 4
-    totals = 2 * runs * size * 8  # written and read
-    slices = 1 if wide else -(-d // HOPPER.band_gradient.depth)  # each forms S anew
-    in_band = _band_pairs(class_sizes, least)
+    number = _stored_bytes(work.dtype)
+    stored, matrix = n * d * number, d * d * number
+    slots = (sizes.runs + len(large)) * sizes.numbers * work.accumulated
+    totals = 2 * sizes.runs * sizes.numbers * 8  # written and read
+    cuts = cuts_of(sizes)
+    slices = 1 if wide else -(-d // cuts.band_gradient.depth)  # each forms S anew
+    in_band = _band_pairs(class_sizes, least, cuts.band_sums.rows)
     scalar = work.reduction != "none"
     forms = (2 * sum(large) + small) * work.n // n  # of rows alone; moments meet both sides
     flops = products * (symmetric * (n + forms) + 2 * d * in_band)
@@ -519,7 +616,7 @@ def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
         + 2 * stored + 2 * slots + totals + 2 * (2 * len(large) + 1) * matrix
         + n * _ROW_BYTES
     )  # fmt: skip
-    launches = (8 if scalar else 7) + (6 if joint else 0)
+    launches = (8 if scalar else 7) + joint
     memory = _extra_memory(work)
     if not work.wants_gradient:
         return Cost(flops, bytes_, launches, memory, SCHEDULE)
@@ -529,7 +626,7 @@ def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
     bytes_ += 2 * stored + 2 * slots + totals + 2 * (4 * len(large) + 2) * matrix
     bytes_ += work.gradient_bytes * (3 if wide else 1)  # v, before it is projected
     bytes_ += n * _ROW_BYTES_BACK + 3 * work.cast_bytes
-    launches += (5 if scalar else 9 if joint else 8) + work.casts * (2 if joint else 1)
+    launches += (5 if scalar else 8) + work.casts * (2 if joint else 1)
     return Cost(flops, bytes_, launches, memory, SCHEDULE)
 
 
@@ -537,9 +634,13 @@ _ROW_BYTES = 72  # labels, sorted labels, order, first, last, norm, both means
 _ROW_BYTES_BACK = 16  # order, norm, active
 
 
-def _band_pairs(class_sizes: Sequence[int], least: int) -> int:
+def _stored_bytes(dtype: torch.dtype) -> int:
+    """Bytes of a stored number, in all its parts."""
+    return 8 if dtype == torch.float64 else 4 if splits(dtype) else 2
+
+
+def _band_pairs(class_sizes: Sequence[int], least: int, block: int) -> int:
     """Pairs of rows that the band multiplies, in whole blocks."""
-    block = HOPPER.band_sums.rows
     return sum(s * (s + block) for s in class_sizes if 1 < s < least)
 
 
@@ -550,24 +651,18 @@ def _extra_memory(work: Work) -> int:
     first holds slots with totals or with its own matrices, then these matrices with the gradient,
     at last the gradient in two dtypes.
     """
-    joint = work.m is not None
-    n, d, size = work.vectors, padded(work.d, joint), matrix_numbers(work.d, joint)
-    part = 4 if splits(work.dtype) else 2
-    on_gpu = torch.cuda.is_available()
-    processors = gpu.processors(torch.device("cuda")) if on_gpu else gpu.USUAL_PROCESSORS
-    runs = -(-n // run_length(n, work.d, processors, joint))
-    classes = class_count(n, work.d, joint)
-    kept = n * (d * part + _KEPT_BYTES + (8 if work.reduction == "none" else 0))
-    slots, totals = (runs + classes) * size * 4, (runs + 1) * size * 8
-    matrices, made = ((2 * classes + extra) * (d * d * part + 4 * d) for extra in (1, 2))
-    forward = max(slots + totals, slots + matrices + 4 * n)
-    if joint:
-        kept += 5 * n  # which are columns, and how many before each
-        forward += work.embedding_bytes  # both sides together
+    sizes = sizes_of(work)
+    if torch.cuda.is_available():
+        sizes = sizes_here(sizes, torch.device("cuda"))
+    n, d, number, of_sum = sizes.every, sizes.depth, _stored_bytes(work.dtype), work.accumulated
+    runs, classes, scales = sizes.runs, sizes.classes, of_sum * d
+    kept = n * (d * number + 17 + 3 * of_sum)  # order, first, last, active; norm, both means
+    kept += n * of_sum * (2 if work.reduction == "none" else 0) + 4 * n * sizes.joint
+    slots, total = (runs + classes) * sizes.numbers * of_sum, sizes.numbers * 8
+    matrices, made = ((2 * classes + extra) * (d * d * number + scales) for extra in (1, 2))
+    forward = slots + total + max(runs * total, matrices + of_sum * n)
     if not work.wants_gradient:
         return kept + forward
     of_gradient = work.gradient_bytes + max(made, work.cast_bytes)
-    return kept + max(forward, matrices + slots + max(totals, made), matrices + of_gradient)
-
-
-_KEPT_BYTES = 29  # a row: order, first, last, norm, both means, active
+    backward = max(slots + total + max(runs * total, made), of_gradient)
+    return kept + max(forward, matrices + backward)

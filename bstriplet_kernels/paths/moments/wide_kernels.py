@@ -107,6 +107,7 @@ def moment_matrices(
 
     Program (k, t) has the t-th block of the matrices of number k.
     """
+    ACC: tl.constexpr = rows.inverse.dtype.element_ty
     k, classes, t = tl.program_id(0), tl.num_programs(0) - 1, tl.program_id(1)
     r, c = _block_of(t, DP, TILE, SCALED)
     within = _halved(r, c, TILE)
@@ -116,8 +117,8 @@ def moment_matrices(
         if k < classes:
             moment = _add_runs(sums.slots, k, begin, end, run, within, _size(DP, TILE))
             difference -= moment
-            _store_scaled(moment.to(tl.float32), own, k, t, DP, TILE, SCALED, SPLIT)
-        _store_scaled(difference.to(tl.float32), others, k, t, DP, TILE, SCALED, SPLIT)
+            _store_scaled(moment.to(ACC), own, k, t, DP, TILE, SCALED, SPLIT)
+        _store_scaled(difference.to(ACC), others, k, t, DP, TILE, SCALED, SPLIT)
 
 
 @triton.jit(do_not_specialize=["n", "run", "least"])
@@ -144,6 +145,7 @@ def gradient_matrices(
 
     Program (k, t) has the t-th block of the matrices of number k.
     """
+    ACC: tl.constexpr = rows.inverse.dtype.element_ty
     k, classes, t = tl.program_id(0), tl.num_programs(0) - 1, tl.program_id(1)
     r, c = _block_of(t, DP, TILE, SCALED)
     within = _halved(r, c, TILE)
@@ -153,17 +155,17 @@ def gradient_matrices(
         of_active = _load_scaled(others, k, t, DP, TILE, SCALED, SPLIT)
         if k < classes:
             members, all_ = _counted(end - begin, n, columns_before, begin, end, True)
-            p, q = _class_weights(members, all_)
+            p, q = _class_weights(members, all_, ACC)
             moment = _load_scaled(own, k, t, DP, TILE, SCALED, SPLIT)
             weighted = _add_runs(sums.slots, k, begin, end, run, within, _size(DP, TILE))
             of_all = sigma * (of_all - q.to(tl.float64) * weighted) - p * weighted
             of_active = sigma * q * of_active - p * moment
             if UNIFORM and columns_before is None:
-                of_active += of_all.to(tl.float32)
+                of_active += of_all.to(ACC)
         else:
             of_all *= sigma
             of_active *= sigma
-        of_all = 2 * of_all.to(tl.float32)
+        of_all = 2 * of_all.to(ACC)
         _store_scaled(2 * of_active, active, k, t, DP, TILE, SCALED, SPLIT)
         _store_scaled(of_all, back, k, t, DP, TILE, SCALED, SPLIT)
 
@@ -209,11 +211,12 @@ def _form(
     SPLIT: tl.constexpr,
 ):  # fmt: skip
     """u^T M u of a symmetric M, and |u|^2; numbers below the diagonal blocks count twice."""
-    form = tl.zeros((r.shape[0],), tl.float32)
-    squared = tl.zeros((r.shape[0],), tl.float32)
+    ACC: tl.constexpr = rows.inverse.dtype.element_ty
+    form = tl.zeros((r.shape[0],), ACC)
+    squared = tl.zeros((r.shape[0],), ACC)
     for start in range(0, DP, TILE):
         c = start + tl.arange(0, TILE)
-        y = tl.zeros((r.shape[0], TILE), tl.float32)
+        y = tl.zeros((r.shape[0], TILE), ACC)
         for column in range(0, start, BLOCK_K):
             y += _times_block(
                 rows, r, mask, matrices, number, start, column, DP, TILE, SCALED, BLOCK_K, SPLIT
@@ -258,15 +261,16 @@ def row_means(
     losses[p]: the sum over the block. 6 D^2 FLOPs a row (2 D^2 without SPLIT), a little more as
     diagonal blocks are whole; half of that for small rows.
     """
+    ACC: tl.constexpr = rows.inverse.dtype.element_ty
     r, inside, members, numbers = _rows_of(rows, n, least, classes, BLOCK)
     begins = tl.load(rows.first + r, mask=inside, other=0)
     members, all_ = _counted(members, n, columns_before, begins, begins + members, inside)
     if columns_before is not None:
         inside = inside & (_is_column(columns_before, r, inside) == 0)
         numbers = tl.where(inside, numbers, classes + 1)
-    own_form = tl.zeros((BLOCK,), tl.float32)
-    others_form = tl.zeros((BLOCK,), tl.float32)
-    squared = tl.zeros((BLOCK,), tl.float32)
+    own_form = tl.zeros((BLOCK,), ACC)
+    others_form = tl.zeros((BLOCK,), ACC)
+    squared = tl.zeros((BLOCK,), ACC)
     number = tl.min(numbers, axis=0)
     while number <= classes:
         mask = numbers == number
@@ -278,17 +282,17 @@ def row_means(
             own_form += form
         number = _next(numbers, number, classes)
     if columns_before is not None:  # no row is among its columns
-        squared = tl.zeros((BLOCK,), tl.float32)
+        squared = tl.zeros((BLOCK,), ACC)
     small = numbers == classes
     in_class = tl.load(in_band + r, mask=small, other=0.0) + squared * squared
     own_form = tl.where(small, in_class, own_form)
     others_form = tl.where(small, others_form - in_class, others_form)
     loss = _store_means(
         own_form, others_form, squared, members, rows, r, inside, is_active, means, losses,
-        all_, tl.full((), margin, tl.float32), sigma, BY_ROW,
+        all_, tl.full((), margin, ACC), sigma, BY_ROW,
     )  # fmt: skip
     if not BY_ROW:
-        tl.store(losses + tl.program_id(0), tl.sum(loss, axis=0) * tl.full((), scale, tl.float32))
+        tl.store(losses + tl.program_id(0), tl.sum(loss, axis=0) * tl.full((), scale, ACC))
 
 
 @triton.jit(do_not_specialize=["n", "run", "least", "stride"])
@@ -323,10 +327,10 @@ def band_gradient(
     for block in range(begin + tl.program_id(1) * BLOCK, end, tl.num_programs(1) * BLOCK):
         r = block + tl.arange(0, BLOCK)
         small, c_first, near, far = _band(rows, r, r < end, least, n)
-        w_i = _weight(weights, rows, r, small, UNIFORM)
+        w_i = _weight(weights, rows, columns_before, r, small, UNIFORM)
         members = _members(rows, r, small)
         members, all_ = _counted(members, n, columns_before, c_first, c_first + members, small)
-        p, q = _class_weights(members, all_)
+        p, q = _class_weights(members, all_, rows.inverse.dtype.element_ty)
         factor = (p + sigma * q) * (-4 / (UNIT * UNIT))
         row = gradient + tl.load(rows.order + r, mask=small, other=0)[:, None] * stride
         for at in range(near, far, BLOCK):
@@ -340,7 +344,7 @@ def band_gradient(
             else:
                 is_column = _is_column(columns_before, r, small)[:, None]
                 pair = pair & (is_column != _is_column(columns_before, j, inside)[None, :])
-            w_j = _weight(weights, rows, j, inside, UNIFORM)
+            w_j = _weight(weights, rows, columns_before, j, inside, UNIFORM)
             weight = tl.where(pair, s * (w_i[:, None] + w_j[None, :]), 0.0)
             weight = _split(weight * (UNIT / 2))
             tl.debug_barrier()  # another thread may have written what this one reads
@@ -382,12 +386,13 @@ def row_gradients(
     SPLIT). Without other columns, twice that for active small rows and, without UNIFORM, for all
     active rows.
     """
+    ACC: tl.constexpr = rows.inverse.dtype.element_ty
     r, inside, members, numbers = _rows_of(rows, n, least, classes, BLOCK)
     small = numbers == classes
-    w = _weight(weights, rows, r, inside, UNIFORM)
+    w = _weight(weights, rows, columns_before, r, inside, UNIFORM)
     begins = tl.load(rows.first + r, mask=inside, other=0)
     own, all_ = _counted(members, n, columns_before, begins, begins + members, inside)
-    row_factor = tl.where(small, _class_weights(own, all_)[1], 1.0)
+    row_factor = tl.where(small, _class_weights(own, all_, ACC)[1], 1.0)
     if not UNIFORM:
         row_factor *= w
     if columns_before is not None:
@@ -397,10 +402,10 @@ def row_gradients(
     else:
         has_back = inside
     i = tl.load(rows.order + r, mask=inside, other=0)
-    along = tl.zeros((BLOCK,), tl.float32)
+    along = tl.zeros((BLOCK,), ACC)
     for start in range(0, DP, TILE):
         c = start + tl.arange(0, TILE)
-        v = tl.zeros((BLOCK, TILE), tl.float32)
+        v = tl.zeros((BLOCK, TILE), ACC)
         number = tl.min(numbers, axis=0)
         while number <= classes:
             mask = (numbers == number) & (w != 0)
@@ -431,7 +436,7 @@ def row_gradients(
         tl.store(out, v, mask=written)
     tl.debug_barrier()  # another thread may have written what this one reads
     shrunk = tl.load(rows.inverse + r, mask=inside, other=0.0)[:, None]
-    factor = (tl.load(weights.largest) * scale).to(tl.float32)
+    factor = (tl.load(weights.largest) * scale).to(ACC)
     for start in range(0, DP, TILE):
         c = start + tl.arange(0, TILE)
         out = gradient + i[:, None] * stride + c[None, :]
