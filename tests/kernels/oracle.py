@@ -74,6 +74,8 @@ def loop_loss(x, labels, formula, ref=None, ref_labels=None):
 def plain_loss(x, labels, formula, ref=None, ref_labels=None):
     """The loss as one would first write it in torch, in the inputs' own dtype, for autograd."""
     columns, column_labels = (x, labels) if ref is None else (ref, ref_labels)
+    dtype = torch.promote_types(x.dtype, columns.dtype)
+    x, columns = x.to(dtype), columns.to(dtype)
     normalize = torch.nn.functional.normalize
     s = normalize(x, dim=1) @ normalize(columns, dim=1).T
     phi = {"square": s * s, "signed_square": s * s.abs(), "linear": s}[formula.similarity]
@@ -131,14 +133,16 @@ def assert_as_exact_as_plain(impl, x, labels, formula, ref=None, ref_labels=None
     truth = value_and_gradients(ours("reference"), [t.double() for t in tensors])
     got = value_and_gradients(ours(impl), tensors)
     naive = value_and_gradients(plain, tensors)
-    tolerance = TOLERANCE[x.dtype]
+    common = torch.promote_types(tensors[0].dtype, tensors[-1].dtype)
+    tolerances = [TOLERANCE[dtype] for dtype in (common, *(t.dtype for t in tensors))]
     total = 1 if formula.reduction == "mean" else len(x)
     scales = [torch.tensor(float(total), device=x.device)] + [
         total / len(t) / t.double().norm(dim=1).clamp_min(1e-300) for t in tensors
     ]
-    for what, t, p, n, scale in zip(
+    for what, t, p, n, scale, tolerance in zip(
         ("loss", "gradient", "ref gradient"),
         (truth[0], *truth[1]), (got[0], *got[1]), (naive[0], *naive[1]), scales,
+        tolerances,
         strict=False,
     ):  # fmt: skip
         slack = (n - t).norm().nan_to_num(nan=0)  # plain half torch divides zero rows by 0

@@ -608,11 +608,12 @@ def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
     cuts = cuts_of(sizes)
     slices = 1 if wide else -(-d // cuts.band_gradient.depth)  # each forms S anew
     in_band = _band_pairs(class_sizes, least, cuts.band_sums.rows)
+    whole = not wide or d == sizes.tile  # a row is held at once
     scalar = work.reduction != "none"
     forms = (2 * sum(large) + small) * work.n // n  # of rows alone; moments meet both sides
     flops = products * (symmetric * (n + forms) + 2 * d * in_band)
     bytes_ = (
-        n * work.d * work.dtype.itemsize * (2 if wide else 1) + stored  # split
+        work.embedding_bytes * (1 if whole else 2) + stored  # split
         + 2 * stored + 2 * slots + totals + 2 * (2 * len(large) + 1) * matrix
         + n * _ROW_BYTES
     )  # fmt: skip
@@ -624,7 +625,7 @@ def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
     made = each * (of_large * sum(large) + of_small * small)
     flops += products * (symmetric * n + made + 2 * d * (slices + 1) * in_band)
     bytes_ += 2 * stored + 2 * slots + totals + 2 * (4 * len(large) + 2) * matrix
-    bytes_ += work.gradient_bytes * (3 if wide else 1)  # v, before it is projected
+    bytes_ += work.gradient_bytes * (1 if whole else 3)  # v, before it is projected
     bytes_ += n * _ROW_BYTES_BACK + 3 * work.cast_bytes
     launches += (5 if scalar else 8) + work.casts * (2 if joint else 1)
     return Cost(flops, bytes_, launches, memory, SCHEDULE)

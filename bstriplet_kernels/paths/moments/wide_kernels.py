@@ -357,6 +357,33 @@ def band_gradient(
                 tl.store(row + k[None, :], v, mask=written)
 
 
+@triton.jit
+def _add_products(
+    v, rows, r, numbers, wanted, matrices, classes, start,
+    DP: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """v + TILE rows of M u from `start` on, M of each row's own number, for the wanted rows."""
+    number = tl.min(numbers, axis=0)
+    while number <= classes:
+        mask = (numbers == number) & wanted
+        if tl.max(mask.to(tl.int32), axis=0) > 0:
+            for column in range(0, DP, BLOCK_K):
+                v += _times_block(
+                    rows, r, mask, matrices, number, start, column,
+                    DP, TILE, SCALED, BLOCK_K, SPLIT,
+                )  # fmt: skip
+        number = _next(numbers, number, classes)
+    return v
+
+
+@triton.jit
+def _projected(v, u, along, rows, r, inside, factor):
+    """dL/df = (v - (v . u) u) / |f|, times `factor`."""
+    v = (v - along[:, None] * u) * tl.load(rows.inverse + r, mask=inside, other=0.0)[:, None]
+    return tl.where(v == 0, 0.0, v * factor)  # not NaN if upstream is infinite and no row active
+
+
 @triton.jit(do_not_specialize=["n", "least", "classes", "stride"])
 def row_gradients(
     rows,
@@ -401,48 +428,34 @@ def row_gradients(
         has_back = small | (w == 0)
     else:
         has_back = inside
-    i = tl.load(rows.order + r, mask=inside, other=0)
+    row = gradient + tl.load(rows.order + r, mask=inside, other=0)[:, None] * stride
     along = tl.zeros((BLOCK,), ACC)
     for start in range(0, DP, TILE):
         c = start + tl.arange(0, TILE)
         v = tl.zeros((BLOCK, TILE), ACC)
-        number = tl.min(numbers, axis=0)
-        while number <= classes:
-            mask = (numbers == number) & (w != 0)
-            if tl.max(mask.to(tl.int32), axis=0) > 0:
-                for column in range(0, DP, BLOCK_K):
-                    v += _times_block(
-                        rows, r, mask, active, number, start, column,
-                        DP, TILE, SCALED, BLOCK_K, SPLIT,
-                    )  # fmt: skip
-            number = _next(numbers, number, classes)
+        v = _add_products(
+            v, rows, r, numbers, w != 0, active, classes, start, DP, TILE, SCALED, BLOCK_K, SPLIT
+        )
         v *= row_factor[:, None]
-        number = tl.min(numbers, axis=0)
-        while number <= classes:
-            mask = (numbers == number) & has_back
-            if tl.max(mask.to(tl.int32), axis=0) > 0:
-                for column in range(0, DP, BLOCK_K):
-                    v += _times_block(
-                        rows, r, mask, back, number, start, column,
-                        DP, TILE, SCALED, BLOCK_K, SPLIT,
-                    )  # fmt: skip
-            number = _next(numbers, number, classes)
-        out = gradient + i[:, None] * stride + c[None, :]
+        v = _add_products(
+            v, rows, r, numbers, has_back, back, classes, start, DP, TILE, SCALED, BLOCK_K, SPLIT
+        )
         written = inside[:, None] & (c < d)[None, :]
         in_band = written & (small & (members > 1))[:, None]
-        v += tl.load(out, mask=in_band, other=0.0)
-        u = _whole(_load_rows(rows, r, inside, c, DP, SPLIT), SPLIT)
-        along += tl.sum(v * u, axis=1) * (1 / UNIT)
-        tl.store(out, v, mask=written)
-    tl.debug_barrier()  # another thread may have written what this one reads
-    shrunk = tl.load(rows.inverse + r, mask=inside, other=0.0)[:, None]
-    factor = (tl.load(weights.largest) * scale).to(ACC)
-    for start in range(0, DP, TILE):
-        c = start + tl.arange(0, TILE)
-        out = gradient + i[:, None] * stride + c[None, :]
-        written = inside[:, None] & (c < d)[None, :]
+        v += tl.load(row + c[None, :], mask=in_band, other=0.0)
         u = _whole(_load_rows(rows, r, inside, c, DP, SPLIT), SPLIT) * (1 / UNIT)
-        v = tl.load(out, mask=written, other=0.0)
-        v = (v - along[:, None] * u) * shrunk
-        v = tl.where(v == 0, 0.0, v * factor)  # not NaN if upstream is infinite and no row active
-        tl.store(out, v, mask=written)
+        along += tl.sum(v * u, axis=1)
+        if DP == TILE:
+            factor = (tl.load(weights.largest) * scale).to(ACC)
+            v = _projected(v, u, along, rows, r, inside, factor)
+        tl.store(row + c[None, :], v, mask=written)
+    if DP > TILE:
+        tl.debug_barrier()  # another thread may have written what this one reads
+        factor = (tl.load(weights.largest) * scale).to(ACC)
+        for start in range(0, DP, TILE):
+            c = start + tl.arange(0, TILE)
+            written = inside[:, None] & (c < d)[None, :]
+            u = _whole(_load_rows(rows, r, inside, c, DP, SPLIT), SPLIT) * (1 / UNIT)
+            v = tl.load(row + c[None, :], mask=written, other=0.0)
+            v = _projected(v, u, along, rows, r, inside, factor)
+            tl.store(row + c[None, :], v, mask=written)
