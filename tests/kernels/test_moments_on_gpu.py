@@ -6,6 +6,7 @@
 import weakref
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
@@ -303,6 +304,31 @@ def test_the_same_bits():
             loss = bstriplet_loss(leaf, labels, impl="gram", reduction=reduction)
             runs.append((loss.detach(), *torch.autograd.grad(loss.sum(), leaf)))
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def truncated(x):
+    """Float64 numbers as float32 nearer to zero."""
+    near = x.astype(np.float32)
+    return np.where(abs(near) > abs(x), np.nextafter(near, np.float32(0)), near)
+
+
+@pytest.mark.skipif(not gpu.interpreted(), reason="needs TRITON_INTERPRET=1")
+def test_sums_of_tensor_cores_that_truncate(monkeypatch):
+    """They lose up to 2^-23 a step, always the same way: in one go, 2e-6 of this loss."""
+    from triton.runtime import interpreter
+
+    def create_dot(self, a, b, total, *options):
+        a, b, total = a.data.astype(float), b.data.astype(float), total.data
+        for k in range(0, a.shape[1], 16):
+            total = truncated(total.astype(float) + a[:, k : k + 16] @ b[k : k + 16])
+        return interpreter.TensorHandle(total, interpreter.tl.float32)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    monkeypatch.setattr(gpu, "processors", lambda _: 1)
+    x, labels = sized([1024, 100], 8, 0)
+    x = x.abs() + 0.1  # all that is added up is of one sign
+    got, truth = both_ways(x, labels, Spec())
+    assert_near(got, truth, 5e-7)
 
 
 @runs_here
