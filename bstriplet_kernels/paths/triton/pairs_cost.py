@@ -81,7 +81,7 @@ def cost(work: Work, device: torch.device | None) -> Cost:
     float32 product counts as three.
     """
     found = _cost(work, by_panels(work.n, work.m, work.d, work.dtype), device)
-    casts = (1 if work.m is None else 2) if work.wants_gradient and work.casts else 0
+    casts = len(work.narrow_sides) if work.wants_gradient else 0
     by_row = work.reduction == "none"  # no `reduce_losses`, but `weigh_rows` in a backward
     launches = found.launches + casts - (by_row and not work.wants_gradient)
     return found._replace(launches=launches)
