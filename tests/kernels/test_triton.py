@@ -53,7 +53,7 @@ def schedule(request, monkeypatch):
 
 
 CHOSEN = {
-    "pairs": ["test_triton.py"],
+    "pairs": ["test_triton.py", "test_triton_counts.py"],
     "moments": ["test_moments_on_gpu.py"],
     "operators": [
         *("test_operators.py", "test_tensors.py", "test_tracers.py"),
