@@ -54,7 +54,7 @@ def schedule(request, monkeypatch):
 
 CHOSEN = {
     "pairs": ["test_triton.py", "test_triton_counts.py"],
-    "moments": ["test_moments_on_gpu.py"],
+    "moments": ["test_moments_on_gpu.py", "test_moments_on_gpu_counts.py"],
     "operators": [
         *("test_operators.py", "test_tensors.py", "test_tracers.py"),
         "test_properties.py::test_as_exact_as_plain_torch_in_the_same_dtype",
