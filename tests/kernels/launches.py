@@ -13,6 +13,7 @@ NOT_LAUNCHED = (
     "empty_strided",
     "new_empty_strided",
     "_unsafe_view",
+    "promote_types",
 )
 ONLY_WRITE = (
     *("zeros", "ones", "new_zeros", "ones_like", "zeros_like"),
