@@ -10,8 +10,9 @@ import torch
 class Work(NamedTuple):
     """What is to be computed: n rows of d numbers against m columns (None: against themselves).
 
-    device: the type of the embeddings' device. Some paths choose their schedule by it and by the
-    similarity.
+    dtype: the embeddings', of two that differ the one that both are promoted to. device: the type
+    of the embeddings' device. Some paths choose their schedule by it and by the similarity.
+    side_dtypes: of the rows and of the columns where they differ, else empty.
     """
 
     n: int
@@ -22,6 +23,7 @@ class Work(NamedTuple):
     wants_gradient: bool = True
     device: str = "cpu"
     similarity: str = "square"
+    side_dtypes: tuple[torch.dtype, ...] = ()
 
     @property
     def columns(self) -> int:
@@ -35,7 +37,7 @@ class Work(NamedTuple):
 
     @property
     def embedding_bytes(self) -> int:
-        """Bytes of the embeddings, both sides."""
+        """Bytes of the embeddings in `dtype`, both sides."""
         return self.vectors * self.d * self.dtype.itemsize
 
     @property
@@ -45,8 +47,19 @@ class Work(NamedTuple):
 
     @property
     def casts(self) -> bool:
-        """Whether the gradient is computed in another dtype than that of the embeddings."""
+        """Whether the gradient is computed in another dtype than `dtype`."""
         return self.dtype.itemsize < 4
+
+    @property
+    def narrow_sides(self) -> tuple[int, ...]:
+        """Vectors of each side whose own dtype is narrower than the accumulation dtype."""
+        return tuple(size for size, dtype in self._sides if dtype.itemsize < self.accumulated)
+
+    @property
+    def _sides(self) -> tuple[tuple[int, torch.dtype], ...]:
+        """Vectors and dtype of each side."""
+        sizes = (self.n,) if self.m is None else (self.n, self.m)
+        return tuple(zip(sizes, self.side_dtypes or (self.dtype,) * 2, strict=False))
 
     @property
     def gradient_bytes(self) -> int:
@@ -55,8 +68,14 @@ class Work(NamedTuple):
 
     @property
     def cast_bytes(self) -> int:
-        """Bytes of the gradients once more, where they are cast to the embeddings' dtype."""
-        return self.embedding_bytes if self.wants_gradient and self.casts else 0
+        """Bytes of the gradients once more, where they are cast to their side's own dtype."""
+        if not self.wants_gradient:
+            return 0
+        return sum(
+            size * self.d * dtype.itemsize
+            for size, dtype in self._sides
+            if dtype.itemsize < self.accumulated
+        )
 
 
 class Cost(NamedTuple):

@@ -194,7 +194,7 @@ def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
     """
     pairs, side = work.n * work.columns, work.vectors * work.d * work.accumulated
     own = work.m is None
-    casts = work.casts * (1 if own else 2)
+    casts = len(work.narrow_sides)
     products, sweeps = 1, 12
     launches = (31 if own else 40) + casts
     if work.wants_gradient:
@@ -220,7 +220,7 @@ def _extra_memory(work: Work) -> int:
     rows, columns = vectors * work.d, (work.m or 0) * work.d * number
     units = rows + columns
     if not work.wants_gradient:
-        widened = units if work.casts else 0  # half rows, before any matrix exists
+        widened = sum(work.narrow_sides) * work.d * number  # before any matrix exists
         return units + max(6 * pairs, widened) + 3 * vectors
     forming = 8 * pairs
     ending = 4 * pairs + max(3 * rows, rows + 3 * columns)

@@ -114,10 +114,14 @@ class Path(NamedTuple):
 def work_of(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> Work:
     """The Work of these tensors and this spec."""
     (n, d), m, dtype = embeddings.shape, None, embeddings.dtype
+    side_dtypes: tuple[torch.dtype, ...] = ()
     if ref_emb is not None:
-        m, dtype = ref_emb.shape[0], torch.promote_types(dtype, ref_emb.dtype)
-    device, similarity = embeddings.device.type, spec.similarity.name
-    return Work(n, m, d, dtype, spec.reduction, spec.wants_gradient, device, similarity)
+        m = ref_emb.shape[0]
+        if ref_emb.dtype != dtype:
+            side_dtypes = dtype, ref_emb.dtype
+            dtype = torch.promote_types(*side_dtypes)
+    what = spec.reduction, spec.wants_gradient, embeddings.device.type, spec.similarity.name
+    return Work(n, m, d, dtype, *what, side_dtypes)
 
 
 def denormalise_gradient(v: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:

@@ -291,7 +291,7 @@ def _extra_memory(work: Work, classes: int) -> int:
     similarities = n * _stride(m)
     if work.m is not None and work.wants_gradient:
         similarities += m * _stride(n)  # the transpose
-    copies = work.vectors * round_up(d, _PAD) if work.casts or d % _PAD else 0
+    copies = (work.vectors if d % _PAD else sum(work.narrow_sides)) * round_up(d, _PAD)
     vectors = 2 * n + 5 * (round_up(n, _PAD) + (0 if work.m is None else round_up(m, _PAD)))
     labels = 8 * (m + 2 * classes)
     scratch = 0

@@ -49,11 +49,12 @@ def class_labels(case, n):
 def explained(schedule, case):
     """The plan's figure."""
     columns = class_labels(case, case.n if case.m is None else case.m)
-    dtype = getattr(torch, case.dtype)
+    dtype, side_dtypes = getattr(torch, case.dtype), ()
     if case.ref_dtype is not None:
-        dtype = torch.promote_types(dtype, getattr(torch, case.ref_dtype))
+        side_dtypes = dtype, getattr(torch, case.ref_dtype)
+        dtype = torch.promote_types(*side_dtypes)
     device = "cuda" if schedule == "anywhere" else "cpu"
-    what = case.reduction, case.backward, device, similarity_of(schedule)
+    what = case.reduction, case.backward, device, similarity_of(schedule), side_dtypes
     work = Work(case.n, case.m, case.d, dtype, *what)
     sizes = columns.unique(return_counts=True)[1].tolist()
     return PATHS[path_of(schedule)].cost(work, sizes).extra_memory

@@ -14,6 +14,7 @@ NOT_LAUNCHED = (
     "promote_types",
     "new_empty_strided",
     "_unsafe_view",
+    "promote_types",
 )
 ONLY_WRITE = (
     *("zeros", "ones", "new_zeros", "ones_like", "zeros_like"),

@@ -47,6 +47,8 @@ AGAINST_OTHERS = [
     Case(1500, 16, 8, m=40, dtype="float64"),
     Case(1024, 256, 4, m=1024),
     Case(256, 64, 8, m=1024, dtype="bfloat16", ref_dtype="float32"),
+    Case(512, 64, 8, m=300, dtype="float32", ref_dtype="float16"),
+    Case(300, 64, 8, m=512, dtype="float32", ref_dtype="float64"),
     Case(512, 64, 8, m=300, backward=False),
 ]
 LARGE = [
@@ -82,6 +84,9 @@ INTERPRETED = [  # slow, so small: by one launch, then by tiles
     Case(200, 16, 10, reduction="none"),
     Case(60, 16, 3, m=100),
     Case(16, 24, 3, m=70, dtype="bfloat16"),
+    Case(30, 64, 3, m=200, dtype="float32", ref_dtype="float16"),
+    Case(200, 48, 3, m=30, dtype="float16", ref_dtype="bfloat16", backward=False),
+    Case(60, 64, 3, m=60, dtype="float32", ref_dtype="float64"),
 ]
 SCHEDULES = {
     "reference": CASES + AGAINST_OTHERS,

@@ -302,3 +302,32 @@ def test_a_path_that_serves_one_device_stands_for_it_on_meta():
     for name, path in PATHS.items():
         if path.missing() is None:
             assert bstriplet_loss(x, labels, impl=name).is_meta
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ref_dtype", "wide"),
+    [
+        (torch.float16, torch.float32, torch.float32),
+        (torch.bfloat16, torch.float16, torch.float32),
+        (torch.float32, torch.float64, torch.float64),
+        (torch.float64, torch.bfloat16, torch.float64),
+    ],
+)
+def test_sides_of_two_dtypes_are_as_if_widened(impl, dtype, ref_dtype, wide):
+    """Loss and gradients of both sides; a gradient has its side's dtype."""
+    x, labels = batch(9, 20, 3, 0, dtype)
+    ref, ref_labels = batch(7, 20, 3, 1, ref_dtype)
+    skip_if_refused(impl, x, Formula(), ref)
+    found = []
+    for sides in ((x, ref), (x.to(wide), ref.to(wide))):
+        sides = [side.clone().requires_grad_() for side in sides]
+        loss = bstriplet_loss(
+            sides[0], labels, impl=impl, ref_emb=sides[1], ref_labels=ref_labels, margin=0.5
+        )
+        found.append((loss, *torch.autograd.grad(loss, sides)))
+    (loss, *grads), (expected, *truth) = found
+    assert torch.equal(loss, expected)
+    assert loss.dtype == wide
+    assert [g.dtype for g in grads] == [dtype, ref_dtype]
+    for got, side in zip(grads, truth, strict=True):
+        assert torch.equal(got, side.to(got.dtype))

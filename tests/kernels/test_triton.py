@@ -22,7 +22,7 @@ from bstriplet_kernels import autograd, available_impls, bstriplet_loss
 from bstriplet_kernels.cost import Work
 from bstriplet_kernels.paths import PATHS, gpu
 from bstriplet_kernels.paths.triton import blocks, pairs, pairs_cost, small
-from bstriplet_kernels.spec import Spec
+from bstriplet_kernels.spec import Spec, work_of
 
 HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,8 +53,8 @@ def schedule(request, monkeypatch):
 
 
 CHOSEN = {
-    "pairs": ["test_triton.py"],
-    "moments": ["test_moments_on_gpu.py"],
+    "pairs": ["test_triton.py", "test_triton_counts.py"],
+    "moments": ["test_moments_on_gpu.py", "test_moments_on_gpu_counts.py"],
     "operators": [
         *("test_operators.py", "test_tensors.py", "test_tracers.py"),
         "test_properties.py::test_as_exact_as_plain_torch_in_the_same_dtype",
@@ -531,6 +531,18 @@ class NotRun:
     [(36, None, 1280), (1024, None, 128), (1024, None, 33), (8192, None, 512), (300, 500, 64)],
 )
 def test_predicted_launches_are_those_made(monkeypatch, n, m, d, by_panels, dtype):
+    assert_predicted_launches(monkeypatch, n, m, d, by_panels, dtype, dtype)
+
+
+@runs_here
+@pytest.mark.parametrize("by_panels", [False, True], ids=["tiles", "panels"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("ref_dtype", TOLERANCE)
+def test_no_side_of_two_dtypes_is_widened_before(monkeypatch, by_panels, dtype, ref_dtype):
+    assert_predicted_launches(monkeypatch, 300, 500, 64, by_panels, dtype, ref_dtype)
+
+
+def assert_predicted_launches(monkeypatch, n, m, d, by_panels, dtype, ref_dtype):
     """On fake tensors of a GPU with an H100's processors."""
     kernel = NotRun()
     for module, name in kernels():
@@ -541,20 +553,22 @@ def test_predicted_launches_are_those_made(monkeypatch, n, m, d, by_panels, dtyp
     monkeypatch.setattr(gpu, "kind", lambda _: "hopper")
     with FakeTensorMode():
         x, labels = on_fake_gpu(n, d, dtype)
-        others = (None, None) if m is None else on_fake_gpu(m, d, dtype)
+        others = (None, None) if m is None else on_fake_gpu(m, d, ref_dtype)
         both = x, others[0], labels, others[1]
         spec = Spec(wants_gradient=True)
+        work = work_of(x, others[0], spec)
         with Launches() as forward:
             loss, rows, kept = PATHS["triton"].forward(*both, spec)
         launches = forward.launches + kernel.launches
-        assert counted(n, m, d, dtype, wants_gradient=False).launches == launches
+        found = PATHS["triton"].cost(work._replace(wants_gradient=False), [n])
+        assert found.launches == launches
         upstream = torch.empty_like(loss)
         with Launches() as backward:
             if kept.is_gradient:
                 autograd._scaled(kept.tensors[0], upstream, dtype)
             else:
                 given = upstream, *both, rows, kept.tensors, spec
-                for gradient in PATHS["triton"].backward(*given):
-                    _ = None if gradient is None else gradient.to(dtype)  # as the caller does
+                for side, gradient in zip(both, PATHS["triton"].backward(*given), strict=False):
+                    _ = None if gradient is None else gradient.to(side.dtype)  # as the caller does
     launches = forward.launches + backward.launches + kernel.launches
-    assert counted(n, m, d, dtype).launches == launches
+    assert PATHS["triton"].cost(work, [n]).launches == launches

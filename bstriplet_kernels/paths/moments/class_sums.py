@@ -235,9 +235,9 @@ def _launches(work: Work) -> int:
     own, by_row = work.m is None, work.reduction == "none"
     if not work.wants_gradient:
         cast = (2 + more) * work.casts
-        return 58 + 7 * levels + 4 * more + (more if own else 3) + cast - by_row
+        return 58 + 7 * levels + 4 * more + (more if own else 2) + cast - by_row
     cast = (5 + 2 * more if own else 7 + 3 * more) * work.casts
-    return 101 + 14 * levels + 14 * more + (0 if own else 10 + 5 * more) + cast - 2 * by_row
+    return 101 + 14 * levels + 14 * more + (0 if own else 8 + 5 * more) + cast - 2 * by_row
 
 
 def _extra_memory(work: Work, classes: int) -> int:

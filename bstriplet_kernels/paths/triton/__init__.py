@@ -33,9 +33,9 @@ def forward(
         if _is_small(embeddings, ref_emb, spec):
             loss, rows, gradient = small.forward(embeddings, labels, spec)
             return loss, rows, Kept((gradient,), True) if spec.wants_gradient else Kept()
-        sides = _in_one_dtype(embeddings, ref_emb)
-        panels = _by_panels(embeddings, ref_emb)
-        loss, rows, tensors = pairs.forward(*sides, labels, ref_labels, spec, panels)
+        dtype, panels = _one_dtype(embeddings, ref_emb), _by_panels(embeddings, ref_emb)
+        given = embeddings, ref_emb, labels, ref_labels
+        loss, rows, tensors = pairs.forward(*given, dtype, spec, panels)
         return loss, rows, Kept(tensors)
 
 
@@ -78,15 +78,10 @@ def _is_small(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> bool:
 
 
 def _one_dtype(embeddings: Tensor, ref_emb: Tensor | None) -> torch.dtype:
-    """The dtype of both sides, since a product takes only one."""
+    """The dtype that both sides are prepared from, since a product takes only one."""
     if ref_emb is None or ref_emb.dtype == embeddings.dtype:
         return embeddings.dtype
     return accumulation_dtype(embeddings, ref_emb)
-
-
-def _in_one_dtype(embeddings: Tensor, ref_emb: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    dtype = _one_dtype(embeddings, ref_emb)
-    return embeddings.to(dtype), None if ref_emb is None else ref_emb.to(dtype)
 
 
 def refuses(embeddings: Tensor, ref_emb: Tensor | None, spec: Spec) -> str | None:

@@ -28,8 +28,9 @@ _FEW_ROWS, _MANY_ROWS = 512, 2048  # tiles of half of S: small up to, large from
 class Form(NamedTuple):
     """How rows of D numbers are prepared and multiplied.
 
-    dtype: the embeddings'. width: D', which is D rounded up to 16, 32 or a multiple of 64. split:
-    whether numbers are multiplied in two parts. processors, hopper: of the GPU.
+    dtype: the embeddings', or float32 or float64 where that of two sides differs. width: D', which
+    is D rounded up to 16, 32 or a multiple of 64. split: whether numbers are multiplied in two
+    parts. processors, hopper: of the GPU.
     """
 
     dtype: torch.dtype
@@ -42,6 +43,11 @@ class Form(NamedTuple):
     def operand(self) -> torch.dtype:
         """The dtype in which rows are multiplied."""
         return torch.float16 if self.dtype == torch.float32 else self.dtype
+
+    @property
+    def accumulated(self) -> torch.dtype:
+        """The dtype in which products and sums are accumulated."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
     def is_unit(self) -> bool:

@@ -7,9 +7,9 @@ whole blocks so that no operand is masked, and each row's class as a 32-bit numb
 side are a `pairs.Weights`.
 
 Addresses of rows take 64 bits, offsets from them 32. Kernels are compiled once for a dtype and a
-block shape: sizes are never specialised on, so a ragged batch compiles nothing. A stride is written
-as a number of tiles times their size. The compiler then knows a factor of the stride; without one
-it loads numbers one at a time.
+block shape: sizes are never specialised on, so a ragged batch that is cut into the same blocks
+compiles nothing. A stride is written as a number of tiles times their size. The compiler then knows
+a factor of the stride; without one it loads numbers one at a time.
 
 Tensor cores cut the running sum of a product towards 0 every few steps, so the errors of a long sum
 all have one sign and grow with its length. Where float32 must be exact (SPLIT), operands are sums

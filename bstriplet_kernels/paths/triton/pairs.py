@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ...cost import round_up
-from ...spec import Rows, Spec, accumulation_dtype
+from ...spec import Rows, Spec
 from .blocks import (
     ROWS,
     Form,
@@ -107,15 +107,17 @@ def forward(
     ref_emb: Tensor | None,
     labels: Tensor,
     ref_labels: Tensor | None,
+    dtype: torch.dtype,
     spec: Spec,
     panels: bool,
 ) -> tuple[Tensor, Rows, tuple[Tensor, ...]]:
     """The loss, Eq. 3's means, and what `backward` needs; panels: whether that goes by panels.
 
-    It needs the rows' pulls (see `finish_rows`), their scale, the prepared rows, and the prepared
-    columns or, without `ref_emb`, S if it is kept.
+    dtype: see `Form`; where a side has another, its elements are widened as they are read.
+    `backward` needs the rows' pulls (see `finish_rows`), their scale, the prepared rows, and the
+    prepared columns or, without `ref_emb`, S if it is kept.
     """
-    (n, d), dtype = embeddings.shape, embeddings.dtype
+    n, d = embeddings.shape
     m, own = n, True
     form = form_of(d, dtype, is_split(dtype), embeddings.device)
     side = columns = _prepare(form, embeddings, labels, ref_labels, spec.eps)
@@ -196,7 +198,7 @@ def _prepare(
     side = Side(
         high,
         high.new_empty((rows, form.width) if form.split else 0),
-        embeddings.new_empty((2, rows), dtype=accumulation_dtype(embeddings)),
+        embeddings.new_empty((2, rows), dtype=form.accumulated),
         labels.new_empty((2, rows), dtype=torch.int32),
     )
     kernels().prepare_rows[(rows // PREPARED,)](

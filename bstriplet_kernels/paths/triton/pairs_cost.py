@@ -78,18 +78,25 @@ def cost(work: Work, device: torch.device | None) -> Cost:
     """The cost of the faster way. Memory is counted for `device`, or the usual GPU if None.
 
     The rest is counted as launched on an H100, with whole blocks and recomputed tiles. An exact
-    float32 product counts as three.
+    float32 product counts as three. Bytes: each launch reads and writes a number once, the numbers
+    of a row that do not grow with D left out.
     """
     found = _cost(work, by_panels(work.n, work.m, work.d, work.dtype), device)
-    casts = (1 if work.m is None else 2) if work.wants_gradient and work.casts else 0
     by_row = work.reduction == "none"  # no `reduce_losses`, but `weigh_rows` in a backward
-    launches = found.launches + casts - (by_row and not work.wants_gradient)
-    return found._replace(launches=launches)
+    if not work.wants_gradient:
+        return found._replace(launches=found.launches - by_row)
+    cast = sum(work.narrow_sides) * work.d * work.accumulated + work.cast_bytes
+    launches = found.launches + len(work.narrow_sides)
+    return found._replace(launches=launches, bytes=found.bytes + cast)
 
 
 class _Sizes(NamedTuple):
-    """A side's padded rows and columns, and how they are multiplied."""
+    """A side's padded rows and columns, and how they are multiplied.
 
+    n: rows with a loss, without padding. own: whether the rows are the columns.
+    """
+
+    n: int
     rows: int
     columns: int
     own: bool
@@ -105,6 +112,15 @@ class _Sizes(NamedTuple):
         tiles = self.rows // tile
         return tile * tile * tiles * (tiles + 1) // 2
 
+    def weighed(self, tile: int, mirrored: bool) -> int:
+        """Pairs in the tiles of weights that a row with a loss is in; others are not multiplied."""
+        tiles, active = self.rows // tile, -(-self.n // tile)
+        if not self.own:
+            return active * tile * self.columns
+        below = active * tiles - active * (active - 1) // 2
+        both = tiles * tiles - (tiles - active) ** 2
+        return tile * tile * (below if mirrored else both)
+
     def flops(self, count: int) -> int:
         """FLOPs of a product of depth D' for `count` pairs."""
         return 2 * count * self.form.width * (3 if self.form.split else 1)
@@ -113,6 +129,11 @@ class _Sizes(NamedTuple):
     def element(self) -> int:
         """Bytes of a number of prepared rows, and of a weight."""
         return self.form.operand.itemsize * (2 if self.form.split else 1)
+
+    @property
+    def prepared_bytes(self) -> int:
+        """Bytes of the side's prepared rows."""
+        return self.rows * self.form.width * self.element
 
     @property
     def half_tiles(self) -> int:
@@ -150,40 +171,42 @@ def _sides(work: Work, device: torch.device | None = None) -> tuple[_Sizes, ...]
     """The rows' side and, with `ref_emb`, the columns'."""
     form = blocks.form_of(work.d, work.dtype, blocks.is_split(work.dtype), device)
     rows, columns = (round_up(size, blocks.ROWS) for size in (work.n, work.columns))
-    if work.m is None:
-        return (_Sizes(rows, columns, True, form),)
-    return _Sizes(rows, columns, False, form), _Sizes(columns, rows, False, form)
+    first = _Sizes(work.n, rows, columns, work.m is None, form)
+    return (first,) if first.own else (first, first._replace(rows=columns, columns=rows))
 
 
 def _cost(work: Work, panels: bool, device: torch.device | None) -> Cost:
     """The cost of a scalar loss by tiles or by panels."""
     sides = _sides(work)
     first = sides[0]
-    sizes, accumulated = (work.n, work.m), work.accumulated
-    prepared = sum(side.rows * side.form.width * side.element for side in sides)
+    sizes, accumulated = (work.n, work.columns), work.accumulated
+    prepared = sum(side.prepared_bytes for side in sides)
     tiles = first.half_tiles
     flops = first.flops(first.halved(first.rows // tiles) if tiles else first.pairs)
     moved = work.embedding_bytes + 2 * prepared + 2 * first.slot_bytes
     launches = len(sides) + 3
     for side, size in zip(sides, sizes, strict=False) if work.wants_gradient else ():
-        parts = side.gradient_parts(panels)
-        moved += prepared + 2 * parts * side.rows * side.form.width * accumulated
-        moved += (size or 0) * work.d * accumulated
         if panels:
-            tile = blocks.weight_blocks(side.form).n
+            n_panels = -(-side.rows // side.panel_rows)
+            of_columns = prepared if side.own else prepared - side.prepared_bytes
             flops += side.flops(side.pairs)
             if side.keeps_similarities:
-                moved += 2 * side.halved(tile) * _HALF_BYTES  # written and read
-            elif side.own and side.panel_rows == side.rows:
-                flops += side.flops(side.halved(tile))
+                read = first.weighed(blocks.weight_blocks(side.form, kept=True).n, True)
+                moved += (first.halved(first.rows // tiles) + read) * _HALF_BYTES
             else:
-                flops += side.flops(side.pairs)
-            moved += 2 * side.pairs * side.element
-            launches += 1 + 2 * -(-side.rows // side.panel_rows)
+                tile = blocks.weight_blocks(side.form).n
+                flops += side.flops(first.weighed(tile, mirrored=n_panels == 1))
+                moved += prepared + (n_panels - 1) * of_columns
+            moved += 2 * side.pairs * side.element + n_panels * of_columns
+            launches += 1 + 2 * n_panels
         else:
             slices = side.form.width // blocks.gradient_blocks(side.form).v
             flops += side.flops(side.pairs * (slices + 1))
+            moved += prepared
             launches += 2
+        # parts are written and, with the prepared rows, read for the gradient
+        sums = side.gradient_parts(panels) * (side.rows + size) * side.form.width * accumulated
+        moved += sums + size * (side.form.width * side.element + work.d * accumulated)
     if work.wants_gradient:
         launches += len(sides) - 1  # zeros for the weights of columns
     schedule = PANELS if panels else TILES
@@ -194,7 +217,7 @@ def _extra_memory(work: Work, panels: bool, device: torch.device | None) -> int:
     """Prepared rows of both sides, and partial sums or a gradient with its parts and a panel."""
     sides, number = _sides(work, device), work.accumulated
     first = sides[0]
-    kept = sum(s.rows * (s.form.width * s.element + 2 * (number + 4)) for s in sides)
+    kept = sum(side.prepared_bytes + side.rows * 2 * (number + 4) for side in sides)
     kept += 5 * work.n * number
     if not work.wants_gradient:
         return kept + first.slot_bytes

@@ -1,0 +1,65 @@
+"""FLOPs and bytes of `on_gpu`, as its cost predicts them and as the interpreter counts them.
+
+See `test_triton_counts`.
+"""
+
+import pytest
+import torch
+from counted import counted_kernels
+from oracle import batch
+
+from bstriplet_kernels import available_impls
+from bstriplet_kernels.paths import gpu
+from bstriplet_kernels.paths.moments import on_gpu
+from bstriplet_kernels.spec import Spec, work_of
+
+pytestmark = pytest.mark.skipif(
+    not (gpu.interpreted() and "triton" in available_impls()), reason="needs TRITON_INTERPRET=1"
+)
+FLOAT, HALF = torch.float32, torch.bfloat16
+
+
+def counted(monkeypatch, sizes, d, spec, dtype):
+    """(the counts, the cost) of classes of these sizes, all rows active.
+
+    Three processors of a Hopper: their runs hold whole blocks of 128 rows, as those of large
+    batches nearly do.
+    """
+    monkeypatch.setattr(gpu, "is_hopper", lambda device: True)
+    monkeypatch.setattr(gpu, "processors", lambda device: 3)
+    monkeypatch.setattr(gpu, "USUAL_PROCESSORS", 3)
+    x, _ = batch(sum(sizes), d, 3, 0, dtype)
+    labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+    with counted_kernels() as counts:
+        loss, _, kept = on_gpu.forward(x, None, labels, None, spec)
+        if spec.wants_gradient:
+            on_gpu.backward(torch.ones_like(loss), x, kept, spec)
+    return counts, on_gpu.cost(work_of(x, None, spec)._replace(device="cuda"), sizes)
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype"),
+    [
+        (Spec(wants_gradient=True), FLOAT),
+        (Spec(wants_gradient=True), HALF),
+        (Spec(wants_gradient=False), FLOAT),
+        (Spec(wants_gradient=True, reduction="none"), FLOAT),
+    ],
+)
+def test_large_classes(monkeypatch, spec, dtype):
+    d = 64
+    sizes = [on_gpu.smallest_moment(d)] * 2
+    counts, cost = counted(monkeypatch, sizes, d, spec, dtype)
+    assert counts.flops == pytest.approx(cost.flops, rel=0.1)
+    if dtype == FLOAT:  # of others the caller casts the gradient
+        assert counts.read + counts.written == pytest.approx(cost.bytes, rel=0.1)
+
+
+def test_small_classes_among_large_ones(monkeypatch):
+    """The band's blocks do not begin where classes do."""
+    d = 64
+    sizes = [on_gpu.smallest_moment(d), 37, 91, 50, 100, 106]
+    counts, cost = counted(monkeypatch, sizes, d, Spec(wants_gradient=True), FLOAT)
+    assert counts.kernels["band_gradient"].flops > 0
+    assert counts.flops == pytest.approx(cost.flops, rel=0.1)
