@@ -66,8 +66,8 @@ class Run(NamedTuple):
 
 RUNS = (
     Run("auto", 36, 1280, (35, 20, 2)),
-    Run("triton", 36, 1280, (35, 33), (20, 4, 2)),
-    Run("triton", 36, 1280, (35, 33), (20, 4, 2), torch.bfloat16),
+    Run("triton", 36, 1280, (35, 20, 2)),
+    Run("triton", 36, 1280, (35, 20, 2), dtype=torch.bfloat16),
     Run("triton", 36, 1280, (35, 33, 20, 4, 2), reduction="none"),
     Run("triton", 36, 1280, (35, 33, 20, 4, 1), m=1024),
     Run("triton", 256, 1280, (255, 100, 65), (64, 20)),

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import csv
-import itertools
 import os
 import re
 import subprocess
@@ -157,7 +156,7 @@ def _of_depth(
 ) -> list[Configuration]:
     """Kernels of moments for embeddings of so many columns; half precision as one part."""
     columns = 1 << 16 if joint else None
-    sizes = on_gpu.Sizes(1 << 16, columns, depth, dtype == torch.float64, kind=architecture.kind)
+    sizes = on_gpu.Sizes(1 << 16, columns, depth, dtype == torch.float64, 132, architecture.kind)
     wide, cuts = sizes.wide, on_gpu.cuts_of(sizes)
     shape = {"DP": depth, "SPLIT": dtype == torch.float32, "UNIFORM": True, "BY_ROW": False}
     shape["BY_Q"] = True
@@ -220,8 +219,8 @@ def _precisions(dtype: torch.dtype, architecture: Architecture) -> list[str]:
 
 def _of_small(dtype: torch.dtype, architecture: Architecture) -> list[Configuration]:
     found = []
-    for n, layout in itertools.product((32, 64), ("aligned", "strided")):
-        cut = small.blocks_of(n, dtype, architecture.hopper)
+    for layout in ("aligned", "strided"):
+        cut = small.blocks_of(dtype, architecture.hopper)
         if dtype == torch.float32 and architecture.gpu.backend == "cuda":
             found.append(
                 Configuration("batch_products", dtype, cut.constants, cut.warps, layout=layout)

@@ -11,7 +11,6 @@ NOT_LAUNCHED = (
     "empty_like",
     "new_empty",
     "empty_strided",
-    "promote_types",
     "new_empty_strided",
     "_unsafe_view",
     "promote_types",

@@ -434,7 +434,7 @@ def test_predicted_launches_and_memory_are_those_made(monkeypatch, n, d, m, dtyp
     assert (got.launches, got.schedule) == (both, on_gpu.SCHEDULE)
     one = on_gpu.cost(work._replace(wants_gradient=False), sizes)
     assert one.launches == forward
-    assert both - work.casts * (1 if m is None else 2) <= 16
+    assert both - len(work.narrow_sides) <= 16
     assert got.extra_memory == pytest.approx(peak.most - given, rel=0.05)
     products, joint, every = 3 if on_gpu.splits(dtype) else 1, m is not None, n + (m or 0)
     cut = on_gpu.sizes_of(work)

@@ -19,23 +19,24 @@ pytestmark = pytest.mark.skipif(
 FLOAT, HALF = torch.float32, torch.bfloat16
 
 
-def counted(monkeypatch, sizes, d, spec, dtype):
+def counted(monkeypatch, sizes, d, spec, dtype, joint=False):
     """(the counts, the cost) of classes of these sizes, all rows active.
 
-    Three processors of a Hopper: their runs hold whole blocks of 128 rows, as those of large
-    batches nearly do.
+    joint: against as many columns of the same classes. Three processors of a Hopper: their runs
+    hold whole blocks of 128 rows, as those of large batches nearly do.
     """
-    monkeypatch.setattr(gpu, "is_hopper", lambda device: True)
+    monkeypatch.setattr(gpu, "kind", lambda device: "hopper")
     monkeypatch.setattr(gpu, "processors", lambda device: 3)
     monkeypatch.setattr(gpu, "USUAL_PROCESSORS", 3)
     x, _ = batch(sum(sizes), d, 3, 0, dtype)
     labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+    ref, ref_labels = (-x.flip(0), labels.flip(0)) if joint else (None, None)
     with counted_kernels() as counts:
-        loss, _, kept = on_gpu.forward(x, None, labels, None, spec)
+        loss, _, kept = on_gpu.forward(x, ref, labels, ref_labels, spec)
         if spec.wants_gradient:
             on_gpu.backward(torch.ones_like(loss), x, kept, spec)
-    return counts, on_gpu.cost(work_of(x, None, spec)._replace(device="cuda"), sizes)
+    return counts, on_gpu.cost(work_of(x, ref, spec)._replace(device="cuda"), sizes)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,15 @@ def test_large_classes(monkeypatch, spec, dtype):
     assert counts.flops == pytest.approx(cost.flops, rel=0.1)
     if dtype == FLOAT:  # of others the caller casts the gradient
         assert counts.read + counts.written == pytest.approx(cost.bytes, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, torch.float64])
+def test_other_columns(monkeypatch, dtype):
+    d = 64
+    sizes = [on_gpu.smallest_moment(d)] * 2
+    counts, cost = counted(monkeypatch, sizes, d, Spec(wants_gradient=True), dtype, joint=True)
+    assert counts.flops == pytest.approx(cost.flops, rel=0.1)
+    assert counts.read + counts.written == pytest.approx(cost.bytes, rel=0.1)
 
 
 def test_small_classes_among_large_ones(monkeypatch):

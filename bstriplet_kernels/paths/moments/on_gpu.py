@@ -137,7 +137,7 @@ class Sizes(NamedTuple):
     m: int | None
     d: int
     float64: bool
-    processors: int = gpu.USUAL_PROCESSORS
+    processors: int
     kind: str = "hopper"
 
     @property
@@ -229,7 +229,7 @@ def smallest_moment(depth: int) -> int:
 
 def sizes_of(work: Work) -> Sizes:
     """The sizes of a batch of this work on the usual GPU."""
-    return Sizes(work.n, work.m, work.d, work.dtype == torch.float64)
+    return Sizes(work.n, work.m, work.d, work.dtype == torch.float64, gpu.USUAL_PROCESSORS)
 
 
 def sizes_here(sizes: Sizes, device: torch.device) -> Sizes:
@@ -501,7 +501,8 @@ class Launcher:
 def launcher_of(embeddings: Tensor, m: int | None, dtype: torch.dtype, split: bool) -> Launcher:
     """A launcher for these rows, and m other columns where there are some."""
     n, d = embeddings.shape
-    return Launcher(sizes_here(Sizes(n, m, d, dtype == torch.float64), embeddings.device), split)
+    sizes = Sizes(n, m, d, dtype == torch.float64, gpu.USUAL_PROCESSORS)
+    return Launcher(sizes_here(sizes, embeddings.device), split)
 
 
 def forward(
@@ -614,7 +615,8 @@ def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
     flops = products * (symmetric * (n + forms) + 2 * d * in_band)
     bytes_ = (
         work.embedding_bytes * (1 if whole else 2) + stored  # split
-        + 2 * stored + 2 * slots + totals + 2 * (2 * len(large) + 1) * matrix
+        + (1 if joint else 2) * stored  # sums of columns, forms of rows
+        + 2 * slots + totals + 2 * (2 * len(large) + 1) * matrix
         + n * _ROW_BYTES
     )  # fmt: skip
     launches = (8 if scalar else 7) + joint
@@ -624,10 +626,11 @@ def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
     of_large, of_small = 1 if scalar or joint else 2, 1 if joint else 2
     made = each * (of_large * sum(large) + of_small * small)
     flops += products * (symmetric * n + made + 2 * d * (slices + 1) * in_band)
-    bytes_ += 2 * stored + 2 * slots + totals + 2 * (4 * len(large) + 2) * matrix
+    bytes_ += stored * work.n // n + stored  # sums of rows, then all
+    bytes_ += 2 * slots + totals + 2 * (4 * len(large) + 2) * matrix
     bytes_ += work.gradient_bytes * (1 if whole else 3)  # v, before it is projected
     bytes_ += n * _ROW_BYTES_BACK + 3 * work.cast_bytes
-    launches += (5 if scalar else 8) + work.casts * (2 if joint else 1)
+    launches += (5 if scalar else 8) + len(work.narrow_sides)
     return Cost(flops, bytes_, launches, memory, SCHEDULE)
 
 
@@ -641,8 +644,13 @@ def _stored_bytes(dtype: torch.dtype) -> int:
 
 
 def _band_pairs(class_sizes: Sequence[int], least: int, block: int) -> int:
-    """Pairs of rows that the band multiplies, in whole blocks."""
-    return sum(s * (s + block) for s in class_sizes if 1 < s < least)
+    """Pairs that the band multiplies, in whole blocks.
+
+    A block of rows meets the classes that it holds, from the first one's begin to the last one's
+    end. That is two blocks of columns at least, and half a block too many; at either end of a class
+    it is the neighbour's columns as well.
+    """
+    return sum(s * max(2 * block, s + 3 * block // 2) for s in class_sizes if 1 < s < least)
 
 
 def _extra_memory(work: Work) -> int:

@@ -2,7 +2,7 @@
 
 They take embeddings and labels as these are stored. Index names follow the loss's formulas: i and
 j run over rows, k over the embedding's dimension. Kernels are compiled once for a dtype and a block
-shape: n is never specialised on, so a ragged batch in the same blocks compiles nothing.
+shape: n is never specialised on, so a ragged batch compiles nothing.
 """
 
 import triton
