@@ -1,9 +1,10 @@
 """impl="gram": exact, by moments, in time linear in the batch. Nothing is N x M.
 
-similarity="linear" takes first moments, the sums of classes: `class_sums`. "square" takes second
-moments, by the equations in `mathematics` and one of four schedules. The CPU reads the sizes of
-classes: `on_cpu_native` needs the native library and takes no ref_emb, `on_cpu` does the rest.
-Reading them would stop a GPU: `on_gpu` has Triton kernels, `anywhere` does the rest in plain torch.
+similarity="linear" takes first moments, the sums of classes: on a GPU `class_sums_on_gpu` with
+Triton kernels, `class_sums` does the rest in plain torch. "square" takes second moments, by the
+equations in `mathematics` and one of four schedules. The CPU reads the sizes of classes:
+`on_cpu_native` needs the native library and takes no ref_emb, `on_cpu` does the rest. Reading them
+would stop a GPU: `on_gpu` has Triton kernels, `anywhere` does the rest in plain torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Triton kernels of sums of classes, which `class_sums_on_gpu` launches. Importing this needs triton.
+"""Triton kernels of class sums, which `class_sums_on_gpu` launches. Importing this needs triton.
 
 Rows are walked in class order, and read from where they lie through `order`. All kernels are bound
 by memory. Each program has a run of consecutive rows, so that a class is in one run or in several
@@ -14,6 +14,10 @@ and `side` are a `Side`, `weights` a `Weights`, `sums` a `Sums`. Without ref_emb
 rows. Sizes are arguments of their own: Triton specialises on numbers in a tuple whatever
 `do_not_specialize` says.
 """
+
+# Triton's tuples grow, and only by a sum: it knows no starred items.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, var-annotated"
 
 import triton
 import triton.language as tl
@@ -248,11 +252,11 @@ def class_sums(
             i = tl.load(side.order + r, mask=mask, other=0)
             address = embeddings + i * stride_n + k.to(tl.int64) * stride_d
             f = tl.load(address, mask=inside & mask, other=0.0).to(DTYPE)
-            numbers = numbers + (f,)  # noqa: RUF005
-            firsts = firsts + (tl.load(side.first + r, mask=mask, other=0),)  # noqa: RUF005
-            lasts = lasts + (tl.load(side.last + r, mask=mask, other=0),)  # noqa: RUF005
+            numbers = numbers + (f,)
+            firsts = firsts + (tl.load(side.first + r, mask=mask, other=0),)
+            lasts = lasts + (tl.load(side.last + r, mask=mask, other=0),)
             if weights is not None:
-                factors = factors + (_weight(weights, i, r, mask, upstream_stride, scale),)  # noqa: RUF005
+                factors = factors + (_weight(weights, i, r, mask, upstream_stride, scale),)
         units = ()
         for s in tl.static_range(ROWS):
             r, f = at + s, numbers[s]
@@ -261,7 +265,7 @@ def class_sums(
                 tl.store(side.inverse + r, inverse, mask=r < end)
             else:
                 inverse = tl.load(side.inverse + r, mask=r < end, other=0.0)
-            units = units + (f * inverse,)  # noqa: RUF005
+            units = units + (f * inverse,)
         for s in tl.static_range(ROWS):
             r, first, last = at + s, firsts[s], lasts[s]
             addend = units[s].to(tl.float64)
@@ -282,7 +286,7 @@ def class_sums(
 
 
 @triton.jit(do_not_specialize=["n", "m", "run"])
-def add_partials(
+def add_class_parts(
     side,
     middle_first,
     middle_last,
@@ -324,7 +328,7 @@ def add_partials(
 
 
 @triton.jit(do_not_specialize=["m", "runs"])
-def add_totals(
+def add_class_totals(
     sums,
     columns,
     middle_first,
@@ -359,7 +363,7 @@ def add_totals(
 
 
 @triton.jit(do_not_specialize=["n", "m", "run"])
-def row_means(
+def linear_means(
     embeddings,
     rows,
     columns,
@@ -384,8 +388,9 @@ def row_means(
 ):
     """Eq. 3's two means of a run of rows, in the given order, by two products of vectors each.
 
-    is_active: whether h_i > 0, in class order. losses[p]: the sum over the run of max(0, h_i), times
-    `scale`; BY_ROW: one a row, in the given order, without `scale`. OWN: the columns are the rows.
+    is_active: whether h_i > 0, in class order. losses[p]: the sum over the run of max(0, h_i),
+    times `scale`; BY_ROW: one a row, in the given order, without `scale`. OWN: the columns are the
+    rows.
     Reads each number once, and a class's sum for each of its rows.
     """
     DTYPE: tl.constexpr = table.dtype.element_ty
@@ -433,7 +438,7 @@ def _gradient_parts(
     f, inverse, a, p, q, sigma, k, d, is_middle, of_columns, of_rows, table, total, back,
     back_total, ROW: tl.constexpr, COLUMN: tl.constexpr,
 ):  # fmt: skip
-    """v and u of a block of rows: see `row_gradients`. of_columns, of_rows: (first row of the
+    """v and u of a block of rows: see `linear_gradients`. of_columns, of_rows: (first row of the
     class, whether it has any) on either side.
     """
     u = f * inverse[:, None]
@@ -450,12 +455,12 @@ def _gradient_parts(
 
 
 @triton.jit
-def _row_gradients(
+def _linear_gradients(
     program, embeddings, side, columns, weights, table, total, back, back_total, gradient, n, m,
     run, d, stride_n, stride_d, upstream_stride, sigma, scale, ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr,
 ):  # fmt: skip
-    """Of a run of a side that are rows, columns or both: see `row_gradients`."""
+    """Of a run of a side that are rows, columns or both: see `linear_gradients`."""
     DTYPE: tl.constexpr = table.dtype.element_ty
     begin = program * run
     end = tl.minimum(begin + run, n)
@@ -513,7 +518,7 @@ def _row_gradients(
 
 
 @triton.jit(do_not_specialize=["n", "m", "run"])
-def row_gradients(
+def linear_gradients(
     embeddings,
     ref_emb,
     rows,
@@ -550,19 +555,19 @@ def row_gradients(
     program = tl.program_id(0)
     of_rows = tl.cdiv(n, run)
     if ref_emb is None:
-        _row_gradients(
+        _linear_gradients(
             program, embeddings, rows, columns, weights, table, total, back, back_total, gradient,
             n, m, run, d, stride_n, stride_d, upstream_stride, sigma, scale, ROWS, BLOCK_D, WHOLE,
             True, True,
         )  # fmt: skip
     elif program < of_rows:
-        _row_gradients(
+        _linear_gradients(
             program, embeddings, rows, columns, weights, table, total, back, back_total, gradient,
             n, m, run, d, stride_n, stride_d, upstream_stride, sigma, scale, ROWS, BLOCK_D, WHOLE,
             True, False,
         )  # fmt: skip
     else:
-        _row_gradients(
+        _linear_gradients(
             program - of_rows, ref_emb, columns, columns, weights, table, total, back, back_total,
             ref_gradient, m, m, run, d, ref_stride_n, ref_stride_d, upstream_stride, sigma, scale,
             ROWS, BLOCK_D, WHOLE, False, True,

@@ -5,10 +5,10 @@ class's sum stands at its first row in class order, in a table of as many rows a
 Rows are never copied, neither into class order nor to another dtype. Sums are in float64 and have a
 fixed order, so the bits are the same from run to run.
 
-The forward sorts each side by label, adds up classes of columns (`class_sums`, `add_partials`,
-`add_totals`) and takes the means; the backward adds up weighted classes of rows by the same three
-kernels. All are bound by memory: the embeddings are read four times and the gradient is written;
-another time for norms with ref_emb, or where D is above `WIDEST`. The kernels are in
+The forward sorts each side by label, adds up classes of columns (`class_sums`, `add_class_parts`,
+`add_class_totals`) and takes the means. The backward adds up weighted rows by the same three
+kernels. All are bound by memory: the embeddings are read four times, and the gradient is written.
+Norms take a pass of their own with ref_emb, and where D is above `WIDEST`. The kernels are in
 `class_sum_kernels`.
 """
 
@@ -29,17 +29,20 @@ from .. import gpu
 
 SCHEDULE = "class sums triton"
 MOST_ROWS = 1 << 30
-"""Row numbers and their sums must fit 32 bits."""
+"""The sum of two row numbers must fit 32 bits."""
 WIDEST = 2048
 """The most columns of a block: the largest D at which a program holds whole rows."""
-_NARROWEST = 16
-_SUMMED = 8  # rows that a program of `class_sums` reads at once
-_SUMMED_WARPS, _SUMMED_BLOCKS = 16, 4  # warps a processor; blocks of the shortest run
-_FOUND = 128  # rows whose classes a program finds
-_BLOCK_BYTES = 1 << 13  # of a block of rows in the accumulation dtype
+FOUND = 128
+"""Rows whose classes a program finds."""
+SUMMED = 8
+"""Rows that a program of `class_sums` reads at once."""
+ADDED, ADDED_RUNS = 32, 64
+"""Columns that a program of `add_class_parts` has, and runs that it reads at once."""
+_NARROWEST = 16  # columns of a block
+_BLOCK_BYTES = 1 << 13  # of a block of rows in the accumulation dtype: 16 registers a thread
 _WARPS = 4  # of all kernels but `class_sums`
-_ROW_PROGRAMS = 64  # a processor: many, as the last ones to end should be short
-_ADDED, _ADDED_DEPTH = 32, 64  # columns, and runs at a time, that a program adds up
+_SUM_WARPS, _SUM_BLOCKS = 16, 4  # warps a processor, of 128 registers; blocks of the shortest run
+_ROW_PROGRAMS = 64  # a processor: many, so that the last ones to end are short
 
 
 def takes(work: Work, device: torch.device | None) -> bool:
@@ -63,7 +66,7 @@ def block_columns(d: int) -> int:
 
 def block_rows(d: int, number: int) -> int:
     """Rows of a block; number: bytes of a number in the accumulation dtype."""
-    return min(_FOUND, max(1, _BLOCK_BYTES // (number * block_columns(d))))
+    return min(FOUND, max(1, _BLOCK_BYTES // (number * block_columns(d))))
 
 
 def sum_warps(d: int) -> int:
@@ -73,12 +76,12 @@ def sum_warps(d: int) -> int:
 
 def sum_run(n: int, d: int, processors: int) -> int:
     """Rows of a run of `class_sums`; all runs are at work at the same time."""
-    programs = processors * _SUMMED_WARPS // sum_warps(d)
-    return round_up(max(-(-n // programs), _SUMMED * _SUMMED_BLOCKS), _SUMMED)
+    programs = processors * _SUM_WARPS // sum_warps(d)
+    return round_up(max(-(-n // programs), SUMMED * _SUM_BLOCKS), SUMMED)
 
 
 def row_run(n: int, rows: int, processors: int) -> int:
-    """Rows of a run of `row_means` and of `row_gradients`; rows: those of a block."""
+    """Rows of a run of `linear_means` and of `linear_gradients`; rows: those of a block."""
     return round_up(-(-n // (processors * _ROW_PROGRAMS)), rows)
 
 
@@ -191,15 +194,15 @@ class Launcher:
         """Rows and columns in class order, the same one without ref_emb."""
         joint = ref_labels is not None
         labels, rows = self._sort(labels, joint)
-        programs, columns = -(-self.n // _FOUND), rows
+        programs, columns = -(-self.n // FOUND), rows
         if ref_labels is not None:
             ref_labels, columns = self._sort(ref_labels, joint)
-            programs += -(-self.m // _FOUND)
+            programs += -(-self.m // FOUND)
         kernels().find_classes[(programs,)](
             self.embeddings, self.ref_emb, rows, columns, labels, ref_labels,
             self.n, self.m, self.d, *self.strides, self.spec.eps**2,
             max(self.n, self.m).bit_length(),
-            BLOCK=_FOUND, NORMS=not sums_find_norms(self.d, joint), **self.blocks,
+            BLOCK=FOUND, NORMS=not sums_find_norms(self.d, joint), **self.blocks,
         )  # fmt: skip
         return rows, columns
 
@@ -225,16 +228,16 @@ class Launcher:
         runs, sizes = -(-n // run), (n, self.m, run, d)
         table, total = self.new(n, d), self.new(2, d)
         sums = Sums(*(self.new(runs, *shape, dtype=torch.float64) for shape in ((2, d), (d,))))
-        width, slices = self.blocks["BLOCK_D"], -(-d // _ADDED)
+        width, slices = self.blocks["BLOCK_D"], -(-d // ADDED)
         kernels().class_sums[runs, -(-d // width)](
             embeddings, side, weights, *middle, table, sums, *sizes, *strides,
             0 if weights is None else weights.stride, self.spec.eps**2, self.scale,
-            ROWS=_SUMMED, BLOCK_D=width, NORMS=not weighted and sums_find_norms(d, joint),
+            ROWS=SUMMED, BLOCK_D=width, NORMS=not weighted and sums_find_norms(d, joint),
             num_warps=sum_warps(d),
         )  # fmt: skip
-        shape = {"BY_Q": weighted, "BLOCK": _ADDED, "DEPTH": _ADDED_DEPTH, "num_warps": _WARPS}
-        kernels().add_partials[runs, slices](side, *middle, table, sums, *sizes, **shape)
-        kernels().add_totals[(slices,)](
+        shape = {"BY_Q": weighted, "BLOCK": ADDED, "DEPTH": ADDED_RUNS, "num_warps": _WARPS}
+        kernels().add_class_parts[runs, slices](side, *middle, table, sums, *sizes, **shape)
+        kernels().add_class_totals[(slices,)](
             sums, columns, *middle, table, total, self.m, runs, d, **shape
         )
         return table, total
@@ -256,7 +259,7 @@ def forward(
         by_row = spec.reduction == "none"
         means, losses = Rows(new(n), new(n)), new(n if by_row else programs)
         is_active = new(n, dtype=torch.bool)
-        kernels().row_means[(programs,)](
+        kernels().linear_means[(programs,)](
             launcher.embeddings, rows, columns, table, total, is_active, means, losses,
             n, launcher.m, launcher.run, launcher.d, *launcher.strides[:2],
             spec.margin, spec.sigma, launcher.scale,
@@ -284,7 +287,7 @@ def backward(
         if ref_emb is not None:
             ref_gradient = launcher.new(m, d)
             programs += launcher.programs(m)
-        kernels().row_gradients[(programs,)](
+        kernels().linear_gradients[(programs,)](
             launcher.embeddings, launcher.ref_emb, rows, columns, weights, table, total,
             back, back_total, gradient, ref_gradient,
             n, m, launcher.run, d, *launcher.strides, weights.stride,
@@ -349,5 +352,7 @@ def _extra_memory(work: Work) -> int:
         return forward
     of_rows += n * number if by_row else 0  # what comes from upstream
     back, back_runs = n * d * number, 24 * d * _runs(work, n)
-    backward = max(back + max(back_runs, work.gradient_bytes), work.gradient_bytes + work.cast_bytes)
+    backward = max(
+        back + max(back_runs, work.gradient_bytes), work.gradient_bytes + work.cast_bytes
+    )
     return max(forward, sides + table + of_rows + backward)
