@@ -197,14 +197,16 @@ def repeats_bits(subject: Subject) -> str:
     """The same bits, run after run."""
     tally = Tally()
     shapes = ((36, 300), (500, 300), *([WIDE, MANY[0]] if subject.device == "cuda" else []))
-    for (n, d), dtype in itertools.product(shapes, (torch.float32, torch.bfloat16)):
+    for (n, d), dtype, similarity in itertools.product(
+        shapes, (torch.float32, torch.bfloat16), ("square", "linear")
+    ):
         x, labels = fresh(n, d, 4, dtype, subject.device)
-        if not tally.takes(subject, x, None, Spec()):
+        if not tally.takes(subject, x, None, make_spec(0.9, similarity, "corrected", "mean")):
             continue
-        with tally.case(f"N={n} {dtype}"):
-            first = evaluate(subject.impl, x, labels)
+        with tally.case(f"N={n} {dtype} {similarity}"):
+            first = evaluate(subject.impl, x, labels, similarity=similarity)
             for _ in range(1 if subject.quick else 20):
-                again = evaluate(subject.impl, x, labels)
+                again = evaluate(subject.impl, x, labels, similarity=similarity)
                 assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), "moved"
     return tally.verdict("the same bits")
 
@@ -253,22 +255,24 @@ def never_waits(subject: Subject) -> str:
 def is_capturable(subject: Subject) -> str:
     """Captured in a CUDA graph once, replayed on new inputs."""
     impl, tally = subject.impl, Tally()
-    for n, d in ((36, 300), (500, 300), WIDE, MANY[0]):
+    for (n, d), similarity in itertools.product(
+        ((36, 300), (500, 300), WIDE, MANY[0]), ("square", "linear")
+    ):
         x, labels = fresh(n, d, 4, torch.float32, subject.device)
-        if not tally.takes(subject, x, None, Spec()):
+        if not tally.takes(subject, x, None, make_spec(0.9, similarity, "corrected", "mean")):
             continue
-        with tally.case(f"N={n} D={d}"):
+        with tally.case(f"N={n} D={d} {similarity}"):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                evaluate(impl, x, labels)
+                evaluate(impl, x, labels, similarity=similarity)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                captured = evaluate(impl, x, labels)
+                captured = evaluate(impl, x, labels, similarity=similarity)
             x.copy_(fresh(n, d, 4, torch.float32, subject.device)[0])
             graph.replay()
-            expected = evaluate(impl, x, labels)
+            expected = evaluate(impl, x, labels, similarity=similarity)
             same = [torch.equal(a, b) for a, b in zip(captured, expected, strict=True)]
             assert all(same), "the replay gives other numbers"
     return tally.verdict("captured and replayed")

@@ -4,10 +4,10 @@ python bench/triton_resources.py            print the table and write results/co
 python bench/triton_resources.py --check    print it, write nothing, fail on a spill or a misfit
 
 One row for each configuration that `bstriplet_kernels.paths.triton` launches, and for the widest of
-those of `on_gpu`: registers a thread,
-bytes a thread that spill to memory, shared memory a block, barriers in one step of the innermost
-loop that multiplies (NVIDIA only) and the matrix instructions. Spills are ptxas' stack bytes on
-NVIDIA and spilled vector registers, in bytes, on AMD.
+those of `on_gpu` and of `class_sums_on_gpu`: registers a thread, bytes a thread that spill to
+memory, shared memory a block, barriers in one step of the innermost loop that multiplies (NVIDIA
+only) and the matrix instructions. Spills are ptxas' stack bytes on NVIDIA and spilled vector
+registers, in bytes, on AMD.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import csv
+import itertools
 import os
 import re
 import subprocess
@@ -30,8 +31,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bstriplet_kernels.paths.moments import (
+    class_sum_kernels,
+    class_sums_on_gpu,
+    on_gpu,
+    wide_kernels,
+)
 from bstriplet_kernels.paths.moments import kernels as moment_kernels
-from bstriplet_kernels.paths.moments import on_gpu, wide_kernels
 from bstriplet_kernels.paths.triton import blocks, pair_kernels, pairs, small, small_kernels
 from bstriplet_kernels.spec import Rows
 
@@ -132,6 +138,7 @@ def configurations(architecture: Architecture) -> list[Configuration]:
             )
         ]
         + _of_moments(architecture)
+        + _of_class_sums()
     )
 
 
@@ -198,6 +205,61 @@ def _moment_types(dtype: torch.dtype) -> dict[str, Any]:
         "sums": on_gpu.Sums(accumulator, "*fp64", "*i32"),
         "weights": on_gpu.Weights(flag, accumulator),
         "is_active": flag,
+        "means": Rows(accumulator, accumulator),
+    }
+
+
+def _of_class_sums() -> list[Configuration]:
+    """Of forward and backward with a scalar loss; the last with a ref_emb too."""
+    own = dict.fromkeys(("ref_emb", "ref_labels", "ref_gradient"))
+    found = []
+    dtypes = torch.float64, torch.float32, torch.bfloat16
+    for d, dtype in itertools.product((128, 2048), dtypes):
+        block = {
+            "ROWS": class_sums_on_gpu.block_rows(d, 8 if dtype == torch.float64 else 4),
+            "BLOCK_D": class_sums_on_gpu.block_columns(d),
+            "BLOCK": class_sums_on_gpu.FOUND,
+            "WHOLE": True,
+            "NORMS": True,
+            "ref_stride_d": 1,
+        }
+        summed = block | {"ROWS": class_sums_on_gpu.SUMMED}
+        weighted = {"BY_Q": True, "NORMS": False}
+        added = {"BLOCK": class_sums_on_gpu.ADDED, "DEPTH": class_sums_on_gpu.ADDED_RUNS}
+        one = {"OWN": True, "BY_ROW": False}
+        warps = class_sums_on_gpu.sum_warps(d)
+        found += [
+            Configuration("class_sums", dtype, summed | {"weights": None}, warps),
+            Configuration("class_sums", dtype, summed | weighted, warps),
+            *(
+                Configuration(kernel, dtype, block | more)
+                for kernel, more in (
+                    ("find_classes", own | {"NORMS": False}),
+                    ("find_classes", {}),
+                    ("add_class_parts", weighted | added),
+                    ("add_class_totals", weighted | added),
+                    ("linear_means", one),
+                    ("linear_gradients", own),
+                    ("linear_gradients", {}),
+                )
+            ),
+        ]
+    return found
+
+
+def _class_sum_types(element: str, accumulator: str) -> dict[str, Any]:
+    """Arguments of the kernels of class sums; other names are as elsewhere."""
+    side = class_sums_on_gpu.Side("*i64", accumulator, *["*i32"] * 4)
+    return {
+        **dict.fromkeys(("rows", "columns", "side"), side),
+        **dict.fromkeys(("run", "runs", "steps"), "i32"),
+        **dict.fromkeys(("middle_first", "middle_last"), "*i32"),
+        **dict.fromkeys(("labels", "ref_labels"), "*i64"),
+        **dict.fromkeys(("embeddings", "ref_emb"), element),
+        **dict.fromkeys(("margin", "scale", "squared_eps"), "fp64"),
+        "is_active": "*i1",
+        "sums": class_sums_on_gpu.Sums("*fp64", "*fp64"),
+        "weights": class_sums_on_gpu.Weights("*i1", accumulator),
         "means": Rows(accumulator, accumulator),
     }
 
@@ -300,11 +362,7 @@ def compile_one(name: str, configuration: Configuration) -> dict[str, Any]:
         "dtype": TRITON_NAMES[configuration.dtype],
         "precision": constants.get("PRECISION", "split" if constants.get("SPLIT") else ""),
         "layout": configuration.layout,
-        "kind": " ".join(
-            kind.lower()
-            for kind in ("MIRRORED", "KEPT", "WHOLE", "JOINT")
-            if configuration.constants.get(kind)
-        ),
+        "kind": _kind(configuration, constants),
         **{f"block_{x.lower()}": constants.get(f"BLOCK_{x}", "") for x in ("N", "M", "D", "V")},
         **(
             {"block_n": constants.get("BLOCK", ""), "block_v": configuration.constants["DP"]}
@@ -322,9 +380,17 @@ def compile_one(name: str, configuration: Configuration) -> dict[str, Any]:
     }
 
 
+def _kind(configuration: Configuration, constants: dict[str, Any]) -> str:
+    """What tells configurations of a kernel apart that have the same blocks."""
+    kinds = [kind for kind in ("MIRRORED", "KEPT", "NORMS", "WHOLE") if constants.get(kind)]
+    joint = "ref_stride_d" in constants and "ref_emb" not in constants
+    joint |= configuration.constants.get("JOINT", False)
+    return " ".join([kind.lower() for kind in kinds] + ["joint"] * joint)
+
+
 def _kernel(configuration: Configuration) -> Any:
     """Kernels of moments have a padded D among their constants."""
-    modules: tuple[Any, ...] = pair_kernels, small_kernels
+    modules: tuple[Any, ...] = pair_kernels, small_kernels, class_sum_kernels
     if "DP" in configuration.constants:
         modules = (moment_kernels,)
         if configuration.constants.get("WIDE"):
@@ -340,17 +406,21 @@ def _source(configuration: Configuration, constants: dict[str, Any]) -> ASTSourc
     element = TRITON_NAMES[configuration.dtype]
     accumulator = "fp64" if element == "fp64" else "fp32"
     aligned = configuration.layout == "aligned"
-    of_moments, moments = "DP" in configuration.constants, _moment_types(configuration.dtype)
+    types: dict[str, Any] = {}
+    if "DP" in configuration.constants:
+        types = _moment_types(configuration.dtype)
+        if not configuration.constants["JOINT"]:
+            constants |= dict.fromkeys(set(OF_JOINT_BATCHES) & set(kernel.arg_names))
+    if configuration.kernel in vars(class_sum_kernels):
+        types = _class_sum_types("*" + element, "*" + accumulator)
     signature: dict[str, Any] = {}
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
         elif aligned and name in ("stride_d", "ref_stride_d", "stride_label"):
             signature[name], constants[name] = "constexpr", 1
-        elif name in OF_JOINT_BATCHES and not configuration.constants.get("JOINT"):
-            signature[name], constants[name] = "constexpr", None
-        elif of_moments and name in moments:
-            signature[name] = moments[name]
+        elif name in types:
+            signature[name] = types[name]
         elif name in SIDES:
             signature[name] = pairs.Side(operand := _operand(configuration), operand,
                                          f"*{accumulator}", "*i32")  # fmt: skip

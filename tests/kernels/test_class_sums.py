@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bstriplet_kernels import bstriplet_loss, explain
 from bstriplet_kernels.cost import Work
 from bstriplet_kernels.paths import PATHS
-from bstriplet_kernels.paths.moments import class_sums
+from bstriplet_kernels.paths.moments import class_sums, class_sums_on_gpu
 from bstriplet_kernels.spec import LINEAR, Spec
 
 
@@ -151,6 +151,7 @@ def test_paths_over_pairs_refuse_it_and_say_what_takes_it(impl):
 )
 def test_predicted_cost_on_a_gpu(monkeypatch, n, m, d, dtype, reduction):
     monkeypatch.undo()  # blocks and panels of their own size
+    monkeypatch.setattr(class_sums_on_gpu, "takes", lambda work, device: False)
     spec = Spec(similarity=LINEAR, reduction=reduction, wants_gradient=True)
     with FakeTensorMode(), Launches() as launches, Peak() as peak:
         x, labels = on_fake_gpu(n, d, dtype)

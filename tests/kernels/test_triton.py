@@ -55,6 +55,7 @@ def schedule(request, monkeypatch):
 CHOSEN = {
     "pairs": ["test_triton.py", "test_triton_counts.py"],
     "moments": ["test_moments_on_gpu.py", "test_moments_on_gpu_counts.py"],
+    "class sums": ["test_class_sums_on_gpu.py"],
     "operators": [
         *("test_operators.py", "test_tensors.py", "test_tracers.py"),
         "test_properties.py::test_as_exact_as_plain_torch_in_the_same_dtype",
@@ -72,7 +73,7 @@ def test_in_the_interpreter(chosen):
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
         + [
             "-k",
-            "(triton or moments_on_gpu) and not every_output",
+            "(triton or on_gpu) and not every_output",
         ]  # whose derivatives take a minute
         + [str(HERE / name) for name in chosen],
         env=os.environ

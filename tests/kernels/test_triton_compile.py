@@ -58,8 +58,8 @@ def specialisations():
     """Printed by a child: names of sizes that a kernel would be compiled anew for."""
     from triton.runtime.jit import JITFunction
 
+    from bstriplet_kernels.paths.moments import class_sum_kernels, wide_kernels
     from bstriplet_kernels.paths.moments import kernels as moment_kernels
-    from bstriplet_kernels.paths.moments import wide_kernels
     from bstriplet_kernels.paths.triton import pair_kernels, small_kernels
 
     ragged = {"n", "m", "n_rows", "column_rows", "row_tiles", "column_tiles", "parts", "tiles"}
@@ -78,6 +78,7 @@ def specialisations():
         (pair_kernels, ragged, 10),
         (moment_kernels, of_moments, 9),
         (wide_kernels, of_moments, 5),
+        (class_sum_kernels, of_moments | {"m"}, 6),
     ):
         kernels = [
             kernel

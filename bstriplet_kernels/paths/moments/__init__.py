@@ -1,9 +1,10 @@
 """impl="gram": exact, by moments, in time linear in the batch. Nothing is N x M.
 
-similarity="linear" takes first moments, the sums of classes: `class_sums`. "square" takes second
-moments, by the equations in `mathematics` and one of four schedules. The CPU reads the sizes of
-classes: `on_cpu_native` needs the native library and takes no ref_emb, `on_cpu` does the rest.
-Reading them would stop a GPU: `on_gpu` has Triton kernels, `anywhere` does the rest in plain torch.
+similarity="linear" takes first moments, the sums of classes: on a GPU `class_sums_on_gpu` with
+Triton kernels, `class_sums` does the rest in plain torch. "square" takes second moments, by the
+equations in `mathematics` and one of four schedules. The CPU reads the sizes of classes:
+`on_cpu_native` needs the native library and takes no ref_emb, `on_cpu` does the rest. Reading them
+would stop a GPU: `on_gpu` has Triton kernels, `anywhere` does the rest in plain torch.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from torch import Tensor
 from ...cost import Cost, Work
 from ...spec import LINEAR, Kept, Path, Rows, Spec, reduce_losses, row_gradient, work_of
 from .. import gpu, native
-from . import anywhere, class_sums, on_cpu, on_cpu_native, on_gpu
+from . import anywhere, class_sums, class_sums_on_gpu, on_cpu, on_cpu_native, on_gpu
 
 
 def schedule_of(work: Work, device: torch.device | None) -> ModuleType:
     """The module that does this work and counts its cost. device: None stands for the usual GPU."""
     if work.similarity == LINEAR.name:
-        return class_sums
+        return class_sums_on_gpu if class_sums_on_gpu.takes(work, device) else class_sums
     if on_gpu.takes(work, device):
         return on_gpu
     if work.device != "cpu":
@@ -40,8 +41,8 @@ def forward(
 ) -> tuple[Tensor, Rows, Kept]:
     """The loss, Eq. 3's two means of each row, and what `backward` needs."""
     schedule = schedule_of(work_of(embeddings, ref_emb, spec), embeddings.device)
-    if schedule is on_gpu:  # its kernels have the hinge too
-        loss, rows, tensors = on_gpu.forward(embeddings, ref_emb, labels, ref_labels, spec)
+    if schedule in (on_gpu, class_sums_on_gpu):  # their kernels have the hinge too
+        loss, rows, tensors = schedule.forward(embeddings, ref_emb, labels, ref_labels, spec)
         return loss, rows, Kept(tensors)
     rows, tensors = schedule.means(embeddings, ref_emb, labels, ref_labels, spec.eps)
     return reduce_losses(rows, spec), rows, Kept(tensors)
@@ -61,6 +62,8 @@ def backward(
     schedule = schedule_of(work_of(embeddings, ref_emb, spec), embeddings.device)
     if schedule is on_gpu:
         return on_gpu.backward(grad_loss, embeddings, kept, spec)
+    if schedule is class_sums_on_gpu:
+        return class_sums_on_gpu.backward(grad_loss, embeddings, ref_emb, kept, spec)
     a = row_gradient(grad_loss.to(rows.positive.dtype), rows, spec)
     return schedule.gradients(a, embeddings, ref_emb, kept, spec.sigma)
 

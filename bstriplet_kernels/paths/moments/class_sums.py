@@ -1,5 +1,7 @@
 """similarity="linear" by sums of classes: time O(N D) on every device, and nothing is N x M.
 
+It serves the CPU, and GPUs where the Triton kernels of `class_sums_on_gpu` do not run.
+
 With u_i the unit rows, m_c the sum of the unit columns of class c, m that of all columns, and p_c
 and q_c one over the number of positives and of negatives of a row of class c (0 where there are
 none):
