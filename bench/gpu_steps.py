@@ -42,7 +42,8 @@ KERNELS = {
     ),
     "gram": (
         "split_rows", "class_moments", "add_totals", "moment_matrices", "gradient_matrices",
-        "band_sums", "band_gradient", "row_means", "row_gradients",
+        "band_sums", "band_gradient", "row_means", "row_gradients", "find_classes", "class_sums",
+        "add_class_parts", "add_class_totals", "linear_means", "linear_gradients",
     ),
 }  # fmt: skip
 """What a sanitizer looks at: a path's own kernels, by a part of their names."""

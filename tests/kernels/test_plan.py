@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bstriplet_kernels import available_impls, bstriplet_loss, explain, plan
 from bstriplet_kernels.cost import Constants, Cost
 from bstriplet_kernels.paths import PATHS, gpu, native
-from bstriplet_kernels.paths.moments import on_gpu
+from bstriplet_kernels.paths.moments import class_sums_on_gpu, on_gpu
 from bstriplet_kernels.paths.triton import pairs_cost
 from bstriplet_kernels.spec import LINEAR, SIGNED_SQUARE, Spec
 
@@ -159,8 +159,17 @@ def test_on_an_unmeasured_gpu_counts_decide(monkeypatch):
 
 @pytest.mark.parametrize("constants", [{}, plan.CONSTANTS], ids=["unmeasured", "measured"])
 def test_linear_takes_sums_of_classes_where_the_batch_is_large(monkeypatch, constants):
+    """In plain torch; its kernels are so few that they are taken for any batch."""
     monkeypatch.setattr(plan, "CONSTANTS", constants)
-    choices = [taken(1 << k, 128, "reference", "gram", similarity="linear") for k in range(5, 21)]
+
+    def chosen():
+        paths = "reference", "gram"
+        return [taken(1 << k, 128, *paths, similarity="linear") for k in range(5, 21)]
+
+    with gpu.imagined():
+        assert chosen() == ["gram"] * 16
+    monkeypatch.setattr(class_sums_on_gpu, "takes", lambda work, device: False)
+    choices = chosen()
     assert choices == sorted(choices, reverse=True)
     assert choices[0] == "reference"
     assert choices[9:] == ["gram"] * 7
