@@ -105,6 +105,11 @@ def refuses(device: torch.device) -> str | None:
     return None
 
 
+def runs_triton(kind: str, device: torch.device | None) -> bool:
+    """Whether a device of that type runs Triton's kernels; None stands for the usual GPU."""
+    return kind == "cuda" and has_triton() and (device is None or refuses(device) is None)
+
+
 def interpreted() -> bool:
     """Whether Triton runs kernels on the CPU, in its interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "y", "yes", "t", "true", "on")

@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from bstriplet_kernels import available_impls, bstriplet_loss, reference
 from bstriplet_kernels.cost import Work
-from bstriplet_kernels.paths import gpu
-from bstriplet_kernels.paths.moments import on_gpu
+from bstriplet_kernels.paths import gpu, moments, triton
+from bstriplet_kernels.paths.moments import anywhere, on_gpu
 from bstriplet_kernels.spec import Spec, work_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -66,7 +66,7 @@ def both_ways(x, labels, spec, upstream=None):
         if forward is None:
             gradient = reference.backward(up, x.double(), None, labels, None, None, (), spec)[0]
         else:
-            gradient, _ = on_gpu.backward(up, x, kept, spec)
+            gradient, _ = on_gpu.backward(up, x, None, kept, spec)
         found.append((loss, *rows, gradient))
     return found
 
@@ -181,7 +181,7 @@ def test_bad_rows_of_wide_embeddings():
     assert (got[3][5] == 0).all()
     loss, _, kept = on_gpu.forward(x, None, labels, None, Spec(margin=-1.5))
     inf = torch.full_like(loss, torch.inf)
-    assert (on_gpu.backward(inf, x, kept, Spec(margin=-1.5))[0] == 0).all()
+    assert (on_gpu.backward(inf, x, None, kept, Spec(margin=-1.5))[0] == 0).all()
     x[5, 3] = torch.nan
     got, _ = both_ways(x, labels, Spec())
     assert got[0].isnan()
@@ -239,7 +239,7 @@ def test_inactive_rows_have_no_gradient_whatever_comes_from_upstream(reduction):
     loss, _, kept = on_gpu.forward(x, None, labels, None, Spec(margin=-1.5, reduction=reduction))
     upstream = torch.full_like(loss, torch.inf)
     spec = Spec(margin=-1.5, reduction=reduction)
-    assert (on_gpu.backward(upstream, x, kept, spec)[0] == 0).all()
+    assert (on_gpu.backward(upstream, x, None, kept, spec)[0] == 0).all()
 
 
 @runs_here
@@ -247,12 +247,12 @@ def test_inactive_rows_have_no_gradient_whatever_comes_from_upstream(reduction):
 def test_the_backward_multiplies_as_its_forward_did():
     x, labels = sized([40, 33, 8, 3], 12, 5)
     loss, _, kept = on_gpu.forward(x, None, labels, None, Spec())
-    gradients = [on_gpu.backward(torch.ones_like(loss), x, kept, Spec())[0]]
+    gradients = [on_gpu.backward(torch.ones_like(loss), x, None, kept, Spec())[0]]
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
         assert not on_gpu.splits(torch.float32)
-        gradients.append(on_gpu.backward(torch.ones_like(loss), x, kept, Spec())[0])
+        gradients.append(on_gpu.backward(torch.ones_like(loss), x, None, kept, Spec())[0])
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     assert torch.equal(*gradients)
@@ -424,7 +424,7 @@ def test_predicted_launches_and_memory_are_those_made(monkeypatch, n, d, m, dtyp
         spec = Spec(reduction=reduction, wants_gradient=True)
         loss, _, kept = on_gpu.forward(x, ref, labels, ref_labels, spec)
         forward = torchs.launches + kernels.launches
-        sides = on_gpu.backward(torch.empty_like(loss), x, kept, spec)
+        sides = on_gpu.backward(torch.empty_like(loss), x, ref, kept, spec)
         _ = [side.to(dtype) for side in sides if side is not None]  # as the caller does
         both = torchs.launches + kernels.launches
     work = Work(n, m, d, dtype, reduction, device="cuda")
@@ -470,6 +470,36 @@ def test_what_it_does_not_take():
         ):
             assert not on_gpu.takes(refused, None)
         assert not on_gpu.takes(work._replace(n=(1 << 30) + 1), None)
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "d", "schedule"),
+    [
+        (36, None, 1280, triton),
+        (255, None, 128, triton),
+        (256, None, 128, on_gpu),
+        (4096, 255, 128, triton),
+        (4096, 256, 128, on_gpu),
+        (8192, 8192, 2049, triton),
+        (8192, None, 2049, anywhere),
+    ],
+)
+def test_few_columns_are_for_pairs(monkeypatch, n, m, d, schedule):
+    work = Work(n, m, d, torch.float32, device="cuda")
+    with gpu.imagined():
+        assert moments.schedule_of(work, None) is schedule
+    monkeypatch.setattr(gpu, "_HAS_TRITON", False)
+    assert moments.schedule_of(work, None) is anywhere
+
+
+@runs_here
+@pytest.mark.parametrize(("n", "m", "reduction"), [(20, None, "mean"), (70, 30, "none")])
+def test_pairs_in_place_of_moments(monkeypatch, n, m, reduction):
+    monkeypatch.setattr(moments, "schedule_of", lambda *_: triton)
+    x, labels = batch(n, 40, 3, 0, torch.float32)
+    other = batch(m, 40, 3, 1, torch.float32) if m else (None, None)
+    x, labels, *other = (None if t is None else t.to(DEVICE) for t in (x, labels, *other))
+    assert_as_exact_as_plain("gram", x, labels, Formula(reduction=reduction), *other)
 
 
 def test_where_its_kernels_do_not_run(monkeypatch):

@@ -35,7 +35,7 @@ def counted(monkeypatch, sizes, d, spec, dtype, joint=False):
     with counted_kernels() as counts:
         loss, _, kept = on_gpu.forward(x, ref, labels, ref_labels, spec)
         if spec.wants_gradient:
-            on_gpu.backward(torch.ones_like(loss), x, kept, spec)
+            on_gpu.backward(torch.ones_like(loss), x, ref, kept, spec)
     return counts, on_gpu.cost(work_of(x, ref, spec)._replace(device="cuda"), sizes)
 
 

@@ -47,8 +47,7 @@ _ROW_PROGRAMS = 64  # a processor: many, so that the last ones to end are short
 
 def takes(work: Work, device: torch.device | None) -> bool:
     """Whether the kernels serve this work on a device; None stands for the usual GPU."""
-    may_run = device is None or gpu.refuses(device) is None
-    return work.device == "cuda" and gpu.has_triton() and may_run and work.vectors <= MOST_ROWS
+    return gpu.runs_triton(work.device, device) and work.vectors <= MOST_ROWS
 
 
 @functools.cache

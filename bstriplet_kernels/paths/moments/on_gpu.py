@@ -108,22 +108,15 @@ TOTALS = Cut(64, 32, 4, 1)
 def takes(work: Work, device: torch.device | None) -> bool:
     """Whether the kernels serve this work on a device; None stands for the usual GPU.
 
-    They have no D above `MAX_DEPTH`, no fewer columns than 2 D', and row numbers of 32 bits.
+    They have no D above `MAX_DEPTH`, and row numbers of 32 bits.
     """
-    if work.device != "cuda" or not gpu.has_triton():
-        return False
-    fits = 2 * sizes_of(work).depth <= work.columns and work.vectors <= MOST_ROWS
-    may_run = device is None or gpu.refuses(device) is None
-    return fits and work.d <= MAX_DEPTH and may_run
+    fits = work.d <= MAX_DEPTH and work.vectors <= MOST_ROWS and not has_few_columns(work)
+    return fits and gpu.runs_triton(work.device, device)
 
 
-def limits(work: Work) -> str:
-    """What the kernels take, and what this work asks for, in words."""
-    fewest = 2 * sizes_of(work).depth
-    return (
-        f"D of at most {MAX_DEPTH:,} (here {work.d:,}) and at least {fewest:,} columns "
-        f"(here {work.columns:,})"
-    )
+def has_few_columns(work: Work) -> bool:
+    """Whether there are fewer than 2 D' columns: S then has fewer numbers than moments."""
+    return work.columns < 2 * sizes_of(work).depth
 
 
 class Sizes(NamedTuple):
@@ -552,13 +545,17 @@ def forward(
 
 
 def backward(
-    grad_loss: Tensor, embeddings: Tensor, tensors: tuple[Tensor, ...], spec: Spec
+    grad_loss: Tensor,
+    embeddings: Tensor,
+    ref_emb: Tensor | None,
+    tensors: tuple[Tensor, ...],
+    spec: Spec,
 ) -> tuple[Tensor, Tensor | None]:
     """dL/d(embeddings), and dL/d(ref_emb) where there is one; tensors: those of `KeptMoments`."""
     n, d = embeddings.shape
     grad_loss = in_memory(grad_loss)
     batch, is_active, own, others, before = KeptMoments.of(tensors)
-    every, joint, split = len(batch.order), before is not None, batch.low.numel() > 0
+    every, joint, split = len(batch.order), ref_emb is not None, batch.low.numel() > 0
     launcher = launcher_of(embeddings, every - n if joint else None, batch.inverse.dtype, split)
     uniform, scale = spec.reduction != "none", 1.0
     if uniform:
