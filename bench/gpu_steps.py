@@ -56,6 +56,7 @@ _TIMED = ("targets", "crossover", "paper", "sweep")  # by the second call
 TESTS = (
     "tests/kernels/test_triton.py",
     "tests/kernels/test_moments_on_gpu.py",
+    "tests/kernels/test_class_sums_on_gpu.py",
     "tests/kernels/test_native.py",
     "tests/kernels/test_metric_learning.py",
 )

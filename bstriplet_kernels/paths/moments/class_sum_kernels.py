@@ -22,29 +22,16 @@ rows. Sizes are arguments of their own: Triton specialises on numbers in a tuple
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _inverse_norm(squared, squared_eps):
-    """1 / |f| from |f|^2, rounded to nearest; 0 for a zero row, NaN where |f|^2 overflowed."""
-    if squared.dtype == tl.float64:
-        norm = tl.where(squared <= squared_eps, float("inf"), tl.sqrt(squared))
-        inverse = 1.0 / norm
-    else:  # whose root and quotient are approximate unless told
-        norm = tl.where(squared <= squared_eps, float("inf"), tl.sqrt_rn(squared))
-        inverse = tl.div_rn(1.0, norm)
-    return tl.where(squared == float("inf"), float("nan"), inverse)
+from .kernels import _bounds, _class_weights, _load_embeddings, _norm, _over
 
 
 @triton.jit
-def _class_weights(members, m, OWN: tl.constexpr, DTYPE: tl.constexpr):
-    """p_c and q_c, one over the number of positives and of negatives; 0 where there are none.
-
-    members: of the class among the m columns. OWN: a row is a column, but not its own positive.
-    """
-    positives = members - 1 if OWN else members
-    p = tl.where(positives > 0, 1.0 / tl.maximum(positives, 1).to(DTYPE), 0.0)
-    q = tl.where(members < m, 1.0 / tl.maximum(m - members, 1).to(DTYPE), 0.0)
-    return p.to(DTYPE), q.to(DTYPE)
+def _row_weights(members, m, OWN: tl.constexpr, DTYPE: tl.constexpr):
+    """p and q of a row whose class has so many of the m columns; OWN: it is one of them itself."""
+    if OWN:
+        return _class_weights(members, m, DTYPE)
+    else:
+        return _class_weights(members + 1, m + 1, DTYPE)
 
 
 @triton.jit
@@ -67,13 +54,6 @@ def _weight(weights, i, r, mask, stride, scale):
 
 
 @triton.jit
-def _load_block(embeddings, i, inside, k, d, stride_n, stride_d, DTYPE: tl.constexpr):
-    """Columns k of rows i."""
-    at = embeddings + i[:, None] * stride_n + k[None, :].to(tl.int64) * stride_d
-    return tl.load(at, mask=inside[:, None] & (k < d)[None, :], other=0.0).to(DTYPE)
-
-
-@triton.jit
 def _load_sums(table, first, exists, k, d):
     """Columns k of the sums of classes that begin at row `first`; 0 for one without rows."""
     at = table + first[:, None].to(tl.int64) * d + k[None, :]
@@ -89,21 +69,6 @@ def _sum_of_others(total, own, is_middle, k, d):
 
 
 @triton.jit
-def _labels_below(labels, n, label, inside, steps, OR_EQUAL: tl.constexpr):
-    """How many of n sorted labels are less than `label`, or at most it, by steps of bisection."""
-    low = tl.zeros(label.shape, tl.int32)
-    high = low + n
-    for _ in range(steps):
-        middle = (low + high) // 2
-        searching = inside & (low < high)
-        found = tl.load(labels + middle, mask=searching, other=0)
-        below = found <= label if OR_EQUAL else found < label
-        low = tl.where(searching & below, middle + 1, low)
-        high = tl.where(searching & (below == 0), middle, high)
-    return low
-
-
-@triton.jit
 def _find_norms(
     r, embeddings, side, n, d, stride_n, stride_d, squared_eps, BLOCK_D: tl.constexpr
 ):  # fmt: skip
@@ -114,9 +79,9 @@ def _find_norms(
     squared = tl.zeros(r.shape, DTYPE)
     for start in range(0, d, BLOCK_D):
         k = start + tl.arange(0, BLOCK_D)
-        f = _load_block(embeddings, i, inside, k, d, stride_n, stride_d, DTYPE)
+        f = _load_embeddings(embeddings, i, inside, k, d, stride_n, stride_d, DTYPE)
         squared += tl.sum(f * f, axis=1)
-    inverse = _inverse_norm(squared, tl.full((), squared_eps, DTYPE))
+    inverse = _over(1.0, _norm(squared, tl.full((), squared_eps, DTYPE)))
     tl.store(side.inverse + r, inverse, mask=inside)
 
 
@@ -129,11 +94,11 @@ def _find_classes(
     r = program * BLOCK + tl.arange(0, BLOCK)
     inside = r < n
     label = tl.load(labels + r, mask=inside, other=0)
-    tl.store(side.first + r, _labels_below(labels, n, label, inside, steps, False), mask=inside)
-    tl.store(side.last + r, _labels_below(labels, n, label, inside, steps, True), mask=inside)
+    first, last = _bounds(labels, label, inside, n, steps)
+    tl.store(side.first + r, first, mask=inside)
+    tl.store(side.last + r, last, mask=inside)
     if other_labels is not None:
-        first = _labels_below(other_labels, m, label, inside, steps, False)
-        last = _labels_below(other_labels, m, label, inside, steps, True)
+        first, last = _bounds(other_labels, label, inside, m, steps)
         tl.store(side.other_first + r, first, mask=inside)
         tl.store(side.other_last + r, last, mask=inside)
     if NORMS:
@@ -197,7 +162,7 @@ def _counted(rounded, side, r, mask, m, BY_Q: tl.constexpr):
     if BY_Q:
         first = tl.load(side.other_first + r, mask=mask, other=0)
         members = tl.load(side.other_last + r, mask=mask, other=0) - first
-        counted *= _class_weights(members, m, False, rounded.dtype)[1].to(tl.float64)
+        counted *= _class_weights(members, m, rounded.dtype)[1].to(tl.float64)
     return counted
 
 
@@ -261,7 +226,8 @@ def class_sums(
         for s in tl.static_range(ROWS):
             r, f = at + s, numbers[s]
             if NORMS:
-                inverse = _inverse_norm(tl.sum(f * f, axis=0), tl.full((), squared_eps, DTYPE))
+                norm = _norm(tl.sum(f * f, axis=0), tl.full((), squared_eps, DTYPE))
+                inverse = _over(1.0, norm)
                 tl.store(side.inverse + r, inverse, mask=r < end)
             else:
                 inverse = tl.load(side.inverse + r, mask=r < end, other=0.0)
@@ -357,7 +323,7 @@ def add_class_totals(
     of_middle = tl.load(at, mask=(k < d) & (first >= 0), other=0.0).to(tl.float64)
     if BY_Q:
         members = tl.load(columns.last + m // 2) - tl.load(columns.first + m // 2)
-        of_middle *= _class_weights(members, m, False, DTYPE)[1].to(tl.float64)
+        of_middle *= _class_weights(members, m, DTYPE)[1].to(tl.float64)
     tl.store(total + k, rest.to(DTYPE), mask=k < d)
     tl.store(total + d + k, (rest + of_middle).to(DTYPE), mask=k < d)
 
@@ -410,14 +376,14 @@ def linear_means(
         negative = tl.zeros((ROWS,), DTYPE)
         for start in range(0, d, BLOCK_D):
             k = start + tl.arange(0, BLOCK_D)
-            u = _load_block(embeddings, i, inside, k, d, stride_n, stride_d, DTYPE) * inverse
+            u = _load_embeddings(embeddings, i, inside, k, d, stride_n, stride_d, DTYPE) * inverse
             own = _load_sums(table, first, members > 0, k, d)
             others = _sum_of_others(total, own, is_middle, k, d)
             if OWN:  # after the product it would cancel digits
                 own -= u
             positive += tl.sum(own * u, axis=1)
             negative += tl.sum(others * u, axis=1)
-        p, q = _class_weights(members, m, OWN, DTYPE)
+        p, q = _row_weights(members, m, OWN, DTYPE)
         positive *= p
         negative *= q
         tl.store(means.positive + i, positive, mask=inside)
@@ -483,11 +449,11 @@ def _linear_gradients(
             members = last - first
             of_columns, of_rows = (first, members > 0), (other_first, other_last > other_first)
         is_middle = (of_columns[0] == middle) & (members > 0)
-        p, q = _class_weights(members, m, ROW and COLUMN, DTYPE)
+        p, q = _row_weights(members, m, ROW and COLUMN, DTYPE)
         out = gradient + i[:, None] * d
         if WHOLE:
             k = tl.arange(0, BLOCK_D)
-            f = _load_block(embeddings, i, inside, k, d, stride_n, stride_d, DTYPE)
+            f = _load_embeddings(embeddings, i, inside, k, d, stride_n, stride_d, DTYPE)
             v, u = _gradient_parts(
                 f, inverse, a, p, q, sigma, k, d, is_middle, of_columns, of_rows, table, total,
                 back, back_total, ROW, COLUMN,
@@ -499,7 +465,7 @@ def _linear_gradients(
             along = tl.zeros((ROWS,), DTYPE)
             for start in range(0, d, BLOCK_D):
                 k = start + tl.arange(0, BLOCK_D)
-                f = _load_block(embeddings, i, inside, k, d, stride_n, stride_d, DTYPE)
+                f = _load_embeddings(embeddings, i, inside, k, d, stride_n, stride_d, DTYPE)
                 v, u = _gradient_parts(
                     f, inverse, a, p, q, sigma, k, d, is_middle, of_columns, of_rows, table,
                     total, back, back_total, ROW, COLUMN,
@@ -507,7 +473,7 @@ def _linear_gradients(
                 along += tl.sum(v * u, axis=1)
             for start in range(0, d, BLOCK_D):
                 k = start + tl.arange(0, BLOCK_D)
-                f = _load_block(embeddings, i, inside, k, d, stride_n, stride_d, DTYPE)
+                f = _load_embeddings(embeddings, i, inside, k, d, stride_n, stride_d, DTYPE)
                 v, u = _gradient_parts(
                     f, inverse, a, p, q, sigma, k, d, is_middle, of_columns, of_rows, table,
                     total, back, back_total, ROW, COLUMN,

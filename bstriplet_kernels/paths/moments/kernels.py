@@ -36,8 +36,8 @@ def _norm(squared, squared_eps):
 
 @triton.jit
 def _over(x, y):
-    """x / y, rounded to nearest."""
-    if x.dtype == tl.float64:
+    """x / y, rounded to nearest; float32's own quotient is approximate."""
+    if y.dtype == tl.float64:
         return x / y
     else:
         return tl.div_rn(x, y)
@@ -192,7 +192,7 @@ def _bounds(labels, label, inside, n, steps):
 
 @triton.jit
 def _load_embeddings(embeddings, i, inside, k, d, stride_n, stride_d, ACC: tl.constexpr):
-    """Columns k of given rows."""
+    """Columns k of rows i."""
     address = embeddings + i[:, None] * stride_n + k[None, :].to(tl.int64) * stride_d
     return tl.load(address, mask=inside[:, None] & (k < d)[None, :], other=0.0).to(ACC)
 
@@ -214,7 +214,7 @@ def _split_side(
             f = _load_embeddings(embeddings, i, inside, start + k, d, stride_n, stride_d, ACC)
             squared += tl.sum(f * f, axis=1)
     norm = _norm(squared, tl.full((), squared_eps, ACC))
-    tl.store(rows.inverse + place, _over(tl.full(i.shape, 1.0, ACC), norm), mask=inside)
+    tl.store(rows.inverse + place, _over(1.0, norm), mask=inside)
     for start in range(0, DP, WIDTH):
         if WIDTH < DP:
             f = _load_embeddings(embeddings, i, inside, start + k, d, stride_n, stride_d, ACC)
