@@ -327,7 +327,8 @@ def test_where_its_kernels_run(monkeypatch):
     with gpu.imagined():
         for taken in (work, work._replace(n=10, m=8192), work._replace(n=2, d=100_000)):
             assert schedule_of(taken, None) is class_sums_on_gpu
-        assert schedule_of(work._replace(n=(1 << 30) + 1), None) is class_sums
+        for refused in (work._replace(n=(1 << 30) + 1), work._replace(d=(1 << 20) + 1)):
+            assert schedule_of(refused, None) is class_sums
         assert schedule_of(work._replace(device="cpu"), torch.device("cpu")) is class_sums
         plan = explain((1 << 20, 128), 10, device="cuda", similarity="linear")
         assert plan.cost.schedule == class_sums_on_gpu.SCHEDULE

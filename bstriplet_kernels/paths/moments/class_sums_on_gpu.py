@@ -28,8 +28,8 @@ from ...spec import Rows, Spec, accumulation_dtype
 from .. import gpu
 
 SCHEDULE = "class sums triton"
-MOST_ROWS = 1 << 30
-"""The sum of two row numbers must fit 32 bits."""
+MOST_ROWS, MOST_COLUMNS = 1 << 30, 1 << 20
+"""The sum of two row numbers must fit 32 bits, and a grid's second side has 16."""
 WIDEST = 2048
 """The most columns of a block: the largest D at which a program holds whole rows."""
 FOUND = 128
@@ -47,7 +47,8 @@ _ROW_PROGRAMS = 64  # a processor: many, so that the last ones to end are short
 
 def takes(work: Work, device: torch.device | None) -> bool:
     """Whether the kernels serve this work on a device; None stands for the usual GPU."""
-    return gpu.runs_triton(work.device, device) and work.vectors <= MOST_ROWS
+    fits = work.vectors <= MOST_ROWS and work.d <= MOST_COLUMNS
+    return fits and gpu.runs_triton(work.device, device)
 
 
 @functools.cache
