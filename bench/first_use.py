@@ -62,6 +62,7 @@ class Run(NamedTuple):
     dtype: torch.dtype = torch.float32
     m: int | None = None
     reduction: str = "mean"
+    similarity: str = "square"
 
 
 RUNS = (
@@ -80,7 +81,10 @@ RUNS = (
     Run("gram", 65_536, 128, (65_535, 40_001, 2000, 300), reduction="none"),
     Run("gram", 65_536, 128, (65_535, 40_001, 2000, 300), dtype=torch.bfloat16),
     Run("gram", 4096, 128, (4095, 300, 1), m=65_536),
-    Run("gram", 16_384, 512, (16_383, 10_001, 300)),
+    Run("gram", 65_536, 128, (65_535, 40_001, 2000, 300), dtype=torch.float64),
+    Run("gram", 16_384, 512, (16_383, 10_001, 1100), (300,)),
+    Run("gram", 65_536, 128, (65_535, 2000, 36), similarity="linear"),
+    Run("gram", 4096, 128, (4095, 300, 1), m=65_536, similarity="linear"),
 )
 
 
@@ -110,7 +114,7 @@ def launches_on_h100(hook: Callable[..., bool]) -> Iterator[None]:
 
     h100 = {
         "interpreted": lambda: True,  # which lets kernels take CPU tensors
-        "is_hopper": lambda device: True,
+        "kind": lambda device: "hopper",
         "processors": lambda device: gpu.USUAL_PROCESSORS,
     }
     with (
@@ -163,8 +167,9 @@ def batch(run: Run, n: int) -> None:
         others["ref_emb"] = torch.ones(run.m, run.d, dtype=run.dtype)
         others["ref_labels"] = torch.arange(run.m) % CLASSES
     loss = bstriplet_loss(
-        x, torch.arange(n) % CLASSES, impl=path, reduction=run.reduction, **others
-    )
+        x, torch.arange(n) % CLASSES, impl=path, reduction=run.reduction,
+        similarity=run.similarity, **others,
+    )  # fmt: skip
     loss.sum().backward()
 
 
@@ -179,7 +184,8 @@ def _planned(run: Run, n: int) -> Planned:
     against = None if run.m is None else (run.m, run.d)
     plan = explain(
         (n, run.d), min(CLASSES, run.m or n),
-        ref_emb=against, reduction=run.reduction, dtype=run.dtype, device="cuda",
+        ref_emb=against, reduction=run.reduction, similarity=run.similarity, dtype=run.dtype,
+        device="cuda",
     )  # fmt: skip
     path = plan.path if run.impl == "auto" else run.impl
     with gpu.imagined():
@@ -217,6 +223,7 @@ def _row(
         "d": run.d,
         "dtype": str(run.dtype).removeprefix("torch."),
         "reduction": run.reduction,
+        "similarity": run.similarity,
         "batch": kind,
         "n": n,
         "schedule": _planned(run, n).schedule,

@@ -85,6 +85,7 @@ BLACKWELL = Cuts(
 )
 AMD = BLACKWELL._replace(row_means=Cut(64, 32, 4, 2), row_gradients=Cut(64, 32, 4, 2))
 OTHER = BLACKWELL._replace(
+    class_moments=Cut(16, 0, 8, 2),
     row_means=Cut(32, 32, 8, 2),
     row_gradients=Cut(32, 32, 8, 2),
     band_gradient=Cut(32, 64, 4, 2),
