@@ -70,7 +70,7 @@ OF_JOINT_BATCHES = ("ref_emb", "ref_labels", "ref_order", "columns_before")
 EMBEDDINGS = ("embeddings", "ref_emb")
 ALIGNED = ("d", "width", *EMBEDDINGS)
 SPILLS = {
-    "sm_80": {"class_moments": 400, "row_means": 24},
+    "sm_80": {"class_moments": 200, "row_means": 24},
     "sm_90": {
         "half_tile_sums": 200,
         "class_moments": 300,
@@ -82,9 +82,9 @@ SPILLS = {
     "sm_100": {"class_moments": 100, "row_means": 200, "row_gradients": 320, "band_gradient": 130},
     "gfx942": {"class_moments": 16},
 }
-"""Bytes a thread that kernels may spill: a sum when it is complete, and on a Hopper also matrices on
-their way to shared memory, once for all rows of a run, and what a block of rows comes to. There the
-blocks are the fastest of those tried; smaller ones, which spill less, were slower."""
+"""Bytes a thread that kernels may spill: a sum when it is complete, and on a Hopper also matrices
+on their way to shared memory, once for all rows of a run, and what a block of rows comes to. There
+the blocks are the fastest of those tried; smaller ones, which spill less, were slower."""
 WIDTHS = (16, 128, 192, 512)
 """Padded D for which blocks differ."""
 
