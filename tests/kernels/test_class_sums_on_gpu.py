@@ -124,8 +124,7 @@ def test_blocks_of_their_own_size(n, d):
 
 
 @runs_here
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("others", [1, 4])
+@pytest.mark.parametrize(("dtype", "others"), [(torch.float64, 1), (torch.float32, 4)])
 @pytest.mark.usefixtures("small")
 def test_a_class_that_holds_nearly_everything(dtype, others):
     """In float64 too: the total is kept without it, and nothing cancels."""

@@ -319,7 +319,7 @@ def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
         bytes_ += n * (17 + number + upstream + row) + _bytes_of_runs(work, n)
         bytes_ += vectors * (8 + ends + number + row) + n * (1 + upstream)
         bytes_ += 3 * of_classes * number + work.gradient_bytes + 3 * work.cast_bytes
-        launches += 4 + work.casts * (2 if joint else 1)
+        launches += 4 + len(work.narrow_sides)
     return Cost(flops, bytes_, launches, _extra_memory(work), SCHEDULE)
 
 

@@ -1,8 +1,8 @@
 """Second moments on a GPU in Triton: thirteen launches for any labels, fifteen with losses by row.
 
-The host never waits for the device, so no shape may depend on the labels. A class of
-`smallest_moment(d)` members or more is large: it has moment matrices, and buffers hold as many
-matrices as there can be large classes. The members of smaller classes meet each other in a band
+The host never waits for the device, so no shape may depend on the labels. A class of `Sizes.least`
+members or more is large: it has moment matrices, and buffers hold as many matrices as there can be
+large classes. The members of smaller classes meet each other in a band
 around the diagonal of S, whose rows and columns are in class order. Sums have a fixed order, so the
 bits are the same from run to run.
 
@@ -121,10 +121,10 @@ def has_few_columns(work: Work) -> bool:
 
 
 class Sizes(NamedTuple):
-    """How a batch is cut up: n rows of d numbers, and m other columns, or None.
+    """How a batch of n rows of d numbers is cut up.
 
-    With other columns the batch is joint. float64: whether numbers are. processors: those of the
-    GPU. kind: see `gpu.kind`.
+    m: other columns, or None; with other columns the batch is joint. float64: whether numbers are.
+    processors: those of the GPU. kind: see `gpu.kind`.
     """
 
     n: int
@@ -341,7 +341,7 @@ class Launcher:
 
         self.kernels: ModuleType = kernels
         self.wide_kernels: ModuleType = wide_kernels
-        self.n, self.d, self.joint, self.wide = sizes.every, sizes.d, sizes.joint, sizes.wide
+        self.n, self.d, self.wide = sizes.every, sizes.d, sizes.wide
         self.split, self.size = split, sizes.numbers
         self.depth, self.tile = sizes.depth, sizes.tile
         self.dtype = torch.float64 if sizes.float64 else torch.float32
