@@ -10,6 +10,7 @@ status 0 where all hold, 1 where one fails, 2 where CUDA was lost, 130 where it 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import sys
 import time
@@ -51,12 +52,21 @@ HELD, FAILED, LOST, INTERRUPTED = 0, 1, 2, 130
 
 
 class Subject(NamedTuple):
-    """What is checked: a path on a device, in some dtypes; quick: small inputs, once."""
+    """What is checked: a path on a device, in some dtypes; quick: small inputs, once.
+
+    similarities: those that `exact` tries.
+    """
 
     impl: str
     device: str
     dtypes: tuple[torch.dtype, ...] = tuple(TOLERANCE)
     quick: bool = False
+    similarities: tuple[str, ...] = tuple(SIMILARITIES)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch of 64 columns that the path's own kernels take on a GPU."""
+        return 500 if self.impl == "gram" else 20
 
 
 @dataclass
@@ -136,12 +146,15 @@ def is_exact(subject: Subject) -> str:
     tally, worst = Tally(), 0.0
     judge = "cpu" if quick else device  # not in a sanitizer, which would look at its kernels too
     shapes = (*QUICK_SHAPES, QUICK_WIDE) if quick else SHAPES
-    if device == "cuda":  # left out on a CPU: too slow in the interpreter
-        shapes = (*shapes, *QUICK_MANY) if quick else (*shapes, WIDE, *MANY)
+    many = QUICK_MANY if quick else MANY
+    if device == "cuda" and impl == "gram":  # few columns are for the kernels of "triton"
+        shapes = many
+    elif device == "cuda":  # left out on a CPU: too slow in the interpreter
+        shapes = (*shapes, *many) if quick else (*shapes, WIDE, *many)
     for (n, d), dtype, similarity, eq3, reduction, with_ref in itertools.product(
         shapes,
         subject.dtypes,
-        tuple(SIMILARITIES),
+        subject.similarities,
         ("corrected",) if quick else ("corrected", "printed"),
         ("mean", "none"),
         (False, True),
@@ -213,22 +226,32 @@ def repeats_bits(subject: Subject) -> str:
 
 def compiles(subject: Subject) -> str:
     """One graph, static and dynamic, with the eager numbers."""
-    impl, device, tally = subject.impl, subject.device, Tally()
-    for dynamic in (False, True):
+    device, tally = subject.device, Tally()
+    for similarity, dynamic in itertools.product(("square", "linear"), (False, True)):
+        options = {"similarity": similarity, "impl": subject.impl}
+        given = fresh(subject.rows, 64, 3, torch.float32, device)
+        if not tally.takes(
+            subject, given[0], None, make_spec(0.9, similarity, "corrected", "mean")
+        ):
+            continue
         torch.compiler.reset()
         compiled = torch.compile(
-            lambda x, labels: bstriplet_loss(x, labels, impl=impl) * 2,
+            functools.partial(_doubled, **options),
             fullgraph=True,
             dynamic=dynamic,
             backend="aot_eager" if device == "cpu" else "inductor",
         )
-        for n in (20, 33):
-            with tally.case(f"N={n} dynamic={dynamic}"):
+        for n in (subject.rows, subject.rows + 13):
+            with tally.case(f"N={n} {similarity} dynamic={dynamic}"):
                 x, labels = fresh(n, 64, 3, torch.float32, device)
                 x.requires_grad_()
-                expected = torch.autograd.grad(2 * bstriplet_loss(x, labels, impl=impl), x)[0]
+                expected = torch.autograd.grad(_doubled(x, labels, **options), x)[0]
                 torch.testing.assert_close(torch.autograd.grad(compiled(x, labels), x)[0], expected)
     return tally.verdict("one graph each")
+
+
+def _doubled(x: Tensor, labels: Tensor, **options: str) -> Tensor:
+    return 2 * bstriplet_loss(x, labels, **options)
 
 
 def never_waits(subject: Subject) -> str:
@@ -279,24 +302,32 @@ def is_capturable(subject: Subject) -> str:
 
 
 def launches_few(subject: Subject) -> str:
-    """Kernels at N_b = 36, D = 1280, forward and backward, in float32 and in bfloat16."""
+    """Kernels at N_b = 36, D = 1280, forward and backward, in float32 and in bfloat16.
+
+    Those of moments at N = 500, D = 64.
+    """
     impl, tally, texts = subject.impl, Tally(), []
-    for dtype in (torch.float32, torch.bfloat16):
-        with tally.case(str(dtype)):
-            x, labels = fresh(36, 1280, 3, dtype, subject.device)
+    n, d = (36, 1280) if impl in _SMALL else (subject.rows, 64)
+    for dtype, similarity in itertools.product(
+        (torch.float32, torch.bfloat16), ("square", "linear")
+    ):
+        x, labels = fresh(n, d, 3, dtype, subject.device)
+        if not tally.takes(subject, x, None, make_spec(0.9, similarity, "corrected", "mean")):
+            continue
+        with tally.case(f"{dtype} {similarity}"):
             leaf = x.requires_grad_()
-            loss = bstriplet_loss(leaf, labels, impl=impl)
+            loss = bstriplet_loss(leaf, labels, impl=impl, similarity=similarity)
             upstream = torch.ones_like(loss)
             torch.autograd.grad(loss, leaf, upstream)
             with _kernels_of() as forward:
-                loss = bstriplet_loss(leaf, labels, impl=impl)
+                loss = bstriplet_loss(leaf, labels, impl=impl, similarity=similarity)
             with _kernels_of() as backward:
                 torch.autograd.grad(loss, leaf, upstream)
             counts = {}
             for phase, profile in (("forward", forward), ("backward", backward)):
                 counts[phase] = sum(e.device_type.name != "CPU" for e in profile.events())
             text = f"{counts['forward']} forward and {counts['backward']} backward"
-            texts.append(f"{text} in {str(dtype).removeprefix('torch.')}")
+            texts.append(f"{text} in {str(dtype).removeprefix('torch.')}, {similarity}")
             for phase, most in KERNELS.items() if impl in _SMALL else ():
                 assert counts[phase] <= most, f"{counts[phase]} kernels {phase}, at most {most}"
     return tally.verdict(f"kernels: {', '.join(texts)}")
@@ -340,10 +371,12 @@ def moment_kernels() -> ModuleType:
 def minds_the_device(subject: Subject) -> str:
     """Tensors on the last GPU while the first is current."""
     last = f"cuda:{torch.cuda.device_count() - 1}"
-    x, labels = fresh(36, 64, 3, torch.float32, last)
-    loss, gradient = evaluate(subject.impl, x, labels)
-    assert loss.device == gradient.device == torch.device(last)
-    torch.testing.assert_close(loss, evaluate("reference", x, labels)[0])
+    x, labels = fresh(subject.rows, 64, 3, torch.float32, last)
+    for similarity in ("square", "linear") if subject.impl == "gram" else ("square",):
+        loss, gradient = evaluate(subject.impl, x, labels, similarity=similarity)
+        assert loss.device == gradient.device == torch.device(last)
+        expected = evaluate("reference", x, labels, similarity=similarity)[0]
+        torch.testing.assert_close(loss, expected)
     return f"{last} with cuda:0 current"
 
 
@@ -387,7 +420,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"torch {torch.__version__}, seed {torch.seed()}")
     failed = 0
     for impl, name in itertools.product(impls, checks):
-        subject, start = Subject(impl, options.device, dtypes, options.quick), time.monotonic()
+        chosen = dtypes, options.quick, tuple(options.similarity)
+        subject, start = Subject(impl, options.device, *chosen), time.monotonic()
         try:
             verdict = CHECKS[name](subject)
         except Exception as error:
@@ -413,6 +447,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--impl", nargs="+", help="default: all that run there, but the reference")
     parser.add_argument("--dtype", nargs="+", default=tuple(DTYPES), choices=tuple(DTYPES))
+    parser.add_argument(
+        "--similarity", nargs="+", default=tuple(SIMILARITIES), choices=tuple(SIMILARITIES),
+        help="of the check `exact`; default: all",
+    )  # fmt: skip
     parser.add_argument("--check", nargs="+", choices=tuple(CHECKS), help="default: all")
     parser.add_argument("--quick", action="store_true", help="small inputs, once: for a sanitizer")
     return parser.parse_args(arguments)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import os
 import shutil
 import signal
@@ -143,7 +144,7 @@ def second(python: str, device: str, results: Path) -> tuple[Step, ...]:
             60,
             75,
             (
-                *(check(impl, "exact", dtype=dtype) for impl in impls for dtype in DTYPES[::3]),
+                *(one for impl in impls for one in _exact(check, impl, DTYPES[::3])),
                 *(check(impl, "compile") for impl in impls),
                 *(tool for impl in impls for tool in _sanitized(python, device, impl)),
                 *_sanitized(python, device, "triton", "bfloat16"),
@@ -185,18 +186,26 @@ def _brought(python: str, device: str) -> tuple[Step, ...]:
 
 
 def _checks(python: str, device: str) -> Callable[..., Command]:
-    def check(impl: str, *names: str, dtype: str = "") -> Command:
-        of_dtype = ("--dtype", dtype) if dtype else ()
+    def check(impl: str, *names: str, dtype: str = "", similarity: str = "") -> Command:
+        chosen = ("--dtype", dtype) if dtype else ()
+        chosen += ("--similarity", similarity) if similarity else ()
         quick = ("--quick",) if device == "cpu" else ()
-        label = f"{impl} {dtype or 'checks'}"
-        options = ("--device", device, "--impl", impl, *of_dtype, *quick, "--check", *names)
+        label = " ".join(filter(None, (impl, dtype or "checks", similarity)))
+        options = ("--device", device, "--impl", impl, *chosen, *quick, "--check", *names)
         return _module(python, "bench.gpu_check", *options, label=label)
 
     return check
 
 
-def _exact(check: Callable[..., Command], impl: str) -> tuple[Command, ...]:
-    return tuple(check(impl, "exact", dtype=dtype) for dtype in DTYPES)
+def _exact(
+    check: Callable[..., Command], impl: str, dtypes: Sequence[str] = DTYPES
+) -> tuple[Command, ...]:
+    """In each dtype; of moments each similarity apart, as each has kernels to compile."""
+    similarities = ("square", "linear") if impl == "gram" else ("",)
+    return tuple(
+        check(impl, "exact", dtype=dtype, similarity=similarity)
+        for dtype, similarity in itertools.product(dtypes, similarities)
+    )
 
 
 def _runs(python: str, device: str, results: Path) -> Callable[..., Command]:

@@ -254,7 +254,7 @@ def _of_class_sums() -> list[Configuration]:
 
 def _class_sum_types(element: str, accumulator: str) -> dict[str, Any]:
     """Arguments of the kernels of class sums; other names are as elsewhere."""
-    side = class_sums_on_gpu.Side("*i64", accumulator, *["*i32"] * 4)
+    side = class_sums_on_gpu.ClassOrder("*i64", accumulator, *["*i32"] * 4)
     return {
         **dict.fromkeys(("rows", "columns", "side"), side),
         **dict.fromkeys(("run", "runs", "steps"), "i32"),

@@ -93,8 +93,10 @@ def bstriplet_loss(
             sizes: time grows with the square of the whole batch, memory with its size. `impl`
             must be "auto", and there is no second derivative.
         impl: "auto", or one of `available_impls()`: "reference" and "native" compare all pairs,
-            "triton" does so in tiles, "gram" takes time linear in N. similarity="signed_square"
-            takes time quadratic in N by every path. "linear" runs by "gram" and "reference" alone.
+            "triton" does so in tiles, "gram" takes time linear in N (on a GPU "triton" stands in
+            for it where there are few columns, and where ref_emb meets D above 2,048).
+            similarity="signed_square" takes time quadratic in N by every path. "linear" runs by
+            "gram" and "reference" alone.
         eps: a row of at most this norm is a zero row: similarity 0 to all, gradient 0.
         return_stats: also return `BSTripletStats`.
 

@@ -29,9 +29,10 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def of_type(kind: str) -> torch.device | None:
+def of_type(device_type: str) -> torch.device | None:
     """The current device of that type; None, which means the usual GPU, if there is no GPU."""
-    return torch.device(kind) if kind == "cpu" or torch.cuda.is_available() else None
+    exists = device_type == "cpu" or torch.cuda.is_available()
+    return torch.device(device_type) if exists else None
 
 
 @functools.cache
@@ -105,9 +106,10 @@ def refuses(device: torch.device) -> str | None:
     return None
 
 
-def runs_triton(kind: str, device: torch.device | None) -> bool:
+def runs_triton(device_type: str, device: torch.device | None) -> bool:
     """Whether a device of that type runs Triton's kernels; None stands for the usual GPU."""
-    return kind == "cuda" and has_triton() and (device is None or refuses(device) is None)
+    may_run = device is None or refuses(device) is None
+    return device_type == "cuda" and has_triton() and may_run
 
 
 def interpreted() -> bool:

@@ -156,15 +156,15 @@ def test_a_lost_device_ends_the_process(monkeypatch, capsys):
 
 
 def test_checks_of_a_gpu_run_every_line(pretended_gpu, monkeypatch):
-    gram, triton = Subject("gram", "cpu", quick=True), Subject("triton", "cpu", quick=True)
+    gram, native = Subject("gram", "cpu", quick=True), Subject("native", "cpu", quick=True)
     assert "no synchronisation" in gpu_check.never_waits(gram)
     assert pretended_gpu[-1] == "default"
-    found = gpu_check.launches_few(Subject("native", "cpu", quick=True))
-    assert "1 forward and 1 backward in bfloat16" in found
+    assert "1 forward and 1 backward in bfloat16" in gpu_check.launches_few(native)
+    assert "1 forward and 1 backward in float32, linear" in gpu_check.launches_few(gram)
     monkeypatch.setattr(Profile, "kinds", ["CUDA", "CUDA"])
-    monkeypatch.setattr(gpu_check, "bstriplet_loss", lambda x, labels, impl: x.sum())
+    monkeypatch.setattr(gpu_check, "bstriplet_loss", lambda x, labels, **options: x.sum())
     with pytest.raises(AssertionError, match="2 kernels backward, at most 1"):
-        gpu_check.launches_few(triton)
+        gpu_check.launches_few(native)
     monkeypatch.setattr(gpu_check, "evaluate", lambda *_, **__: [torch.ones(())])
     assert "captured" in gpu_check.is_capturable(gram)
 
@@ -172,6 +172,6 @@ def test_checks_of_a_gpu_run_every_line(pretended_gpu, monkeypatch):
 def test_another_device_is_minded(pretended_gpu, monkeypatch):
     last = SimpleNamespace(device=torch.device("cuda:0"))
     monkeypatch.setattr(gpu_check, "fresh", lambda *_: (None, None))
-    monkeypatch.setattr(gpu_check, "evaluate", lambda *_: [last, last])
+    monkeypatch.setattr(gpu_check, "evaluate", lambda *_, **__: [last, last])
     monkeypatch.setattr(torch.testing, "assert_close", lambda *_: None)
     assert gpu_check.minds_the_device(Subject("gram", "cuda")).startswith("cuda:0")

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 from bstriplet_kernels import available_impls, bstriplet_loss, reference
 from bstriplet_kernels.cost import Work
 from bstriplet_kernels.paths import gpu, moments, triton
-from bstriplet_kernels.paths.moments import anywhere, on_gpu
-from bstriplet_kernels.spec import Spec, work_of
+from bstriplet_kernels.paths.moments import anywhere, class_sums_on_gpu, on_gpu
+from bstriplet_kernels.spec import LINEAR, SQUARE, Spec, work_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 runs_here = pytest.mark.skipif(
@@ -448,6 +448,41 @@ def test_predicted_launches_and_memory_are_those_made(monkeypatch, n, d, m, dtyp
     if dtype == torch.float32 and n >= 100 * d and (n > 100_000 or d > 256):
         assert on_gpu.cost(work, [n]).extra_memory <= 3 * work.embedding_bytes
         assert d > 256 or got.bytes <= 4e9
+
+
+@pytest.mark.parametrize("similarity", [SQUARE, LINEAR])
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float16),
+        (torch.float64, torch.float32),
+    ],
+)
+def test_launches_of_sides_of_two_dtypes(monkeypatch, dtypes, similarity):
+    """No side is widened before it is read, and each gradient is cast to its own side's dtype."""
+    kernels = NotRun()
+    make = on_gpu.Launcher.__init__
+
+    def counted(self, *args, **keywords):
+        make(self, *args, **keywords)
+        self.kernels = self.wide_kernels = kernels
+
+    monkeypatch.setattr(on_gpu.Launcher, "__init__", counted)
+    monkeypatch.setattr(class_sums_on_gpu, "kernels", lambda: kernels)
+    monkeypatch.setattr(gpu, "current", lambda _: nullcontext())
+    monkeypatch.setattr(gpu, "processors", lambda _: 132)
+    monkeypatch.setattr(gpu, "kind", lambda _: "hopper")
+    spec = Spec(similarity=similarity, wants_gradient=True)
+    with gpu.imagined(), FakeTensorMode(), Launches() as torchs:
+        (x, labels), (ref, ref_labels) = (on_fake_gpu(4096, 128, dtype) for dtype in dtypes)
+        sides = x, ref, labels, ref_labels
+        loss, rows, kept = moments.forward(*sides, spec)
+        gradients = moments.backward(torch.empty_like(loss), *sides, rows, kept.tensors, spec)
+        _ = [g.to(side.dtype) for g, side in zip(gradients, (x, ref), strict=True)]
+        cost = moments.cost(work_of(x, ref, spec), [2048, 2048])
+    assert kernels.launches > 4
+    assert cost.launches == torchs.launches + kernels.launches
 
 
 def test_what_it_does_not_take():

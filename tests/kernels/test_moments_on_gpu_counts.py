@@ -1,4 +1,4 @@
-"""FLOPs and bytes of `on_gpu`, as its cost predicts them and as the interpreter counts them.
+"""FLOPs and bytes of moments on a GPU, as costs predict them and as the interpreter counts them.
 
 See `test_triton_counts`.
 """
@@ -10,13 +10,28 @@ from oracle import batch
 
 from bstriplet_kernels import available_impls
 from bstriplet_kernels.paths import gpu
-from bstriplet_kernels.paths.moments import on_gpu
-from bstriplet_kernels.spec import Spec, work_of
+from bstriplet_kernels.paths.moments import class_sums_on_gpu, on_gpu
+from bstriplet_kernels.spec import LINEAR, Spec, work_of
 
 pytestmark = pytest.mark.skipif(
     not (gpu.interpreted() and "triton" in available_impls()), reason="needs TRITON_INTERPRET=1"
 )
 FLOAT, HALF = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_class_sums(monkeypatch, joint):
+    """Bytes; sums of classes have no products on tensor cores."""
+    monkeypatch.setattr(gpu, "processors", lambda device: 3)
+    monkeypatch.setattr(gpu, "USUAL_PROCESSORS", 3)
+    x, labels = batch(900, 64, 3, 0, FLOAT)
+    ref, ref_labels = (-x.flip(0), labels.flip(0)) if joint else (None, None)
+    spec = Spec(similarity=LINEAR, wants_gradient=True)
+    with counted_kernels() as counts:
+        loss, _, kept = class_sums_on_gpu.forward(x, ref, labels, ref_labels, spec)
+        class_sums_on_gpu.backward(torch.ones_like(loss), x, ref, kept, spec)
+    cost = class_sums_on_gpu.cost(work_of(x, ref, spec), labels.bincount().tolist())
+    assert counts.read + counts.written == pytest.approx(cost.bytes, rel=0.1)
 
 
 def counted(monkeypatch, sizes, d, spec, dtype, joint=False):

@@ -71,7 +71,7 @@ def specialisations():
         "upstream_stride",
         "one_upstream",
     }
-    of_moments = {"n", "run", "runs", "least", "classes", "steps"}
+    of_moments = {"n", "run", "runs", "least", "classes", "steps", "upstream_stride"}
     for module, names, count in (
         (small_kernels, ragged, 2),
         (pair_kernels, ragged, 10),

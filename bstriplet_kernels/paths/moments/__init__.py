@@ -1,12 +1,13 @@
-"""impl="gram": exact, by moments, in time linear in the batch. Nothing is N x M.
+"""impl="gram": exact, by moments, in time linear in the batch. No matrix is N x M.
 
 similarity="linear" takes first moments, the sums of classes: on a GPU `class_sums_on_gpu` with
 Triton kernels, `class_sums` does the rest in plain torch. "square" takes second moments, by the
 equations in `mathematics` and one of four schedules. The CPU reads the sizes of classes:
 `on_cpu_native` needs the native library and takes no ref_emb, `on_cpu` does the rest. Reading them
-would stop a GPU: `on_gpu` has Triton kernels, `anywhere` does the rest in plain torch. Against few
-columns S has fewer numbers than moments: there impl="triton" does it, as with other columns where
-`on_gpu` does not take them.
+would stop a GPU: `on_gpu` has Triton kernels, `anywhere` does the rest in plain torch.
+
+On a GPU impl="triton" takes over, whose time grows with N M: where there are too few columns for
+moments to be worth while, and with ref_emb where D is too large for `on_gpu`.
 """
 
 from __future__ import annotations

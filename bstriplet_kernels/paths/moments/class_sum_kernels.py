@@ -10,8 +10,8 @@ of the columns is the middle one. The total is kept with and without it, so that
 is a small difference of large numbers.
 
 Arguments that belong together are a tuple, which `class_sums_on_gpu` describes: `rows`, `columns`
-and `side` are a `Side`, `weights` a `Weights`, `sums` a `Sums`. Without ref_emb the columns are the
-rows. Sizes are arguments of their own: Triton specialises on numbers in a tuple whatever
+and `side` are a `ClassOrder`, `weights` a `Weights`, `sums` a `Sums`. Without ref_emb the columns
+are the rows. Sizes are arguments of their own: Triton specialises on numbers in a tuple whatever
 `do_not_specialize` says.
 """
 
@@ -45,7 +45,7 @@ def _middle(first, last, m):
 
 
 @triton.jit
-def _weight(weights, i, r, mask, stride, scale):
+def _upstream(weights, i, r, mask, stride, scale):
     """a_i of row i, which is row r in class order."""
     is_active = tl.load(weights.is_active + r, mask=mask, other=0) != 0
     upstream = tl.load(weights.upstream + i * stride, mask=mask, other=0.0)
@@ -156,7 +156,7 @@ def find_classes(
 
 
 @triton.jit
-def _counted(rounded, side, r, mask, m, BY_Q: tl.constexpr):
+def _in_total(rounded, side, r, mask, m, BY_Q: tl.constexpr):
     """What a class's rounded sum adds to the total; BY_Q: times q_c."""
     counted = rounded.to(tl.float64)
     if BY_Q:
@@ -166,7 +166,7 @@ def _counted(rounded, side, r, mask, m, BY_Q: tl.constexpr):
     return counted
 
 
-@triton.jit(do_not_specialize=["n", "m", "run"])
+@triton.jit(do_not_specialize=["n", "m", "run", "upstream_stride"])
 def class_sums(
     embeddings,
     side,
@@ -222,7 +222,7 @@ def class_sums(
             firsts = firsts + (tl.load(side.first + r, mask=mask, other=0),)
             lasts = lasts + (tl.load(side.last + r, mask=mask, other=0),)
             if weights is not None:
-                factors = factors + (_weight(weights, i, r, mask, upstream_stride, scale),)
+                factors = factors + (_upstream(weights, i, r, mask, upstream_stride, scale),)
         units = ()
         for s in tl.static_range(ROWS):
             r, f = at + s, numbers[s]
@@ -248,7 +248,7 @@ def class_sums(
                     rounded = acc.to(DTYPE)
                     tl.store(table + first.to(tl.int64) * d + k, rounded, mask=inside)
                     if first != middle:
-                        total += _counted(rounded, side, r, True, m, weights is not None)
+                        total += _in_total(rounded, side, r, True, m, weights is not None)
     tl.store(sums.totals + p.to(tl.int64) * d + k, total, mask=inside)
 
 
@@ -290,7 +290,7 @@ def add_class_parts(
         tl.store(table + first.to(tl.int64) * d + k, rounded, mask=k < d)
         if first != _middle(middle_first, middle_last, m):
             total = sums.totals + p.to(tl.int64) * d + k
-            counted = _counted(rounded, side, end - 1, True, m, BY_Q)
+            counted = _in_total(rounded, side, end - 1, True, m, BY_Q)
             tl.store(total, tl.load(total, mask=k < d, other=0.0) + counted, mask=k < d)
 
 
@@ -357,8 +357,7 @@ def linear_means(
 
     is_active: whether h_i > 0, in class order. losses[p]: the sum over the run of max(0, h_i),
     times `scale`; BY_ROW: one a row, in the given order, without `scale`. OWN: the columns are the
-    rows.
-    Reads each number once, and a class's sum for each of its rows.
+    rows. Reads each number once, and a class's sum for each of its rows.
     """
     DTYPE: tl.constexpr = table.dtype.element_ty
     begin = tl.program_id(0) * run
@@ -443,7 +442,7 @@ def _linear_gradients(
         other_last = tl.load(side.other_last + r, mask=inside, other=0)
         a = inverse  # not used for columns
         if ROW:
-            a = _weight(weights, i, r, inside, upstream_stride, scale)
+            a = _upstream(weights, i, r, inside, upstream_stride, scale)
             members = other_last - other_first
             of_columns, of_rows = (other_first, members > 0), (first, last > first)
         else:
@@ -484,7 +483,7 @@ def _linear_gradients(
                 tl.store(out + k[None, :], v * inverse[:, None], mask=written)
 
 
-@triton.jit(do_not_specialize=["n", "m", "run"])
+@triton.jit(do_not_specialize=["n", "m", "run", "upstream_stride"])
 def linear_gradients(
     embeddings,
     ref_emb,

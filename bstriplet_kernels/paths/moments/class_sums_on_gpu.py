@@ -8,8 +8,8 @@ fixed order, so the bits are the same from run to run.
 The forward sorts each side by label, adds up classes of columns (`class_sums`, `add_class_parts`,
 `add_class_totals`) and takes the means. The backward adds up weighted rows by the same three
 kernels. All are bound by memory: the embeddings are read four times, and the gradient is written.
-Norms take a pass of their own with ref_emb, and where D is above `WIDEST`. The kernels are in
-`class_sum_kernels`.
+Norms take a pass of their own with ref_emb, and where D is above `WIDEST`; there the gradient takes
+two. The kernels are in `class_sum_kernels`.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def sums_find_norms(d: int, joint: bool) -> bool:
     return d <= WIDEST and not joint
 
 
-class Side(NamedTuple):
+class ClassOrder(NamedTuple):
     """Rows or columns in class order. Without ref_emb the other side is the same one.
 
     order: int64, the row's index in its tensor. inverse: 1 / norm. first, last: int32, where the
@@ -140,8 +140,8 @@ class KeptSums(NamedTuple):
     the middle class, then with it: see `class_sum_kernels`.
     """
 
-    rows: Side
-    columns: Side
+    rows: ClassOrder
+    columns: ClassOrder
     is_active: Tensor
     table: Tensor
     total: Tensor
@@ -158,8 +158,8 @@ class KeptSums(NamedTuple):
         """From such tensors."""
         *sides, is_active, table, total = tensors
         if len(sides) > 4:
-            return cls(Side(*sides[:6]), Side(*sides[6:]), is_active, table, total)
-        rows = Side(*sides, *sides[2:])
+            return cls(ClassOrder(*sides[:6]), ClassOrder(*sides[6:]), is_active, table, total)
+        rows = ClassOrder(*sides, *sides[2:])
         return cls(rows, rows, is_active, table, total)
 
 
@@ -190,7 +190,7 @@ class Launcher:
         """How many programs that many rows or columns have, one for each run."""
         return -(-rows // self.run)
 
-    def sort(self, labels: Tensor, ref_labels: Tensor | None) -> tuple[Side, Side]:
+    def sort(self, labels: Tensor, ref_labels: Tensor | None) -> tuple[ClassOrder, ClassOrder]:
         """Rows and columns in class order, the same one without ref_emb."""
         joint = ref_labels is not None
         labels, rows = self._sort(labels, joint)
@@ -200,20 +200,20 @@ class Launcher:
             programs += -(-self.m // FOUND)
         kernels().find_classes[(programs,)](
             self.embeddings, self.ref_emb, rows, columns, labels, ref_labels,
-            self.n, self.m, self.d, *self.strides, self.spec.eps**2,
+            self.n, self.m, self.d, *self.strides, self.spec.eps * self.spec.eps,
             max(self.n, self.m).bit_length(),
             BLOCK=FOUND, NORMS=not sums_find_norms(self.d, joint), **self.blocks,
         )  # fmt: skip
         return rows, columns
 
-    def _sort(self, labels: Tensor, joint: bool) -> tuple[Tensor, Side]:
+    def _sort(self, labels: Tensor, joint: bool) -> tuple[Tensor, ClassOrder]:
         labels, order = in_memory(labels).sort(stable=True)
         n, ends = len(order), 4 if joint else 2
         bounds = [self.new(n, dtype=torch.int32) for _ in range(ends)]
-        return labels, Side(order, self.new(n), *bounds, *(() if joint else bounds))
+        return labels, ClassOrder(order, self.new(n), *bounds, *(() if joint else bounds))
 
     def sums(
-        self, rows: Side, columns: Side, weights: Weights | None = None
+        self, rows: ClassOrder, columns: ClassOrder, weights: Weights | None = None
     ) -> tuple[Tensor, Tensor]:
         """Table and total of the sums of columns, or of weighted rows: see `KeptSums`."""
         joint, weighted, d = columns is not rows, weights is not None, self.d
@@ -231,7 +231,7 @@ class Launcher:
         width, slices = self.blocks["BLOCK_D"], -(-d // ADDED)
         kernels().class_sums[runs, -(-d // width)](
             embeddings, side, weights, *middle, table, sums, *sizes, *strides,
-            0 if weights is None else weights.stride, self.spec.eps**2, self.scale,
+            0 if weights is None else weights.stride, self.spec.eps * self.spec.eps, self.scale,
             ROWS=SUMMED, BLOCK_D=width, NORMS=not weighted and sums_find_norms(d, joint),
             num_warps=sum_warps(d),
         )  # fmt: skip
@@ -317,22 +317,24 @@ def cost(work: Work, class_sizes: Sequence[int]) -> Cost:
         upstream = number if by_row else 0
         flops += d * (3 * n + (11 * vectors if joint else 17 * n)) + 2 * of_classes
         bytes_ += n * (17 + number + upstream + row) + _bytes_of_runs(work, n)
-        bytes_ += vectors * (8 + ends + number + row) + n * (1 + upstream)
+        reads = 1 if d <= WIDEST else 2
+        bytes_ += vectors * (8 + ends + number + reads * row) + n * (1 + upstream)
         bytes_ += 3 * of_classes * number + work.gradient_bytes + 3 * work.cast_bytes
         launches += 4 + len(work.narrow_sides)
     return Cost(flops, bytes_, launches, _extra_memory(work), SCHEDULE)
 
 
-def _runs(work: Work, rows: int) -> int:
+def _runs(work: Work, rows: int, processors: int) -> int:
     """How many runs of `class_sums` that many rows have."""
-    on_gpu = torch.cuda.is_available()
-    processors = gpu.processors(torch.device("cuda")) if on_gpu else gpu.USUAL_PROCESSORS
     return -(-rows // sum_run(rows, work.d, processors))
 
 
 def _bytes_of_runs(work: Work, rows: int) -> int:
-    """What runs add up to, a total and one part of a class that is in several; written and read."""
-    return 2 * 2 * 8 * _runs(work, rows) * work.d
+    """What runs add up to, a total and one part of a class that is in several; written and read.
+
+    On the usual GPU.
+    """
+    return 2 * 2 * 8 * _runs(work, rows, gpu.USUAL_PROCESSORS) * work.d
 
 
 def _extra_memory(work: Work) -> int:
@@ -344,14 +346,16 @@ def _extra_memory(work: Work) -> int:
     """
     n, columns, vectors, d, number = work.n, work.columns, work.vectors, work.d, work.accumulated
     joint, by_row = work.m is not None, work.reduction == "none"
+    on_gpu = torch.cuda.is_available()
+    processors = gpu.processors(torch.device("cuda")) if on_gpu else gpu.USUAL_PROCESSORS
     sides = vectors * (8 + number + (16 if joint else 8))
     of_rows = n * (1 + (3 if by_row else 2) * number)  # both means, whether h > 0, losses
-    table, runs = columns * d * number, 24 * d * _runs(work, columns)
+    table, runs = columns * d * number, 24 * d * _runs(work, columns, processors)
     forward = sides + max(8 * vectors, table + runs, table + of_rows)
     if not work.wants_gradient:
         return forward
     of_rows += n * number if by_row else 0  # what comes from upstream
-    back, back_runs = n * d * number, 24 * d * _runs(work, n)
+    back, back_runs = n * d * number, 24 * d * _runs(work, n, processors)
     backward = max(
         back + max(back_runs, work.gradient_bytes), work.gradient_bytes + work.cast_bytes
     )

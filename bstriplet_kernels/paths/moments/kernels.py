@@ -4,7 +4,8 @@ Rows are unit rows in class order, stored times 2^8 as two float16 numbers, high
 their size. A product of two such matrices is three float16 products (low low^T is below 2^-22), or
 one of the high parts alone where SPLIT is off. Tensor cores truncate their sums, always the same
 way. So they add up only the products within a block; blocks are added by ordinary float32 sums.
-float64 is one part, and its products are plain; only `wide_kernels` and what they share take it.
+float64 is one part, and its products are plain. Of the kernels here `split_rows`, `class_moments`,
+`add_totals` and `band_sums` take it; `wide_kernels` have the others.
 
 A class of `least` members or more is large and has matrices of its own. Their number is the first
 multiple of `least` among its rows, over `least`: no two classes share one. Each program has a run
@@ -844,13 +845,19 @@ def band_gradient(
 
 
 @triton.jit
-def _store_gradient(v, parts, rows, r, out, mask, written, factor, SPLIT: tl.constexpr):
-    """dL/df = (v - (v . u) u) / |f|, times `factor`."""
-    u = _whole(parts, SPLIT) * (1 / UNIT)
-    v -= tl.sum(v * u, axis=1)[:, None] * u
+def _project(v, u, along, rows, r, mask, factor):
+    """dL/df = (v - (v . u) u) / |f|, times `factor`; along = v . u."""
+    v -= along[:, None] * u
     v *= tl.load(rows.inverse + r, mask=mask, other=0.0)[:, None]
-    v = tl.where(v == 0, 0.0, v * factor)  # not NaN if upstream is infinite and no row active
-    tl.store(out, v, mask=written)
+    return tl.where(v == 0, 0.0, v * factor)  # not NaN if upstream is infinite and no row active
+
+
+@triton.jit
+def _store_gradient(v, parts, rows, r, out, mask, written, factor, SPLIT: tl.constexpr):
+    """Store the gradient of rows r from the whole of v."""
+    u = _whole(parts, SPLIT) * (1 / UNIT)
+    along = tl.sum(v * u, axis=1)
+    tl.store(out, _project(v, u, along, rows, r, mask, factor), mask=written)
 
 
 @triton.jit(do_not_specialize=["n", "run", "least", "classes", "stride"])

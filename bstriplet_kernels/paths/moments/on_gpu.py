@@ -97,7 +97,7 @@ FLOAT64 = Cuts(
     band_sums=Cut(32, 32, 4, 2),
     band_gradient=Cut(32, 64, 4, 2),
 )
-"""For the wide kernels on NVIDIA's GPUs."""
+"""For the wide kernels on NVIDIA's GPUs, not measured."""
 AMD_FLOAT64 = FLOAT64._replace(row_means=Cut(32, 16, 4, 2), row_gradients=Cut(32, 16, 4, 2))
 SPLIT_ROWS = Cut(32, 0, 4, 1)
 BAND_PARTS = 4
@@ -116,7 +116,7 @@ def takes(work: Work, device: torch.device | None) -> bool:
 
 
 def has_few_columns(work: Work) -> bool:
-    """Whether there are fewer than 2 D' columns: S then has fewer numbers than moments."""
+    """Whether there are fewer than 2 D' columns: fewer numbers than the two matrices of a row."""
     return work.columns < 2 * sizes_of(work).depth
 
 
@@ -146,7 +146,7 @@ class Sizes(NamedTuple):
 
     @property
     def wide(self) -> bool:
-        """Whether no program holds a whole row or a whole matrix; others have no joint batches."""
+        """Whether `wide_kernels` serve it: no program holds a whole matrix."""
         narrow = NARROW_DEPTH["hopper" if self.kind == "hopper" else "other"]
         return self.joint or self.float64 or self.d > narrow
 
@@ -183,7 +183,8 @@ class Sizes(NamedTuple):
 
         A class of half of the columns is large, or T - T_c would cancel digits of what is left. One
         of fewer than D' rows is not: a row's own term, which is 1, would cancel digits of what its
-        others add up to.
+        others add up to. Where many rows meet few columns there are many matrices: D' numbers a row
+        for each kind of them at most.
         """
         columns = self.n if self.m is None else self.m
         return min(smallest_moment(self.depth), max(self.depth, columns // 2))

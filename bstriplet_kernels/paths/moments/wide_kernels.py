@@ -1,9 +1,11 @@
-"""Kernels of second moments of wide embeddings, whose matrices no program holds as a whole.
+"""Kernels of second moments whose matrices no program holds as a whole.
+
+They serve wide embeddings, float64, and joint batches.
 
 Rows, split numbers and class numbers are as in `kernels`, but D' is any multiple of TILE, and
 everything is in blocks of columns. Of a symmetric matrix the TILE x TILE blocks on and below the
-diagonal are added up, and stored one after another. The complete matrix is stored in two float16
-parts, and each block of TILE x SCALED numbers shares a scale.
+diagonal are added up, and stored one after another. The complete matrix is stored in parts, as rows
+are, and each block of TILE x SCALED numbers shares a scale.
 
 A block of rows is multiplied with the matrices that its rows need, one after another; rows of other
 classes are zeros meanwhile. Most blocks need one matrix.
@@ -29,6 +31,7 @@ from .kernels import (
     _load_rows,
     _members,
     _product,
+    _project,
     _run,
     _split,
     _store_means,
@@ -377,13 +380,6 @@ def _add_products(
     return v
 
 
-@triton.jit
-def _projected(v, u, along, rows, r, inside, factor):
-    """dL/df = (v - (v . u) u) / |f|, times `factor`."""
-    v = (v - along[:, None] * u) * tl.load(rows.inverse + r, mask=inside, other=0.0)[:, None]
-    return tl.where(v == 0, 0.0, v * factor)  # not NaN if upstream is infinite and no row active
-
-
 @triton.jit(do_not_specialize=["n", "least", "classes", "stride"])
 def row_gradients(
     rows,
@@ -409,9 +405,9 @@ def row_gradients(
     """dL/df of a block of rows, in the given order, from v = w K u + B u: dL/du over the largest a.
 
     `gradient` holds what `band_gradient` found for small rows. Blocks of v go there; the projection
-    needs the whole v . u, so the program reads them once more. 6 D^2 FLOPs a row (2 D^2 without
-    SPLIT). Without other columns, twice that for active small rows and, without UNIFORM, for all
-    active rows.
+    needs the whole v . u, so where there are several the program reads them once more. 6 D^2 FLOPs
+    a row (2 D^2 without SPLIT). Without other columns, twice that for active small rows and,
+    without UNIFORM, for all active rows.
     """
     ACC: tl.constexpr = rows.inverse.dtype.element_ty
     r, inside, members, numbers = _rows_of(rows, n, least, classes, BLOCK)
@@ -447,7 +443,7 @@ def row_gradients(
         along += tl.sum(v * u, axis=1)
         if DP == TILE:
             factor = (tl.load(weights.largest) * scale).to(ACC)
-            v = _projected(v, u, along, rows, r, inside, factor)
+            v = _project(v, u, along, rows, r, inside, factor)
         tl.store(row + c[None, :], v, mask=written)
     if DP > TILE:
         tl.debug_barrier()  # another thread may have written what this one reads
@@ -457,5 +453,5 @@ def row_gradients(
             written = inside[:, None] & (c < d)[None, :]
             u = _whole(_load_rows(rows, r, inside, c, DP, SPLIT), SPLIT) * (1 / UNIT)
             v = tl.load(row + c[None, :], mask=written, other=0.0)
-            v = _projected(v, u, along, rows, r, inside, factor)
+            v = _project(v, u, along, rows, r, inside, factor)
             tl.store(row + c[None, :], v, mask=written)

@@ -31,9 +31,9 @@ def blocks_of(dtype: torch.dtype, hopper: bool) -> Blocks:
     """Blocks of `loss_and_gradient`, and of `batch_products`.
 
     Steps are as deep as registers allow. Hopper multiplies 64 rows from shared memory; other GPUs
-    hold both operands of a step in registers. They hold any batch, so that an epoch's last one
-    compiles nothing: blocks of 32 rows save 6 us of 16 (N = 24, D = 1,280, H200, graph replay),
-    and compiling them takes 0.6 s.
+    hold both operands of a step in registers. One size holds any batch, so that an epoch's last
+    one compiles nothing. That costs batches of up to 32 rows 6 us of 16 (N = 24, D = 1,280, H200,
+    graph replay), and saves 0.6 s of compiling for a last batch of as few.
     """
     if dtype == torch.float64:
         return Blocks(ROWS, ROWS, 32, 32, 8, 2)
