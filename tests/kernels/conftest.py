@@ -18,6 +18,11 @@ settings.register_profile(
 settings.load_profile("kernels")
 
 
+def pytest_collection_modifyitems(items):
+    """Children that take minutes come first: no worker waits for another's at the end."""
+    items.sort(key=lambda item: "test_in_the_interpreter" not in item.name)
+
+
 @pytest.fixture(params=available_impls())
 def impl(request):
     """The name of one path; a path joins every test that asks for this as soon as it can run."""
