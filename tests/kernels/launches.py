@@ -1,4 +1,6 @@
-"""What torch's operators do, counted while they run, on fake CUDA tensors too: no GPU is needed."""
+"""Launches, bytes and memory, counted, on fake CUDA tensors too: no GPU is needed."""
+
+import weakref
 
 import torch
 from torch import Tensor
@@ -55,6 +57,48 @@ class Launches(TorchDispatchMode):
         if formula := flop_registry.get(func._overloadpacket):
             self.flops += formula(*args, **kwargs, out_val=out)
         return out
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of the storages that are alive, now and at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = self.most = 0
+        self.alive = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self.alive:
+                    self.alive.add(key)
+                    self.held += size
+                    self.most = max(self.most, self.held)
+                    weakref.finalize(storage, self.forget, key, size)
+        return out
+
+    def forget(self, key, size):
+        self.alive.discard(key)
+        self.held -= size
+
+
+class NotRun:
+    """Kernels that are counted, not run."""
+
+    def __init__(self):
+        self.launches = 0
+
+    def __getattr__(self, name):
+        return self
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *args, **kwargs):
+        self.launches += 1
 
 
 def size(tree):

@@ -4,9 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from launches import Launches, on_fake_gpu
+from launches import Launches, Peak, on_fake_gpu
 from oracle import Formula, assert_as_exact_as_plain, batch
-from test_moments_on_gpu import Peak
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bstriplet_kernels import bstriplet_loss, explain

@@ -3,7 +3,6 @@
 `test_triton.py` runs this file in a child that has the interpreter.
 """
 
-import weakref
 from contextlib import nullcontext
 
 import numpy as np
@@ -11,11 +10,9 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from launches import Launches, on_fake_gpu
+from launches import Launches, NotRun, Peak, on_fake_gpu
 from oracle import Formula, assert_as_exact_as_plain, batch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from bstriplet_kernels import available_impls, bstriplet_loss, reference
 from bstriplet_kernels.cost import Work
@@ -343,48 +340,6 @@ def test_tf32_is_one_product():
         torch.set_float32_matmul_precision("highest")
     assert on_gpu.KeptMoments.of(kept).batch.low.numel() == 0
     assert_near(got, truth, 2e-3)
-
-
-class Peak(TorchDispatchMode):
-    """Bytes of the storages that are alive, now and at most."""
-
-    def __init__(self):
-        super().__init__()
-        self.held = self.most = 0
-        self.alive = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
-                if key not in self.alive:
-                    self.alive.add(key)
-                    self.held += size
-                    self.most = max(self.most, self.held)
-                    weakref.finalize(storage, self.forget, key, size)
-        return out
-
-    def forget(self, key, size):
-        self.alive.discard(key)
-        self.held -= size
-
-
-class NotRun:
-    """Kernels that are counted, not run."""
-
-    def __init__(self):
-        self.launches = 0
-
-    def __getattr__(self, name):
-        return self
-
-    def __getitem__(self, grid):
-        return self
-
-    def __call__(self, *args, **kwargs):
-        self.launches += 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

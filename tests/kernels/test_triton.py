@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from launches import Launches, on_fake_gpu
+from launches import Launches, NotRun, on_fake_gpu
 from oracle import TOLERANCE, Formula, assert_as_exact_as_plain, batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -509,19 +509,6 @@ def test_cost_counts_what_is_launched():
     both = counted(128, 256, 128)
     assert both.flops == 3 * 2 * 128 * 256 * 128 * 5
     assert both.launches == 10
-
-
-class NotRun:
-    """A kernel that is counted, not run."""
-
-    def __init__(self):
-        self.launches = 0
-
-    def __getitem__(self, grid):
-        return self
-
-    def __call__(self, *args, **kwargs):
-        self.launches += 1
 
 
 @runs_here

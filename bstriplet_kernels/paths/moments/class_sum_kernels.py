@@ -22,7 +22,7 @@ are the rows. Sizes are arguments of their own: Triton specialises on numbers in
 import triton
 import triton.language as tl
 
-from .kernels import _bounds, _class_weights, _load_embeddings, _norm, _over
+from .kernels import _bounds, _class_weights, _hinge, _load_embeddings, _norm, _over
 
 
 @triton.jit
@@ -384,14 +384,9 @@ def linear_means(
             positive += tl.sum(own * u, axis=1)
             negative += tl.sum(others * u, axis=1)
         p, q = _row_weights(members, m, OWN, DTYPE)
-        positive *= p
-        negative *= q
-        tl.store(means.positive + i, positive, mask=inside)
-        tl.store(means.negative + i, negative, mask=inside)
-        hinge = tl.full((), margin, DTYPE) - positive + sigma * negative
-        is_inactive = hinge <= 0  # false for NaN, which counts as active
-        tl.store(is_active + r, tl.where(is_inactive, 0, 1).to(tl.uint8), mask=inside)
-        loss = tl.where(is_inactive | (inside == 0), 0.0, hinge)
+        margin_ = tl.full((), margin, DTYPE)
+        loss, flag = _hinge(p * positive, q * negative, means, i, inside, margin_, sigma)
+        tl.store(is_active + r, flag, mask=inside)
         summed += loss
         if BY_ROW:
             tl.store(losses + i, loss, mask=inside)

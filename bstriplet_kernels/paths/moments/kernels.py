@@ -622,6 +622,17 @@ def _times(
 
 
 @triton.jit
+def _hinge(positive, negative, means, i, inside, margin, sigma):
+    """Store both means of rows i; return max(0, h_i) and whether h_i > 0, as bytes."""
+    tl.store(means.positive + i, positive, mask=inside)
+    tl.store(means.negative + i, negative, mask=inside)
+    hinge = margin - positive + sigma * negative
+    is_inactive = hinge <= 0  # false for NaN, which counts as active
+    loss = tl.where(is_inactive | (inside == 0), 0.0, hinge)
+    return loss, tl.where(is_inactive, 0, 1).to(tl.uint8)
+
+
+@triton.jit
 def _store_means(
     own_form, others_form, squared, members, rows, r, inside, is_active, means, losses,
     n, margin, sigma, BY_ROW: tl.constexpr,
@@ -631,12 +642,7 @@ def _store_means(
     positive_mean = p * (own_form - squared * squared)
     negative_mean = q * others_form
     i = tl.load(rows.order + r, mask=inside, other=0)
-    tl.store(means.positive + i, positive_mean, mask=inside)
-    tl.store(means.negative + i, negative_mean, mask=inside)
-    hinge = margin - positive_mean + sigma * negative_mean
-    is_inactive = hinge <= 0  # false for NaN, which counts as active
-    flag = tl.where(is_inactive, 0, 1).to(tl.uint8)
-    loss = tl.where(is_inactive | (inside == 0), 0.0, hinge)
+    loss, flag = _hinge(positive_mean, negative_mean, means, i, inside, margin, sigma)
     if BY_ROW:
         tl.store(is_active + i, flag, mask=inside)
         tl.store(losses + i, loss, mask=inside)
