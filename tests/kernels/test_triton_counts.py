@@ -23,6 +23,14 @@ TRITON = PATHS["triton"]
 FLOAT, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float64
 
 
+@pytest.fixture(autouse=True)
+def _forget_forms():
+    """They are remembered by device, and here the device is another one in each test."""
+    blocks.form_of.cache_clear()
+    yield
+    blocks.form_of.cache_clear()
+
+
 class Case(NamedTuple):
     """n rows of d numbers, against m others where that is not None."""
 
