@@ -199,9 +199,8 @@ def _of_depth(
 
 def _moment_types(dtype: torch.dtype) -> dict[str, Any]:
     """Types of the arguments of the kernels of moments."""
-    stored, accumulator, flag = "*fp16", "*fp32", "*i1"
-    if dtype == torch.float64:
-        stored, accumulator, flag = "*fp64", "*fp64", "*i32"
+    stored, accumulator = ("*fp64", "*fp64") if dtype == torch.float64 else ("*fp16", "*fp32")
+    flag = {torch.bool: "*i1", torch.int32: "*i32"}[on_gpu.flag_dtype(dtype)]
     matrices = on_gpu.Matrices(stored, stored, accumulator)
     indices = "*i64", "*i32", "*i32"
     return MOMENTS | {

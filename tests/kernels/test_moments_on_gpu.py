@@ -405,6 +405,14 @@ def test_predicted_launches_and_memory_are_those_made(monkeypatch, n, d, m, dtyp
         assert d > 256 or got.bytes <= 4e9
 
 
+@pytest.mark.parametrize(
+    ("n", "m", "least"),
+    [(256, None, 128), (301, None, 150), (1 << 16, None, 768), (9, 300, 150), (1 << 16, 256, 128)],
+)
+def test_a_class_of_half_of_the_columns_is_large(n, m, least):
+    assert on_gpu.sizes_of(Work(n, m, 128, torch.float32, device="cuda")).least == least
+
+
 @pytest.mark.parametrize("similarity", [SQUARE, LINEAR])
 @pytest.mark.parametrize(
     "dtypes",

@@ -416,6 +416,13 @@ def _gradient_parts(
 
 
 @triton.jit
+def _store_projected(v, u, along, inverse, out, inside, k, d):
+    """Store dL/df = (v - (v . u) u) / |f|; along = v . u."""
+    v = (v - along[:, None] * u) * inverse[:, None]
+    tl.store(out + k[None, :], v, mask=inside[:, None] & (k < d)[None, :])
+
+
+@triton.jit
 def _linear_gradients(
     program, embeddings, side, columns, weights, table, total, back, back_total, gradient, n, m,
     run, d, stride_n, stride_d, upstream_stride, sigma, scale, ROWS: tl.constexpr,
@@ -446,18 +453,18 @@ def _linear_gradients(
         is_middle = (of_columns[0] == middle) & (members > 0)
         p, q = _row_weights(members, m, ROW and COLUMN, DTYPE)
         out = gradient + i[:, None] * d
-        if WHOLE:
-            k = tl.arange(0, BLOCK_D)
+        along = tl.zeros((ROWS,), DTYPE)
+        for start in range(0, d, BLOCK_D):
+            k = start + tl.arange(0, BLOCK_D)
             f = _load_embeddings(embeddings, i, inside, k, d, stride_n, stride_d, DTYPE)
             v, u = _gradient_parts(
                 f, inverse, a, p, q, sigma, k, d, is_middle, of_columns, of_rows, table, total,
                 back, back_total, ROW, COLUMN,
             )  # fmt: skip
-            v -= tl.sum(v * u, axis=1)[:, None] * u
-            written = inside[:, None] & (k < d)[None, :]
-            tl.store(out + k[None, :], v * inverse[:, None], mask=written)
-        else:
-            along = tl.zeros((ROWS,), DTYPE)
+            along += tl.sum(v * u, axis=1)
+            if WHOLE:
+                _store_projected(v, u, along, inverse, out, inside, k, d)
+        if not WHOLE:
             for start in range(0, d, BLOCK_D):
                 k = start + tl.arange(0, BLOCK_D)
                 f = _load_embeddings(embeddings, i, inside, k, d, stride_n, stride_d, DTYPE)
@@ -465,17 +472,7 @@ def _linear_gradients(
                     f, inverse, a, p, q, sigma, k, d, is_middle, of_columns, of_rows, table,
                     total, back, back_total, ROW, COLUMN,
                 )  # fmt: skip
-                along += tl.sum(v * u, axis=1)
-            for start in range(0, d, BLOCK_D):
-                k = start + tl.arange(0, BLOCK_D)
-                f = _load_embeddings(embeddings, i, inside, k, d, stride_n, stride_d, DTYPE)
-                v, u = _gradient_parts(
-                    f, inverse, a, p, q, sigma, k, d, is_middle, of_columns, of_rows, table,
-                    total, back, back_total, ROW, COLUMN,
-                )  # fmt: skip
-                v -= along[:, None] * u
-                written = inside[:, None] & (k < d)[None, :]
-                tl.store(out + k[None, :], v * inverse[:, None], mask=written)
+                _store_projected(v, u, along, inverse, out, inside, k, d)
 
 
 @triton.jit(do_not_specialize=["n", "m", "run", "upstream_stride"])

@@ -250,6 +250,14 @@ def cuts_of(sizes: Sizes) -> Cuts:
     return {"blackwell": BLACKWELL, "amd": AMD}.get(sizes.kind, OTHER)
 
 
+def flag_dtype(accumulated: torch.dtype) -> torch.dtype:
+    """The dtype of flags that kernels read.
+
+    Triton's compiler fails on a product of float64 numbers that were chosen by bytes.
+    """
+    return torch.int32 if accumulated == torch.float64 else torch.bool
+
+
 class Matrices(NamedTuple):
     """Matrices [count, D', D'] in parts as those of `SortedRows`.
 
@@ -357,13 +365,6 @@ class Launcher:
         self.scaled, self.cuts = sizes.scaled, cuts_of(sizes)
         self.blocks = self.depth**2 // (self.tile * self.scaled)
         self.whole = sizes.kind == "hopper" and self.depth <= WHOLE_DEPTH
-
-    def flag(self, by_row: bool) -> torch.dtype:
-        """The dtype of flags of rows.
-
-        Triton's compiler fails on a product of float64 numbers that were chosen by bytes.
-        """
-        return torch.int32 if self.dtype == torch.float64 and not by_row else torch.bool
 
     def options(self, cut: Cut) -> dict[str, object]:
         """Constants of a kernel that walks blocks of rows."""
@@ -534,7 +535,8 @@ def forward(
         by_row = spec.reduction == "none"
         cut = launcher.cuts.row_means
         losses = new(n if by_row else launcher.row_programs(cut))
-        active = new(n if by_row else launcher.n, dtype=launcher.flag(by_row))
+        flag = torch.bool if by_row else flag_dtype(launcher.dtype)
+        active = new(n if by_row else launcher.n, dtype=flag)
         launcher.multiply_rows(
             "row_means", cut,
             batch, before if launcher.wide else sums.small_rows, in_band, own, others,
