@@ -1,7 +1,8 @@
 """What a training run makes Triton compile, and how long that takes: no GPU is needed.
 
 python -m bench.first_use            print the table and write results/compile/first_use.csv
-python -m bench.first_use --check    compile nothing, fail where the table is not what is wanted now
+python -m bench.first_use --check    compile nothing; fail where the table is out of date, or a last
+                                     batch wants a kernel of its own
 
 A run has batches of one size and, at the end of an epoch, a smaller one. Its calls are real,
 `bstriplet_loss(...).backward()`, on CPU tensors in place of a GPU's. Triton binds the arguments of

@@ -31,6 +31,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bstriplet_kernels.paths import gpu
 from bstriplet_kernels.paths.moments import (
     class_sum_kernels,
     class_sums_on_gpu,
@@ -82,9 +83,9 @@ SPILLS = {
     "sm_100": {"class_moments": 100, "row_means": 200, "row_gradients": 320, "band_gradient": 130},
     "gfx942": {"class_moments": 16},
 }
-"""Bytes a thread that kernels may spill: a sum when it is complete, and on a Hopper also matrices
-on their way to shared memory, once for all rows of a run, and what a block of rows comes to. There
-the blocks are the fastest of those tried; smaller ones, which spill less, were slower."""
+"""Bytes a thread that a kernel may spill; 8 where none are given. Kernels spill a complete sum; on
+a Hopper also a run's matrices on their way to shared memory, and the results of a block of rows.
+Hopper's blocks are the fastest of those tried: smaller ones spill less and are slower."""
 WIDTHS = (16, 128, 192, 512)
 """Padded D for which blocks differ."""
 
@@ -168,7 +169,9 @@ def _of_depth(
 ) -> list[Configuration]:
     """Kernels of moments for embeddings of so many columns; half precision as one part."""
     columns = 1 << 16 if joint else None
-    sizes = on_gpu.Sizes(1 << 16, columns, depth, dtype == torch.float64, 132, architecture.kind)
+    sizes = on_gpu.Sizes(
+        1 << 16, columns, depth, dtype == torch.float64, gpu.USUAL_PROCESSORS, architecture.kind
+    )
     wide, cuts = sizes.wide, on_gpu.cuts_of(sizes)
     shape = {"DP": depth, "SPLIT": dtype == torch.float32, "UNIFORM": True, "BY_ROW": False}
     shape["BY_Q"] = True
@@ -214,7 +217,7 @@ def _moment_types(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _of_class_sums() -> list[Configuration]:
-    """Of forward and backward with a scalar loss; the last with a ref_emb too."""
+    """Of forward and backward with a scalar loss, with a ref_emb and without."""
     own = dict.fromkeys(("ref_emb", "ref_labels", "ref_gradient"))
     found = []
     dtypes = torch.float64, torch.float32, torch.bfloat16
@@ -234,6 +237,7 @@ def _of_class_sums() -> list[Configuration]:
         warps = class_sums_on_gpu.sum_warps(d)
         found += [
             Configuration("class_sums", dtype, summed | {"weights": None}, warps),
+            Configuration("class_sums", dtype, summed | {"weights": None, "NORMS": False}, warps),
             Configuration("class_sums", dtype, summed | weighted, warps),
             *(
                 Configuration(kernel, dtype, block | more)
@@ -243,6 +247,7 @@ def _of_class_sums() -> list[Configuration]:
                     ("add_class_parts", weighted | added),
                     ("add_class_totals", weighted | added),
                     ("linear_means", one),
+                    ("linear_means", one | {"OWN": False}),
                     ("linear_gradients", own),
                     ("linear_gradients", {}),
                 )

@@ -47,7 +47,10 @@ class Work(NamedTuple):
 
     @property
     def casts(self) -> bool:
-        """Whether the gradient is computed in another dtype than `dtype`."""
+        """Whether the gradient is computed in another dtype than `dtype`.
+
+        What is counted by it takes two sides that differ for two of the wider dtype.
+        """
         return self.dtype.itemsize < 4
 
     @property

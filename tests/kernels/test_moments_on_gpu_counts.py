@@ -81,10 +81,11 @@ def test_other_columns(monkeypatch, dtype):
     assert counts.read + counts.written == pytest.approx(cost.bytes, rel=0.1)
 
 
-def test_small_classes_among_large_ones(monkeypatch):
+@pytest.mark.parametrize("small", [[37, 91, 50, 100, 106], [3, 30, 9, 17, 24] * 12])
+def test_small_classes_among_large_ones(monkeypatch, small):
     """The band's blocks do not begin where classes do."""
     d = 64
-    sizes = [on_gpu.smallest_moment(d), 37, 91, 50, 100, 106]
+    sizes = [on_gpu.smallest_moment(d), *small]
     counts, cost = counted(monkeypatch, sizes, d, Spec(wants_gradient=True), FLOAT)
     assert counts.kernels["band_gradient"].flops > 0
     assert counts.flops == pytest.approx(cost.flops, rel=0.1)

@@ -1,4 +1,4 @@
-"""impl="gram": exact, by moments, in time linear in the batch. No matrix is N x M.
+"""impl="gram": exact, by moments, in time linear in the batch. Nothing of its own is N x M.
 
 similarity="linear" takes first moments, the sums of classes: on a GPU `class_sums_on_gpu` with
 Triton kernels, `class_sums` does the rest in plain torch. "square" takes second moments, by the

@@ -196,9 +196,9 @@ def class_sums(
     classes that lie in the run, without the middle one; with weights each counts there times q_c.
     Sums are in float64. With NORMS the program finds 1 / norm too; it then has all columns.
 
-    ROWS rows are read at once, then added one after another, a thread its own columns: no thread
-    waits for another, as in a scan. A class costs a branch and a store where it ends, so classes of
-    one row take little longer than one large class. Reads each number once.
+    ROWS rows are read at once, then added one after another. Each thread adds its own columns and,
+    unlike in a scan, waits for no other; with NORMS they meet once a row, for the norm. A class
+    costs a branch and a store where it ends. Reads each number once.
     """
     DTYPE: tl.constexpr = table.dtype.element_ty
     p = tl.program_id(0)

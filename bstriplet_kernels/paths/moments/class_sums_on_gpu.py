@@ -37,7 +37,7 @@ FOUND = 128
 SUMMED = 8
 """Rows that a program of `class_sums` reads at once."""
 ADDED, ADDED_RUNS = 32, 64
-"""Columns that a program of `add_class_parts` has, and runs that it reads at once."""
+"""Columns that a program has that adds up runs, and runs that it reads at once."""
 _NARROWEST = 16  # columns of a block
 _BLOCK_BYTES = 1 << 13  # of a block of rows in the accumulation dtype: 16 registers a thread
 _WARPS = 4  # of all kernels but `class_sums`
@@ -75,7 +75,7 @@ def sum_warps(d: int) -> int:
 
 
 def sum_run(n: int, d: int, processors: int) -> int:
-    """Rows of a run of `class_sums`; all runs are at work at the same time."""
+    """Rows of a run of `class_sums`; up to D = `WIDEST` all runs are at work at the same time."""
     programs = processors * _SUM_WARPS // sum_warps(d)
     return round_up(max(-(-n // programs), SUMMED * _SUM_BLOCKS), SUMMED)
 

@@ -252,10 +252,10 @@ def split_rows(
 ):
     """Fill `rows`, except their order where there is no ref_emb.
 
-    labels are sorted, and `order` is where each was before. In a joint batch so are ref_labels and
-    ref_order; its rows of a class come before its columns, which are numbered from n on. Reads n d
-    numbers, writes as many: bound by memory. Takes WIDTH columns at a time; a row of several such
-    parts is read twice.
+    labels are sorted, and `order` is where each was before; ref_labels and ref_order likewise. In a
+    joint batch the rows of a class stand before its columns, whose numbers begin at n. Reads each
+    number of both sides, writes as many: bound by memory. Takes WIDTH columns at a time; a row of
+    several such parts is read twice.
     """
     block = tl.program_id(0)
     if ref_emb is None:
@@ -304,8 +304,8 @@ def split_rows(
 def _weight(weights, rows, columns_before, r, mask, UNIFORM: tl.constexpr):
     """a_i over the largest a; where UNIFORM, 1 for active rows, 0 for others. r: in class order.
 
-    Weights below 2^-20 of the largest lose digits. Columns of a joint batch weigh 0. Without
-    weights they weigh 1 instead, and so does every row of another batch.
+    Weights below 2^-20 of the largest lose digits. With weights, columns of a joint batch weigh 0.
+    Without, its columns weigh 1 and its rows 0; every row of another batch weighs 1.
     """
     ACC: tl.constexpr = rows.inverse.dtype.element_ty
     if columns_before is not None:

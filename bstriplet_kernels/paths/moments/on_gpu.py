@@ -75,7 +75,7 @@ WIDE_HOPPER = Cuts(
     band_gradient=Cut(64, 128, 8, 3),
 )
 """The fastest of those tried on an H200. Cuts for other GPUs are not measured: their blocks fit the
-least shared memory there, and registers hold what they multiply."""
+least shared memory there, and spill little."""
 BLACKWELL = Cuts(
     class_moments=Cut(32, 0, 8, 2),
     row_means=Cut(64, 32, 8, 2),
@@ -109,7 +109,8 @@ TOTALS = Cut(64, 32, 4, 1)
 def takes(work: Work, device: torch.device | None) -> bool:
     """Whether the kernels serve this work on a device; None stands for the usual GPU.
 
-    They have no D above `MAX_DEPTH`, and row numbers of 32 bits.
+    They have no D above `MAX_DEPTH` and row numbers of 32 bits, and are not worth while against few
+    columns.
     """
     fits = work.d <= MAX_DEPTH and work.vectors <= MOST_ROWS and not has_few_columns(work)
     return fits and gpu.runs_triton(work.device, device)
@@ -183,8 +184,8 @@ class Sizes(NamedTuple):
 
         A class of half of the columns is large, or T - T_c would cancel digits of what is left. One
         of fewer than D' rows is not: a row's own term, which is 1, would cancel digits of what its
-        others add up to. Where many rows meet few columns there are many matrices: D' numbers a row
-        for each kind of them at most.
+        others add up to. Many rows against few columns have many matrices: up to D' numbers a row
+        in each of `Matrices`.
         """
         columns = self.n if self.m is None else self.m
         return min(smallest_moment(self.depth), max(self.depth, columns // 2))
@@ -253,7 +254,7 @@ def cuts_of(sizes: Sizes) -> Cuts:
 def flag_dtype(accumulated: torch.dtype) -> torch.dtype:
     """The dtype of flags that kernels read.
 
-    Triton's compiler fails on a product of float64 numbers that were chosen by bytes.
+    Triton's compiler fails on a float64 product whose operand is masked by flags of eight bits.
     """
     return torch.int32 if accumulated == torch.float64 else torch.bool
 
@@ -647,9 +648,8 @@ def _stored_bytes(dtype: torch.dtype) -> int:
 def _band_pairs(class_sizes: Sequence[int], least: int, block: int) -> int:
     """Pairs that the band multiplies, in whole blocks.
 
-    A block of rows meets the classes that it holds, from the first one's begin to the last one's
-    end. That is two blocks of columns at least, and half a block too many; at either end of a class
-    it is the neighbour's columns as well.
+    A row of a class of s members meets s columns and, on average, one and a half blocks more:
+    blocks are whole, and at a class's ends they hold neighbours too. It meets two blocks at least.
     """
     return sum(s * max(2 * block, s + 3 * block // 2) for s in class_sizes if 1 < s < least)
 

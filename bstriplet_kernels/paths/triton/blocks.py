@@ -28,8 +28,8 @@ _FEW_ROWS, _MANY_ROWS = 512, 2048  # tiles of half of S: small up to, large from
 class Form(NamedTuple):
     """How rows of D numbers are prepared and multiplied.
 
-    dtype: the embeddings', or float32 or float64 where that of two sides differs. width: D', which
-    is D rounded up to 16, 32 or a multiple of 64. split: whether numbers are multiplied in two
+    dtype: the embeddings', or the accumulation dtype where two sides differ. width: D', which is D
+    rounded up to 16, 32 or a multiple of 64. split: whether numbers are multiplied in two
     parts. processors, hopper: of the GPU.
     """
 
