@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 
-import bstriplet.backbones  # noqa: F401  (registers ShuffleNet-V2 and PeleeNet)
+import bstriplet.models.classifier  # noqa: F401  (registers ShuffleNet-V2 and PeleeNet)
 import timm
 import torch
 from torch import nn

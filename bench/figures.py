@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from bstriplet.figures.style import INK, MUTED, PAPER, STYLE
+from bstriplet.report.figures.style import INK, MUTED, PAPER, STYLE
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg

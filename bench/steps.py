@@ -48,7 +48,7 @@ def _backbone(name: str, classes: int) -> Any:
     import timm
 
     if importlib.util.find_spec("bstriplet") is not None:
-        importlib.import_module("bstriplet.backbones")  # registers those that timm lacks
+        importlib.import_module("bstriplet.models.classifier")  # registers those that timm lacks
     torch.manual_seed(0)
     return timm.create_model(name, num_classes=classes, in_chans=1)
 

@@ -20,14 +20,14 @@ import numpy as np
 import timm
 import torch
 from bstriplet import cuda_graph
-from bstriplet.batches import Feed
 from bstriplet.config import TrainConfig
-from bstriplet.data import Task, load_dataset, split_dataset
-from bstriplet.evaluation import choose_device
-from bstriplet.learner import Learner
-from bstriplet.runs import write_atomic
-from bstriplet.summary import to_csv
-from bstriplet.training import Step, Tally, seed_everything, uses_cuda_graph
+from bstriplet.data.dataset import Task, load_dataset, split_dataset
+from bstriplet.storage import write_atomic
+from bstriplet.study.statistics import to_csv
+from bstriplet.training.batches import Feed
+from bstriplet.training.evaluation import choose_device
+from bstriplet.training.learner import Learner
+from bstriplet.training.loop import Step, Tally, seed_everything, uses_cuda_graph
 from torch.utils.data import DataLoader, TensorDataset
 
 from bstriplet_kernels import CrossEntropyBSTripletLoss

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bstriplet.results import Embeddings, Run, read
-from bstriplet.runs import write_text
-from bstriplet.summary import p_value, paired_test, to_csv
+from bstriplet.storage import write_text
+from bstriplet.study.read_runs import Embeddings, Run, read
+from bstriplet.study.statistics import p_value, paired_test, to_csv
 
 BASELINE = "ce:random"
 TESTED = ("accuracy", "auc", "specificity", "validation_accuracy")

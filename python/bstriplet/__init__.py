@@ -1,4 +1,26 @@
 """What surrounds the batch-similarity triplet loss: mining, sampling, data, training and reports.
 
-Importing this package is cheap; its modules import torch, timm and scikit-learn when they are used.
+Importing this package is cheap. ``GroupBatchSampler`` and ``mine_groups`` are imported when they
+are first used, and with them torch or scikit-learn, but neither timm nor matplotlib.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bstriplet.mining import mine_groups
+    from bstriplet.sampler import GroupBatchSampler
+
+_MODULE_OF = {"GroupBatchSampler": "bstriplet.sampler", "mine_groups": "bstriplet.mining"}
+
+__all__ = ["GroupBatchSampler", "mine_groups"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

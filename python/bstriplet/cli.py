@@ -25,9 +25,10 @@ from bstriplet.config import (
     fields_of,
     given_options,
 )
+from bstriplet.data.notes import on_screen
 from bstriplet.errors import UserError, one_line
-from bstriplet.notes import on_screen, visible
 from bstriplet.paper import REPRODUCIBLE
+from bstriplet.text import visible
 
 DEFAULT_SCHEMES = ("ce:random", "ce+bst:mined")
 DEFAULT_SEEDS = (0, 1, 2)
@@ -354,10 +355,10 @@ def _train(options: argparse.Namespace) -> None:
     given = given_options(options)
     config = TrainConfig(**given)
 
-    from bstriplet import report
-    from bstriplet.data import load_for, split_dataset
-    from bstriplet.runs import RunFolder, check_free, check_new
-    from bstriplet.training import check_models, train
+    from bstriplet.data.dataset import load_for, split_dataset
+    from bstriplet.report import page
+    from bstriplet.training.loop import check_models, train
+    from bstriplet.training.run_folder import RunFolder, check_free, check_new
 
     run = RunFolder(options.out)
     if options.resume and run.started:
@@ -371,13 +372,13 @@ def _train(options: argparse.Namespace) -> None:
     for note in task.notes:
         _say(f"note: {on_screen(note)}")
     metrics = train(config, task, run)
-    page = report.build(run.path)
+    path = page.write_report(run.path)
     _print(
         f"lowest validation loss: epoch {metrics['best_epoch']} of {metrics['epochs']}; its model "
         "on the test set:",
         *_metrics(metrics),
         f"run: {run.path}",
-        f"report: {page}",
+        f"report: {path}",
     )
 
 
@@ -388,7 +389,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    from bstriplet.sweep import sweep_schemes, write_tables
+    from bstriplet.study.sweep import sweep_schemes, write_tables
 
     given = given_options(options)
     typed = options.metric_weights or options.margins or {"loss", "batches"} & given.keys()
@@ -416,8 +417,8 @@ def _plan(
     config = TrainConfig(**given)
     seeds = tuple(options.seeds or ())
 
-    from bstriplet.compare import ComparisonPlan, read_plan, started
-    from bstriplet.runs import check_free, check_new
+    from bstriplet.study.compare import ComparisonPlan, read_plan, started
+    from bstriplet.training.run_folder import check_free, check_new
 
     if options.resume and started(options.out):
         check_free(options.out)
@@ -438,9 +439,9 @@ def _plan(
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from bstriplet.compare import read_plan, started
-    from bstriplet.demo import demo_plan
-    from bstriplet.runs import check_free, check_new
+    from bstriplet.study.compare import read_plan, started
+    from bstriplet.study.demo import demo_plan
+    from bstriplet.training.run_folder import check_free, check_new
 
     plan = demo_plan(options.data)
     folder = options.out / Path(plan.config.data).name
@@ -462,20 +463,20 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _run_plan(plan: Any, folder: Path) -> list[str]:
     """Run a comparison, write its results, and return its table and where its report is."""
-    from bstriplet import report
-    from bstriplet.compare import compare
+    from bstriplet.report import page
+    from bstriplet.study.compare import compare
 
     started_at = time.perf_counter()
     compare(plan, folder, _say)
     _say(f"training and evaluation: {time.perf_counter() - started_at:.0f} s")
-    return [report.summarise(folder), f"report: {report.build(folder)}"]
+    return [page.write_summary(folder), f"report: {page.write_report(folder)}"]
 
 
 def _reproduce(options: argparse.Namespace) -> None:
     given = given_options(options)
 
-    from bstriplet import report
-    from bstriplet.reproduce import draw_targets, targets_named, train_targets
+    from bstriplet.report import page
+    from bstriplet.report.reproduce import draw_targets, targets_named, train_targets
 
     targets = targets_named(options.targets, given)
     if options.folders:
@@ -490,21 +491,21 @@ def _reproduce(options: argparse.Namespace) -> None:
         train_targets(targets, config, n_seeds, options.out, _say)
         drawn = draw_targets(targets, config, [options.out], options.out)
     command = shlex.join(["bstriplet", *options.typed])
-    page = report.build_reproduction(drawn, command, options.out)
-    _print(*(reproduction.markdown() for reproduction in drawn), f"report: {page}")
+    path = page.write_reproduction(drawn, command, options.out)
+    _print(*(reproduction.markdown() for reproduction in drawn), f"report: {path}")
 
 
 def _report(options: argparse.Namespace) -> None:
-    from bstriplet import report
-    from bstriplet.compare import started
+    from bstriplet.report import page
+    from bstriplet.study.compare import started
 
-    said = [report.summarise(options.folder)] if started(options.folder) else []
-    _print(*said, f"report: {report.build(options.folder)}")
+    said = [page.write_summary(options.folder)] if started(options.folder) else []
+    _print(*said, f"report: {page.write_report(options.folder)}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from bstriplet.evaluation import evaluate_run
-    from bstriplet.runs import RunFolder
+    from bstriplet.training.evaluation import evaluate_run
+    from bstriplet.training.run_folder import RunFolder
 
     metrics, notes = evaluate_run(
         RunFolder(options.run),
@@ -518,8 +519,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from bstriplet.evaluation import predict_files
-    from bstriplet.runs import RunFolder, check_output, write_output
+    from bstriplet.storage import check_output, write_output
+    from bstriplet.training.evaluation import predict_files
+    from bstriplet.training.run_folder import RunFolder
 
     if options.output:
         check_output(options.output)
@@ -544,11 +546,11 @@ def _predict(options: argparse.Namespace) -> None:
 def _data(options: argparse.Namespace) -> None:
     config = TrainConfig(**given_options(options))
 
-    from bstriplet.data import load_for, split_dataset
-    from bstriplet.survey import survey
+    from bstriplet.data.dataset import load_for, split_dataset
+    from bstriplet.data.description import describe
 
     dataset = load_for(config)
-    _print(survey(dataset, split_dataset(dataset, config)))
+    _print(describe(dataset, split_dataset(dataset, config)))
 
 
 def _metrics(metrics: dict[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from numpy.typing import ArrayLike
 from torch.utils.data import BatchSampler, Sampler
 
-from bstriplet.group_plan import GroupPlan
+from bstriplet.group_batches import GroupBatches
 
 MODES = ("proportional", "equal")
 
@@ -134,7 +134,7 @@ class GroupBatchSampler(BatchSampler):
         if mode not in MODES:
             raise ValueError(f"mode={mode!r} must be one of {MODES}")
         self.mode = mode
-        self._plan = GroupPlan(groups, self.batch_size, mode, self.min_per_group)
+        self._plan = GroupBatches(groups, self.batch_size, mode, self.min_per_group)
 
         self._epoch = 0  # of the latest pass, or of the first
         self._start = 0  # where that pass begins: above 0 only after load_state_dict

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bstriplet import cli, report
+from bstriplet import cli
 from bstriplet.config import TrainConfig
+from bstriplet.report import page
 from PIL import Image
 from quick import TINY, MakeTree, Outcome, Run
 
@@ -47,7 +48,7 @@ def bstriplet(capsys: pytest.CaptureFixture[str]) -> Run:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the drawing of reports, seconds each, to the tests that look at them."""
-    monkeypatch.setattr(report, "build", lambda folder: folder / "report.html")
+    monkeypatch.setattr(page, "write_report", lambda folder: folder / "report.html")
 
 
 @pytest.fixture

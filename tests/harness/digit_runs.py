@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from bstriplet.config import Scheme
-from bstriplet.metrics import classification_metrics
+from bstriplet.training.metrics import classification_metrics
 from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import log_loss

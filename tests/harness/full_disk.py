@@ -21,18 +21,20 @@ def main(disk: Path, copy: Path, size: str, options: list[str]) -> int:
         return NO_DISK
 
     import torch
-    from bstriplet import cli, report, runs, training
+    from bstriplet import cli
+    from bstriplet.report import page
+    from bstriplet.training import loop, run_folder
 
     torch.set_num_threads(1)
-    training.CHECKPOINT_SHARE = float("inf")
-    report.build = lambda folder: folder
+    loop.CHECKPOINT_SHARE = float("inf")
+    page.write_report = lambda folder: folder
     run = disk / "run"
     command = ["train", *options, "--out", str(run), "--resume"]
     for _ in range(2):
         if cli.main(command) != 2:
             return 1
-        runs.load_checkpoint(run / runs.LAST)
-        left_over = {path.name for path in run.glob(".*")} - {runs.LOCK}
+        run_folder.load_checkpoint(run / run_folder.LAST_FILE)
+        left_over = {path.name for path in run.glob(".*")} - {run_folder.LOCK_FILE}
         if left_over:
             print(f"left over: {left_over}", file=sys.stderr)
             return 1

@@ -7,12 +7,12 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from bstriplet import batches
-from bstriplet.augmentation import COPIES, Augmentation
-from bstriplet.batches import Feed, make_sampler
 from bstriplet.config import TrainConfig
-from bstriplet.data import load_dataset, split_dataset
+from bstriplet.data.dataset import load_dataset, split_dataset
 from bstriplet.sampler import GroupBatchSampler
+from bstriplet.training import batches
+from bstriplet.training.augmentation import COPIES, Augmentation
+from bstriplet.training.batches import Feed, make_sampler
 
 CPU = torch.device("cpu")
 

@@ -9,10 +9,10 @@ import pytest
 import timm
 import torch
 import torchvision
-from bstriplet.backbones import Classifier, check_backbone
 from bstriplet.errors import UserError
-from bstriplet.peleenet import DenseLayer
-from bstriplet.shufflenet import Unit, interleave
+from bstriplet.models.classifier import Classifier, check_backbone
+from bstriplet.models.peleenet import DenseLayer
+from bstriplet.models.shufflenet import Unit, interleave
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import DropPath

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bstriplet import cache as image_cache
-from bstriplet import images
-from bstriplet.cache import Item, decode, file_digests
+from bstriplet.data import cache as image_cache
+from bstriplet.data import images
+from bstriplet.data.cache import Item, decode, file_digests
+from bstriplet.data.images import read_image
 from bstriplet.errors import UserError
-from bstriplet.images import read_image
 from PIL import Image
 from quick import snapshot
 
@@ -173,7 +173,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path, cache: Path)
     paths = make_images(tmp_path / "set", 20)
     program = (
         "import resource, signal, sys; from pathlib import Path\n"
-        "from bstriplet.cache import decode\n"
+        "from bstriplet.data.cache import decode\n"
         "from bstriplet.errors import UserError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"

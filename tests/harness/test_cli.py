@@ -18,12 +18,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bstriplet import cli, report, results
+from bstriplet import cli
 from bstriplet.config import TrainConfig
-from bstriplet.data import load_dataset, split_dataset
+from bstriplet.data.dataset import load_dataset, split_dataset
 from bstriplet.errors import UserError
-from bstriplet.runs import RunFolder, load_checkpoint, save_checkpoint, write_output
-from bstriplet.training import train
+from bstriplet.report import page
+from bstriplet.storage import write_output
+from bstriplet.study.read_runs import read_comparison
+from bstriplet.training.loop import train
+from bstriplet.training.run_folder import RunFolder, load_checkpoint, save_checkpoint
 from PIL import Image
 from quick import TINY, MakeTree, Outcome, Run, snapshot, tiny_flags
 
@@ -653,7 +656,7 @@ def test_a_path_that_the_system_refuses_is_one_clear_line(earlier: Path, bstripl
     ):
         one_clear_line(bstriplet(*command), name)
     with pytest.raises(UserError, match=f"{name} is neither"):
-        results.read(name)
+        read_comparison(name)
 
 
 # --- names and screens that are not UTF-8 -------------------------------------------------------
@@ -680,7 +683,7 @@ def odd_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     run = root.with_name(os.fsdecode(b"r\xe9"))
     flags = [*TREE_FLAGS, "--data", str(root), "--out", str(run)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "build", lambda folder: folder / "report.html")
+        patch.setattr(page, "write_report", lambda folder: folder / "report.html")
         patch.setenv("BSTRIPLET_CACHE", str(root.with_name("cache")))
         with redirect_stdout(TextIOWrapper(BytesIO(), encoding="ascii")):
             assert cli.main(["train", *flags]) == 0
@@ -690,7 +693,7 @@ def odd_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_results_of_names_that_are_not_utf_8_are_read_back(odd_run: tuple[Path, Path]) -> None:
     folder, root = odd_run
-    (run,) = results.read(folder).runs
+    (run,) = read_comparison(folder).runs
     found = run.predictions
     assert set(found.classes) == {"norm\udce9", "肺炎"}
     assert all((root / file).is_file() for file in found.files)
@@ -816,7 +819,7 @@ def test_results_are_on_disk_before_anything_is_printed(
             raise BrokenPipeError
 
     built = []
-    monkeypatch.setattr(report, "build", lambda folder: built.append(folder) or folder)
+    monkeypatch.setattr(page, "write_report", lambda folder: built.append(folder) or folder)
     monkeypatch.setattr(sys, "stdout", Closed())
     flags = [*TREE_FLAGS, "--data", str(make_tree())]
     out = tmp_path / "train"

@@ -5,12 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from bstriplet import compare as compare_module
-from bstriplet import report, results
-from bstriplet.compare import ComparisonPlan, compare, read_plan, run_folder
 from bstriplet.config import Scheme, TrainConfig
-from bstriplet.demo import demo_plan
-from bstriplet.runs import RunFolder
+from bstriplet.report import page
+from bstriplet.study import compare as compare_module
+from bstriplet.study.compare import ComparisonPlan, compare, read_plan, run_folder
+from bstriplet.study.demo import demo_plan
+from bstriplet.study.read_runs import read_comparison
+from bstriplet.training.run_folder import RunFolder
 from quick import MakeTree, Run, snapshot, tiny_flags
 
 SCHEMES = (Scheme("ce", "random"), Scheme("ce+bst", "mined"))
@@ -79,13 +80,13 @@ def test_schemes_may_differ_in_any_field(tiny: TrainConfig, tmp_path: Path) -> N
     plan = ComparisonPlan(replace(tiny, epochs=1), tuple(map(Scheme.parse, texts)), (0,))
     compare(plan, tmp_path, lambda text: None)
     assert read_plan(tmp_path) == plan
-    comparison = results.read(tmp_path)
+    comparison = read_comparison(tmp_path)
     assert [run.scheme for run in comparison.finished] == list(plan.schemes)
     assert [
         (run.config["lr"], run.config["backbone"], run.config["image_size"])
         for run in comparison.finished
     ] == [(1e-3, tiny.backbone, 32), (0.01, tiny.backbone, 32), (1e-3, "test_resnet", 40)]
-    table = report.summarise(tmp_path)
+    table = page.write_summary(tmp_path)
     for label in ("CE (RS) ", "CE (RS), lr 0.01 ", "CE (RS), test_resnet, image size 40 "):
         assert label in table
 
@@ -129,7 +130,7 @@ def test_the_demo_works_when_typed_again(
         )  # fmt: skip
         return replace(plan, config=config, seeds=(0,))
 
-    monkeypatch.setattr("bstriplet.demo.demo_plan", small)
+    monkeypatch.setattr("bstriplet.study.demo.demo_plan", small)
     out = tmp_path / "demo"
     first = bstriplet("demo", "--out", out)
     assert first.status == 0

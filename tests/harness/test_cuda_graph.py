@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bstriplet.batches import Feed
 from bstriplet.config import TrainConfig
-from bstriplet.cuda_graph import WARM_UP, GraphedStep, Step
-from bstriplet.data import load_dataset, split_dataset
+from bstriplet.data.dataset import load_dataset, split_dataset
 from bstriplet.errors import UserError
-from bstriplet.learner import Learner
-from bstriplet.training import Step as TrainingStep
-from bstriplet.training import Tally, seed_everything
+from bstriplet.training.batches import Feed
+from bstriplet.training.cuda_graph import WARM_UP, GraphedStep, Step
+from bstriplet.training.learner import Learner
+from bstriplet.training.loop import Step as TrainingStep
+from bstriplet.training.loop import Tally, seed_everything
 
 CPU = torch.device("cpu")
 

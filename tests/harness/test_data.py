@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bstriplet.config import TrainConfig
-from bstriplet.data import (
+from bstriplet.data.dataset import (
     Dataset,
     ImageSet,
     Task,

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bstriplet.cache import decode
-from bstriplet.data import load_dataset
-from bstriplet.dicom import NO_PATIENT
+from bstriplet.data.cache import decode
+from bstriplet.data.dataset import load_dataset
+from bstriplet.data.dicom import NO_PATIENT
+from bstriplet.data.image_files import NO_IMAGES, list_images
+from bstriplet.data.images import read_image
+from bstriplet.data.pixels import TooLarge, Unreadable
 from bstriplet.errors import UserError
-from bstriplet.files import NO_IMAGES, list_images
-from bstriplet.images import read_image
-from bstriplet.pixels import TooLarge, Unreadable
 
 pydicom = pytest.importorskip("pydicom")
 

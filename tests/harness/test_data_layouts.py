@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bstriplet import files, paper
+from bstriplet import paper
 from bstriplet.config import TrainConfig
-from bstriplet.data import Dataset, load_dataset, load_test_images, split_dataset
+from bstriplet.data import image_files
+from bstriplet.data.dataset import Dataset, load_dataset, load_test_images, split_dataset
+from bstriplet.data.image_files import NO_IMAGES, NOWHERE
+from bstriplet.data.layouts import NO_PART, NOT_OPENED, recognise, recognise_test
+from bstriplet.data.notes import counted, first, on_screen
 from bstriplet.errors import UserError
-from bstriplet.files import NO_IMAGES, NOWHERE
-from bstriplet.layouts import NO_PART, NOT_OPENED, recognise, recognise_test
-from bstriplet.notes import counted, first, on_screen
 from PIL import Image
 
 GENERATOR = np.random.default_rng(0)
@@ -184,7 +185,7 @@ def test_what_cannot_be_opened_beside_the_data_is_named_and_no_error(
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    monkeypatch.setattr(files, "open", refuse, raising=False)
+    monkeypatch.setattr(image_files, "open", refuse, raising=False)
     assert recognise(str(tmp_path)).left_out_notes == (f"2 {NOT_OPENED}: labels.xlsx, locked",)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bstriplet import medmnist
 from bstriplet.config import TrainConfig
-from bstriplet.data import load_dataset, load_test_images, split_dataset
+from bstriplet.data import medmnist
+from bstriplet.data.dataset import load_dataset, load_test_images, split_dataset
 from bstriplet.errors import UserError
 from quick import snapshot
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bstriplet import evaluation
-from bstriplet.data import ImageSet
-from bstriplet.evaluation import MISTAKES_KEPT, mistakes_npz, predict_files
-from bstriplet.runs import RunFolder
+from bstriplet.data.dataset import ImageSet
+from bstriplet.training import evaluation
+from bstriplet.training.evaluation import MISTAKES_KEPT, mistakes_npz, predict_files
+from bstriplet.training.run_folder import RunFolder
 from PIL import Image
 from quick import MakeTree, Run, tiny_flags
 

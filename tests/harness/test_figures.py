@@ -11,7 +11,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from bstriplet import config, figures, results
+from bstriplet import config
+from bstriplet.report import figures
+from bstriplet.study import read_runs
 from digit_runs import write_comparison
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +28,7 @@ CASES = settings(derandomize=True, deadline=None, max_examples=60)
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
     folder = tmp_path_factory.mktemp("figures") / "compare"
-    return results.read(write_comparison(folder, SCHEMES, [0, 1]))
+    return read_runs.read_comparison(write_comparison(folder, SCHEMES, [0, 1]))
 
 
 def rows(picture):
@@ -72,7 +74,7 @@ def test_a_panel_is_drawn_the_same_way_twice_and_follows_dark_mode(comparison):
     root = ElementTree.fromstring(svg)
     texts = "".join(root.itertext())
     for scheme in comparison.schemes:
-        assert results.scheme_label(scheme) in texts
+        assert read_runs.scheme_label(scheme) in texts
         colour = figures.looks(comparison.schemes)[scheme].colour
         assert f"var(--c{colour[1:]}, {colour})" in svg
 
@@ -97,7 +99,7 @@ def test_no_two_schemes_of_a_network_look_alike_and_networks_share_their_looks()
 
 def test_curves_of_several_networks_are_drawn_in_a_panel_each(tmp_path):
     schemes = ["ce:random", "ce+bst:mined", "ce:random:backbone=peleenet"]
-    comparison = results.read(write_comparison(tmp_path / "compare", schemes, [0]))
+    comparison = read_runs.read_comparison(write_comparison(tmp_path / "compare", schemes, [0]))
     titles = [panel.title for panel in figures.roc_curves(comparison).panels]
     assert titles == ["mlp", "PeleeNet"]
     titles = [panel.title for panel in figures.calibration(comparison).panels]
@@ -112,7 +114,7 @@ def test_loss_curves_show_the_log(comparison):
     shown = rows(figures.loss_curves(comparison))
     assert len(shown) == sum(len(run.log) for run in comparison.runs)
     run = comparison.runs[-1]
-    label = results.scheme_label(run.scheme)
+    label = read_runs.scheme_label(run.scheme)
     mine = [row for row in shown if row["scheme"] == label and row["seed"] == run.seed]
     for row, epoch in zip(mine, run.log, strict=True):
         assert row["epoch"] == epoch["epoch"]
@@ -126,7 +128,7 @@ def test_confusion_matrices_are_sums_over_seeds(comparison):
         wanted = sum(
             np.array(run.metrics["confusion_matrix"]) for run in comparison.finished_of(scheme)
         )
-        mine = [row for row in shown if row["scheme"] == results.scheme_label(scheme)]
+        mine = [row for row in shown if row["scheme"] == read_runs.scheme_label(scheme)]
         counts = np.array([row["count"] for row in mine]).reshape(wanted.shape)
         shares = np.array([row["share_of_true"] for row in mine]).reshape(wanted.shape)
         assert (counts == wanted).all()
@@ -181,7 +183,7 @@ def predictions(draw):
     rng = np.random.default_rng(draw(st.integers(0, 10_000)))
     names = tuple(f"class {index}" for index in range(n_classes))
     files = tuple(map(str, range(n)))
-    return results.Predictions(labels, rng.dirichlet(np.ones(n_classes), n), names, files)
+    return read_runs.Predictions(labels, rng.dirichlet(np.ones(n_classes), n), names, files)
 
 
 @CASES
@@ -209,7 +211,7 @@ def test_calibration_pools_the_seeds(comparison):
     shown = rows(figures.calibration(comparison))
     for scheme in comparison.schemes:
         runs = comparison.finished_of(scheme)
-        mine = [row for row in shown if row["scheme"] == results.scheme_label(scheme)]
+        mine = [row for row in shown if row["scheme"] == read_runs.scheme_label(scheme)]
         images = sum(row["images"] for row in mine)
         assert images == sum(run.metrics["n_images"] for run in runs)
         right = sum(row["images"] * row["accuracy"] for row in mine)
@@ -255,7 +257,7 @@ def test_awkward_class_names_and_losses_are_drawn(tmp_path):
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for picture in figures.pictures(results.read(folder)):
+        for picture in figures.pictures(read_runs.read_comparison(folder)):
             picture.write(tmp_path)
             texts = [
                 "".join(ElementTree.fromstring(svg).itertext()) for svg in picture.panel_svgs()

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bstriplet import files
+from bstriplet.data import image_files
+from bstriplet.data.image_files import HIDDEN, NO_IMAGES, NOWHERE, REPEATED, SYSTEM, list_images
 from bstriplet.errors import UserError
-from bstriplet.files import HIDDEN, NO_IMAGES, NOWHERE, REPEATED, SYSTEM, list_images
 from PIL import Image, features
 
 
@@ -171,7 +171,7 @@ def test_a_folder_or_file_that_cannot_be_opened_is_an_error_that_names_it(
     def refuse_file(path: str, mode: str) -> object:
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(files, "open", refuse_file, raising=False)
+    monkeypatch.setattr(image_files, "open", refuse_file, raising=False)
     with pytest.raises(UserError, match=r"cannot open .*unknown: Permission denied"):
         list_images(tmp_path)
 

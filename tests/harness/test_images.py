@@ -12,9 +12,9 @@ import numpy as np
 import PIL
 import pytest
 from bstriplet.config import MAX_PIXELS
-from bstriplet.images import Picture, decode_image, read_all, read_image
-from bstriplet.pixels import TooLarge, Unreadable
-from bstriplet.raster import (
+from bstriplet.data.images import Picture, decode_image, read_all, read_image
+from bstriplet.data.pixels import TooLarge, Unreadable
+from bstriplet.data.raster import (
     MORE_CHANNELS,
     NO_METADATA,
     NOT_TURNED,

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from bstriplet.config import TrainConfig
-from bstriplet.data import Task, load_dataset, split_dataset
-from bstriplet.evaluation import embed, load_trained
-from bstriplet.learner import Learner, cosine_factor
-from bstriplet.runs import LAST, RunFolder, load_checkpoint
-from bstriplet.training import Step, Tally, train
+from bstriplet.data.dataset import Task, load_dataset, split_dataset
+from bstriplet.training.evaluation import embed, load_trained
+from bstriplet.training.learner import Learner, cosine_factor
+from bstriplet.training.loop import Step, Tally, train
+from bstriplet.training.run_folder import LAST_FILE, RunFolder, load_checkpoint
 from torch.optim import SGD, Adam, AdamW
 
 CPU = torch.device("cpu")
@@ -59,7 +59,7 @@ def test_averaged_weights_are_validated_and_kept(tiny: TrainConfig, tmp_path: Pa
     config = replace(tiny, ema=0.5, epochs=2)
     task, run = make_task(config), RunFolder(tmp_path / "run")
     train(config, task, run)
-    state = load_checkpoint(run.path / LAST)
+    state = load_checkpoint(run.path / LAST_FILE)
     trained = load_trained(run)
     best = state["history"][-1]["validation_loss"] <= state["history"][0]["validation_loss"]
     if best:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from bstriplet.backbones import Output
 from bstriplet.config import TrainConfig
-from bstriplet.data import load_dataset, split_dataset
+from bstriplet.data.dataset import load_dataset, split_dataset
 from bstriplet.errors import UserError
-from bstriplet.losses import TrainingLoss, check_loss
-from bstriplet.runs import LAST, RunFolder, load_checkpoint
-from bstriplet.training import train
+from bstriplet.models.classifier import Output
+from bstriplet.training.loop import train
+from bstriplet.training.losses import TrainingLoss, check_loss
+from bstriplet.training.run_folder import LAST_FILE, RunFolder, load_checkpoint
 from torch import Tensor
 from torch.nn import functional
 
@@ -131,8 +131,8 @@ def test_the_parameters_of_a_loss_are_trained_and_continued(
     config = replace(tiny, loss="ce+ArcFaceLoss", epochs=2)
     task = split_dataset(load_dataset(config.data, config.image_size), config)
     train(config, task, RunFolder(tmp_path / "two"))
-    two = load_checkpoint(tmp_path / "two" / LAST)
+    two = load_checkpoint(tmp_path / "two" / LAST_FILE)
     frozen = replace(config, lr=1e-12, epochs=1)
     train(frozen, task, RunFolder(tmp_path / "start"))
-    start = load_checkpoint(tmp_path / "start" / LAST)["learner"]["criterion"]
+    start = load_checkpoint(tmp_path / "start" / LAST_FILE)["learner"]["criterion"]
     assert not torch.equal(two["learner"]["criterion"]["metric.W"], start["metric.W"])

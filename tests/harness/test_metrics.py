@@ -8,7 +8,12 @@ import warnings
 
 import numpy as np
 import pytest
-from bstriplet.metrics import CONFIDENCE_BINS, classification_metrics, positive_class, reliability
+from bstriplet.training.metrics import (
+    CONFIDENCE_BINS,
+    classification_metrics,
+    positive_class,
+    reliability,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -12,10 +12,12 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from bstriplet import figures, report, results, summary
 from bstriplet.config import Scheme
 from bstriplet.errors import UserError
-from bstriplet.reproduce import Target, draw
+from bstriplet.report import figures
+from bstriplet.report import page as report
+from bstriplet.report.reproduce import Target, draw
+from bstriplet.study import read_runs, statistics
 from digit_runs import write_comparison, write_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,19 +46,19 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr(report, "pictures", lambda comparison: [])
 
 
-def comparison_of(accuracies: dict[Scheme, dict[int, float]]) -> results.Comparison:
+def comparison_of(accuracies: dict[Scheme, dict[int, float]]) -> read_runs.Comparison:
     """A comparison whose runs hold nothing but an accuracy."""
     seeds = sorted({seed for runs in accuracies.values() for seed in runs})
     runs = [
-        results.Run(None, scheme, seed, {}, {}, (), dict.fromkeys(summary.METRICS, value))
+        read_runs.Run(None, scheme, seed, {}, {}, (), dict.fromkeys(statistics.METRICS, value))
         for scheme, found in accuracies.items()
         for seed, value in sorted(found.items())
     ]
-    return results.Comparison(None, tuple(accuracies), tuple(seeds), tuple(runs))
+    return read_runs.Comparison(None, tuple(accuracies), tuple(seeds), tuple(runs))
 
 
 def paired(accuracies):
-    return [row.paired for row in summary.summarise_schemes(comparison_of(accuracies))]
+    return [row.paired for row in statistics.summarise_schemes(comparison_of(accuracies))]
 
 
 # -- the statistics
@@ -134,7 +136,7 @@ def test_seeds_that_only_one_scheme_has_make_no_pair():
 )
 def test_verdicts_are_plain(ours, words):
     comparison = comparison_of({CE: {0: 0.8, 1: 0.81, 2: 0.82}, BST: ours})
-    (sentence,) = summary.verdicts(comparison, summary.summarise_schemes(comparison))
+    (sentence,) = statistics.verdicts(comparison, statistics.summarise_schemes(comparison))
     assert words in sentence
 
 
@@ -144,7 +146,7 @@ def test_the_first_ce_scheme_is_the_baseline_wherever_it_stands():
     assert {comparison.baseline_of(scheme) for scheme in accuracies} == {CE_MINED}
     without = comparison_of({BST: {0: 0.9}, BST_MINED: {0: 0.9}})
     assert without.baseline_of(BST) is None
-    (sentence,) = summary.verdicts(without, summary.summarise_schemes(without))
+    (sentence,) = statistics.verdicts(without, statistics.summarise_schemes(without))
     assert "no baseline" in sentence
 
 
@@ -161,7 +163,7 @@ def test_the_baseline_is_the_cross_entropy_of_the_same_network():
     comparison = comparison_of({scheme: {0: 0.9} for scheme in schemes})
     assert [comparison.baseline_of(scheme) for scheme in schemes[1::2]] == schemes[::2]
     assert [comparison.baseline_of(scheme) for scheme in schemes[::2]] == schemes[::2]
-    tests = [row.paired for row in summary.summarise_schemes(comparison)]
+    tests = [row.paired for row in statistics.summarise_schemes(comparison)]
     assert [test is None for test in tests] == [True, False] * 3
 
 
@@ -176,15 +178,15 @@ def test_a_network_without_cross_entropy_of_its_own_is_compared_with_no_other():
     ]
     comparison = comparison_of({scheme: {0: 0.9, 1: 0.8} for scheme in schemes})
     comparison = replace(comparison, shared={"backbone": "shufflenet_v2"})
-    summaries = summary.summarise_schemes(comparison)
+    summaries = statistics.summarise_schemes(comparison)
     wanted = [None, None, None, schemes[0], schemes[1]]
     assert [row.baseline for row in summaries] == wanted
     assert [row.paired is None for row in summaries] == [scheme is None for scheme in wanted]
-    nothing, first, second = summary.verdicts(comparison, summaries)
+    nothing, first, second = statistics.verdicts(comparison, summaries)
     assert nothing.startswith("CE+BST (DM), PeleeNet is compared with nothing")
     assert "not told apart from CE (RS), EfficientNet-B1, lr 0.01" in first
     assert "not told apart from CE (RS): " in second
-    found = list(csv.DictReader(summary.schemes_csv(summaries).splitlines()))
+    found = list(csv.DictReader(statistics.schemes_csv(summaries).splitlines()))
     named = ["", "", "", "CE (RS), EfficientNet-B1, lr 0.01", "CE (RS)"]
     assert [row["baseline"] for row in found] == named
 
@@ -199,7 +201,7 @@ def test_each_of_two_networks_is_judged_by_its_own_cross_entropy_everywhere(tmp_
         path = folder / "runs" / "ce-random-backbone-shufflenet_v2" / f"seed-{seed}"
         metrics = json.loads((path / "metrics.json").read_text())
         (path / "metrics.json").write_text(json.dumps(metrics | {"accuracy": accuracy}))
-    comparison = results.read(folder)
+    comparison = read_runs.read_comparison(folder)
     ours = {
         name: np.mean(
             [
@@ -214,10 +216,10 @@ def test_each_of_two_networks_is_judged_by_its_own_cross_entropy_everywhere(tmp_
         for name in networks
     }
     assert abs(ours["peleenet"] - ours["shufflenet_v2"]) > 0.2
-    text = " ".join(report.summarise(folder).split())
-    page = report.build(folder).read_text()
+    text = " ".join(report.write_summary(folder).split())
+    page = report.write_report(folder).read_text()
     for name, label in zip(networks, ("PeleeNet", "ShuffleNet-V2"), strict=True):
-        said = summary.points(ours[name])
+        said = statistics.points(ours[name])
         assert f"CE (RS), {label}: {said} points" in text
         assert said in page
     with (folder / "summary_by_scheme.csv").open() as file:
@@ -232,18 +234,18 @@ def test_each_of_two_networks_is_judged_by_its_own_cross_entropy_everywhere(tmp_
 @pytest.mark.parametrize("n", [2, 5, 10])
 def test_the_detectable_difference_is_found_as_often_as_it_says(n):
     sd = 0.013
-    shift = summary.detectable_difference(sd, n)
+    shift = statistics.detectable_difference(sd, n)
     samples = np.random.default_rng(n).normal(shift, sd, (5_000, n))
     found = stats.ttest_1samp(samples, 0, axis=1).pvalue < 0.05
     assert found.mean() == pytest.approx(0.8, abs=0.025)
-    assert summary.detectable_difference(2 * sd, n) == pytest.approx(2 * shift)
+    assert statistics.detectable_difference(2 * sd, n) == pytest.approx(2 * shift)
 
 
 # -- summarise
 
 
 def test_the_table_and_its_files_hold_mean_and_sd_of_the_runs(compare_folder):
-    text = report.summarise(compare_folder)
+    text = report.write_summary(compare_folder)
     metrics = [
         json.loads(path.read_text())
         for path in sorted(compare_folder.glob("runs/ce-random/*/metrics.json"))
@@ -277,10 +279,10 @@ def test_the_table_and_its_files_hold_mean_and_sd_of_the_runs(compare_folder):
 def test_missing_and_unfinished_runs_are_said(compare_folder):
     shutil.rmtree(compare_folder / "runs" / "ce-random" / "seed-1")
     (compare_folder / "runs" / "ce-bst-mined" / "seed-2" / "metrics.json").unlink()
-    text = report.summarise(compare_folder)
+    text = report.write_summary(compare_folder)
     assert "CE (RS), seed 1: not started" in text
     assert "CE+BST (DM), seed 2: not finished, 10 epochs so far" in text
-    page = report.build(compare_folder).read_text()
+    page = report.write_report(compare_folder).read_text()
     assert "CE (RS), seed 1: not started" in page
     assert "4 of 6 runs finished" in page
 
@@ -288,24 +290,24 @@ def test_missing_and_unfinished_runs_are_said(compare_folder):
 def test_a_comparison_that_has_just_begun_has_a_summary_and_a_report(tmp_path):
     asked = {"schemes": ["ce:random", "ce+bst:mined"], "seeds": [0]}
     (tmp_path / "compare.json").write_text(json.dumps(asked))
-    text = report.summarise(tmp_path)
+    text = report.write_summary(tmp_path)
     assert "No run has finished yet." in text
     assert "CE (RS), seed 0: not started" in text
-    assert "No run has finished yet." in report.build(tmp_path).read_text()
+    assert "No run has finished yet." in report.write_report(tmp_path).read_text()
 
 
 def test_runs_are_known_by_their_configuration_not_by_their_folder(compare_folder):
-    before = report.summarise(compare_folder)
+    before = report.write_summary(compare_folder)
     (compare_folder / "runs" / "ce-random").rename(compare_folder / "runs" / "another name")
-    assert report.summarise(compare_folder) == before
+    assert report.write_summary(compare_folder) == before
 
 
 def test_a_log_cut_in_the_middle_of_a_line_is_read_up_to_there(compare_folder):
     run = compare_folder / "runs" / "ce-random" / "seed-0"
-    whole = len(results.read(run).runs[0].log)
+    whole = len(read_runs.read_comparison(run).runs[0].log)
     text = (run / "log.jsonl").read_text()
     (run / "log.jsonl").write_text(text[:-20])
-    assert len(results.read(run).runs[0].log) == whole - 1
+    assert len(read_runs.read_comparison(run).runs[0].log) == whole - 1
 
 
 @pytest.mark.parametrize(
@@ -330,7 +332,7 @@ def test_a_log_cut_in_the_middle_of_a_line_is_read_up_to_there(compare_folder):
 def test_a_damaged_file_is_named(compare_folder, name, content, words):
     (compare_folder / "runs" / "ce-random" / "seed-0" / name).write_text(content)
     with pytest.raises(UserError, match=words):
-        report.build(compare_folder)
+        report.write_report(compare_folder)
 
 
 @pytest.mark.parametrize("name", ["predictions.csv", "embeddings.npz", "mistakes.npz"])
@@ -340,19 +342,19 @@ def test_a_file_that_was_cut_is_named(compare_folder, name):
     # predictions.csv ends with a whole row then, so that only the rows' number tells
     path.write_bytes(content[: content.rindex(b"\n", 0, len(content) // 2) + 1])
     with pytest.raises(UserError, match=f"{name} cannot be used"):
-        report.build(compare_folder)
+        report.write_report(compare_folder)
 
 
 def test_a_folder_of_neither_kind_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"neither a run folder .* nor a compare folder"):
-        report.build(tmp_path)
+        report.write_report(tmp_path)
 
 
 def test_two_folders_of_one_scheme_and_seed_are_refused(compare_folder):
     runs = compare_folder / "runs" / "ce-random"
     shutil.copytree(runs / "seed-0", runs / "copy of seed-0")
     with pytest.raises(UserError, match="hold the same scheme and seed"):
-        report.summarise(compare_folder)
+        report.write_summary(compare_folder)
 
 
 def test_metrics_of_an_older_version_are_completed_from_predictions(compare_folder):
@@ -363,7 +365,7 @@ def test_metrics_of_an_older_version_are_completed_from_predictions(compare_fold
         {name: value for name, value in row.items() if name != "f1"} for row in whole["per_class"]
     ]
     path.write_text(json.dumps(older))
-    assert results.read(compare_folder).runs[0].metrics == whole
+    assert read_runs.read_comparison(compare_folder).runs[0].metrics == whole
 
 
 # -- report.html
@@ -396,7 +398,7 @@ class Page(HTMLParser):
 
 
 def test_the_report_stands_alone_and_holds_every_part(compare_folder):
-    path = report.build(compare_folder)
+    path = report.write_report(compare_folder)
     assert path == compare_folder / "report.html"
     page = Page(path.read_text())
     assert page.open == []
@@ -421,13 +423,13 @@ def test_the_report_stands_alone_and_holds_every_part(compare_folder):
     ):
         assert words in text
     names = {file.name for file in (compare_folder / "figures").iterdir()}
-    for picture in figures.pictures(results.read(compare_folder)):
+    for picture in figures.pictures(read_runs.read_comparison(compare_folder)):
         assert {f"{picture.name}.png", f"{picture.name}.svg", f"{picture.name}.csv"} <= names
 
 
 def test_a_single_run_has_a_report(finished, tmp_path):
     run = shutil.copytree(finished / "runs" / "ce-bst-mined" / "seed-1", tmp_path / "run")
-    page = Page(report.build(run).read_text())
+    page = Page(report.write_report(run).read_text())
     text = " ".join(" ".join(page.texts).split())
     assert "CE+BST (DM), seed 1" in text
     assert f"{100 * json.loads((run / 'metrics.json').read_text())['accuracy']:.2f}" in text
@@ -439,9 +441,9 @@ def test_a_single_run_has_a_report(finished, tmp_path):
 def test_a_report_is_replaced_whole_and_leaves_no_other_file(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "pictures", lambda shown: [figures.confusion_matrices(shown)])
     run = write_run(tmp_path / "run", CE, 0)
-    first = report.build(run).read_bytes()
+    first = report.write_report(run).read_bytes()
     files = sorted(run.rglob("*"))
-    assert report.build(run).read_bytes() == first
+    assert report.write_report(run).read_bytes() == first
     assert sorted(run.rglob("*")) == files
 
 
@@ -452,7 +454,7 @@ def test_text_from_outside_is_escaped(tmp_path, monkeypatch):
     config = json.loads((run / "config.json").read_text())
     config["data"] = "<b>bold</b>"
     (run / "config.json").write_text(json.dumps(config))
-    page = Page(report.build(run).read_text())
+    page = Page(report.write_report(run).read_text())
     assert "script" not in page.tags
     text = "".join(page.texts)
     assert names[0] in text
@@ -469,7 +471,7 @@ def test_names_that_no_page_can_hold_are_shown_as_escapes(tmp_path, monkeypatch)
     (run / "config.json").write_text(json.dumps(config | {"data": "/images\udcff"}))
     with rc_context({"text.usetex": True}), warnings.catch_warnings():
         warnings.simplefilter("error")
-        page = Page(report.build(run).read_text(encoding="utf-8"))
+        page = Page(report.write_report(run).read_text(encoding="utf-8"))
     text = " ".join(page.texts)
     for words in ("肺炎", r"norm\xe9", r"bell\x07", r"/images\xff"):
         assert words in text
@@ -487,17 +489,19 @@ def test_classes_of_runs_on_other_data_are_told_apart_by_name(tmp_path):
     (folder / "compare.json").write_text(
         json.dumps(asked | {"schemes": ["ce:random", str(other)], "config": {"data": "digits"}})
     )
-    groups = {found["name"]: found for found in report._per_class(results.read(folder))}
+    groups = {
+        found["name"]: found for found in report._per_class(read_runs.read_comparison(folder))
+    }
     assert list(groups) == ["a", "b", "c", "z"]
     assert [len(found["rows"]) for found in groups.values()] == [2, 2, 1, 1]
     last = json.loads((run / "metrics.json").read_text())["per_class"][2]
-    first, _ = results.read(folder).finished
+    first, _ = read_runs.read_comparison(folder).finished
     counts = sorted((first.metrics["per_class"][0]["support"], last["support"]))
     assert counts[0] < counts[1]
     assert groups["a"]["support"] == f"{counts[0]}-{counts[1]}"
     assert groups["c"]["support"] == str(first.metrics["per_class"][2]["support"])
     assert groups["a"]["rows"][1]["cells"][0] == f"{100 * last['precision']:.2f}"
-    assert report._images(results.read(folder))["classes"] == ["a", "b", "c", "z"]
+    assert report._images(read_runs.read_comparison(folder))["classes"] == ["a", "b", "c", "z"]
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -505,26 +509,26 @@ def test_classes_of_runs_on_other_data_are_told_apart_by_name(tmp_path):
 def test_a_run_that_does_not_say_where_it_ran_is_reported(compare_folder, content):
     for path in compare_folder.glob("runs/*/*/environment.json"):
         path.unlink() if content is None else path.write_text(content)
-    assert report.build(compare_folder).exists()
+    assert report.write_report(compare_folder).exists()
 
 
 @pytest.mark.usefixtures("no_pictures")
 def test_runs_that_kept_no_mistakes_are_reported_without_them(compare_folder):
     for path in compare_folder.glob("runs/*/*/mistakes.npz"):
         path.unlink()
-    assert "no sheet of mistakes" in report.build(compare_folder).read_text()
+    assert "no sheet of mistakes" in report.write_report(compare_folder).read_text()
 
 
 @pytest.mark.usefixtures("no_pictures")
 def test_validation_on_test_images_is_held_against_the_numbers(tmp_path):
     run = write_run(tmp_path / "run", CE, 0)
-    assert "too good" not in report.build(run).read_text()
+    assert "too good" not in report.write_report(run).read_text()
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"validation": "test"}))
-    assert "too good" in report.build(run).read_text()
+    assert "too good" in report.write_report(run).read_text()
 
 
 def test_a_place_that_cannot_be_written_is_named(compare_folder):
     (compare_folder / "figures").write_text("a file where a folder should be")
     with pytest.raises(UserError, match="figures"):
-        report.build(compare_folder)
+        report.write_report(compare_folder)

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bstriplet import paper, report, reproduce
+from bstriplet import paper
 from bstriplet.config import Scheme, TrainConfig
 from bstriplet.errors import UserError
+from bstriplet.report import page as report
+from bstriplet.report import reproduce
 from digit_runs import write_comparison, write_run
 from quick import TINY, Run, snapshot, tiny_flags
 from scipy import stats
@@ -227,7 +229,7 @@ def test_an_output_folder_that_cannot_be_made_is_named(finished, tmp_path):
 def test_a_command_that_no_page_can_hold_is_shown_with_escapes(finished, tmp_path):
     targets = reproduce.targets_named(["table3"], {})
     drawn = reproduce.draw_targets(targets, None, [finished], tmp_path)
-    page = report.build_reproduction(drawn, "bstriplet --out norm\udce9", tmp_path)
+    page = report.write_reproduction(drawn, "bstriplet --out norm\udce9", tmp_path)
     assert r"--out norm\xe9" in page.read_text(encoding="utf-8")
 
 

@@ -19,12 +19,12 @@ from typing import Any
 
 import pytest
 import torch
-from bstriplet import runs, training
 from bstriplet.config import TrainConfig
-from bstriplet.data import Task, load_dataset, split_dataset
+from bstriplet.data.dataset import Task, load_dataset, split_dataset
 from bstriplet.errors import UserError
-from bstriplet.runs import RunFolder, load_checkpoint
-from bstriplet.training import train
+from bstriplet.training import loop, run_folder
+from bstriplet.training.loop import train
+from bstriplet.training.run_folder import RunFolder, load_checkpoint
 from full_disk import NO_DISK
 from quick import Run, snapshot, tiny_flags
 
@@ -55,16 +55,23 @@ def contents(folder: Path) -> dict[str, Any]:
         ]
 
     files = snapshot(folder)
-    for name in (runs.LOG, runs.LAST, runs.BEST, runs.LOCK):
+    for name in (
+        run_folder.LOG_FILE,
+        run_folder.LAST_FILE,
+        run_folder.BEST_FILE,
+        run_folder.LOCK_FILE,
+    ):
         files.pop(name, None)
     log = read_log(RunFolder(folder))
-    last, best = (load_checkpoint(folder / name) for name in (runs.LAST, runs.BEST))
+    last, best = (
+        load_checkpoint(folder / name) for name in (run_folder.LAST_FILE, run_folder.BEST_FILE)
+    )
     last["history"] = untimed(last["history"])
     return {"files": files, "log": untimed(log), "last": flat(last), "best": flat(best)}
 
 
 def read_log(run: RunFolder) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run.path / runs.LOG).read_text().splitlines()]
+    return [json.loads(line) for line in (run.path / run_folder.LOG_FILE).read_text().splitlines()]
 
 
 def flat(value: Any) -> Any:
@@ -88,7 +95,7 @@ def test_a_kill_before_any_write_loses_nothing(
     """Kill the run before its 1st, 2nd, ... file is put in place; continue; compare."""
     config = replace(tiny, **MINED, epochs=2)
     task = split_dataset(load_dataset(config.data, config.image_size), config)
-    monkeypatch.setattr(training, "CHECKPOINT_SHARE", float("inf"))  # a checkpoint an epoch
+    monkeypatch.setattr(loop, "CHECKPOINT_SHARE", float("inf"))  # a checkpoint an epoch
     replace_file = os.replace
     writes = 0
     kill_at = 0
@@ -122,7 +129,7 @@ def test_every_recipe_continues_to_the_same_bits(
 ) -> None:
     config = replace(tiny, **RECIPES[recipe], epochs=4)
     task = split_dataset(load_dataset(config.data, config.image_size), config)
-    monkeypatch.setattr(training, "CHECKPOINT_SHARE", float("inf"))  # a checkpoint an epoch
+    monkeypatch.setattr(loop, "CHECKPOINT_SHARE", float("inf"))  # a checkpoint an epoch
     whole, cut = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "cut")
     train(config, task, whole)
     append_log, stop_at = RunFolder.append_log, 2
@@ -158,7 +165,7 @@ class Background:
     def process(self) -> Iterator[BaseProcess]:
         """A process that trains the run, killed at the end."""
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["bstriplet.training"])
+        context.set_forkserver_preload(["bstriplet.training.loop"])
         process = context.Process(target=train, args=(self.config, self.task, self.run))
         process.start()
         try:
@@ -169,7 +176,7 @@ class Background:
 
     def wait_for_epoch(self, epoch: int, process: BaseProcess) -> None:
         """Wait until the log has this epoch, or the process has ended."""
-        while process.is_alive() and lines_in(self.run.path / runs.LOG) < epoch:
+        while process.is_alive() and lines_in(self.run.path / run_folder.LOG_FILE) < epoch:
             time.sleep(0.002)
 
 
@@ -191,9 +198,9 @@ def background(
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
     for name in (".last.pt.k3x8", ".metrics.json.9", ".mine.txt", "last.pt"):
         (tmp_path / name).write_text("half")
-    with runs.locked_folder(tmp_path):
+    with run_folder.locked_folder(tmp_path):
         left = {path.name for path in tmp_path.iterdir()}
-    assert left - {runs.LOCK} == {".mine.txt", "last.pt"}
+    assert left - {run_folder.LOCK_FILE} == {".mine.txt", "last.pt"}
 
 
 def test_kill_9_at_20_random_moments_loses_nothing(
@@ -271,7 +278,9 @@ def test_a_stopped_run_says_how_to_continue_and_continues(
         if name == "config.json":
             (out / name).write_text(json.dumps(shorter))
         else:
-            runs.save_checkpoint(out / name, load_checkpoint(out / name) | {"config": shorter})
+            run_folder.save_checkpoint(
+                out / name, load_checkpoint(out / name) | {"config": shorter}
+            )
     outcome = bstriplet("train", "--resume", "--out", out)
     assert outcome.status == 0
     assert len((out / "log.jsonl").read_text().splitlines()) == done + 1
@@ -309,7 +318,7 @@ def test_a_failed_write_is_one_clear_line_and_the_run_continues(
     assert outcome.status == 2
     assert re.fullmatch(r"bstriplet: cannot write .*: No space left on device; .*\n", outcome.err)
     assert not [path for path in out.iterdir() if path.name.startswith(".") and
-                path.name != runs.LOCK]  # fmt: skip
+                path.name != run_folder.LOCK_FILE]  # fmt: skip
     assert bstriplet("train", *tiny_flags(epochs=1), "--out", out, "--resume").status == 0
 
 
@@ -322,7 +331,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_continues(
     whole = RunFolder(tmp_path / "whole")
     train(config, task, whole)
     (tmp_path / "disk").mkdir()
-    checkpoint = (whole.path / runs.LAST).stat().st_size
+    checkpoint = (whole.path / run_folder.LAST_FILE).stat().st_size
     done = subprocess.run(
         [
             *("unshare", "--user", "--map-root-user", "--mount", sys.executable),

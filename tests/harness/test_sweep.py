@@ -5,10 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
-from bstriplet import figures, results
 from bstriplet.config import Scheme
 from bstriplet.errors import UserError
-from bstriplet.sweep import sweep_schemes, write_tables
+from bstriplet.report import figures
+from bstriplet.study.read_runs import read_comparison
+from bstriplet.study.sweep import sweep_schemes, write_tables
 from digit_runs import write_comparison
 from quick import Run, tiny_flags
 
@@ -69,7 +70,7 @@ def test_bad_grids(tmp_path: Path, bstriplet: Run, flags: list[str], words: list
 def test_table_and_figure_hold_the_means(tmp_path: Path) -> None:
     schemes = [str(s) for s in sweep_schemes("ce+bst", "mined", [0.0, 0.5, 1.0], [0.5, 0.9])]
     folder = write_comparison(tmp_path / "sweep", schemes, [0, 1])
-    comparison = results.read(folder)
+    comparison = read_comparison(folder)
     assert len(comparison.finished) == 10
     table = write_tables(folder).splitlines()
     assert table[0] == "| ACC (%) | m = 0.5 | m = 0.9 |"
@@ -92,14 +93,14 @@ def test_a_sweep_of_m_alone_has_its_table_and_figure(tmp_path: Path) -> None:
     table = write_tables(folder).splitlines()
     assert table[0] == "| ACC (%) | m = 0.5 | m = 0.9 |"
     assert table[2].startswith("| λ = 1 |")
-    picture = figures.sweep(results.read(folder))
+    picture = figures.sweep(read_comparison(folder))
     assert [panel.title for panel in picture.panels] == ["Accuracy by λ"]
     picture.write(tmp_path)
 
 
 def test_other_comparisons_have_no_such_figure(tmp_path: Path) -> None:
     folder = write_comparison(tmp_path / "compare", ["ce:random", "ce+bst:mined"], [0])
-    assert not figures.sweep(results.read(folder)).panels
+    assert not figures.sweep(read_comparison(folder)).panels
 
 
 def test_a_loss_without_a_weight_is_no_sweep() -> None:

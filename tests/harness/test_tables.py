@@ -9,10 +9,10 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from bstriplet import names
+from bstriplet import text
+from bstriplet.data.layouts import Listing, recognise
+from bstriplet.data.tables import read_table
 from bstriplet.errors import UserError
-from bstriplet.layouts import Listing, recognise
-from bstriplet.tables import read_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -189,8 +189,8 @@ def test_a_path_is_found_in_another_spelling(tmp_path: Path, written: str, lies:
 
 
 def test_half_a_pair_which_windows_allows_in_names_is_written_and_shown() -> None:
-    assert names.encode("a\ud83d") == b"a\xed\xa0\xbd"
-    assert names.printable("a\ud83d") == r"a\xed\xa0\xbd"
+    assert text.encode("a\ud83d") == b"a\xed\xa0\xbd"
+    assert text.printable("a\ud83d") == r"a\xed\xa0\xbd"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, names are Unicode in any locale")
@@ -198,7 +198,7 @@ def test_names_are_the_same_in_a_locale_that_cannot_hold_them(tmp_path: Path) ->
     here = listed(read(tmp_path, "path,label\né/肺.png,é\nx.png,b\n", "é/肺.png"))
     code = """
 import sys
-from bstriplet.layouts import recognise
+from bstriplet.data.layouts import recognise
 assert sys.getfilesystemencoding() == "ascii"
 listing = recognise(sys.argv[1])
 assert listing.entries[0].path.is_file()

@@ -12,18 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bstriplet import mining, training
-from bstriplet.backbones import Classifier, Output
-from bstriplet.batches import Feed, RandomBatchSampler, make_sampler
+from bstriplet import mining
 from bstriplet.config import BATCHES, LOSSES, TrainConfig
-from bstriplet.data import ImageSet, Task, load_dataset, split_dataset
+from bstriplet.data.dataset import ImageSet, Task, load_dataset, split_dataset
 from bstriplet.errors import UserError
-from bstriplet.evaluation import embed, load_trained
-from bstriplet.learner import grey_level_statistics
-from bstriplet.losses import LossTerms
-from bstriplet.metrics import classification_metrics
-from bstriplet.runs import LAST, RunFolder, load_checkpoint
-from bstriplet.training import check_models, epochs_without_improvement, train
+from bstriplet.models.classifier import Classifier, Output
+from bstriplet.training import loop
+from bstriplet.training.batches import Feed, RandomBatchSampler, make_sampler
+from bstriplet.training.evaluation import embed, load_trained
+from bstriplet.training.learner import grey_level_statistics
+from bstriplet.training.loop import check_models, epochs_without_improvement, train
+from bstriplet.training.losses import LossTerms
+from bstriplet.training.metrics import classification_metrics
+from bstriplet.training.run_folder import LAST_FILE, RunFolder, load_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning.losses import GeneralizedLiftedStructureLoss
@@ -212,7 +213,7 @@ def test_schemes_start_from_the_same_weights_and_split(tiny: TrainConfig, tmp_pa
             config = replace(tiny, loss=loss, batches=batches, epochs=1, lr=1e-12, lr_floor=0.0)
             run = RunFolder(tmp_path / f"{loss}{batches}")
             train(config, make_task(config), run)
-            state = load_checkpoint(run.path / LAST)["learner"]["model"]
+            state = load_checkpoint(run.path / LAST_FILE)["learner"]["model"]
             weights.append([v for k, v in state.items() if k.endswith(("weight", "bias"))])
             data.append(json.loads((run.path / "environment.json").read_text())["data"])
     for other in weights[1:]:
@@ -226,7 +227,7 @@ def test_seeds_start_from_different_weights(tiny: TrainConfig, tmp_path: Path) -
     for seed in range(2):
         config = replace(tiny, epochs=1, lr=1e-12, seed=seed)
         train(config, make_task(config), RunFolder(tmp_path / str(seed)))
-        states.append(load_checkpoint(tmp_path / str(seed) / LAST)["learner"]["model"])
+        states.append(load_checkpoint(tmp_path / str(seed) / LAST_FILE)["learner"]["model"])
     name = next(name for name in states[0] if name.endswith("weight") and states[0][name].ndim == 4)
     assert not torch.equal(states[0][name], states[1][name])
 
@@ -338,7 +339,7 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(
         output, labels = embed(model, images, device)
         return Output(output.logits.log(), output.embeddings), labels
 
-    monkeypatch.setattr(training, "embed", spoilt)
+    monkeypatch.setattr(loop, "embed", spoilt)
     run = RunFolder(tmp_path / "run")
     with pytest.raises(UserError, match="validation_loss became nan in epoch 1 "):
         train(tiny, make_task(tiny), run)
@@ -347,7 +348,7 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(
 
 def test_only_the_first_bad_batch_counts(tiny: TrainConfig) -> None:
     task = make_task(tiny)
-    tally = training.Tally(tiny, task, torch.device("cpu"))
+    tally = loop.Tally(tiny, task, torch.device("cpu"))
     finite = LossTerms(torch.tensor(1.0), torch.tensor(0.5), torch.tensor(0.5))
     bad = LossTerms(torch.tensor(math.inf), torch.tensor(0.5), torch.tensor(math.inf))
     for _ in range(2):

@@ -1,0 +1,1 @@
+"""Pages and figures from what runs have left on disk."""

@@ -1,0 +1,1 @@
+"""Many runs: planned, read back, summarised, tested."""

@@ -1,0 +1,145 @@
+"""Schemes x seeds: the runs of a comparison, one after the other.
+
+A scheme may set any field of the configuration, so that the grid of a sweep and the networks of
+Table 6 are comparisons too: :class:`ComparisonPlan` lists them, :func:`compare` runs what is
+missing.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bstriplet.config import Scheme, TrainConfig, fields_of
+from bstriplet.data.dataset import Dataset, Task, load_for, split_dataset
+from bstriplet.data.notes import on_screen
+from bstriplet.errors import UserError
+from bstriplet.storage import read_json, write_json
+from bstriplet.study.read_runs import COMPARE, scheme_label
+from bstriplet.training.loop import check_models, train
+from bstriplet.training.run_folder import RunFolder, locked_folder
+
+# The fields that scheme and seed decide in every run.
+VARIED = ("loss", "batches", "seed")
+
+
+@dataclass(frozen=True)
+class ComparisonPlan:
+    """What a comparison runs: each scheme with each seed, all else as in ``config``."""
+
+    config: TrainConfig
+    schemes: tuple[Scheme, ...]
+    seeds: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for name, values in (
+            ("schemes", [scheme.slug for scheme in self.schemes]),
+            ("seeds", [str(seed) for seed in self.seeds]),
+        ):
+            if twice := [value for value in values if values.count(value) > 1]:
+                raise UserError(f"--{name}: {twice[0]} is given twice; give each once")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as a dict that JSON can hold."""
+        return {
+            "schemes": [str(scheme) for scheme in self.schemes],
+            "seeds": list(self.seeds),
+            "config": {k: v for k, v in self.config.to_dict().items() if k not in VARIED},
+        }
+
+    def runs(self) -> list[tuple[Scheme, TrainConfig]]:
+        """Return the runs, seed by seed, so that a cut comparison has whole pairs."""
+        return [
+            (scheme, replace(self.config, **scheme.fields, seed=seed))
+            for seed in self.seeds
+            for scheme in self.schemes
+        ]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ComparisonPlan":
+        """Return the plan saved by :meth:`to_dict`."""
+        return cls(
+            config=TrainConfig.from_dict(values["config"]),
+            schemes=tuple(Scheme.parse(text) for text in values["schemes"]),
+            seeds=tuple(values["seeds"]),
+        )
+
+
+class PreparedRun(NamedTuple):
+    """A run that can start: its scheme, its configuration and its images."""
+
+    scheme: Scheme
+    config: TrainConfig
+    task: Task
+
+
+def run_folder(compare_folder: Path, scheme: Scheme, seed: int) -> Path:
+    """Return where a comparison keeps one of its runs."""
+    return compare_folder / "runs" / scheme.slug / f"seed-{seed}"
+
+
+def started(folder: Path) -> bool:
+    """Whether ``folder`` holds a comparison that can be continued."""
+    return os.path.exists(folder / COMPARE)
+
+
+def read_plan(folder: Path) -> ComparisonPlan:
+    """Return the plan of a started comparison."""
+    try:
+        return ComparisonPlan.from_dict(read_json(folder / COMPARE))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / COMPARE} is no plan of a comparison; restore it") from error
+
+
+def compare(plan: ComparisonPlan, folder: Path, say: Callable[[str], None]) -> None:
+    """Run what ``plan`` lists and ``folder`` does not have yet; ``say`` is told of each run."""
+    runs = prepare(plan, say)
+    with locked_folder(folder):
+        if not started(folder):
+            write_json(folder / COMPARE, plan.to_dict())
+        train_missing(runs, folder, say)
+
+
+def prepare(plan: ComparisonPlan, say: Callable[[str], None]) -> list[PreparedRun]:
+    """Return the runs of ``plan`` with their images; whatever is wrong with them is found here.
+
+    Images are read once for all runs. One seed gives all schemes the same split, the same initial
+    weights and, for the same kind of batches, the same batches: schemes are compared in pairs.
+    """
+    runs = plan.runs()
+    for scheme in plan.schemes:
+        check_models(replace(plan.config, **scheme.fields))
+    tasks = Tasks()
+    prepared = [PreparedRun(scheme, config, tasks.of(config)) for scheme, config in runs]
+    for note in dict.fromkeys(note for run in prepared for note in run.task.notes):
+        say(f"note: {on_screen(note)}")
+    return prepared
+
+
+def train_missing(runs: Sequence[PreparedRun], folder: Path, say: Callable[[str], None]) -> None:
+    """Train those runs that ``folder``, which is locked, does not have yet."""
+    for number, (scheme, config, task) in enumerate(runs, start=1):
+        metrics = train(config, task, RunFolder(run_folder(folder, scheme, config.seed)))
+        say(
+            f"[{number}/{len(runs)}] {scheme_label(scheme)}, seed {config.seed}: test accuracy "
+            f"{metrics['accuracy']:.2%} (epoch {metrics['best_epoch']} of {metrics['epochs']})"
+        )
+
+
+class Tasks:
+    """The images of each run: read once, and split once for all runs that share them."""
+
+    def __init__(self) -> None:
+        self._datasets: dict[tuple[Any, ...], Dataset] = {}
+        self._tasks: dict[tuple[Any, ...], Task] = {}
+
+    def of(self, config: TrainConfig) -> Task:
+        """Return training, validation and test images of a run."""
+        read = (config.data, config.image_size, config.skip_broken, config.max_pixels)
+        if read not in self._datasets:
+            self._datasets[read] = load_for(config)
+        split = tuple(getattr(config, name) for name in (*fields_of("data"), "seed"))
+        if split not in self._tasks:
+            self._tasks[split] = split_dataset(self._datasets[read], config)
+        return self._tasks[split]

@@ -1,0 +1,27 @@
+"""The comparison of ``make demo``: few images a class, the setting that the paper is about."""
+
+from bstriplet.config import DIGITS, Scheme, TrainConfig
+from bstriplet.study.compare import ComparisonPlan
+
+SCHEMES = (Scheme("ce", "random"), Scheme("ce+bst", "mined"))
+SEEDS = (0, 1, 2, 3, 4)
+
+
+def demo_plan(data: str) -> ComparisonPlan:
+    """Return a comparison on ``data`` ("digits" or a folder) that takes minutes on two cores.
+
+    20 images a class train and validate. There is no early stop: with a few steps an epoch, the
+    running statistics of batch normalisation lag so far behind that the first validation losses
+    say little. Digits test on half of the set, 900 images; a folder on its own test images. Two
+    classes make an epoch of one step, hence the more epochs for a folder.
+    """
+    epochs = 40 if data == DIGITS else 80
+    config = TrainConfig(
+        data=data,
+        image_size=64,
+        train_per_class=20,
+        test_fraction=0.5,
+        epochs=epochs,
+        stop_patience=epochs,
+    )
+    return ComparisonPlan(config, SCHEMES, SEEDS)

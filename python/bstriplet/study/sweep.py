@@ -1,0 +1,92 @@
+"""Grids over λ and m: a comparison whose schemes differ in ``metric_weight`` and ``margin``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from bstriplet.config import Scheme
+from bstriplet.errors import UserError
+from bstriplet.storage import write_text
+from bstriplet.study.read_runs import Comparison, read_comparison
+from bstriplet.study.statistics import Spread, percent, spread, to_csv
+
+HEADER = ("metric_weight", "margin", "seeds", "accuracy_mean", "accuracy_sd")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Test accuracy over the seeds of one λ (``weight``) and one m; None where none is varied."""
+
+    weight: float
+    margin: float | None
+    accuracy: Spread
+
+    @property
+    def row(self) -> tuple[float | None, ...]:
+        """The cell as a row below ``HEADER``."""
+        return (self.weight, self.margin, self.accuracy.n, self.accuracy.mean, self.accuracy.sd)
+
+
+def sweep_schemes(
+    loss: str, batches: str, weights: Sequence[float], margins: Sequence[float]
+) -> tuple[Scheme, ...]:
+    """Return the grid of ``weights`` x ``margins``; a weight of 0 is plain cross entropy, once.
+
+    It is then the baseline that all others are tested against.
+    """
+    if margins and loss != "ce+bst":
+        raise UserError(f"--margins: the margin is that of ce+bst, not of {loss}; leave it out")
+    if loss == "ce":
+        raise UserError("--loss: ce has nothing to weigh; give a loss such as ce+bst")
+    grid = product([w for w in weights if w], margins or (None,))
+    settings = [
+        (("metric_weight", w), *((("margin", m),) if m is not None else ())) for w, m in grid
+    ]
+    baseline = (Scheme("ce", batches),) if 0 in weights else ()
+    return (*baseline, *(Scheme(loss, batches, varied) for varied in settings))
+
+
+def cells(comparison: Comparison) -> list[Cell]:
+    """Return the cells of a sweep in its order; none for other comparisons."""
+    found = []
+    for scheme in comparison.schemes:
+        accuracy = spread([run.metrics["accuracy"] for run in comparison.finished_of(scheme)])
+        varied = dict(scheme.settings)
+        if scheme.loss == "ce" and not varied:
+            found.append(Cell(0.0, None, accuracy))
+        elif "metric_weight" in varied and varied.keys() <= {"metric_weight", "margin"}:
+            found.append(Cell(varied["metric_weight"], varied.get("margin"), accuracy))
+        else:
+            return []
+    return found if any(cell.weight for cell in found) else []
+
+
+def write_tables(folder: Path) -> str:
+    """Write sweep.csv (a row a cell) and sweep.md (λ by m) into a sweep's folder; return sweep.md.
+
+    Raises:
+        UserError: the folder is none, cannot be written, or holds a damaged file.
+    """
+    found = cells(read_comparison(folder))
+    table = to_csv(HEADER, [cell.row for cell in found])
+    write_text(folder / "sweep.csv", table)
+    text = _markdown(found)
+    write_text(folder / "sweep.md", text)
+    return text
+
+
+def _markdown(found: Sequence[Cell]) -> str:
+    margins = list(dict.fromkeys(cell.margin for cell in found if cell.weight)) or [None]
+    lines = [
+        "| ACC (%) | " + " | ".join("" if m is None else f"m = {m:g}" for m in margins) + " |",
+        "| --- |" + " --- |" * len(margins),
+    ]
+    for weight in dict.fromkeys(cell.weight for cell in found):
+        of_margin = {cell.margin: percent(cell.accuracy) for cell in found if cell.weight == weight}
+        name = f"λ = {weight:g}" if weight else "λ = 0 (CE)"
+        values = [of_margin.get(margin, of_margin.get(None, "")) for margin in margins]
+        lines.append(f"| {name} | " + " | ".join(values) + " |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,135 @@
+"""Training batches: drawn at random or from the groups of section 2.3, moved, on the device."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from bstriplet.config import TrainConfig
+from bstriplet.data.dataset import ImageSet
+from bstriplet.errors import UserError, one_line
+from bstriplet.mining import mine_groups
+from bstriplet.sampler import GroupBatchSampler
+from bstriplet.training.augmentation import Augmentation, n_copies
+
+
+class RandomBatchSampler(Sampler[list[int]]):
+    """Batches of ``batch_size`` positions in a random order; every position once an epoch.
+
+    A rest of one joins the batch before it: neither batch normalisation nor a loss over pairs is
+    defined for a single image. The order depends on the seed and the epoch alone.
+    """
+
+    def __init__(self, n_images: int, batch_size: int, seed: int) -> None:
+        self.n_images = n_images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of epoch ``epoch``."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.n_images, self.batch_size)
+        return full + (rest > 1 or full == 0)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n_images).tolist()
+        starts = [number * self.batch_size for number in range(len(self))]
+        for start, end in zip(starts, [*starts[1:], self.n_images], strict=True):
+            yield order[start:end]
+
+
+def make_validation_batches(config: TrainConfig, n_images: int) -> list[list[int]]:
+    """Return batches of all validation images, the same in every epoch.
+
+    A metric loss depends on the batch, and some grow with it: training and validation losses can
+    be compared only where both are of batches of the same size, drawn at random.
+    """
+    return list(RandomBatchSampler(n_images, config.batch_size, config.seed))
+
+
+def make_sampler(config: TrainConfig, images: ImageSet) -> RandomBatchSampler | GroupBatchSampler:
+    """Return the batches of ``images`` that ``config`` names; mined groups come from pixels.
+
+    Where copies stand for an image, position p is copy p % copies of image p // copies, and in the
+    group of its original.
+    """
+    copies = n_copies(config.augment)
+    if config.batches == "random":
+        return RandomBatchSampler(copies * len(images), config.batch_size, config.seed)
+    try:
+        groups = mine_groups(
+            images.pixels,
+            images.labels,
+            config.groups_per_class,
+            rows=images.rows,
+            seed=config.seed,
+        )
+        return GroupBatchSampler(
+            groups.repeat(copies), config.batch_size, mode=config.group_share, seed=config.seed
+        )
+    except ValueError as error:
+        raise UserError(
+            f"mined batches of --batch-size {config.batch_size} with --groups-per-class "
+            f"{config.groups_per_class}: {one_line(error)}"
+        ) from error
+
+
+class Batch(NamedTuple):
+    """images uint8 [B, C, H, W] and labels int64 [B] on the device; positions in the image set."""
+
+    positions: list[int]
+    images: Tensor
+    labels: Tensor
+
+
+class Feed:
+    """The batches of each epoch, a function of the seed, the epoch and the batch's number."""
+
+    def __init__(self, config: TrainConfig, images: ImageSet, device: torch.device) -> None:
+        self.seed = config.seed
+        self.device = device
+        self.sampler = make_sampler(config, images)
+        self.copies = n_copies(config.augment)
+        self.augment = Augmentation(config.augment, images.pixels.shape[-1], device)
+        self.images = ResidentImages(images, device) if fits(images, device) else images
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """Yield the batches of an epoch."""
+        self.sampler.set_epoch(epoch)
+        for number, drawn in enumerate(self.sampler):
+            positions = [position // self.copies for position in drawn]
+            images, labels = self.images.batch(positions)
+            images, labels = images.to(self.device), labels.to(self.device)
+            copies = [position % self.copies for position in drawn]
+            images = self.augment(images, copies, (self.seed, epoch, number))
+            yield Batch(positions, images, labels)
+
+
+class ResidentImages:
+    """A set of images in the memory of a GPU: a batch is gathered there."""
+
+    def __init__(self, images: ImageSet, device: torch.device) -> None:
+        parts = [
+            [part.to(device) for part in images.batch(range(start, min(start + 1024, len(images))))]
+            for start in range(0, len(images), 1024)
+        ]
+        self.pixels, self.labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+
+    def batch(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return pixels uint8 [B, C, H, W] and labels int64 [B] at ``positions``."""
+        index = torch.tensor(positions).to(self.pixels.device, non_blocking=True)
+        return self.pixels[index], self.labels[index]
+
+
+def fits(images: ImageSet, device: torch.device) -> bool:
+    """Whether ``device`` is a GPU of which the images take half the free memory at most."""
+    if device.type != "cuda":
+        return False
+    size = len(images) * images.pixels[0].nbytes
+    return size <= torch.cuda.mem_get_info(device)[0] // 2

@@ -1,0 +1,131 @@
+"""The training losses by name: cross entropy, alone or with a metric loss beside it (Eq. 7)."""
+
+import ast
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bstriplet.config import LOSSES, TrainConfig
+from bstriplet.errors import UserError, one_line, unknown_name
+from bstriplet.models.classifier import Output
+from bstriplet_kernels import BSTripletLoss
+
+
+class LossTerms(NamedTuple):
+    """Scalars of one batch: the loss that is minimised, and its parts (metric None where absent).
+
+    ``metric`` is what stands beside cross entropy, before lambda.
+    """
+
+    total: Tensor
+    ce: Tensor
+    metric: Tensor | None
+
+
+class TrainingLoss(nn.Module):
+    """The loss that a configuration names: CE, or CE + lambda times a metric loss (Eq. 7).
+
+    ``criterion(output, labels)`` with labels int64 [N] returns :class:`LossTerms`.
+
+    Args:
+        config: ``loss``, ``metric_weight``, ``margin``, ``class_weights``, ``label_smoothing``.
+        class_counts: training images of each class.
+        embedding_size: D, for losses with parameters of their own, such as ArcFace.
+    """
+
+    def __init__(
+        self, config: TrainConfig, class_counts: Sequence[int], embedding_size: int
+    ) -> None:
+        super().__init__()
+        weight = None
+        if config.class_weights == "balanced":
+            counts = torch.tensor(class_counts, dtype=torch.float32)
+            weight = counts.mean() / counts
+        self.cross_entropy = nn.CrossEntropyLoss(weight, label_smoothing=config.label_smoothing)
+        self.metric_weight = config.metric_weight
+        self.metric = _metric_loss(config.loss, config.margin, len(class_counts), embedding_size)
+
+    def forward(self, output: Output, labels: Tensor) -> LossTerms:
+        ce = self.cross_entropy(output.logits, labels)
+        if self.metric is None:
+            return LossTerms(total=ce, ce=ce, metric=None)
+        metric = self.metric(output.embeddings, labels)
+        return LossTerms(total=ce + self.metric_weight * metric, ce=ce, metric=metric)
+
+
+def check_loss(loss: str) -> None:
+    """Raise unless ``loss`` can be used: one that is not ours is tried on made-up embeddings."""
+    if loss in LOSSES:
+        return
+    embeddings = torch.randn(16, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    criterion = _metric_loss(loss, margin=0.0, num_classes=2, embedding_size=8)
+    try:
+        criterion(embeddings, torch.arange(16) % 2).backward()
+    except Exception as error:  # whatever a library's loss raises where labels are not enough
+        raise UserError(
+            f"--loss {loss}: it does not work from embeddings and labels ({one_line(error)}); "
+            "choose another"
+        ) from error
+
+
+def _metric_loss(loss: str, margin: float, num_classes: int, embedding_size: int) -> Any:
+    """Return what stands behind ``ce+``; None for ``ce`` alone.
+
+    - ``bst``: Eqs. 3 and 4 with ``margin``.
+    - ``triplet``: Eq. 1, max(0, 1 - s_ap + s_an) on cosine similarities, and its mean over all
+      triplets of the batch: what one random triplet an anchor, the paper's choice, gives on
+      average, without the noise.
+    - ``ls``: the lifted structure loss in its improved, generalised form: with Euclidean distances
+      of L2-normalised embeddings, mean over anchors of max(0, log sum exp d_ap + log sum exp
+      (1 - d_an)), which sees all pairs and is defined for an anchor without positives or negatives.
+    - a class of pytorch-metric-learning, with its defaults or the keywords given in the name.
+    """
+    name = loss.removeprefix("ce").removeprefix("+")
+    if not name:
+        return None
+    if name == "bst":
+        return BSTripletLoss(margin=margin)
+
+    from pytorch_metric_learning import distances, losses, reducers
+
+    if name == "triplet":
+        return losses.TripletMarginLoss(
+            margin=1, distance=distances.CosineSimilarity(), reducer=reducers.MeanReducer()
+        )
+    if name == "ls":
+        return losses.GeneralizedLiftedStructureLoss()
+    sizes = {"num_classes": num_classes, "embedding_size": embedding_size}
+    return _library_loss(loss, vars(losses), sizes)
+
+
+def _library_loss(loss: str, library: Mapping[str, Any], sizes: dict[str, int]) -> Any:
+    """Return the loss ``ce+Name`` or ``ce+Name(key=value, ...)``; it gets the sizes it requires."""
+    try:
+        call = ast.parse(loss.removeprefix("ce+"), mode="eval").body
+        if isinstance(call, ast.Call) and call.args:
+            raise ValueError("a value without a name")
+        name = ast.unparse(call.func if isinstance(call, ast.Call) else call)
+        keywords = call.keywords if isinstance(call, ast.Call) else []
+        options = {str(item.arg): ast.literal_eval(item.value) for item in keywords}
+    except (SyntaxError, ValueError) as error:
+        raise UserError(
+            f"--loss {loss}: write ce+NAME or 'ce+NAME(key=value)' with numbers as values"
+        ) from error
+    names = [key for key in library if key.endswith("Loss")]
+    if name not in names:
+        raise unknown_name(
+            "--loss", name, names, advice="Names are the losses of pytorch-metric-learning"
+        )
+    kind = library[name]
+    # Some classes hand *args on to the class above, which says what it requires.
+    signatures = (inspect.signature(ancestor.__init__).parameters for ancestor in kind.__mro__)
+    parameters = next(found for found in signatures if "args" not in found)
+    required = {name for name, item in parameters.items() if item.default is item.empty}
+    sizes = sizes | {"descriptors_dim": sizes["embedding_size"]}
+    try:
+        return kind(**{key: sizes[key] for key in required & set(sizes)} | options)
+    except Exception as error:  # whatever its constructor makes of the options
+        raise UserError(f"--loss {loss}: {one_line(error)}") from error
