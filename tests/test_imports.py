@@ -16,7 +16,7 @@ PUBLIC = {"bstriplet_kernels", "bstriplet_kernels.metric_learning", "bstriplet_k
 LAYERS = ("spec", "reference", "paths", "checks", "plan", "operators", "autograd", "functional")
 """Of the loss, from the numbers up; none imports from those after it."""
 FLOORS = (
-    ("errors",),
+    ("errors", "loss_registry"),
     ("text", "paper"),
     ("storage", "config"),
     ("data", "models", "mining", "group_batches"),

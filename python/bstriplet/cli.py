@@ -385,7 +385,11 @@ def _train(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> None:
     schemes = tuple(Scheme.parse(text) for text in options.schemes or ())
     default = tuple(Scheme.parse(text) for text in DEFAULT_SCHEMES)
-    _print(*_run_plan(_plan(options, given_options(options), schemes, default), options.out))
+    _print(
+        *_run_experiment(
+            _experiment(options, given_options(options), schemes, default), options.out
+        )
+    )
 
 
 def _sweep(options: argparse.Namespace) -> None:
@@ -399,75 +403,76 @@ def _sweep(options: argparse.Namespace) -> None:
         options.metric_weights or DEFAULT_WEIGHTS,
         options.margins or (),
     )
-    plan = _plan(options, given, default if typed else (), default)
-    said = _run_plan(plan, options.out)
+    experiment = _experiment(options, given, default if typed else (), default)
+    said = _run_experiment(experiment, options.out)
     _print(*said, write_tables(options.out).rstrip("\n"))
 
 
-def _plan(
+def _experiment(
     options: argparse.Namespace,
     given: dict[str, Any],
     schemes: tuple[Scheme, ...],
     default: tuple[Scheme, ...],
 ) -> Any:
-    """Return the plan that was typed, or the one to go on with after checking it against that.
+    """Return the experiment that was typed, or, after a check against that, the one begun there.
 
-    ``schemes`` are those that were typed, ``default`` those of a new plan where none were.
+    ``schemes`` are those that were typed, ``default`` those of a new experiment where none were.
     """
     config = TrainConfig(**given)
     seeds = tuple(options.seeds or ())
 
-    from bstriplet.study.compare import ComparisonPlan, read_plan, started
+    from bstriplet.study.compare import Experiment, read_experiment, started
     from bstriplet.training.run_folder import check_free, check_new
 
     if options.resume and started(options.out):
         check_free(options.out)
-        plan = read_plan(options.out)
-        difference = describe_difference(replace(plan.config, **given), plan.config)
-        if (schemes or plan.schemes) != plan.schemes:
-            difference = f"schemes ({' '.join(map(str, plan.schemes))} there)"
-        if (seeds or plan.seeds) != plan.seeds:
-            difference = f"seeds ({' '.join(map(str, plan.seeds))} there)"
+        experiment = read_experiment(options.out)
+        difference = describe_difference(replace(experiment.config, **given), experiment.config)
+        if (schemes or experiment.schemes) != experiment.schemes:
+            difference = f"schemes ({' '.join(map(str, experiment.schemes))} there)"
+        if (seeds or experiment.seeds) != experiment.seeds:
+            difference = f"seeds ({' '.join(map(str, experiment.seeds))} there)"
         if difference:
             raise UserError(
                 f"{options.out} was started with another configuration: {difference}; leave those "
                 "options as they were, or choose another --out"
             )
-        return plan
+        return experiment
     check_new(options.out, resume=options.resume)
-    return ComparisonPlan(config, schemes or default, seeds or DEFAULT_SEEDS)
+    return Experiment(config, schemes or default, seeds or DEFAULT_SEEDS)
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from bstriplet.study.compare import read_plan, started
-    from bstriplet.study.demo import demo_plan
+    from bstriplet.study.compare import read_experiment, started
+    from bstriplet.study.demo import demo_experiment
     from bstriplet.training.run_folder import check_free, check_new
 
-    plan = demo_plan(options.data)
-    folder = options.out / Path(plan.config.data).name
+    experiment = demo_experiment(options.data)
+    config = experiment.config
+    folder = options.out / Path(config.data).name
     check_free(folder)
     if not started(folder):
         check_new(folder, resume=True)
-    elif read_plan(folder) != plan:
+    elif read_experiment(folder) != experiment:
         raise UserError(
-            f"{folder} was started by another version or with other data; remove it, or choose "
-            "another --out"
+            f"{folder} was started with other settings or other data; remove it, or choose another "
+            "--out"
         )
     _say(
-        f"{plan.config.train_per_class} images a class for training and validation, "
-        f"{len(plan.seeds)} seeds, at most {plan.config.epochs} epochs, {plan.config.image_size} x "
-        f"{plan.config.image_size} pixels, {plan.config.backbone}"
+        f"{config.train_per_class} images a class for training and validation, "
+        f"{len(experiment.seeds)} seeds, at most {config.epochs} epochs, {config.image_size} x "
+        f"{config.image_size} pixels, {config.backbone}"
     )
-    _print(*_run_plan(plan, folder))
+    _print(*_run_experiment(experiment, folder))
 
 
-def _run_plan(plan: Any, folder: Path) -> list[str]:
+def _run_experiment(experiment: Any, folder: Path) -> list[str]:
     """Run a comparison, write its results, and return its table and where its report is."""
     from bstriplet.report import page
     from bstriplet.study.compare import compare
 
     started_at = time.perf_counter()
-    compare(plan, folder, _say)
+    compare(experiment, folder, _say)
     _say(f"training and evaluation: {time.perf_counter() - started_at:.0f} s")
     return [page.write_summary(folder), f"report: {page.write_report(folder)}"]
 

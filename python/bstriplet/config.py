@@ -3,19 +3,18 @@
 import argparse
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from bstriplet.errors import UserError, unknown_name
+from bstriplet.loss_registry import BUILT_IN
 
 DIGITS = "digits"
 MEDMNIST = "medmnist:"
-LOSSES = ("ce", "ce+triplet", "ce+ls", "ce+bst")
 OTHER_LOSS = re.compile(r"ce\+[A-Z].*")  # a class of pytorch-metric-learning
 BATCHES = ("random", "mined")
-_RENAMED = {"bst_weight": "metric_weight"}  # since the version that saved them
 IMAGE_SIZE = 128
 MAX_PIXELS = 178_956_970  # where Pillow, by default, takes a file for an attack on memory
 DIGITS_IMAGE_SIZE = 32
@@ -132,9 +131,9 @@ class TrainConfig:
     loss: str = _option(
         "loss",
         "ce",
-        f"training loss: {', '.join(LOSSES)}, or ce+NAME with any loss of pytorch-metric-learning, "
-        "such as ce+SupConLoss or 'ce+ContrastiveLoss(neg_margin=0.5)'",
-        choices=LOSSES,
+        f"training loss: {', '.join(BUILT_IN)}, or ce+NAME with any loss of "
+        "pytorch-metric-learning, such as ce+SupConLoss or 'ce+ContrastiveLoss(neg_margin=0.5)'",
+        choices=tuple(BUILT_IN),
         or_like=OTHER_LOSS,
     )
     metric_weight: float = _option(
@@ -266,30 +265,30 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
-        """Return the configuration saved by :meth:`to_dict`; an unknown field is an error.
-
-        One that an earlier version saved is read too: fields that it had not yet are as by default.
-        """
+        """Return the configuration saved by :meth:`to_dict`: all fields, and no other."""
         known = field_types()
-        values = {_RENAMED.get(name, name): value for name, value in values.items()}
         for name in values:
             if name not in known:
                 raise unknown_name("configuration field", name, known)
+        if missing := [name for name in known if name not in values]:
+            raise UserError(f"configuration field {missing[0]} is missing; restore it")
         return cls(**values)
 
 
-@dataclass(frozen=True)
-class Scheme:
-    """What tells the runs of a comparison apart, but for the seed.
+class Scheme(Mapping[str, Any]):
+    """The fields of :class:`TrainConfig` that tell the runs of a comparison apart, the seed aside.
 
-    A scheme of Table 3, a loss and a way to draw batches, and, where more is compared, other
-    fields of the configuration with their values. Written ``LOSS:BATCHES[:FIELD=VALUE...]``, for
-    example ``ce+bst:mined`` or ``ce:random:backbone=peleenet``.
+    A mapping that cannot be changed: loss and ways to draw batches, as in Table 3, and, where more
+    is compared, other fields. Two schemes are equal where their fields are, in whatever order.
+    Written ``LOSS:BATCHES[:FIELD=VALUE...]``, such as ``ce+bst:mined`` or
+    ``ce:random:backbone=peleenet``.
+
+    >>> Scheme("ce+bst", "mined", margin=0.5)["margin"]
+    0.5
     """
 
-    loss: str
-    batches: str
-    settings: tuple[tuple[str, Any], ...] = ()
+    def __init__(self, loss: str, batches: str, **others: Any) -> None:
+        self._fields = {"loss": loss, "batches": batches, **others}
 
     @classmethod
     def parse(cls, text: str) -> "Scheme":
@@ -297,28 +296,55 @@ class Scheme:
         loss, *rest = text.split(":")
         if not rest:
             raise UserError(f"scheme {text!r}: write LOSS:BATCHES, for example ce+bst:mined")
-        settings = [_parse_setting(text, part) for part in rest[1:]]
-        names = ["loss", "batches", *(name for name, _ in settings)]
+        others = [_parse_setting(text, part) for part in rest[1:]]
+        names = ["loss", "batches", *(name for name, _ in others)]
         if len(set(names)) < len(names) or "seed" in names:
             raise UserError(f"scheme {text!r}: give each field once, and seeds with --seeds")
         try:
-            config = TrainConfig(loss=loss, batches=rest[0], **dict(settings))
+            config = TrainConfig(loss=loss, batches=rest[0], **dict(others))
         except UserError as error:
             raise UserError(f"scheme {text!r}: {error}") from error
-        return cls(loss, rest[0], tuple((name, getattr(config, name)) for name in names[2:]))
+        return cls(**{name: getattr(config, name) for name in names})
+
+    def __getitem__(self, name: str) -> Any:
+        return self._fields[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._fields.items()))
 
     def __str__(self) -> str:
-        return ":".join([self.loss, self.batches, *(_written(*item) for item in self.settings)])
+        return ":".join(
+            [self.loss, self.batches, *(_written(*item) for item in self.others.items())]
+        )
+
+    def __repr__(self) -> str:
+        return f"Scheme({str(self)!r})"
 
     @property
-    def fields(self) -> dict[str, Any]:
-        """The fields of :class:`TrainConfig` that the scheme sets."""
-        return {"loss": self.loss, "batches": self.batches, **dict(self.settings)}
+    def loss(self) -> str:
+        """The training loss."""
+        return self._fields["loss"]
+
+    @property
+    def batches(self) -> str:
+        """How batches are drawn."""
+        return self._fields["batches"]
+
+    @property
+    def others(self) -> dict[str, Any]:
+        """The fields besides loss and batches."""
+        return {name: value for name, value in self.items() if name not in ("loss", "batches")}
 
     def without(self, *names: str) -> "Scheme":
-        """The scheme without some of its settings."""
-        kept = tuple(item for item in self.settings if item[0] not in names)
-        return Scheme(self.loss, self.batches, kept)
+        """The scheme without some of its other fields."""
+        kept = {name: value for name, value in self.others.items() if name not in names}
+        return Scheme(self.loss, self.batches, **kept)
 
     @property
     def slug(self) -> str:

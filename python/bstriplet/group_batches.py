@@ -24,7 +24,7 @@ IntArray = NDArray[np.int64]
 class GroupBatches:
     """The batches of any epoch, by seed, epoch and number of replicas.
 
-    A step is one batch on each replica; batch b of the plan is that of replica b % num_replicas in
+    A step is one batch on each replica; batch b of the epoch is that of replica b % num_replicas in
     step b // num_replicas.
 
     Args:

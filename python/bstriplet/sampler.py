@@ -134,7 +134,7 @@ class GroupBatchSampler(BatchSampler):
         if mode not in MODES:
             raise ValueError(f"mode={mode!r} must be one of {MODES}")
         self.mode = mode
-        self._plan = GroupBatches(groups, self.batch_size, mode, self.min_per_group)
+        self._batches = GroupBatches(groups, self.batch_size, mode, self.min_per_group)
 
         self._epoch = 0  # of the latest pass, or of the first
         self._start = 0  # where that pass begins: above 0 only after load_state_dict
@@ -161,7 +161,7 @@ class GroupBatchSampler(BatchSampler):
     @property
     def ratios(self) -> list[Fraction]:
         """The exact share of each group, in ascending order of group id; they sum to batch_size."""
-        return self._plan.ratios
+        return self._batches.ratios
 
     @property
     def num_replicas(self) -> int:
@@ -278,7 +278,7 @@ class GroupBatchSampler(BatchSampler):
 
     @property
     def _n_steps(self) -> int:
-        return self._plan.n_steps(self.num_replicas)
+        return self._batches.n_steps(self.num_replicas)
 
     @property
     def _exhausted(self) -> bool:
@@ -307,7 +307,7 @@ class GroupBatchSampler(BatchSampler):
         this_pass = self._pass = object()
         self._opened = self._begun = True
         epoch = self._epoch
-        samples, offsets = self._plan.epoch(self.seed, epoch, num_replicas)
+        samples, offsets = self._batches.epoch(self.seed, epoch, num_replicas)
         for step in range(self._start, self._n_steps):
             for rank in ranks:
                 if self._pass is this_pass:
@@ -324,12 +324,12 @@ class GroupBatchSampler(BatchSampler):
     def _n_samples(self) -> int:
         """Number of samples the next pass yields on this replica."""
         self._check_replicas()
-        own = self._plan.batch_sizes(self.num_replicas)[self.rank :: self.num_replicas]
+        own = self._batches.batch_sizes(self.num_replicas)[self.rank :: self.num_replicas]
         return sum(own[-len(self) :])
 
     def _check_replicas(self) -> None:
         """Raise where the replicas, as far as they are known now, cannot share these samples."""
-        num_replicas, n_samples = self.num_replicas, len(self._plan.group_of)
+        num_replicas, n_samples = self.num_replicas, len(self._batches.group_of)
         if n_samples < 2 * num_replicas:
             raise ValueError(
                 f"groups has {n_samples} samples, too few to give each of "
@@ -346,7 +346,7 @@ class GroupBatchSampler(BatchSampler):
     def _identity(self) -> dict[str, Any]:
         """All that the order of batches depends on beside the epoch."""
         return {
-            "groups_crc32": zlib.crc32(self._plan.group_of.tobytes()),
+            "groups_crc32": zlib.crc32(self._batches.group_of.tobytes()),
             "batch_size": self.batch_size,
             "mode": self.mode,
             "min_per_group": self.min_per_group,

@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from bstriplet.config import Scheme
+from bstriplet.config import Scheme, TrainConfig
 from bstriplet.training.metrics import classification_metrics
 from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
@@ -28,7 +28,8 @@ def write_comparison(
 ) -> Path:
     """A compare folder with every run finished."""
     folder.mkdir(parents=True)
-    asked = {"schemes": schemes, "seeds": seeds, "config": {"margin": 0.9, "backbone": "mlp"}}
+    config = TrainConfig(backbone="mlp").to_dict()
+    asked = {"schemes": schemes, "seeds": seeds, "config": config}
     (folder / "compare.json").write_text(json.dumps(asked))
     for text in schemes:
         scheme = Scheme.parse(text)
@@ -80,17 +81,8 @@ def write_run(
         )
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
 
-    config = {
-        "data": "digits",
-        "backbone": "mlp",
-        "loss": scheme.loss,
-        "batches": scheme.batches,
-        "seed": seed,
-        "validation": "train",
-        "margin": 0.9,
-        **scheme.fields,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    config = TrainConfig(**{"backbone": "mlp", **scheme}, seed=seed)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
     environment = {
         "python": "3.11",
         "packages": {"torch": "2.14", "timm": "1.0"},

@@ -23,10 +23,10 @@ def main(disk: Path, copy: Path, size: str, options: list[str]) -> int:
     import torch
     from bstriplet import cli
     from bstriplet.report import page
-    from bstriplet.training import loop, run_folder
+    from bstriplet.training import progress, run_folder
 
     torch.set_num_threads(1)
-    loop.CHECKPOINT_SHARE = float("inf")
+    progress.CHECKPOINT_SHARE = float("inf")
     page.write_report = lambda folder: folder
     run = disk / "run"
     command = ["train", *options, "--out", str(run), "--resume"]

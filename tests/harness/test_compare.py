@@ -1,4 +1,4 @@
-"""Comparisons: the folder, resuming, and the demo's plan."""
+"""Comparisons: the folder, resuming, and the demo's experiment."""
 
 import json
 from dataclasses import replace
@@ -8,8 +8,8 @@ import pytest
 from bstriplet.config import Scheme, TrainConfig
 from bstriplet.report import page
 from bstriplet.study import compare as compare_module
-from bstriplet.study.compare import ComparisonPlan, compare, read_plan, run_folder
-from bstriplet.study.demo import demo_plan
+from bstriplet.study.compare import Experiment, compare, read_experiment, run_folder
+from bstriplet.study.demo import demo_experiment
 from bstriplet.study.read_runs import read_comparison
 from bstriplet.training.run_folder import RunFolder
 from quick import MakeTree, Run, snapshot, tiny_flags
@@ -43,9 +43,9 @@ def test_a_comparison_leaves_runs_table_and_report(tmp_path: Path, bstriplet: Ru
 def test_resume_trains_only_what_is_missing(
     tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = ComparisonPlan(replace(tiny, epochs=1), SCHEMES, (0, 1))
+    experiment = Experiment(replace(tiny, epochs=1), SCHEMES, (0, 1))
     said: list[str] = []
-    compare(plan, tmp_path / "whole", said.append)
+    compare(experiment, tmp_path / "whole", said.append)
     assert [line[:5] for line in said] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
 
     finished_runs = 0
@@ -61,13 +61,13 @@ def test_resume_trains_only_what_is_missing(
     out = tmp_path / "cut"
     monkeypatch.setattr(compare_module, "train", cut_after_two)
     with pytest.raises(KeyboardInterrupt):
-        compare(plan, out, said.append)
+        compare(experiment, out, said.append)
     monkeypatch.setattr(compare_module, "train", train)
     # Seed by seed: what a cut comparison has are pairs.
     assert RunFolder(run_folder(out, SCHEMES[0], 0)).finished
     assert RunFolder(run_folder(out, SCHEMES[1], 0)).finished
     times = {path: path.stat().st_mtime_ns for path in out.rglob("seed-0/*.*")}
-    compare(plan, out, said.append)
+    compare(experiment, out, said.append)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("seed-0/*.*")} == times
     for name in ("predictions.csv", "metrics.json", "embeddings.npz", "best.pt"):
         for path in (tmp_path / "whole").rglob(name):
@@ -77,11 +77,11 @@ def test_resume_trains_only_what_is_missing(
 def test_schemes_may_differ_in_any_field(tiny: TrainConfig, tmp_path: Path) -> None:
     """Runs are told apart by what the schemes set; each gets its own images."""
     texts = ("ce:random", "ce:random:lr=0.01", "ce:random:backbone=test_resnet:image-size=40")
-    plan = ComparisonPlan(replace(tiny, epochs=1), tuple(map(Scheme.parse, texts)), (0,))
-    compare(plan, tmp_path, lambda text: None)
-    assert read_plan(tmp_path) == plan
+    experiment = Experiment(replace(tiny, epochs=1), tuple(map(Scheme.parse, texts)), (0,))
+    compare(experiment, tmp_path, lambda text: None)
+    assert read_experiment(tmp_path) == experiment
     comparison = read_comparison(tmp_path)
-    assert [run.scheme for run in comparison.finished] == list(plan.schemes)
+    assert [run.scheme for run in comparison.finished] == list(experiment.schemes)
     assert [
         (run.config["lr"], run.config["backbone"], run.config["image_size"])
         for run in comparison.finished
@@ -113,24 +113,24 @@ def test_another_plan_is_not_mixed_in(
 
 
 def test_plans_survive_the_file(tiny: TrainConfig, tmp_path: Path) -> None:
-    plan = ComparisonPlan(tiny, SCHEMES, (3, 1))
-    (tmp_path / "compare.json").write_text(json.dumps(plan.to_dict()))
-    assert read_plan(tmp_path) == plan
+    experiment = Experiment(tiny, SCHEMES, (3, 1))
+    (tmp_path / "compare.json").write_text(json.dumps(experiment.to_dict()))
+    assert read_experiment(tmp_path) == experiment
 
 
 @pytest.mark.usefixtures("no_pictures")
 def test_the_demo_works_when_typed_again(
     tmp_path: Path, bstriplet: Run, monkeypatch: pytest.MonkeyPatch, make_tree: MakeTree
 ) -> None:
-    def small(data: str) -> ComparisonPlan:
-        plan = demo_plan(data)
+    def small(data: str) -> Experiment:
+        experiment = demo_experiment(data)
         config = replace(
-            plan.config, backbone="test_efficientnet", epochs=1, image_size=32, train_per_class=4,
-            batch_size=24, validation_fraction=0.34,
+            experiment.config, backbone="test_efficientnet", epochs=1, image_size=32,
+            train_per_class=4, batch_size=24, validation_fraction=0.34,
         )  # fmt: skip
-        return replace(plan, config=config, seeds=(0,))
+        return replace(experiment, config=config, seeds=(0,))
 
-    monkeypatch.setattr("bstriplet.study.demo.demo_plan", small)
+    monkeypatch.setattr("bstriplet.study.demo.demo_experiment", small)
     out = tmp_path / "demo"
     first = bstriplet("demo", "--out", out)
     assert first.status == 0
@@ -145,10 +145,12 @@ def test_the_demo_works_when_typed_again(
 
 @pytest.mark.parametrize("data", ["digits", "some/tree"])
 def test_the_demo_compares_pairs_in_a_small_sample(data: str) -> None:
-    plan = demo_plan(data)
-    assert len(plan.seeds) >= 3
-    assert plan.schemes == SCHEMES
-    assert 10 <= plan.config.train_per_class <= 20
-    assert plan.config.backbone == "mobilenetv3_small_100"
-    configs = {replace(config, loss="ce", batches="random", seed=0) for _, config in plan.runs()}
-    assert configs == {plan.config}
+    experiment = demo_experiment(data)
+    assert len(experiment.seeds) >= 3
+    assert experiment.schemes == SCHEMES
+    assert 10 <= experiment.config.train_per_class <= 20
+    assert experiment.config.backbone == "mobilenetv3_small_100"
+    configs = {
+        replace(config, loss="ce", batches="random", seed=0) for _, config in experiment.runs()
+    }
+    assert configs == {experiment.config}

@@ -5,11 +5,12 @@ import json
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
+from bstriplet import loss_registry
 from bstriplet.config import (
     BATCHES,
-    LOSSES,
     Scheme,
     TrainConfig,
     add_options,
@@ -17,6 +18,7 @@ from bstriplet.config import (
     given_options,
 )
 from bstriplet.errors import UserError
+from bstriplet.loss_registry import BUILT_IN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +30,7 @@ configurations = st.builds(
     validation=st.sampled_from(["train", "test"]),
     validation_fraction=st.floats(0.01, 0.5),
     skip_broken=st.booleans(),
-    loss=st.sampled_from(LOSSES),
+    loss=st.sampled_from(list(BUILT_IN)),
     metric_weight=st.floats(0, 1e3),
     margin=st.floats(0, 1),
     batches=st.sampled_from(BATCHES),
@@ -150,13 +152,7 @@ def test_an_unknown_field_of_a_file_is_an_error() -> None:
         TrainConfig.from_dict({"margins": 0.9})
 
 
-def test_a_file_of_an_earlier_version_is_read() -> None:
-    earlier = {"data": "digits", "loss": "ce+bst", "bst_weight": 0.3, "epochs": 10}
-    read = TrainConfig.from_dict(earlier)
-    assert read == TrainConfig(loss="ce+bst", metric_weight=0.3, epochs=10)
-
-
-@given(st.sampled_from(LOSSES), st.sampled_from(BATCHES))
+@given(st.sampled_from(list(BUILT_IN)), st.sampled_from(BATCHES))
 @settings(derandomize=True)
 def test_schemes_read_as_they_are_written(loss: str, batches: str) -> None:
     scheme = Scheme(loss, batches)
@@ -164,20 +160,47 @@ def test_schemes_read_as_they_are_written(loss: str, batches: str) -> None:
 
 
 def test_slugs_are_distinct_and_plain() -> None:
-    slugs = {Scheme(loss, batches).slug for loss in LOSSES for batches in BATCHES}
-    assert len(slugs) == len(LOSSES) * len(BATCHES)
+    slugs = {Scheme(loss, batches).slug for loss in BUILT_IN for batches in BATCHES}
+    assert len(slugs) == len(BUILT_IN) * len(BATCHES)
     assert all(slug.replace("-", "").isalnum() for slug in slugs)
 
 
 def test_a_scheme_may_set_any_other_field() -> None:
     text = "ce+bst:mined:margin=0.5:skip-broken=true:backbone=peleenet:lr=1"
     scheme = Scheme.parse(text)
-    assert scheme.fields == {
+    assert scheme == {
         "loss": "ce+bst", "batches": "mined", "margin": 0.5, "skip_broken": True,
         "backbone": "peleenet", "lr": 1.0,
     }  # fmt: skip
     assert Scheme.parse(str(scheme)) == scheme
     assert scheme.slug == "ce-bst-mined-margin-0.5-skip-broken-true-backbone-peleenet-lr-1.0"
+
+
+def test_a_scheme_is_a_mapping_that_cannot_be_changed() -> None:
+    scheme = Scheme("ce+bst", "mined", margin=0.5, lr=0.1)
+    other = Scheme.parse("ce+bst:mined:lr=0.1:margin=0.5")
+    assert (scheme, hash(scheme)) == (other, hash(other))
+    assert scheme != scheme.without("lr")
+    assert scheme.without("lr", "margin") == Scheme("ce+bst", "mined")
+    assert TrainConfig(**scheme).margin == scheme["margin"] == 0.5
+    assert list(scheme) == ["loss", "batches", "margin", "lr"]
+    with pytest.raises(TypeError):
+        scheme["margin"] = 0.9  # type: ignore[index]
+
+
+@pytest.mark.parametrize("name", ["ce+triplet", "ce+ls"])
+def test_a_loss_is_entered_in_the_registry_alone(name: str) -> None:
+    sources = Path(loss_registry.__file__).parent.rglob("*.py")
+    assert [path.name for path in sources if f'"{name}"' in path.read_text("utf-8")] == [
+        "loss_registry.py"
+    ]
+
+
+def test_a_file_that_lacks_a_field_is_an_error() -> None:
+    values = TrainConfig().to_dict()
+    del values["margin"]
+    with pytest.raises(UserError, match="margin is missing"):
+        TrainConfig.from_dict(values)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from bstriplet.errors import UserError
 from bstriplet.training.batches import Feed
 from bstriplet.training.cuda_graph import WARM_UP, GraphedStep, Step
 from bstriplet.training.learner import Learner
-from bstriplet.training.loop import Step as TrainingStep
-from bstriplet.training.loop import Tally, seed_everything
+from bstriplet.training.seeds import seed_everything
+from bstriplet.training.step import Tally, TrainingStep
 
 CPU = torch.device("cpu")
 

@@ -90,7 +90,7 @@ def test_no_two_schemes_of_a_network_look_alike_and_networks_share_their_looks()
     texts = [f"{loss}:{batches}" for loss in losses for batches in ("random", "mined")]
     texts += [f"ce+bst:{batches}:margin=0.{m}" for batches in ("mined", "random") for m in range(9)]
     schemes = [config.Scheme.parse(text) for text in texts]
-    other = [replace(s, settings=(("backbone", "peleenet"), *s.settings)) for s in schemes]
+    other = [config.Scheme(**s, backbone="peleenet") for s in schemes]
     found = figures.looks([*schemes, *other])
     assert len({(look.colour, str(look.line)) for look in found.values()}) == len(schemes)
     assert [found[scheme] for scheme in schemes] == [found[scheme] for scheme in other]

@@ -11,8 +11,9 @@ from bstriplet.config import TrainConfig
 from bstriplet.data.dataset import Task, load_dataset, split_dataset
 from bstriplet.training.evaluation import embed, load_trained
 from bstriplet.training.learner import Learner, cosine_factor
-from bstriplet.training.loop import Step, Tally, train
+from bstriplet.training.loop import train
 from bstriplet.training.run_folder import LAST_FILE, RunFolder, load_checkpoint
+from bstriplet.training.step import Tally, TrainingStep
 from torch.optim import SGD, Adam, AdamW
 
 CPU = torch.device("cpu")
@@ -79,7 +80,7 @@ def test_averaging_follows_its_equation(tiny: TrainConfig) -> None:
     task = make_task(config)
     learner = Learner(config, task, CPU)
     average = learner.model.backbone.classifier.weight.detach().clone()
-    step = Step(learner, Tally(config, task, CPU))
+    step = TrainingStep(learner, Tally(config, task, CPU))
     for _ in range(3):
         step(*task.train.batch(range(24)))
         average = 0.75 * average + 0.25 * learner.model.backbone.classifier.weight.detach()
@@ -98,7 +99,7 @@ def test_mixed_precision_computes_the_network_in_bfloat16_and_the_loss_in_float3
     learner.criterion.register_forward_hook(
         lambda m, inputs, out: seen.update(logits=inputs[0].logits.dtype, loss=out.total.dtype)
     )
-    Step(learner, Tally(config, task, CPU))(*task.train.batch(range(24)))
+    TrainingStep(learner, Tally(config, task, CPU))(*task.train.batch(range(24)))
     assert seen == {"network": torch.bfloat16, "logits": torch.float32, "loss": torch.float32}
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in
                learner.model.parameters())  # fmt: skip

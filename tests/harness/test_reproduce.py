@@ -49,7 +49,7 @@ def test_each_target_is_a_table_or_a_picture_and_every_scheme_is_a_configuration
     for target in reproduce.TARGETS.values():
         assert (target.table is None) != (target.draw is None)
         assert target.data_set in paper.DATA_SETS
-        configs = [TrainConfig(**scheme.fields) for scheme in target.schemes]
+        configs = [TrainConfig(**scheme) for scheme in target.schemes]
         assert len(set(configs)) == len(target.schemes)
         assert len({target.shown(scheme) for scheme in target.schemes}) == len(target.schemes)
 
@@ -58,9 +58,7 @@ def test_each_target_is_a_table_or_a_picture_and_every_scheme_is_a_configuration
 def test_a_table_has_a_scheme_for_each_number_that_is_printed(name):
     target = reproduce.TARGETS[name]
     rows = [
-        paper.printed_metrics(
-            target.table, dict(scheme.settings)["backbone"], scheme.loss, scheme.batches
-        )
+        paper.printed_metrics(target.table, scheme["backbone"], scheme.loss, scheme.batches)
         for scheme in target.schemes
     ]
     assert all(rows)
@@ -71,7 +69,7 @@ def test_a_table_has_a_scheme_for_each_number_that_is_printed(name):
 def test_chest2_takes_six_images_from_each_of_six_groups():
     for name in ("table6", "figure11"):
         for scheme in reproduce.TARGETS[name].schemes:
-            config = TrainConfig(**scheme.fields)
+            config = TrainConfig(**scheme)
             if config.loss == "ce+bst":
                 assert (config.batches, config.group_share) == ("mined", "equal")
                 assert config.groups_per_class * 2 * 6 == config.batch_size
@@ -79,7 +77,7 @@ def test_chest2_takes_six_images_from_each_of_six_groups():
 
 def test_the_two_small_sets_are_augmented():
     for target in reproduce.TARGETS.values():
-        configs = {TrainConfig(**scheme.fields).augment for scheme in target.schemes}
+        configs = {TrainConfig(**scheme).augment for scheme in target.schemes}
         small = target.data_set in ("rash", "osteosarcoma")
         assert configs == {"copies" if small else "none"}
 

@@ -22,7 +22,7 @@ import torch
 from bstriplet.config import TrainConfig
 from bstriplet.data.dataset import Task, load_dataset, split_dataset
 from bstriplet.errors import UserError
-from bstriplet.training import loop, run_folder
+from bstriplet.training import progress, run_folder
 from bstriplet.training.loop import train
 from bstriplet.training.run_folder import RunFolder, load_checkpoint
 from full_disk import NO_DISK
@@ -95,7 +95,7 @@ def test_a_kill_before_any_write_loses_nothing(
     """Kill the run before its 1st, 2nd, ... file is put in place; continue; compare."""
     config = replace(tiny, **MINED, epochs=2)
     task = split_dataset(load_dataset(config.data, config.image_size), config)
-    monkeypatch.setattr(loop, "CHECKPOINT_SHARE", float("inf"))  # a checkpoint an epoch
+    monkeypatch.setattr(progress, "CHECKPOINT_SHARE", float("inf"))  # a checkpoint an epoch
     replace_file = os.replace
     writes = 0
     kill_at = 0
@@ -129,7 +129,7 @@ def test_every_recipe_continues_to_the_same_bits(
 ) -> None:
     config = replace(tiny, **RECIPES[recipe], epochs=4)
     task = split_dataset(load_dataset(config.data, config.image_size), config)
-    monkeypatch.setattr(loop, "CHECKPOINT_SHARE", float("inf"))  # a checkpoint an epoch
+    monkeypatch.setattr(progress, "CHECKPOINT_SHARE", float("inf"))  # a checkpoint an epoch
     whole, cut = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "cut")
     train(config, task, whole)
     append_log, stop_at = RunFolder.append_log, 2

@@ -24,7 +24,7 @@ def test_the_grid_has_each_pair_once_and_cross_entropy_for_weight_0() -> None:
         "ce+bst:mined:metric-weight=1:margin=0.9",
     ]
     assert sweep_schemes("ce+ls", "random", [0.5], []) == (
-        Scheme("ce+ls", "random", (("metric_weight", 0.5),)),
+        Scheme("ce+ls", "random", metric_weight=0.5),
     )
 
 

@@ -13,18 +13,21 @@ import numpy as np
 import pytest
 import torch
 from bstriplet import mining
-from bstriplet.config import BATCHES, LOSSES, TrainConfig
+from bstriplet.config import BATCHES, TrainConfig
 from bstriplet.data.dataset import ImageSet, Task, load_dataset, split_dataset
 from bstriplet.errors import UserError
+from bstriplet.loss_registry import BUILT_IN
 from bstriplet.models.classifier import Classifier, Output
 from bstriplet.training import loop
 from bstriplet.training.batches import Feed, RandomBatchSampler, make_sampler
 from bstriplet.training.evaluation import embed, load_trained
 from bstriplet.training.learner import grey_level_statistics
-from bstriplet.training.loop import check_models, epochs_without_improvement, train
+from bstriplet.training.loop import check_models, train
 from bstriplet.training.losses import LossTerms
 from bstriplet.training.metrics import classification_metrics
+from bstriplet.training.progress import epochs_without_improvement
 from bstriplet.training.run_folder import LAST_FILE, RunFolder, load_checkpoint
+from bstriplet.training.step import Tally
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning.losses import GeneralizedLiftedStructureLoss
@@ -208,7 +211,7 @@ def test_the_same_run_twice_is_the_same_to_the_bit(tiny: TrainConfig, tmp_path: 
 def test_schemes_start_from_the_same_weights_and_split(tiny: TrainConfig, tmp_path: Path) -> None:
     """With a rate of nearly nothing, the trained weights are the initial ones."""
     weights, data = [], []
-    for loss in LOSSES:
+    for loss in BUILT_IN:
         for batches in BATCHES:
             config = replace(tiny, loss=loss, batches=batches, epochs=1, lr=1e-12, lr_floor=0.0)
             run = RunFolder(tmp_path / f"{loss}{batches}")
@@ -258,7 +261,7 @@ def test_schedule_and_stop_follow_the_recipe(tiny: TrainConfig, tmp_path: Path) 
     assert metrics["best_epoch"] == losses.index(min(losses)) + 1
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BUILT_IN)
 def test_the_evaluated_model_is_that_of_the_lowest_validation_loss(
     tiny: TrainConfig, tmp_path: Path, loss: str
 ) -> None:
@@ -348,7 +351,7 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(
 
 def test_only_the_first_bad_batch_counts(tiny: TrainConfig) -> None:
     task = make_task(tiny)
-    tally = loop.Tally(tiny, task, torch.device("cpu"))
+    tally = Tally(tiny, task, torch.device("cpu"))
     finite = LossTerms(torch.tensor(1.0), torch.tensor(0.5), torch.tensor(0.5))
     bad = LossTerms(torch.tensor(math.inf), torch.tensor(0.5), torch.tensor(math.inf))
     for _ in range(2):

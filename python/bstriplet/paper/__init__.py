@@ -18,6 +18,8 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
+from bstriplet.loss_registry import BUILT_IN
+
 BACKBONES = MappingProxyType(
     {
         "efficientnet_b1": "EfficientNet-B1",
@@ -26,9 +28,7 @@ BACKBONES = MappingProxyType(
         "peleenet": "PeleeNet",
     }
 )
-LOSSES = MappingProxyType(
-    {"ce": "CE", "ce+triplet": "CE+Triplet", "ce+ls": "CE+LS", "ce+bst": "CE+BST"}
-)
+LOSSES = MappingProxyType({name: loss.label for name, loss in BUILT_IN.items() if loss.in_paper})
 COLUMNS = MappingProxyType(
     {
         "sensitivity": "SEN (%)",

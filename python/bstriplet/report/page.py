@@ -106,7 +106,7 @@ def write_reproduction(drawn: Sequence[Reproduction], command: str, out: Path) -
         The path of report.html.
     """
     runs = [run for reproduction in drawn for run in reproduction.comparison.runs]
-    names = dict.fromkeys(Path(str(run.config.get("data", ""))).name for run in runs)
+    names = dict.fromkeys(Path(run.config["data"]).name for run in runs)
     page = _template("reproduction.html.j2").render(
         title="Tables and figures of the paper, from runs",
         lead=f"{', '.join(names)} · {_count(len({run.folder for run in runs}), 'run')}",
@@ -176,7 +176,7 @@ def _lead(comparison: Comparison) -> str:
     parts = []
     if comparison.runs:
         config = comparison.runs[0].config
-        parts += [Path(str(config[name])).name for name in ("backbone", "data") if name in config]
+        parts += [config["backbone"], Path(config["data"]).name]
     if comparison.finished:
         metrics = comparison.finished[0].metrics
         parts.append(f"{len(metrics['per_class'])} classes, {metrics['n_images']} test images")
@@ -281,7 +281,7 @@ def _notes(comparison: Comparison, summaries: Sequence[SchemeSummary]) -> list[s
             f"{len(tests)} schemes are compared with cross entropy; the verdicts rest on p-values "
             "with Holm's adjustment for that. The confidence intervals are not adjusted."
         )
-    if any(run.config.get("validation") == "test" for run in comparison.runs):
+    if any(run.config["validation"] == "test" for run in comparison.runs):
         notes.append(
             "Validation images were part of the test set, as in the paper. The epoch was thus "
             "chosen with their help, and the test numbers are too good by an unknown amount."
@@ -313,16 +313,14 @@ def _command(comparison: Comparison) -> str:
     if not comparison.runs:
         return ""
     config = comparison.runs[0].config
-    defaults = TrainConfig(data=config.get("data", TrainConfig.data)).to_dict() | {
-        "data": TrainConfig.data
-    }
-    varied = {"seed", *(name for scheme in comparison.schemes for name in scheme.fields)}
+    defaults = TrainConfig(data=config["data"]).to_dict() | {"data": TrainConfig.data}
+    varied = {"seed", *(name for scheme in comparison.schemes for name in scheme)}
     words = ["bstriplet", "compare", "--schemes", *map(str, comparison.schemes)]
     words += ["--seeds", *map(str, comparison.seeds)]
     if len(comparison.schemes) == len(comparison.seeds) == 1:
         words, varied = ["bstriplet", "train"], set()
     for name, default in defaults.items():
-        value = config.get(name, default)
+        value = config[name]
         if value != default and name not in varied:
             words += [flag(name)] if value is True else [flag(name), str(value)]
     return shlex.join(words)

@@ -20,7 +20,7 @@ from bstriplet.errors import UserError, unknown_name
 from bstriplet.report import figures
 from bstriplet.report.figures import Picture
 from bstriplet.storage import cannot_write, read_json, write_json, write_text
-from bstriplet.study.compare import ComparisonPlan, prepare, train_missing
+from bstriplet.study.compare import Experiment, prepare, train_missing
 from bstriplet.study.paper_table import NOTE as TABLE_NOTE
 from bstriplet.study.paper_table import Row, csv_text, markdown, table_rows
 from bstriplet.study.read_runs import Comparison, Run, read_runs, refuse_doubles
@@ -58,7 +58,7 @@ class Target:
 
     def shown(self, scheme: Scheme) -> Scheme:
         """A scheme with those settings alone that tell it from others."""
-        return scheme.without(*(name for name, _ in scheme.settings if name not in self.telling))
+        return scheme.without(*(scheme.others.keys() - set(self.telling)))
 
     def given(self, options: Mapping[str, Any]) -> Target:
         """The target with options in the place of its own settings."""
@@ -112,11 +112,9 @@ def _schemes(
         Scheme(
             loss,
             "mined" if loss == "ce+bst" else "random",
-            (
-                ("backbone", backbone),
-                *(every or {}).items(),
-                *((mined or {}).items() if loss == "ce+bst" else ()),
-            ),
+            backbone=backbone,
+            **(every or {}),
+            **((mined or {}) if loss == "ce+bst" else {}),
         )
         for backbone in backbones
         for loss in losses
@@ -126,9 +124,7 @@ def _schemes(
 _NETWORKS, _LOSSES = tuple(paper.BACKBONES), tuple(paper.LOSSES)
 _TWO = ("ce", "ce+bst")
 _FOUR_SCHEMES = tuple(
-    Scheme(loss, batches, (("backbone", SMALL),))
-    for loss in _TWO
-    for batches in ("random", "mined")
+    Scheme(loss, batches, backbone=SMALL) for loss in _TWO for batches in ("random", "mined")
 )
 # Section 3.5: three groups in each of two classes, six images from each.
 _CHEST2 = _schemes(_NETWORKS, _LOSSES, mined={"groups_per_class": 3, "group_share": "equal"})
@@ -174,18 +170,17 @@ TARGETS: dict[str, Target] = {
         "Figure 5. Accuracy of MobileNet-V3-Small for different N_b on Chest-1",
         "chest1",
         tuple(
-            Scheme("ce+bst", "mined", (("backbone", SMALL), ("batch_size", size)))
-            for size in range(6, 37, 6)
+            Scheme("ce+bst", "mined", backbone=SMALL, batch_size=size) for size in range(6, 37, 6)
         ),
         ("batch_size",),
         draw=figures.batch_sizes,
-        reference=Scheme("ce+bst", "mined", (("batch_size", TrainConfig.batch_size),)),
+        reference=Scheme("ce+bst", "mined", batch_size=TrainConfig.batch_size),
     ),
     "figure6": Target(
         "Figure 6. Embeddings of MobileNet-V3-Small after 10 epochs, CE and CE+BST, on Chest-1",
         "chest1",
         tuple(
-            Scheme(loss, batches, (("backbone", SMALL), ("epochs", 10)))
+            Scheme(loss, batches, backbone=SMALL, epochs=10)
             for loss, batches in (("ce", "random"), ("ce+bst", "mined"))
         ),
         draw=figures.embeddings,
@@ -262,7 +257,7 @@ def train_targets(
     schemes = dict.fromkeys(
         _distinct(scheme, config) for target in targets.values() for scheme in target.schemes
     )
-    plan = ComparisonPlan(config, tuple(schemes), tuple(range(n_seeds)))
+    experiment = Experiment(config, tuple(schemes), tuple(range(n_seeds)))
     if not os.path.exists(out / STATE):
         check_new(out, resume=True)
     elif difference := describe_difference(
@@ -272,7 +267,7 @@ def train_targets(
             f"{out} was started with another configuration: {difference}; leave those options as "
             "they were, or choose another --out"
         )
-    runs = prepare(plan, say)
+    runs = prepare(experiment, say)
     classes = runs[0].task.classes
     for name in dict.fromkeys(target.data_set for target in targets.values()):
         if _columns(name, classes) is None:
@@ -314,9 +309,8 @@ def draw_targets(
 
 def _distinct(scheme: Scheme, config: TrainConfig) -> Scheme:
     """A scheme without settings that are as in the configuration: the same run, the same name."""
-    usual = [name for name, value in scheme.settings if getattr(config, name) == value]
-    settings = sorted(scheme.without(*usual).settings)
-    return Scheme(scheme.loss, scheme.batches, tuple(settings))
+    unusual = {n: value for n, value in scheme.others.items() if getattr(config, n) != value}
+    return Scheme(scheme.loss, scheme.batches, **dict(sorted(unusual.items())))
 
 
 def draw(
@@ -365,15 +359,12 @@ def _wanted(scheme: Scheme, config: TrainConfig | None) -> dict[str, Any]:
     if config is None:
         names.remove("epochs")
     usual = config or TrainConfig()
-    return {name: getattr(usual, name) for name in names} | scheme.fields
+    return {name: getattr(usual, name) for name in names} | dict(scheme)
 
 
 def _has(run: Run, wanted: Mapping[str, Any]) -> bool:
-    """Whether a run has these fields; one that its version did not know is as by default."""
-    return all(
-        run.config.get(name, TrainConfig.__dataclass_fields__[name].default) == value
-        for name, value in wanted.items()
-    )
+    """Whether a run has these fields."""
+    return all(run.config[name] == value for name, value in wanted.items())
 
 
 def _notes(target: Target, comparison: Comparison) -> list[str]:
@@ -385,7 +376,7 @@ def _notes(target: Target, comparison: Comparison) -> list[str]:
     departures = _departures(target, comparison)
     if departures:
         notes.append(f"Not as in the paper: {', '.join(departures)}.")
-    if any(run.config.get("validation", "train") == "train" for run in comparison.runs):
+    if any(run.config["validation"] == "train" for run in comparison.runs):
         notes.append(
             "Validation images are held out of the training images; the paper took them from the "
             "test images."
@@ -410,12 +401,12 @@ def data_notes(name: str, comparison: Comparison) -> list[str]:
     found = comparison.finished[0].environment.get("data", {}).get("images", {})
     if not found:
         return []
-    data, labels = str(comparison.finished[0].config.get("data", "")), tuple(found["test"])
+    data, labels = comparison.finished[0].config["data"], tuple(found["test"])
     columns = _columns(name, labels)
     if columns is None:
         return [_of_other_images(name, data, labels)]
     held_out = found.get("validation", {})
-    if comparison.finished[0].config.get("validation", "train") == "test":
+    if comparison.finished[0].config["validation"] == "test":
         held_out = {}  # they are among the test images
     notes = []
     for part, counts in expected.counts.items():
@@ -451,14 +442,14 @@ def _of_other_images(name: str, data: str, labels: Sequence[str]) -> str:
 
 def _departures(target: Target, comparison: Comparison) -> list[str]:
     """Options of these runs that are neither as by default nor what a scheme is about."""
-    varied = {name for scheme in target.schemes for name in scheme.fields}
+    varied = {name for scheme in target.schemes for name in scheme}
     departures = []
     for name in field_types():
         if name in FREE | varied:
             continue
         default = TrainConfig.__dataclass_fields__[name].default
         default = TrainConfig(data=".").image_size if name == "image_size" else default
-        values = {run.config.get(name, default): None for run in comparison.runs}
+        values = {run.config[name]: None for run in comparison.runs}
         if list(values) != [default]:
             departures.append(f"{flag(name)} {' or '.join(map(str, values))}")
     return departures

@@ -1,7 +1,7 @@
 """Schemes x seeds: the runs of a comparison, one after the other.
 
 A scheme may set any field of the configuration, so that the grid of a sweep and the networks of
-Table 6 are comparisons too: :class:`ComparisonPlan` lists them, :func:`compare` runs what is
+Table 6 are comparisons too: :class:`Experiment` lists them, :func:`compare` runs what is
 missing.
 """
 
@@ -25,7 +25,7 @@ VARIED = ("loss", "batches", "seed")
 
 
 @dataclass(frozen=True)
-class ComparisonPlan:
+class Experiment:
     """What a comparison runs: each scheme with each seed, all else as in ``config``."""
 
     config: TrainConfig
@@ -41,7 +41,7 @@ class ComparisonPlan:
                 raise UserError(f"--{name}: {twice[0]} is given twice; give each once")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as a dict that JSON can hold."""
+        """Return the experiment as a dict that JSON can hold."""
         return {
             "schemes": [str(scheme) for scheme in self.schemes],
             "seeds": list(self.seeds),
@@ -51,16 +51,18 @@ class ComparisonPlan:
     def runs(self) -> list[tuple[Scheme, TrainConfig]]:
         """Return the runs, seed by seed, so that a cut comparison has whole pairs."""
         return [
-            (scheme, replace(self.config, **scheme.fields, seed=seed))
+            (scheme, replace(self.config, **scheme, seed=seed))
             for seed in self.seeds
             for scheme in self.schemes
         ]
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "ComparisonPlan":
-        """Return the plan saved by :meth:`to_dict`."""
+    def from_dict(cls, values: Mapping[str, Any]) -> "Experiment":
+        """Return the experiment saved by :meth:`to_dict`."""
         return cls(
-            config=TrainConfig.from_dict(values["config"]),
+            config=TrainConfig.from_dict(
+                {n: getattr(TrainConfig, n) for n in VARIED} | values["config"]
+            ),
             schemes=tuple(Scheme.parse(text) for text in values["schemes"]),
             seeds=tuple(values["seeds"]),
         )
@@ -84,32 +86,34 @@ def started(folder: Path) -> bool:
     return os.path.exists(folder / COMPARE)
 
 
-def read_plan(folder: Path) -> ComparisonPlan:
-    """Return the plan of a started comparison."""
+def read_experiment(folder: Path) -> Experiment:
+    """Return the experiment of a started comparison."""
     try:
-        return ComparisonPlan.from_dict(read_json(folder / COMPARE))
+        return Experiment.from_dict(read_json(folder / COMPARE))
     except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / COMPARE} is no plan of a comparison; restore it") from error
+        raise UserError(
+            f"{folder / COMPARE} holds no schemes, seeds and configuration; restore it"
+        ) from error
 
 
-def compare(plan: ComparisonPlan, folder: Path, say: Callable[[str], None]) -> None:
-    """Run what ``plan`` lists and ``folder`` does not have yet; ``say`` is told of each run."""
-    runs = prepare(plan, say)
+def compare(experiment: Experiment, folder: Path, say: Callable[[str], None]) -> None:
+    """Train the runs of ``experiment`` that ``folder`` lacks; ``say`` is told of each."""
+    runs = prepare(experiment, say)
     with locked_folder(folder):
         if not started(folder):
-            write_json(folder / COMPARE, plan.to_dict())
+            write_json(folder / COMPARE, experiment.to_dict())
         train_missing(runs, folder, say)
 
 
-def prepare(plan: ComparisonPlan, say: Callable[[str], None]) -> list[PreparedRun]:
-    """Return the runs of ``plan`` with their images; whatever is wrong with them is found here.
+def prepare(experiment: Experiment, say: Callable[[str], None]) -> list[PreparedRun]:
+    """Return the runs of ``experiment`` with their images, or raise if something is wrong with one.
 
     Images are read once for all runs. One seed gives all schemes the same split, the same initial
     weights and, for the same kind of batches, the same batches: schemes are compared in pairs.
     """
-    runs = plan.runs()
-    for scheme in plan.schemes:
-        check_models(replace(plan.config, **scheme.fields))
+    runs = experiment.runs()
+    for scheme in experiment.schemes:
+        check_models(replace(experiment.config, **scheme))
     tasks = Tasks()
     prepared = [PreparedRun(scheme, config, tasks.of(config)) for scheme, config in runs]
     for note in dict.fromkeys(note for run in prepared for note in run.task.notes):

@@ -1,13 +1,13 @@
 """The comparison of ``make demo``: few images a class, the setting that the paper is about."""
 
 from bstriplet.config import DIGITS, Scheme, TrainConfig
-from bstriplet.study.compare import ComparisonPlan
+from bstriplet.study.compare import Experiment
 
 SCHEMES = (Scheme("ce", "random"), Scheme("ce+bst", "mined"))
 SEEDS = (0, 1, 2, 3, 4)
 
 
-def demo_plan(data: str) -> ComparisonPlan:
+def demo_experiment(data: str) -> Experiment:
     """Return a comparison on ``data`` ("digits" or a folder) that takes minutes on two cores.
 
     20 images a class train and validate. There is no early stop: with a few steps an epoch, the
@@ -24,4 +24,4 @@ def demo_plan(data: str) -> ComparisonPlan:
         epochs=epochs,
         stop_patience=epochs,
     )
-    return ComparisonPlan(config, SCHEMES, SEEDS)
+    return Experiment(config, SCHEMES, SEEDS)

@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bstriplet import paper
-from bstriplet.config import Scheme
+from bstriplet.config import Scheme, TrainConfig
 from bstriplet.data.names import one_form
 from bstriplet.errors import NO_ARRAYS, UserError, one_line
+from bstriplet.loss_registry import BUILT_IN
 from bstriplet.storage import read_json
 from bstriplet.text import decode, printable
-from bstriplet.training.metrics import classification_metrics
 from bstriplet.training.run_folder import (
     CONFIG_FILE,
     EMBEDDINGS_FILE,
@@ -32,7 +32,6 @@ from bstriplet.training.run_folder import (
     PREDICTIONS_FILE,
 )
 
-LOSS_NAMES = {"ce": "CE", "bst": "BST", "triplet": "Triplet", "ls": "LS"}
 BATCH_NAMES = {"random": "RS", "mined": "DM"}
 SETTING_NAMES = {"metric_weight": "λ", "margin": "m", "backbone": "", "batch_size": "N_b"}
 PROBABILITY = "prob_"
@@ -41,10 +40,11 @@ COMPARE = "compare.json"
 
 def scheme_label(scheme: Scheme) -> str:
     """The scheme as Table 3 writes it: "CE+BST (DM)" for ce+bst on mined batches."""
-    loss = "+".join(LOSS_NAMES.get(part, part) for part in scheme.loss.split("+"))
+    built_in = BUILT_IN.get(scheme.loss)
+    loss = built_in.label if built_in else scheme.loss.replace("ce+", "CE+", 1)
     settings = [
         f"{SETTING_NAMES.get(name, name.replace('_', ' '))} {_value_name(name, value)}".strip()
-        for name, value in scheme.settings
+        for name, value in scheme.others.items()
     ]
     name = ", ".join([f"{loss} ({BATCH_NAMES.get(scheme.batches, scheme.batches)})", *settings])
     return printable(name)
@@ -128,7 +128,7 @@ class Run:
     def mistakes(self) -> dict[str, NDArray[np.uint8]]:
         """Pixels [C, H, W] of the most confidently wrong test images, by file name.
 
-        None in a run of a version that kept no images.
+        None where the file has been removed, for the sake of room or of privacy.
         """
         path = self.folder / MISTAKES_FILE
         if not path.is_file():
@@ -190,8 +190,8 @@ class Comparison:
             return self.reference
 
         def differing(other: Scheme) -> list[str]:
-            names = {name for name, _ in scheme.settings + other.settings}
-            return [n for n in names if self._setting(scheme, n) != self._setting(other, n)]
+            names = {*scheme.others, *other.others}
+            return [n for n in names if self._field(scheme, n) != self._field(other, n)]
 
         candidates = [
             other
@@ -202,11 +202,11 @@ class Comparison:
 
     def network_of(self, scheme: Scheme) -> str:
         """The network that a scheme trains, as the paper writes it; "" where nothing says it."""
-        name = self._setting(scheme, "backbone") or ""
+        name = self._field(scheme, "backbone") or ""
         return paper.BACKBONES.get(name, name)
 
-    def _setting(self, scheme: Scheme, name: str) -> Any:
-        return scheme.fields.get(name, self.shared.get(name))
+    def _field(self, scheme: Scheme, name: str) -> Any:
+        return scheme.get(name, self.shared.get(name))
 
     def gaps(self) -> list[str]:
         """A sentence for each run that was asked for and has not finished."""
@@ -241,21 +241,19 @@ def read_comparison(directory: Path | str) -> Comparison:
 
 
 def _read_run(folder: Path) -> Run:
-    config = _object(folder / CONFIG_FILE)
     try:
-        scheme, seed = Scheme(config["loss"], config["batches"]), int(config["seed"])
-    except (KeyError, TypeError, ValueError) as error:
+        config = TrainConfig.from_dict(_object(folder / CONFIG_FILE))
+    except UserError as error:
         raise _damaged(folder / CONFIG_FILE, error) from error
-    run = Run(
+    return Run(
         folder=folder,
-        scheme=scheme,
-        seed=seed,
-        config=config,
+        scheme=Scheme(config.loss, config.batches),
+        seed=config.seed,
+        config=config.to_dict(),
         environment=_environment(folder / ENVIRONMENT_FILE),
         log=_read_log(folder / LOG_FILE),
         metrics=_metrics(folder / METRICS_FILE),
     )
-    return replace(run, metrics=_completed(run)) if run.finished else run
 
 
 def _environment(path: Path) -> dict[str, Any]:
@@ -279,20 +277,6 @@ def _metrics(path: Path) -> dict[str, Any]:
     return metrics
 
 
-def _completed(run: Run) -> dict[str, Any]:
-    """Metrics with those that the version which wrote them did not have yet."""
-    if "ece" in run.metrics:
-        return run.metrics
-    found = run.predictions
-    try:
-        anew = classification_metrics(
-            found.labels, found.probabilities, found.classes, run.metrics["positive"]
-        )
-    except (KeyError, ValueError) as error:
-        raise _damaged(run.folder / METRICS_FILE, error) from error
-    return run.metrics | anew
-
-
 def _read_comparison(folder: Path) -> Comparison:
     path = folder / COMPARE
     asked = _object(path)
@@ -303,15 +287,15 @@ def _read_comparison(folder: Path) -> Comparison:
         raise _damaged(path, error) from error
     # What a run is stands in its own config.json; the names of the folders are only names.
     found = read_runs(folder)
-    names = sorted({name for scheme in schemes for name in scheme.fields})
+    names = sorted({name for scheme in schemes for name in scheme})
     shared = asked.get("config", {})
     scheme_of = {
-        tuple((shared | scheme.fields).get(name) for name in names): scheme for scheme in schemes
+        tuple({**shared, **scheme}.get(name) for name in names): scheme for scheme in schemes
     }
     named = [
         replace(run, scheme=scheme)
         for run in found
-        if (scheme := scheme_of.get(tuple(run.config.get(name) for name in names)))
+        if (scheme := scheme_of.get(tuple(run.config[name] for name in names)))
     ]
     wanted = [run for run in named if run.seed in seeds]
     wanted.sort(key=lambda run: (schemes.index(run.scheme), seeds.index(run.seed)))

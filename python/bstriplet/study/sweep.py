@@ -42,11 +42,9 @@ def sweep_schemes(
     if loss == "ce":
         raise UserError("--loss: ce has nothing to weigh; give a loss such as ce+bst")
     grid = product([w for w in weights if w], margins or (None,))
-    settings = [
-        (("metric_weight", w), *((("margin", m),) if m is not None else ())) for w, m in grid
-    ]
+    varied = [{"metric_weight": w} | ({} if m is None else {"margin": m}) for w, m in grid]
     baseline = (Scheme("ce", batches),) if 0 in weights else ()
-    return (*baseline, *(Scheme(loss, batches, varied) for varied in settings))
+    return (*baseline, *(Scheme(loss, batches, **fields) for fields in varied))
 
 
 def cells(comparison: Comparison) -> list[Cell]:
@@ -54,7 +52,7 @@ def cells(comparison: Comparison) -> list[Cell]:
     found = []
     for scheme in comparison.schemes:
         accuracy = spread([run.metrics["accuracy"] for run in comparison.finished_of(scheme)])
-        varied = dict(scheme.settings)
+        varied = scheme.others
         if scheme.loss == "ce" and not varied:
             found.append(Cell(0.0, None, accuracy))
         elif "metric_weight" in varied and varied.keys() <= {"metric_weight", "margin"}:

@@ -260,7 +260,7 @@ def _seen_note(run: RunFolder, images: ImageSet) -> tuple[str, ...]:
     try:
         with np.load(path, allow_pickle=False) as stored:
             seen = set(stored["seen"].tolist())
-    except NO_ARRAYS:  # not there, of an older version, or damaged
+    except NO_ARRAYS:  # not there, or damaged
         return (f"{path} does not say which images the run has seen: these may be among them",)
     hashes = _pixel_hashes(images).tolist()
     again = [file for file, found in zip(images.files, hashes, strict=True) if found in seen]

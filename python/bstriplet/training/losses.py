@@ -2,16 +2,16 @@
 
 import ast
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bstriplet.config import LOSSES, TrainConfig
+from bstriplet.config import TrainConfig
 from bstriplet.errors import UserError, one_line, unknown_name
+from bstriplet.loss_registry import BUILT_IN
 from bstriplet.models.classifier import Output
-from bstriplet_kernels import BSTripletLoss
 
 
 class LossTerms(NamedTuple):
@@ -46,7 +46,7 @@ class TrainingLoss(nn.Module):
             weight = counts.mean() / counts
         self.cross_entropy = nn.CrossEntropyLoss(weight, label_smoothing=config.label_smoothing)
         self.metric_weight = config.metric_weight
-        self.metric = _metric_loss(config.loss, config.margin, len(class_counts), embedding_size)
+        self.metric = _metric_loss(config, len(class_counts), embedding_size)
 
     def forward(self, output: Output, labels: Tensor) -> LossTerms:
         ce = self.cross_entropy(output.logits, labels)
@@ -57,11 +57,11 @@ class TrainingLoss(nn.Module):
 
 
 def check_loss(loss: str) -> None:
-    """Raise unless ``loss`` can be used: one that is not ours is tried on made-up embeddings."""
-    if loss in LOSSES:
+    """Raise unless ``loss`` can be used: one that is not built in is tried on random embeddings."""
+    if loss in BUILT_IN:
         return
     embeddings = torch.randn(16, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    criterion = _metric_loss(loss, margin=0.0, num_classes=2, embedding_size=8)
+    criterion = _library_loss(loss, num_classes=2, embedding_size=8)
     try:
         criterion(embeddings, torch.arange(16) % 2).backward()
     except Exception as error:  # whatever a library's loss raises where labels are not enough
@@ -71,38 +71,21 @@ def check_loss(loss: str) -> None:
         ) from error
 
 
-def _metric_loss(loss: str, margin: float, num_classes: int, embedding_size: int) -> Any:
-    """Return what stands behind ``ce+``; None for ``ce`` alone.
+def _metric_loss(config: TrainConfig, num_classes: int, embedding_size: int) -> Any:
+    """Return the loss beside cross entropy; None where there is none."""
+    if built_in := BUILT_IN.get(config.loss):
+        return built_in.metric and built_in.metric(config.margin)
+    return _library_loss(config.loss, num_classes, embedding_size)
 
-    - ``bst``: Eqs. 3 and 4 with ``margin``.
-    - ``triplet``: Eq. 1, max(0, 1 - s_ap + s_an) on cosine similarities, and its mean over all
-      triplets of the batch: what one random triplet an anchor, the paper's choice, gives on
-      average, without the noise.
-    - ``ls``: the lifted structure loss in its improved, generalised form: with Euclidean distances
-      of L2-normalised embeddings, mean over anchors of max(0, log sum exp d_ap + log sum exp
-      (1 - d_an)), which sees all pairs and is defined for an anchor without positives or negatives.
-    - a class of pytorch-metric-learning, with its defaults or the keywords given in the name.
+
+def _library_loss(loss: str, num_classes: int, embedding_size: int) -> Any:
+    """Return a loss of pytorch-metric-learning, ``ce+Name`` or ``ce+Name(key=value, ...)``.
+
+    It gets the sizes that it requires; all else is as given in the name, or as by default.
     """
-    name = loss.removeprefix("ce").removeprefix("+")
-    if not name:
-        return None
-    if name == "bst":
-        return BSTripletLoss(margin=margin)
+    from pytorch_metric_learning import losses
 
-    from pytorch_metric_learning import distances, losses, reducers
-
-    if name == "triplet":
-        return losses.TripletMarginLoss(
-            margin=1, distance=distances.CosineSimilarity(), reducer=reducers.MeanReducer()
-        )
-    if name == "ls":
-        return losses.GeneralizedLiftedStructureLoss()
-    sizes = {"num_classes": num_classes, "embedding_size": embedding_size}
-    return _library_loss(loss, vars(losses), sizes)
-
-
-def _library_loss(loss: str, library: Mapping[str, Any], sizes: dict[str, int]) -> Any:
-    """Return the loss ``ce+Name`` or ``ce+Name(key=value, ...)``; it gets the sizes it requires."""
+    library = vars(losses)
     try:
         call = ast.parse(loss.removeprefix("ce+"), mode="eval").body
         if isinstance(call, ast.Call) and call.args:
@@ -124,7 +107,11 @@ def _library_loss(loss: str, library: Mapping[str, Any], sizes: dict[str, int]) 
     signatures = (inspect.signature(ancestor.__init__).parameters for ancestor in kind.__mro__)
     parameters = next(found for found in signatures if "args" not in found)
     required = {name for name, item in parameters.items() if item.default is item.empty}
-    sizes = sizes | {"descriptors_dim": sizes["embedding_size"]}
+    sizes = {
+        "num_classes": num_classes,
+        "embedding_size": embedding_size,
+        "descriptors_dim": embedding_size,
+    }
     try:
         return kind(**{key: sizes[key] for key in required & set(sizes)} | options)
     except Exception as error:  # whatever its constructor makes of the options

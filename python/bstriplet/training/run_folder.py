@@ -181,8 +181,8 @@ class RunFolder:
             ) from error
         if fingerprint != began_with:
             raise UserError(
-                f"the images have changed since {self.path} began, or their labels, order or parts "
-                f"(or an older version began it); restore them, or {otherwise}"
+                f"the images have changed since {self.path} began, or their labels, order or "
+                f"parts; restore them, or {otherwise}"
             )
 
     def load(self, name: str, config: TrainConfig) -> dict[str, Any]:

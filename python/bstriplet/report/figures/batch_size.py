@@ -65,7 +65,7 @@ def _judgement(comparison: Comparison) -> str:
     """What the paired tests against the reference say of all sizes, or "" without it."""
     if comparison.reference is None:
         return ""
-    size_of = {scheme: dict(scheme.settings)["batch_size"] for scheme in comparison.schemes}
+    size_of = {scheme: scheme["batch_size"] for scheme in comparison.schemes}
     reference = f"N_b = {size_of[comparison.reference]}"
     judged = [
         (size_of[summary.scheme], summary.paired, summary.paired.p_holm)

@@ -11,25 +11,27 @@ from matplotlib.axes import Axes
 from matplotlib.font_manager import fontManager
 
 from bstriplet.config import Scheme
+from bstriplet.loss_registry import BUILT_IN
 from bstriplet.text import printable
 
 INK, MUTED, GRID, PAPER = "#1f2430", "#5c6370", "#d9dde3", "#ffffff"
 # A hue a loss, a tone a way to draw batches: (random, mined). Blue against orange, and pale
-# against strong, stay apart in all common colour blindness and in grey print.
-LOSS_HUES = {
-    "ce": ("#6aa5d8", "#1f5fa8"),
-    "ce+bst": ("#ea9a55", "#b8430f"),
-    "ce+triplet": ("#b08bd0", "#6b3fa0"),
-    "ce+ls": ("#5fb39a", "#14705a"),
-}
-# Those of other losses, and of a loss once more with other settings.
-MORE_HUES = (
+# against strong, stay apart in all common colour blindness and in grey print. The losses of the
+# registry have the first ones in its order; then come other losses, and a loss once more with
+# other settings.
+_HUES = (
+    ("#6aa5d8", "#1f5fa8"),
+    ("#b08bd0", "#6b3fa0"),
+    ("#5fb39a", "#14705a"),
+    ("#ea9a55", "#b8430f"),
     ("#dd86b4", "#a3265f"),
     ("#b9b04a", "#6b6500"),
     ("#c09a7a", "#744a26"),
     ("#58b7c6", "#0b6a7a"),
     ("#9aa0a8", "#4a4f57"),
 )
+LOSS_HUES = dict(zip(BUILT_IN, _HUES, strict=False))
+MORE_HUES = _HUES[len(BUILT_IN) :]
 # (random, mined); the second and third where hues have run out.
 LINES: tuple[tuple[Any, Any], ...] = (
     ("--", "-"),

@@ -1,0 +1,68 @@
+"""The training losses with names of their own. A new one is an entry here, and nothing else.
+
+The command line and its help, the label in tables, the colour in figures and the choice of CUDA
+graphs follow from the entry. Nothing heavy is imported before a loss is built.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class BuiltInLoss:
+    """Cross entropy, alone or with a metric loss beside it (Eq. 7).
+
+    label: its name in tables and figures.
+    metric: margin -> the module of the metric loss, called with embeddings [N, D] and labels [N];
+        None for cross entropy alone.
+    capturable: whether it never waits for the device, so that a CUDA graph can hold a step.
+    in_paper: whether the paper's tables have rows of it.
+    """
+
+    label: str
+    metric: Callable[[float], Any] | None
+    capturable: bool = False
+    in_paper: bool = False
+
+
+def _triplet(margin: float) -> Any:
+    """Eq. 1, max(0, 1 - s_ap + s_an) on cosine similarities: its mean over all triplets.
+
+    The paper draws one triplet an anchor; the mean over all is that on average, without the noise.
+    """
+    from pytorch_metric_learning import distances, losses, reducers
+
+    return losses.TripletMarginLoss(
+        margin=1, distance=distances.CosineSimilarity(), reducer=reducers.MeanReducer()
+    )
+
+
+def _lifted_structure(margin: float) -> Any:
+    """The lifted structure loss in its improved, generalised form.
+
+    Mean over anchors of max(0, log sum exp d_ap + log sum exp (1 - d_an)), with Euclidean distances
+    of L2-normalised embeddings: it sees all pairs, and is defined for an anchor without positives
+    or negatives.
+    """
+    from pytorch_metric_learning import losses
+
+    return losses.GeneralizedLiftedStructureLoss()
+
+
+def _bst(margin: float) -> Any:
+    """Eqs. 3 and 4 with ``margin``."""
+    from bstriplet_kernels import BSTripletLoss
+
+    return BSTripletLoss(margin=margin)
+
+
+BUILT_IN: Mapping[str, BuiltInLoss] = MappingProxyType(
+    {
+        "ce": BuiltInLoss("CE", None, capturable=True, in_paper=True),
+        "ce+triplet": BuiltInLoss("CE+Triplet", _triplet, in_paper=True),
+        "ce+ls": BuiltInLoss("CE+LS", _lifted_structure, in_paper=True),
+        "ce+bst": BuiltInLoss("CE+BST", _bst, capturable=True, in_paper=True),
+    }
+)

@@ -1,0 +1,37 @@
+"""Random numbers that a run draws again: seeds, and torch's reproducible modes."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seed Python, NumPy and torch by ``numbers``: the seed and the epoch."""
+    value = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(value)
+    np.random.seed(value)  # noqa: NPY002  (libraries draw from it)
+    torch.manual_seed(value)
+
+
+@contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """Let torch compute the same bits each time.
+
+    Its modes and the global random states are left as they were, for a process that goes on.
+    """
+    modes = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(modes[0], warn_only=modes[1])
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)  # noqa: NPY002

@@ -1,0 +1,129 @@
+"""One training step, eager or as a CUDA graph, and what an epoch of steps adds up to."""
+
+import torch
+from torch import Tensor
+
+from bstriplet.config import TrainConfig
+from bstriplet.data.dataset import Task
+from bstriplet.errors import UserError
+from bstriplet.loss_registry import BUILT_IN
+from bstriplet.models.classifier import Output
+from bstriplet.training import cuda_graph
+from bstriplet.training.learner import Learner
+from bstriplet.training.losses import LossTerms
+
+
+class TrainingStep:
+    """One update of the weights, from images uint8 [B, C, H, W] and labels int64 [B]."""
+
+    def __init__(self, learner: Learner, tally: "Tally") -> None:
+        self.learner = learner
+        self.tally = tally
+        compiled = learner.config.compile
+        self.model = torch.compile(learner.model, dynamic=False) if compiled else learner.model
+
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
+        learner = self.learner
+        with torch.autocast(images.device.type, learner.amp_dtype, enabled=learner.config.amp):
+            output = self.model(images)
+        output = Output(*(part.float() for part in output))
+        loss = learner.criterion(output, labels)
+        learner.optimiser.zero_grad()
+        learner.scaler.scale(loss.total).backward()
+        learner.scaler.step(learner.optimiser)
+        learner.scaler.update()
+        if learner.ema:
+            learner.ema.update(learner.model)
+        self.tally.add(loss, output.logits, labels)
+
+
+class Tally:
+    """Means over the images of an epoch, and its first batch whose loss is not finite.
+
+    All is kept on the device and in place: adding neither waits for a GPU nor breaks a CUDA graph,
+    reading waits.
+    """
+
+    def __init__(self, config: TrainConfig, task: Task, device: torch.device) -> None:
+        self._sums = torch.zeros(5, dtype=torch.float64, device=device)
+        self._batches = torch.zeros((), dtype=torch.int64, device=device)
+        self._first_bad = torch.full_like(self._batches, -1)
+        self._has_metric = config.loss != "ce"
+        # RandomBatchSampler may add one image to a batch.
+        self.bad_logits = torch.zeros(config.batch_size + 1, len(task.classes), device=device)
+
+    def reset(self) -> None:
+        """Begin an epoch."""
+        self._sums.zero_()
+        self._batches.zero_()
+        self._first_bad.fill_(-1)
+
+    def add(self, loss: LossTerms, logits: Tensor, labels: Tensor) -> None:
+        """Add the mean losses of a batch, weighted by its size, and its right answers."""
+        logits, n_images = logits.detach(), len(labels)
+        losses = [loss.total, loss.ce, loss.total if loss.metric is None else loss.metric]
+        means = torch.stack([value.detach().double() for value in losses])
+        self._sums[:3] += means * n_images
+        self._sums[3] += (logits.argmax(dim=1) == labels).sum()
+        self._sums[4] += n_images
+        bad = ~means[0].isfinite() & (self._first_bad < 0)
+        self._first_bad.copy_(torch.where(bad, self._batches, self._first_bad))
+        kept = self.bad_logits[:n_images]
+        kept.copy_(torch.where(bad, logits, kept))
+        self._batches += 1
+
+    @property
+    def first_bad(self) -> int | None:
+        """The number, from 0, of the first batch whose loss is NaN or infinite."""
+        number = int(self._first_bad)
+        return None if number < 0 else number
+
+    @property
+    def n_images(self) -> int:
+        """How many images were added."""
+        return int(self._sums[4])
+
+    def _mean(self, position: int) -> float:
+        return self._sums[position].item() / self.n_images
+
+    @property
+    def loss(self) -> float:
+        """The loss that is minimised."""
+        return self._mean(0)
+
+    @property
+    def ce(self) -> float:
+        """Its cross entropy."""
+        return self._mean(1)
+
+    @property
+    def metric(self) -> float | None:
+        """Its metric loss, before lambda; None where there is none."""
+        return self._mean(2) if self._has_metric else None
+
+    @property
+    def accuracy(self) -> float:
+        """The share of right answers."""
+        return self._mean(3)
+
+
+def make_step(learner: Learner, tally: Tally) -> cuda_graph.Step:
+    """Return the training step of a configuration: eager, or replayed as a CUDA graph."""
+    step = TrainingStep(learner, tally)
+    if not uses_cuda_graph(learner):
+        return step
+    return cuda_graph.GraphedStep(step, learner.optimiser, learner.config.batch_size)
+
+
+def uses_cuda_graph(learner: Learner) -> bool:
+    """Whether the training step is replayed as a CUDA graph."""
+    config, scaled = learner.config, learner.scaler.is_enabled()
+    on_gpu = learner.device.type == "cuda"
+    if config.cuda_graph == "on" and not on_gpu:
+        raise UserError("--cuda-graph on: there is no GPU here; use auto or off")
+    if config.cuda_graph == "on" and scaled:
+        raise UserError("--cuda-graph on: not with --amp on a GPU without bfloat16; use off")
+    # Other libraries' losses may synchronise, which a CUDA graph forbids.
+    built_in = BUILT_IN.get(config.loss)
+    allowed = built_in is not None and built_in.capturable and not scaled
+    return config.cuda_graph == "on" or (config.cuda_graph == "auto" and on_gpu and allowed)
