@@ -18,6 +18,7 @@ from bstriplet.report import figures
 from bstriplet.report import page as report
 from bstriplet.report.reproduce import Target, draw
 from bstriplet.study import read_runs, statistics
+from bstriplet.training.metrics import METRICS
 from digit_runs import write_comparison, write_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -50,7 +51,7 @@ def comparison_of(accuracies: dict[Scheme, dict[int, float]]) -> read_runs.Compa
     """A comparison whose runs hold nothing but an accuracy."""
     seeds = sorted({seed for runs in accuracies.values() for seed in runs})
     runs = [
-        read_runs.Run(None, scheme, seed, {}, {}, (), dict.fromkeys(statistics.METRICS, value))
+        read_runs.Run(None, scheme, seed, {}, {}, (), dict.fromkeys(METRICS, value))
         for scheme, found in accuracies.items()
         for seed, value in sorted(found.items())
     ]

@@ -20,7 +20,6 @@ from bstriplet.study.paper_table import HEADER
 from bstriplet.study.paper_table import NOTE as TABLE_NOTE
 from bstriplet.study.read_runs import Comparison, Run, read_comparison, scheme_label
 from bstriplet.study.statistics import (
-    METRICS,
     SchemeSummary,
     Spread,
     area,
@@ -35,6 +34,7 @@ from bstriplet.study.statistics import (
     verdicts,
 )
 from bstriplet.text import printable
+from bstriplet.training.metrics import METRICS
 
 REPORT = "report.html"
 FEW_SEEDS = 5

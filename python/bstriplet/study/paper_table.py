@@ -19,8 +19,8 @@ from bstriplet.study.statistics import (
     summarise_schemes,
     to_csv,
 )
+from bstriplet.training.metrics import METRICS
 
-METRICS = ("accuracy", "sensitivity", "specificity", "auc")
 HEADER = (
     "Model",
     "Scheme",

@@ -17,8 +17,8 @@ from scipy.stats import t, ttest_rel
 
 from bstriplet.config import Scheme
 from bstriplet.study.read_runs import Comparison, Run, scheme_label
+from bstriplet.training.metrics import METRICS
 
-METRICS = ("accuracy", "sensitivity", "specificity", "auc")
 LEVEL = 0.05
 POWER = 0.8
 TERMINAL_WIDTH = 88

@@ -25,6 +25,8 @@ HEALTHY_WORDS = frozenset(
     ("normal", "healthy", "negative", "benign", "control", "clear", "no", "not", "without")
 )
 CONFIDENCE_BINS = 15
+METRICS = ("accuracy", "sensitivity", "specificity", "auc")
+"""The numbers of the paper's tables, by their names in :func:`classification_metrics`."""
 
 
 @dataclass(frozen=True)
