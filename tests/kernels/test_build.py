@@ -54,7 +54,8 @@ def test_without_a_compiler_the_rest_is_built_and_said(tree):
     ]
     assert "/nonexistent/c" in said[1]
     built = {path.name for path in (tree / "build").rglob("*")}
-    assert "functional.py" in built
+    assert {"functional.py", "loop.py", "py.typed", "report.html.j2", "table1.csv"} <= built
+    assert len(list((tree / "build").rglob("py.typed"))) == 2
     assert not [name for name in built if name.startswith("_native")]
 
 
