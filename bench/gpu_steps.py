@@ -244,8 +244,9 @@ def _loops(python: str, device: str, results: Path) -> tuple[Step, ...]:
     """Images a second of a training step of each backbone; on a GPU."""
     if device != "cuda":
         return ()
-    options = ("--steps", "10", "--rounds", "3", "--results", str(results))
-    loops = _module(python, "bench.training_loop", "--backbone", *BACKBONES, *options)
+    folder = str(results.parent / "training_loop")
+    options = ("--steps", "10", "--rounds", "3", "--results", folder)
+    loops = _module(python, "studies.training_loop", "--backbone", *BACKBONES, *options)
     return (Step("training loops", 35, 50, (loops,)),)
 
 

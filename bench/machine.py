@@ -64,8 +64,8 @@ def versions() -> str:
     return "; ".join(found)
 
 
-def commit() -> str:
-    """The commit that was measured; "+" where what is measured differs from it.
+def commit(*more: str) -> str:
+    """The commit that was measured; "+" where what is measured, or `more` paths, differs from it.
 
     BENCH_COMMIT names it where there is no repository. RuntimeError where nothing does: a time
     without the code that took it is worth nothing.
@@ -75,7 +75,9 @@ def commit() -> str:
         return named
     try:
         head = _git("rev-parse", "--short=10", "HEAD")
-        changed = _git("status", "--porcelain", "--untracked-files=no", "--", *_MEASURED_PATHS)
+        changed = _git(
+            "status", "--porcelain", "--untracked-files=no", "--", *_MEASURED_PATHS, *more
+        )
     except (OSError, subprocess.CalledProcessError) as error:
         raise RuntimeError(
             f"{ROOT} is no git repository: set BENCH_COMMIT to the commit of these files"

@@ -6,7 +6,6 @@ The README's performance section, which sets the devices side by side, and a pag
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -107,7 +106,6 @@ def page(folder: Path) -> str:
     lines += _replay_table(rows)
     lines += _hinge_table(rows)
     lines += _step_lines(rows)
-    lines += _loop_table(RESULTS / "training_loop" / f"{folder.name}.csv")
     for name, caption in _PICTURES.items():
         if (folder / f"{name}.png").exists():
             lines += [f"![{caption}]({name}.png)", ""]
@@ -258,26 +256,6 @@ def _replay_table(rows: Sequence[Row]) -> list[str]:
         "auto: peak extra memory",
     )
     return ["As a training loop calls it, and in a CUDA graph:", "", *_table(header, cells)]
-
-
-def _loop_table(path: Path) -> list[str]:
-    """Images a second of whole training loops on this device, where they were measured."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    loops = list(dict.fromkeys(row["loop"] for row in rows))
-    cells = []
-    for backbone in dict.fromkeys(row["backbone"] for row in rows):
-        rates = {row["loop"]: row for row in rows if row["backbone"] == backbone}
-        cells.append((
-            backbone,
-            *(f"{float(rates[loop]['p50_images_s']):,.0f}" if loop in rates else _MINUS
-              for loop in loops),
-        ))  # fmt: skip
-    size, batch = rows[0]["image_size"], rows[0]["batch_size"]
-    title = f"Training, CE + BST, batches of {batch} images of {size} x {size}, images a second:"
-    return [title, "", *_table(("backbone", *loops), cells)]
 
 
 def _hinge_table(rows: Sequence[Row]) -> list[str]:
