@@ -65,7 +65,9 @@ def versions() -> str:
 
 
 def commit(*more: str) -> str:
-    """The commit that was measured; "+" where what is measured, or `more` paths, differs from it.
+    """The commit that was measured; "+" where what is measured differs from it.
+
+    more: paths that are measured besides the loss.
 
     BENCH_COMMIT names it where there is no repository. RuntimeError where nothing does: a time
     without the code that took it is worth nothing.

@@ -5,8 +5,8 @@
 
 Images are 128 x 128 x 1, classes three, batch norm as in inference. Parameters are counted as Keras
 does: with the running mean and variance of every batch norm. `flops` counts 2 for each multiply-add
-of convolutions and linear layers, and nothing for batch norm, bias and activation, because the paper
-does not say how it counts these. `map_elements` are the numbers that the convolutions write.
+of convolutions and linear layers. Batch norm, bias and activation count nothing, because the paper
+does not say how it counts them. `map_elements` are the numbers that the convolutions write.
 `pointwise_to_match` is the number of operations for each of them that would make up the difference
 to Table 1. A Keras network is written down as its list of layers, which gives exact counts.
 """

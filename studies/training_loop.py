@@ -34,7 +34,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from bench.machine import commit, device_name, device_slug, versions
 from bstriplet_kernels import CrossEntropyBSTripletLoss
 
-
 RESULTS = Path(__file__).parent / "results" / "training_loop"
 FIELDS = (
     *("loop", "backbone", "batch_size", "image_size", "images", "p20_images_s", "p50_images_s"),
