@@ -20,7 +20,16 @@ from matplotlib.ticker import PercentFormatter
 
 from . import table
 from .cases import FORWARD, FORWARD_BACKWARD, TRAINING_STEP
-from .providers import EMPTY, MOMENT_PRODUCTS, OURS, PAIR_PRODUCTS, ROW_MOVES, SCHEDULE
+from .providers import (
+    EMPTY,
+    LIGER,
+    MOMENT_PRODUCTS,
+    OURS,
+    PAIR_PRODUCTS,
+    ROW_MOVES,
+    SCHEDULE,
+    shown,
+)  # fmt: skip
 from .steps import CE
 from .table import EAGER, GRAPH, Row
 
@@ -30,7 +39,7 @@ _COLOURS = {
     "reference": "#a6761d", "naive": "#1f5fa8", "eager": "#6aa5d8", "compiled naive": "#14705a",
     "compiled eager": "#5fb39a", "pml contrastive": "#6b3fa0", "pml SupCon": "#9a77c7",
     "pml lifted": "#b9a3d8", "pml triplet": "#d8b4e2", "tiled SupCon": "#5c6370",
-    "Liger InfoNCE": "#3d4350", EMPTY: "#9aa0a8", PAIR_PRODUCTS: "#4a4f57",
+    LIGER: "#3d4350", EMPTY: "#9aa0a8", PAIR_PRODUCTS: "#4a4f57",
     MOMENT_PRODUCTS: "#4a4f57", ROW_MOVES: "#4a4f57",
 }  # fmt: skip
 _DASHED = {EMPTY: ":", PAIR_PRODUCTS: "--", MOMENT_PRODUCTS: "-.", ROW_MOVES: (0, (1, 3))}
@@ -120,24 +129,24 @@ def memory(rows: Sequence[Row]) -> Figure:
 def roofline(rows: Sequence[Row]) -> Figure:
     """Rate against intensity, both by each provider's own count, under the machine's limits."""
     figure, (axes,) = _panels(1, (8.6, 5.2))
-    shown = [
+    chosen = [
         row
         for row in _best_mode(rows)
         if row.flops and row.bytes and row.operation == FORWARD_BACKWARD
         and row.provider not in (EMPTY, ROW_MOVES)
     ]  # fmt: skip
     intensities = []
-    for provider in _providers(shown):
-        points = [_on_roofline(row) for row in shown if row.provider == provider]
+    for provider in _providers(chosen):
+        points = [_on_roofline(row) for row in chosen if row.provider == provider]
         x, y, n = np.array(points).T
         intensities += x.tolist()
         axes.scatter(
             x, y, s=10 + 9 * np.log10(n) ** 1.5, color=_COLOURS.get(provider, MUTED),
-            marker="D" if provider in _FLOORS else "o", label=provider, alpha=0.85,
+            marker="D" if provider in _FLOORS else "o", label=shown(provider), alpha=0.85,
             edgecolors=PAPER, linewidths=0.6, zorder=4 if provider == "auto" else 3,
         )  # fmt: skip
-    gemm = np.median([r.gemm_flops_s for r in shown if r.gemm_flops_s]) / 1e9
-    stream = np.median([r.bandwidth_bytes_s for r in shown if r.bandwidth_bytes_s]) / 1e9
+    gemm = np.median([r.gemm_flops_s for r in chosen if r.gemm_flops_s]) / 1e9
+    stream = np.median([r.bandwidth_bytes_s for r in chosen if r.bandwidth_bytes_s]) / 1e9
     ridge = gemm / stream
     low, high = min(*intensities, ridge / 4) / 2, max(*intensities, ridge * 4) * 2
     x = np.geomspace(low, high, 200)
@@ -346,7 +355,7 @@ def _lines(
             color=_COLOURS.get(provider, MUTED),
             linewidth=2.6 if provider == "auto" else 1.4,
             zorder=3 if provider == "auto" else 2,
-            label=provider,
+            label=shown(provider),
         )
 
 

@@ -32,7 +32,17 @@ GROWTH, SCHEDULE, FORM = "growth", "schedule", "form"
 EMPTY, PAIR_PRODUCTS, MOMENT_PRODUCTS = "empty function", "products of pairs", "products of moments"
 ROW_MOVES = "moves of rows"
 HALF = "auto, half the rows"
+LIGER = "Liger InfoNCE"
 PML = ("pml contrastive", "pml SupCon", "pml lifted", "pml triplet")
+
+
+_SHOWN = {LIGER: "InfoNCE by Liger's linear cross entropy"}
+"""Names for readers, where the one in the committed files misleads."""
+
+
+def shown(name: str) -> str:
+    """What tables and pictures call a provider."""
+    return _SHOWN.get(name, name)
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ def providers() -> dict[str, Provider]:
         _compiled("eager", eager_loss),
         *_metric_learning(),
         Provider("tiled SupCon", PEER, lambda p: _differentiated(TiledSupCon.apply, p), "itself"),
-        Provider("Liger InfoNCE", PEER, _liger, "itself", _missing("liger_kernel", "liger-kernel")),
+        Provider(LIGER, PEER, _liger, "itself", _missing("liger_kernel", "liger-kernel")),
         *(Provider(name, OURS, partial(_ours, name)) for name in (*available_impls(), "auto")),
         *_schedules(),
         Provider(class_sums.SCHEDULE, FORM, partial(_ours, "gram", similarity="linear"), "itself"),
@@ -262,7 +272,7 @@ def _missing(module: str, distribution: str) -> str | None:
 
 
 def _liger(problem: Problem) -> Step:
-    """InfoNCE of the same N by Liger's fused product and cross entropy, without N x N storage.
+    """InfoNCE of the same N, built from Liger's fused linear cross entropy: no N x N storage.
 
     Each row's positive is the next member of its class; all rows, itself too, are in the
     denominator. In float64, where it is judged, the same in plain torch.

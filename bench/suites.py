@@ -17,6 +17,7 @@ from .providers import (
     FLOOR,
     FORM,
     HALF,
+    LIGER,
     MOMENT_PRODUCTS,
     OURS,
     PAIR_PRODUCTS,
@@ -203,7 +204,7 @@ def _sweep(device: str) -> tuple[Part, ...]:
 
     Where what needs N^2 memory does not fit, it is asked for to have the row that says so.
     """
-    peers = (*PML[:3], "tiled SupCon", "Liger InfoNCE")  # N^3 triplets: up to N = 256, and 4,096
+    peers = (*PML[:3], "tiled SupCon", LIGER)  # N^3 triplets: up to N = 256, and 4,096
     small, forward = (1024,), tuple[Part, ...]()  # new kernels each; others are in `paper`
     if device == "cpu":
         small = (64, 1024)

@@ -81,6 +81,11 @@ class Row:
         return self.p50_ms
 
 
+def where(rows: Iterable[Row], **values: Any) -> list[Row]:
+    """The rows with these values."""
+    return [row for row in rows if all(getattr(row, k) == v for k, v in values.items())]
+
+
 def write(path: Path, rows: Iterable[Row]) -> None:
     """Replace a file by these rows, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

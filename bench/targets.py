@@ -17,7 +17,7 @@ from .suites import suites
 from .table import EAGER, GRAPH, Row
 
 OURS = "auto"
-_SUITES = ("targets", "sweep")
+SUITES = ("targets", "sweep")
 _NAIVE, _COMPILED = "naive", "compiled naive"
 
 
@@ -50,7 +50,7 @@ class Results:
         key = (provider, mode, case.n, case.d, case.c, case.dtype, case.operation)
         for row in self.rows:
             found = (row.provider, row.mode, row.n, row.d, row.c, row.dtype, row.operation)
-            if row.suite in _SUITES and found == key and row.is_measured:
+            if row.suite in SUITES and found == key and row.is_measured:
                 return row
         return None
 
