@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from . import table, targets
-from .cases import FORWARD, FORWARD_BACKWARD
-from .figures import SWEEPS, milliseconds, step_shares
+from .cases import FORWARD, FORWARD_BACKWARD, TRAINING_STEP
 from .machine import ROOT
 from .measure import OUT_OF_MEMORY
 from .providers import COMPILED, EMPTY, LIGER, MOMENT_PRODUCTS, PAIR_PRODUCTS, shown
-from .table import EAGER, GRAPH, RESULTS, Row, where
+from .steps import CE
+from .table import EAGER, GRAPH, RESULTS, SWEEPS, Row, milliseconds, where
 from .targets import Verdict
 
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
@@ -30,8 +30,6 @@ _PICTURES = {
     "memory": "peak extra memory against N",
     "roofline": "rate against intensity, under the machine's measured limits",
     "crossover": "the fastest path by N and D",
-    "hinge": "time against the share of rows with h_i > 0",
-    "training_step": "the loss's share of a training step",
 }
 _LEGEND = {
     EMPTY: "a torch.autograd.Function that computes nothing and allocates the gradient",
@@ -339,6 +337,21 @@ def _shares(devices: Iterable[Sequence[Row]]) -> list[str]:
         f"the naive form's is up to {100 * most_naive:.2f} %.",
         "",
     ]
+
+
+def step_shares(rows: Iterable[Row]) -> list[tuple[str, float, float]]:
+    """(backbone, our loss / step, naive loss / step), each loss timed alone on the same D.
+
+    Timed alone, because the difference of two steps is smaller than either's scatter.
+    """
+    rows = where(rows, suite="training_step", mode=EAGER, is_measured=True)
+    shares = []
+    for step in where(rows, operation=TRAINING_STEP, provider=CE):
+        alone = {row.provider: row.ms for row in where(rows, backbone="", d=step.d)}
+        if {"auto", "naive"} <= alone.keys():
+            ours, naive = (alone[name] / (step.ms + alone[name]) for name in ("auto", "naive"))
+            shares.append((step.backbone, ours, naive))
+    return shares
 
 
 def _legend(names: Iterable[str]) -> list[str]:

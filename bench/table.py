@@ -16,6 +16,8 @@ RESULTS = ROOT / "bench" / "results"
 OK = "ok"
 _PARTIAL = ".partial.csv"
 EAGER, GRAPH = "eager", "graph replay"
+SWEEPS = ("sweep", "million")
+"""The suites over N."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,14 @@ class Row:
 def where(rows: Iterable[Row], **values: Any) -> list[Row]:
     """The rows with these values."""
     return [row for row in rows if all(getattr(row, k) == v for k, v in values.items())]
+
+
+def milliseconds(ms: float) -> str:
+    """A time with the unit that leaves three digits."""
+    for unit, scale in (("s", 1e3), ("ms", 1.0)):
+        if ms >= scale:
+            return f"{ms / scale:.3g} {unit}"
+    return f"{ms * 1e3:.3g} µs"
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:

@@ -147,7 +147,7 @@ def test_section_has_five_sizes_and_a_column_pair_for_each_gpu(folder, monkeypat
     ]  # fmt: skip
     assert million[2] == "does not fit"
     assert million[5:] == ["does not fit", "-", "-"]
-    found = figures.step_shares(table.read_device(folder))
+    found = readme.step_shares(table.read_device(folder))
     ours = [100 * share for _, share, _ in found]
     assert f"{min(ours):.2f} % (`" in text
     assert f"{max(ours):.2f} % (`" in text
@@ -212,7 +212,7 @@ def test_check_fails_when_the_readme_differs(folder, tmp_path, monkeypatch, caps
     ("ms", "text"), [(0.0123, "12.3 µs"), (0.5, "500 µs"), (2.345, "2.35 ms"), (61000, "61 s")]
 )
 def test_times_have_three_digits(ms, text):
-    assert figures.milliseconds(ms) == text
+    assert table.milliseconds(ms) == text
 
 
 def test_calibration_finds_the_constants_that_made_the_rows(made_up_rows):
