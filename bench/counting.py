@@ -24,15 +24,14 @@ class Operations(TorchDispatchMode):
     """Counts while it is entered: products by torch's own formulas, others one FLOP an element.
 
     What only moves data has no FLOPs. Bytes are what each operator reads and writes where nothing
-    is fused and nothing stays in a cache. What one opaque operator does inside (a compiled graph, a
-    custom operator) is not seen; `opaque` then names it.
+    is fused and nothing stays in a cache. What a compiled graph or a custom operator does inside is
+    not seen.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0
         self.bytes = 0
-        self.opaque: set[str] = set()
 
     def __torch_dispatch__(
         self,
@@ -43,8 +42,6 @@ class Operations(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if func.namespace not in ("aten", "prim", "prims", "profiler"):
-            self.opaque.add(str(func))
         name = func._overloadpacket.__name__
         if _is_view(func) or name in ("empty", "empty_like", "new_empty", "detach"):
             return out
