@@ -49,14 +49,8 @@ class Case:
 
     def __str__(self) -> str:
         what = self.backbone or f"D={self.d:,} C={self.c:,}"
-        more = "".join(
-            f", {text}"
-            for text, shown in (
-                (self.balance, self.balance != "even"),
-                (f"active {self.active}", self.active is not None),
-            )
-            if shown
-        )
+        more = f", {self.balance}" if self.balance != "even" else ""
+        more += f", active {self.active}" if self.active is not None else ""
         return f"N={self.n:,} {what} {self.dtype} {self.operation}, {self.threads} threads{more}"
 
 
@@ -92,11 +86,9 @@ def _labels(case: Case, generator: torch.Generator) -> Tensor:
     if case.balance == "even":
         labels = torch.arange(case.n) % case.c
     else:
-        if case.balance == "zipf":
-            shares = 1 / torch.arange(1, case.c + 1, dtype=torch.float64)
-        else:
-            shares = torch.full((case.c,), 0.01 / max(1, case.c - 1), dtype=torch.float64)
-            shares[0] = 0.99
+        shares = 1 / torch.arange(1, case.c + 1, dtype=torch.float64)
+        if case.balance == "dominant":
+            shares.fill_(0.01 / max(1, case.c - 1))[0] = 0.99
         labels = torch.multinomial(shares, case.n, replacement=True, generator=generator)
         labels[: case.c] = torch.arange(case.c)[: case.n]
     return labels[torch.randperm(case.n, generator=generator)]

@@ -112,10 +112,14 @@ def measure(job: Job, tell: Callable[[Starting], None]) -> list[Row]:
     known = steps.providers() if job.case.backbone else providers()
     problem = make(job.case)
     gate = Gate(problem)
-    if not job.case.backbone:
-        gate.evaluate()
+    active = None if job.case.backbone else gate.truth.active  # found now, on nobody's time
     limits = machine.limits(job.case.device, DTYPES[job.case.dtype], job.case.threads)
-    blank = replace(_blank_row(job), gemm_flops_s=limits.gemm, bandwidth_bytes_s=limits.bandwidth)
+    blank = replace(
+        _blank_row(job),
+        active_share=active,
+        gemm_flops_s=limits.gemm,
+        bandwidth_bytes_s=limits.bandwidth,
+    )
     candidates = [
         _Candidate(known[name], replace(blank, provider=name, group=known[name].group))
         for name in job.names
@@ -193,7 +197,6 @@ def _examine(
     candidate.row = replace(
         candidate.row,
         margin=problem.margin,
-        active_share=None if case.backbone else gate.truth.active,
         loss_error=errors.loss,
         gradient_error=errors.gradient,
         peak_bytes=memory.allocator,

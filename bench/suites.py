@@ -35,7 +35,6 @@ BACKBONES = {
     "peleenet": 704,
 }
 """The paper's backbones as timm or `bstriplet` calls them, and D of their embeddings."""
-_ALL = (FLOOR, BASELINE, COMPILED, PEER, OURS)
 _UNCOMPILED = (FLOOR, BASELINE, PEER, OURS)
 _NO_PEERS = (FLOOR, BASELINE, OURS)
 _FAST = (*(name for name in PATHS if name != "reference"), "auto")
@@ -98,7 +97,6 @@ def _compiles(wanted: str) -> bool:
 def suites(device: str = "cpu") -> dict[str, Suite]:
     """All suites by name, in the order in which they run."""
     every = (
-        Suite("smoke", "every line of the framework, in seconds", _smoke(), Budget(0.01)),
         Suite("small", "the paper's batch alone", _paper_batch(), Budget(0.8)),
         Suite("first", "eight sizes, and two large ones once", _first(), Budget(0.8)),
         Suite("targets", "the work that the targets name", _targets(device), Budget(0.6, least=5)),
@@ -143,13 +141,6 @@ def _quicker(budget: Budget) -> Budget:
     seconds = min(_GPU_MOST_S, budget.seconds / _GPU_SPEEDUP)
     limit_s = min(_GPU_LIMIT_S, budget.limit_s)
     return replace(budget, seconds=seconds, limit_s=limit_s, turn_s=_GPU_TURN_S)
-
-
-def _smoke() -> tuple[Part, ...]:
-    small = Case(12, 16, 3)
-    losses = (replace(small, operation=FORWARD), Case(64, 16, 4, active=0.5))
-    step = Case(2, 1024, 2, operation=TRAINING_STEP, backbone="mobilenetv3_small_100")
-    return Part((small,), _ALL), Part((*losses, step), _UNCOMPILED)
 
 
 def _paper_batch() -> tuple[Part, ...]:

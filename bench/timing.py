@@ -70,11 +70,9 @@ def interleave(
     """Seconds a call, some samples for each variant.
 
     turns: turn(n) makes n calls and returns a sample for each (or one for all of them). call_s: the
-    expected seconds a call. Variants take turns in shuffled order, round after round, so that what
-    disturbs the machine disturbs all alike. A variant ends when its own turns have taken its
-    seconds and it has its fewest samples, or when it has its most. The first turns of each are a
-    warm-up where a call is short, until one confirms what was expected of it (of a single call the
-    first turn confirms nothing): they are dropped, and their times plan the turns that follow.
+    expected seconds a call. Where a call is short the first turns of each variant are a warm-up,
+    until one confirms what was expected (a turn of a single call confirms nothing): they are
+    dropped, and their times plan the turns that follow.
 
     Raises:
         TurnError: a variant failed.
@@ -180,23 +178,22 @@ def graph_turn(calls: Sequence[Call]) -> Turn:
     return turn
 
 
-def seconds_once(call: Call, device: str) -> float:
-    """One call, waited for."""
-    start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def expected_seconds(call: Call, device: str) -> float:
     """The least of a few calls, two where a call is long: what to plan samples with.
 
     The first may be many times slower than the others: then it says nothing of them.
     """
-    first = seconds_once(call, device)
+
+    def once() -> float:
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    first = once()
     more = max(1, min(5, int(0.1 / max(first, 1e-9))))
-    return min([first, *(seconds_once(call, device) for _ in range(more))])
+    return min([first, *(once() for _ in range(more))])
 
 
 @contextmanager
