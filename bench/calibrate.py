@@ -33,7 +33,7 @@ _HALF = ("bfloat16", "float16")
 
 
 class Fit(NamedTuple):
-    """Constants, the rows that they come from, and how far off they are (median, worst factor)."""
+    """Constants, the number of rows behind them, and their error as a factor (median, worst)."""
 
     constants: Constants
     rows: int
@@ -90,7 +90,7 @@ def usable(rows: Iterable[Row]) -> list[Row]:
 
 
 def fit_paths(rows: Sequence[Row]) -> dict[str, Fit]:
-    """A fit for every path or schedule with rows enough."""
+    """A fit for every path or schedule with enough rows."""
     found = {}
     for path in dict.fromkeys(row.path for row in rows):
         own = [row for row in rows if row.path == path and row.dtype not in _HALF]
@@ -107,7 +107,7 @@ def fit_paths(rows: Sequence[Row]) -> dict[str, Fit]:
 def fit(rows: Sequence[Row]) -> Fit:
     """Non-negative constants with the least squared relative error.
 
-    Where all rows have as many launches these are part of the call.
+    Where all rows have equally many launches, these are part of the call.
     """
     seconds = np.array([row.ms * 1e-3 for row in rows])
     is_half = np.array([row.dtype in _HALF for row in rows])
@@ -152,7 +152,7 @@ def module(fits: dict[str, tuple[Row, dict[str, Fit]]]) -> str:
 
 
 def _numbers(constants: Constants) -> str:
-    """The arguments; those of a GPU by name, where they are there."""
+    """Arguments of `Constants`; those that only a GPU has by name."""
     call, flop, byte, launch, half = constants
     numbers = [f"{value:.3e}" for value in (call, flop, byte)]
     numbers += [f"launch={launch:.3e}"] if launch else []
@@ -161,7 +161,7 @@ def _numbers(constants: Constants) -> str:
 
 
 def _speeds(constants: Constants) -> str:
-    """The constants as a reader knows them; those of a GPU where they are there."""
+    """The constants as rates; those that only a GPU has where there are some."""
     call, flop, byte, launch, half = constants
     gflops, half_gflops, gbytes = (1e-9 / each if each else math.inf for each in (flop, half, byte))
     parts = [f"{call * 1e6:.1f} µs a call", f"{gflops:.1f} GFLOP/s"]

@@ -64,7 +64,7 @@ class Problem(NamedTuple):
 
 
 def make_problem(case: Case) -> Problem:
-    """Random embeddings that lean towards their class's direction; the same for the same case.
+    """Normal noise around a centre for each class; the same for the same case.
 
     The rows of a class have a cosine of about 1/2 with each other and of about 0 with the rest.
     """
@@ -82,7 +82,7 @@ def make_problem(case: Case) -> Problem:
 
 
 def _labels(case: Case, generator: torch.Generator) -> Tensor:
-    """[N] in shuffled order; every class has a member where there are rows enough."""
+    """[N] in random order; with enough rows every class has a member."""
     if case.balance == "even":
         labels = torch.arange(case.n) % case.c
     else:
@@ -95,7 +95,7 @@ def _labels(case: Case, generator: torch.Generator) -> Tensor:
 
 
 def _margin(x: Tensor, labels: Tensor, active: float) -> float:
-    """The margin with which that share of the rows has h_i > 0."""
+    """The margin at which this share of the rows has h_i > 0."""
     if active in (0, 1):
         return active
     ordered = truth.contrasts(x, labels).sort().values

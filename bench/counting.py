@@ -73,7 +73,7 @@ class Memory(NamedTuple):
 
 
 def peak_memory(call: Callable[[], Any], device: str) -> tuple[Any, Memory]:
-    """The call's result and what it needed."""
+    """The call's result and the memory that it needed."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -110,16 +110,16 @@ def _reset_resident_peak() -> int | None:
 
 
 def unreturned_memory() -> int:
-    """Bytes that the process has reserved and does not use; 0 where that is not known.
+    """Bytes that the process has reserved and does not use; 0 where that is unknown.
 
-    Where a mapping is refused the C library grows its heap instead, which does not shrink again.
+    When a mapping is refused, the C library grows its heap instead, which never shrinks.
     """
     resident = _reset_resident_peak()
     return 0 if resident is None else _status("VmData") - resident
 
 
 def _status(name: str) -> int:
-    """A line of /proc/self/status, in bytes."""
+    """A field of /proc/self/status, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024

@@ -50,7 +50,7 @@ _PATHS = ("reference", "native", "gram", "triton")
 
 
 def main() -> int:
-    """Draw all that the results allow."""
+    """Draw the pictures of every device."""
     for folder in table.devices():
         for path in draw_all(folder):
             print(path)
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def draw_all(folder: Path) -> list[Path]:
-    """The pictures of one device, in its folder, as far as their suites were measured."""
+    """Draw the pictures of one device whose suites were measured; return their paths."""
     rows = [row for row in table.read_device(folder) if row.is_measured]
     incomplete = table.incomplete(folder)
     drawn = []
@@ -199,7 +199,7 @@ def crossover(rows: Sequence[Row]) -> Figure:
 
 
 def _path(row: Row) -> str:
-    """What ran, whatever its schedule."""
+    """The path that ran, without its schedule."""
     return row.path.partition(" ")[0]
 
 
@@ -244,7 +244,7 @@ def _against_n(
 
 
 def _best_mode(rows: Sequence[Row]) -> list[Row]:
-    """Graph replay where there is one, so that the GPU and not Python is compared."""
+    """Rows of graph replay where there are some: they compare the GPU and not Python."""
     has_graph = any(row.mode == GRAPH for row in rows)
     return [row for row in rows if row.mode == (GRAPH if has_graph else EAGER)]
 
@@ -267,7 +267,7 @@ def _lines(axes: Axes, rows: Sequence[Row], value: Callable[[Row], float | None]
 
 
 def _providers(rows: Sequence[Row]) -> list[str]:
-    """In the order of the palette."""
+    """Their providers in the order of the palette."""
     present = {row.provider for row in rows}
     return [*(name for name in _COLOURS if name in present), *sorted(present - set(_COLOURS))]
 
@@ -289,7 +289,7 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
 
 
 def _time_ticks(axes: Axes) -> None:
-    """Powers of ten, and 2 and 5 times them where those are few."""
+    """Ticks at powers of ten; where these are few, also at 2 and 5 times them."""
     low, high = axes.get_ylim()
     powers = [10.0**k for k in range(-4, 7)]
     ticks = [t for t in powers if low <= t <= high]

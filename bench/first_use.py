@@ -49,7 +49,7 @@ FIRST, LAST, SMALL = "first", "last", "small last"
 class Run(NamedTuple):
     """A training run: batches of n rows of d numbers, against m rows of `ref_emb` if not None.
 
-    impl: "auto" is the path that it takes on an H200. same: sizes of a last batch that must want no
+    impl: "auto" is the path that an H200 takes. same: sizes of a last batch that must want no
     kernel of its own. other: sizes so small that faster blocks or another schedule take over.
     """
 
@@ -127,9 +127,9 @@ def launches_on_h100(hook: Callable[..., bool]) -> Iterator[None]:
 
 
 class Wanted:
-    """A hook of `launches_on_h100`: the kernels that launches want, name and key.
+    """A hook of `launches_on_h100` that collects the kernels (name, key) that launches want.
 
-    seconds: those of compiling each, or 0 where it is only counted.
+    seconds: of compiling each, or 0 where they are only counted.
     """
 
     def __init__(self, compiles: bool) -> None:
@@ -229,7 +229,7 @@ def _row(
 
 
 def faults(rows: list[dict[str, Any]]) -> list[str]:
-    """Last batches that want a kernel of their own, and whether the committed table is another."""
+    """Last batches that want a kernel of their own, and a committed table that differs."""
     found = [
         f"{row['impl']}, {row['batch_size']} x {row['d']}, last {row['n']}: {row['names']} is new"
         for row in rows
@@ -242,12 +242,12 @@ def faults(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _counted(row: dict[str, Any]) -> list[str]:
-    """What does not depend on the machine."""
+    """The columns that do not depend on the machine."""
     return [str(v) for k, v in row.items() if k not in ("seconds", "machine", "versions")]
 
 
 def main() -> int:
-    """Print the table, and write it or hold it against the committed one."""
+    """Print the table, and write it or compare it with the committed one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compile and write nothing")
     check = parser.parse_args().check

@@ -23,7 +23,7 @@ _PANEL_BYTES = (1 << 19, 1 << 21, 1 << 23)
 
 
 class EmptyFunction(torch.autograd.Function):
-    """What any loss costs: one small kernel forward, the gradient's allocation backward."""
+    """The least that any loss costs: one small kernel forward, one allocation backward."""
 
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor) -> Tensor:
@@ -98,10 +98,10 @@ def moment_products(problem: Problem) -> Callable[[Tensor, Tensor], tuple[None, 
 
 
 def row_moves(problem: Problem) -> Callable[[Tensor, Tensor], tuple[None, Tensor | None]]:
-    """What brings rows to the products: read in class order, and with a backward a fresh gradient.
+    """The memory traffic of rows: reading them in class order, and writing a fresh gradient.
 
-    Read once for the moments, again for the forms, which need them, and again for the gradient,
-    which needs all rows' forms; the gradient's rows are written where they belong.
+    They are read once for the moments, again for the forms, which need all moments, and again for
+    the gradient, which needs all forms.
     """
     order = problem.labels.argsort(stable=True)
     step = _panel_sizes(problem.x, len(order))[0]
@@ -166,7 +166,7 @@ def _block_products(x: Tensor, size: int, with_backward: bool) -> Products:
 
 
 def _panel_sizes(x: Tensor, n: int) -> list[int]:
-    """Rows of a panel: a GPU takes all at once, a processor what its caches hold."""
+    """Numbers of rows to try: all on a GPU, those that fit into a cache on a processor."""
     if x.device.type != "cpu":
         return [n]
     row = x.shape[1] * x.itemsize
@@ -174,7 +174,7 @@ def _panel_sizes(x: Tensor, n: int) -> list[int]:
 
 
 def _halvings(d: int) -> list[list[tuple[int, int]]]:
-    """Column ranges whose products down to the diagonal make up a symmetric matrix."""
+    """Ways to cut D columns: whole, or in ranges whose blocks form a symmetric half."""
     return [_cuts(d, parts) for parts in (1, 2, 4) if d >= 32 * parts or parts == 1]
 
 
@@ -184,7 +184,7 @@ def _cuts(n: int, parts: int) -> list[tuple[int, int]]:
 
 
 def _fastest(candidates: Iterable[Products], rows: Tensor) -> Products:
-    """The candidate that takes the least time for these rows."""
+    """The candidate that takes least time on these rows."""
     device = rows.device.type
     timed = [(expected_seconds(lambda c=c: c(rows), device), c) for c in candidates]
     return min(timed, key=lambda found: found[0])[1]

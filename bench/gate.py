@@ -67,7 +67,7 @@ class Gate:
     def _against_itself(
         self, provider: Provider, loss: Tensor | None, gradient: Tensor | None
     ) -> Errors:
-        """A peer's own code in float64; of a large input, on the first rows."""
+        """Errors against the peer's own code in float64, on the first rows of a large input."""
         x, labels = self.problem.x.detach(), self.problem.labels
         if len(x) > _MOST_ROWS:  # a peer's N x N matrices in float64 would not fit
             x, labels = x[:_MOST_ROWS], labels[:_MOST_ROWS]

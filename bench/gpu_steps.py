@@ -89,7 +89,7 @@ class Step(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How a command ended. failure: "" where it did well. remark: what else is to be known."""
+    """How a command ended. failure: "" where there was none. remark: what else to tell."""
 
     step: str
     label: str
@@ -126,7 +126,7 @@ def first(python: str, device: str, results: Path) -> tuple[Step, ...]:
 
 
 def second(python: str, device: str, results: Path) -> tuple[Step, ...]:
-    """The second call: all that is right or not, then the suites of timings."""
+    """The second call: every check, then the suites of timings."""
     make = Commands(python, device, results)
     impls = ("native", "triton", "gram")
     mended = (
@@ -177,7 +177,7 @@ class Commands:
         return self.module("bench.gpu_check", *options, "--check", *names, label=label)
 
     def exact(self, impl: str, dtypes: Sequence[str] = DTYPES) -> tuple[Command, ...]:
-        """In each dtype; of moments each similarity apart, as each has kernels to compile."""
+        """A check in each dtype; for moments also in each similarity, which has its own kernels."""
         similarities = ("square", "linear") if impl == "gram" else ("",)
         return tuple(
             self.check(impl, "exact", dtype=dtype, similarity=similarity)
@@ -185,7 +185,7 @@ class Commands:
         )
 
     def sanitized(self, impl: str, dtype: str = "float32") -> tuple[Command, ...]:
-        """Races and stray accesses of one path's kernels; on what has a sanitizer."""
+        """Looks for races and stray accesses in one path's kernels; on a GPU."""
         if self.device != "cuda":
             return ()
         check = self.check(impl, "exact", dtype=dtype).arguments
@@ -207,7 +207,7 @@ class Commands:
         return self.module("bench.run", *options, *suites, label=suites[-1])
 
     def compiled(self, suite: str) -> Command:
-        """Compiles what a suite will run, while nothing is timed; its results are thrown away."""
+        """Runs a suite to compile its kernels; the results are thrown away."""
         folder = str(_ROOT / "build/compiled")
         options = ("--device", self.device, "--results", folder, "--seconds", "0.001")
         return self.module("bench.run", *options, "--limit", "65", suite, label=f"{suite} compiled")
@@ -219,7 +219,7 @@ class Commands:
         return self.module("studies.training_loop", "--backbone", *BACKBONES, *options)
 
     def tests(self) -> Command:
-        """Those of the GPU's kernels, but for one whose interpreter needs an older numpy there."""
+        """Tests of the GPU's kernels, without one whose interpreter needs an older numpy."""
         left_out = (option for name in LEFT_OUT for option in ("--deselect", name))
         return self.module("pytest", "-q", "-n", "8", *TESTS, *left_out, label="tests")
 
@@ -251,7 +251,7 @@ class Log:
         return time.monotonic() - self._start
 
     def say(self, text: str, is_shown: bool = True) -> None:
-        """One line, at once; in the file alone where it is not shown."""
+        """Write a line at once; only to the file where it is not shown."""
         with self._lock:
             for stream in (sys.stdout, self._file) if is_shown else (self._file,):
                 stream.write(f"{text}\n")
@@ -362,7 +362,7 @@ def run_step(step: Step, left_s: float, log: Log) -> list[Outcome]:
 
 
 def surroundings() -> Iterator[str]:
-    """When this is, which commit, which card: what rows and log are of."""
+    """The time, the commit and the card that the log is of."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     yield f"{now} commit {os.environ.get('BENCH_COMMIT', 'as git has it')}"
     if shutil.which("nvidia-smi"):
@@ -376,7 +376,7 @@ def surroundings() -> Iterator[str]:
 
 
 def libraries() -> list[str]:
-    """The native libraries, by their sums: no commit tells what they were built from."""
+    """Checksums of the native libraries: no commit tells what they were built from."""
     return [
         f"{library.name} {hashlib.sha1(library.read_bytes()).hexdigest()[:10]}"
         for library in sorted(_PACKAGE.glob("_native*.so"))
@@ -384,7 +384,7 @@ def libraries() -> list[str]:
 
 
 def archive(folder: Path, target: Path) -> None:
-    """All files of a folder but archives, whole or not at all."""
+    """Archive all files of a folder but archives, whole or not at all."""
     draft = target.with_suffix(".part")
     with tarfile.open(draft, "w:gz") as tar:
         for path in sorted(folder.rglob("*")):
@@ -394,7 +394,7 @@ def archive(folder: Path, target: Path) -> None:
 
 
 def run_steps(name: str, steps: Sequence[Step], limit_s: float, folder: Path) -> list[Outcome]:
-    """Every step in its turn; leaves NAME.log and NAME.tar.gz in the folder."""
+    """Run every step in turn; leave NAME.log and NAME.tar.gz in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
     with (folder / f"{name}.log").open("w") as file:

@@ -53,13 +53,13 @@ _CAPTURE_ORDER = (FLOOR, OURS, GROWTH, SCHEDULE, FORM, COMPILED, BASELINE, PEER)
 
 
 class SpentProcess(Exception):
-    """What was allocated before memory ran out is freed, but not free for what comes next."""
+    """Memory ran out, and what was freed is not available to this process any more."""
 
 
 class LostProcess(Exception):
-    """The GPU works no more for this process: the provider at work, its status, and its mode.
+    """The GPU refuses this process from now on: the provider at work, its status, its mode.
 
-    mode: GRAPH where the provider's eager calls are not to blame, else "".
+    mode: GRAPH where only a capture or a replay failed, else "".
     """
 
     def __init__(self, provider: str, status: str, mode: str = "") -> None:
@@ -156,10 +156,10 @@ def _examine(
     limit_s: float,
     tell: Callable[[Starting], None],
 ) -> str | None:
-    """One call, counted, its memory measured, its result judged; why it is refused, or None.
+    """Count one call, measure its memory, judge its result; return why it is refused, or None.
 
-    Small cases are warm before, and all on a GPU, where kernels are compiled by a first call; the
-    time of large ones on a processor dwarfs what is cold. Every call has the limit for itself.
+    A warm-up call comes first, except for large cases on a processor, whose time it would double.
+    Each call has the whole limit.
     """
     provider, case = candidate.provider, problem.case
     candidate.step = step = provider.make(problem)
@@ -213,7 +213,7 @@ def _time(
     job: Job,
     tell: Callable[[Starting], None],
 ) -> None:
-    """Samples of all candidates that passed, taken in turns; written into their rows."""
+    """Time all candidates that passed, in turns; keep what came out in each."""
     passed = {c.provider.name: c for c in candidates if c.row.status == OK}
     order = sorted(passed, key=lambda name: _CAPTURE_ORDER.index(passed[name].provider.group))
     if not passed:
@@ -247,9 +247,9 @@ def _time(
 
 
 def _is_spent(device: str) -> bool:
-    """Whether memory that ran out stays out of reach of what comes next in this process.
+    """Whether freed memory stays unavailable to this process after memory ran out.
 
-    On a GPU it does not, and what CUDA maps on the host says nothing of it.
+    On a GPU it does not, and CUDA's mappings on the host would mislead.
     """
     return device == "cpu" and unreturned_memory() > _MOST_UNRETURNED
 
@@ -277,15 +277,14 @@ def _turn(candidate: _Candidate, problem: Problem, buffers: list[Tensor], mode: 
     calls: list[timing.Call] = [partial(step, x, problem.labels) for x in buffers]
     if mode == EAGER:
         return timing.cuda_turn(cycle(calls))
-    # Of a longer call the graph holds fewer: to fill the cache anew takes less than 1 % of 3 ms.
+    # A longer call needs fewer copies: filling the cache takes less than 1 % of 3 ms.
     return timing.graph_turn(calls[: max(1, int(_REPLAY_S / max(candidate.call_s, 1e-9)))])
 
 
 def _rotated(problem: Problem) -> list[Tensor]:
-    """Copies of the embeddings, together more than twice the bytes of the second-level cache.
+    """Up to 16 copies of the embeddings, to exceed twice the second-level cache.
 
-    Sixteen at most: small embeddings lie in the cache, as they do in a training loop, where the
-    backbone has just written them. On the CPU: the embeddings themselves.
+    On the CPU the embeddings themselves.
     """
     if problem.case.device != "cuda":
         return [problem.x]
@@ -326,7 +325,7 @@ def _timing_limit(passed: list[_Candidate], budget: timing.Budget) -> float:
 
 
 def _path(provider: Provider, problem: Problem) -> str:
-    """What `impl` one of our providers takes for this input; "" for the others."""
+    """The `impl` that one of our providers takes for this input; "" for other providers."""
     if provider.group not in (OURS, SCHEDULE, FORM) or problem.case.backbone:
         return ""
     if provider.group != OURS:

@@ -102,32 +102,29 @@ def section(results: Path) -> str:
     if not devices:
         return "Nothing was measured yet: `make bench`.\n"
     (folder, rows), *others = devices.items()
-    name = _short(rows)
     gpus = [of_gpu for other, of_gpu in others if other.name.startswith("cuda")]
     columns = [
-        (f"{name}: this package", rows, "auto", _time),
-        (f"{name}: naive, Eqs. 1-4", rows, "naive", _time),
-        (f"{name}: `torch.compile` of naive", rows, "compiled naive", _time),
-        (f"{name}: peak extra memory, this package", rows, "auto", _size),
-        (f"{name}: peak extra memory, naive", rows, "naive", _size),
+        ("this package", rows, "auto", _time),
+        ("naive, Eqs. 1-4", rows, "naive", _time),
+        ("`torch.compile` of naive", rows, "compiled naive", _time),
+        ("peak extra memory, this package", rows, "auto", _size),
+        ("peak extra memory, naive", rows, "naive", _size),
     ]
     for of_gpu in gpus:
-        columns.append((f"{_short(of_gpu)}: this package", of_gpu, "auto", _time))
-        columns.append((f"{_short(of_gpu)}: naive", of_gpu, "naive", _time))
+        columns += [("this package", of_gpu, "auto", _time), ("naive", of_gpu, "naive", _time)]
+    header = ("N, D, C", *(f"{_short(of)}: {what}" for what, of, *_ in columns))
     cells = (
-        (f"{n:,}, {d:,}, {c:,}", *(_at_size(rows, provider, size, show)
-                                   for _, rows, provider, show in columns))
-        for n, d, c in _SIZES
-        for size in [{"n": n, "d": d, "c": c}]
-    )  # fmt: skip
-    measured = " and ".join(of[0].device for of in (rows, *gpus))
+        (", ".join(f"{number:,}" for number in size), *(_at(size, *rest) for _, *rest in columns))
+        for size in _SIZES
+    )
     lines = [
         f"Time of the loss forward and backward in float32, as a training loop calls it, on "
-        f"{measured}. Times are medians; a time is written only after the loss and its gradient "
-        f"agreed with float64 ([how it is measured]({_link(_RULES, README)}), "
+        f"{' and '.join(of[0].device for of in (rows, *gpus))}. Times are medians; a time is "
+        f"written only after the loss and its gradient agreed with float64 "
+        f"([how it is measured]({_link(_RULES, README)}), "
         f"[all devices and targets]({_link(TARGETS, README)})).",
         "",
-        *_table(("N, D, C", *(head for head, *_ in columns)), cells),
+        *_table(header, cells),
         "N is the batch, D the embedding's length, C the number of classes. Peak extra memory is "
         "what a call needs beyond its inputs, results included. `-` was not measured.",
         "",
@@ -156,7 +153,7 @@ def targets_page(results: Path) -> str:
 
 
 def page(folder: Path) -> str:
-    """Markdown: one device's tables and pictures; what has none is in the files beside it."""
+    """Markdown of one device's page: its tables and pictures, with links to the files."""
     rows = table.read_device(folder)
     conditions = _CONDITIONS.format(rules=_link(_RULES, folder / README.name))
     files = ", ".join(f"[{path.stem}]({path.name})" for path in table.files(folder))
@@ -179,7 +176,7 @@ def _link(to: Path, page: Path) -> str:
 
 
 def _short(rows: Sequence[Row]) -> str:
-    """The device's name without what stands in brackets and after."""
+    """The device's name up to the first bracket."""
     return rows[0].device.partition(" (")[0]
 
 
@@ -191,7 +188,7 @@ def _versions(rows: Sequence[Row]) -> str:
 
 
 def _incomplete(folder: Path) -> str:
-    """Of which suites only a part was measured."""
+    """The suites that were measured in part."""
     names = table.incomplete(folder)
     return f"; **not complete: {', '.join(names)}**" if names else ""
 
@@ -199,23 +196,17 @@ def _incomplete(folder: Path) -> str:
 def _verdict_table(devices: Sequence[Sequence[Row]]) -> list[str]:
     """The targets of one kind of device, and what each of these devices reached."""
     found = {rows[0].device: targets.verdicts(rows) for rows in devices}
-    measured = {
-        name: verdicts
-        for name, verdicts in found.items()
-        if any(v.figure is not None for v in verdicts)
-    }
-    if not measured:
-        return []
-    cells = (
+    found = {name: of for name, of in found.items() if any(v.figure is not None for v in of)}
+    cells = [
         (
             of_all[0].work,
             of_all[0].claim,
             f"{'<=' if of_all[0].is_ceiling else '>='} {of_all[0].bound:g}",
             *map(_reached, of_all),
         )
-        for of_all in zip(*measured.values(), strict=True)
-    )
-    return _table(("work", "figure", "target", *measured), cells)
+        for of_all in zip(*found.values(), strict=True)
+    ]
+    return _table(("work", "figure", "target", *found), cells) if found else []
 
 
 def _reached(verdict: Verdict) -> str:
@@ -268,7 +259,7 @@ def _sweep_table(rows: Sequence[Row]) -> list[str]:
 
 
 def _replay_table(rows: Sequence[Row]) -> list[str]:
-    """Ours and what stands beside it on a GPU, each as a loop calls it and in a CUDA graph."""
+    """Ours, baselines and floors on a GPU, as a training loop calls them and in a CUDA graph."""
     at = [row for row in where(rows, suite="targets") if row.group != COMPILED]
     if not where(at, mode=GRAPH):
         return []
@@ -355,7 +346,7 @@ def step_shares(rows: Iterable[Row]) -> list[tuple[str, float, float]]:
 
 
 def _legend(names: Iterable[str]) -> list[str]:
-    """A line for each name of the table above that has a meaning of its own."""
+    """A line for each name that needs an explanation."""
     known = [name for name in _LEGEND if name in set(names)]
     return [*(f"- {shown(name)}: {_LEGEND[name]}" for name in known), ""]
 
@@ -365,21 +356,23 @@ def _table(header: Sequence[str], cells: Iterable[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines] + [""]
 
 
-def _at_size(
-    rows: Sequence[Row], provider: str, size: dict[str, int], show: Callable[[Row | None], str]
+def _at(
+    size: tuple[int, int, int],
+    rows: Sequence[Row],
+    provider: str,
+    show: Callable[[Row | None], str],
 ) -> str:
     """A cell of the README's table: a figure, or why there is none."""
-    at = where(
-        rows, provider=provider, mode=EAGER, operation=FORWARD_BACKWARD, dtype="float32", **size
-    )
-    at = [row for row in at if row.suite in targets.SUITES]
+    n, d, c = size
+    at = where(rows, provider=provider, mode=EAGER, operation=FORWARD_BACKWARD, n=n, d=d, c=c)
+    at = [row for row in at if row.suite in targets.SUITES and row.dtype == "float32"]
     if measured := where(at, is_measured=True):
         return show(measured[0])
     return "does not fit" if any(OUT_OF_MEMORY in row.status for row in at) else _NONE
 
 
 def _time(row: Row | None) -> str:
-    """Three digits, or why there are none."""
+    """The time in three digits, or why there is none."""
     if row is None:
         return _NONE
     if row.is_measured:

@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _budgeted(suite: Suite, seconds: float | None) -> Suite:
-    """The suite with another time for each provider, and as few samples as fit it."""
+    """The suite with other seconds for each provider, and one sample at least."""
     if seconds is None:
         return suite
     budget = replace(suite.budget, seconds=seconds, least=1)
@@ -81,7 +81,7 @@ def _budgeted(suite: Suite, seconds: float | None) -> Suite:
 
 
 def _begun(path: Path, device: str) -> list[Row]:
-    """The rows of a suite that was left, where what would be measured now is the same code."""
+    """The rows of a partial file, if they are of this code, device and versions."""
     if not path.exists():
         return []
     commit = machine.commit()
@@ -152,16 +152,16 @@ def _known(case: Case) -> dict[str, Provider]:
 
 
 def _identity(of: Case | Row) -> tuple[object, ...]:
-    """What tells the cases of a suite apart."""
+    """The values that tell the cases of a suite apart."""
     return (
         of.operation, of.dtype, of.n, of.d, of.c, of.threads, of.balance, of.backbone, of.active
     )  # fmt: skip
 
 
 def _run_job(job: Job, known: dict[str, Provider], worker: Worker) -> list[Row]:
-    """The job's rows; a provider that takes the process with it gets a row and is left out.
+    """The job's rows. A provider that ends the process gets a row and is left out.
 
-    One that does so in a CUDA graph is measured again without.
+    One that does so in a CUDA graph is measured again without the graph.
     """
     lost: dict[str, Row] = {}
     while True:
@@ -180,13 +180,13 @@ def _run_job(job: Job, known: dict[str, Provider], worker: Worker) -> list[Row]:
 
 
 class _Limits:
-    """At which N a provider ran out of time or memory: no larger N is tried."""
+    """The N at which a provider ran out of time or memory: no larger N is tried."""
 
     def __init__(self) -> None:
         self._reached: dict[tuple[object, ...], tuple[int, str]] = {}
 
     def known(self, case: Case, names: tuple[str, ...]) -> dict[str, str]:
-        """What the rows of providers say that need not be tried."""
+        """The providers that need not be tried, and what their rows say."""
         reached = {name: self._reached.get(_kind(case, name), (case.n, "")) for name in names}
         return {name: f"{why} at N = {n}" for name, (n, why) in reached.items() if n < case.n}
 

@@ -89,7 +89,7 @@ def where(rows: Iterable[Row], **values: Any) -> list[Row]:
 
 
 def milliseconds(ms: float) -> str:
-    """A time with the unit that leaves three digits."""
+    """The time with three digits, in the unit that suits."""
     for unit, scale in (("s", 1e3), ("ms", 1.0)):
         if ms >= scale:
             return f"{ms / scale:.3g} {unit}"
@@ -134,13 +134,13 @@ def files(folder: Path) -> list[Path]:
 
 
 def incomplete(folder: Path) -> list[str]:
-    """The suites of a device that were measured in part alone."""
+    """The suites of a device that were measured in part."""
     names = (path.name for path in files(folder))
     return [name.removesuffix(_PARTIAL) for name in names if name.endswith(_PARTIAL)]
 
 
 def read_device(folder: Path) -> list[Row]:
-    """All rows of a device's folder; warns where they are a part of a suite.
+    """All rows of a device's folder; warns where a suite is incomplete.
 
     Raises:
         ValueError: the folder holds rows of two devices.

@@ -18,7 +18,7 @@ _NAIVE, _COMPILED = "naive", "compiled naive"
 
 @dataclass(frozen=True)
 class Verdict:
-    """work and claim in words; the measured figure, None where a row that it needs has no time."""
+    """A target in words, and the measured figure, None where a row that it needs has no time."""
 
     work: str
     claim: str
@@ -70,7 +70,7 @@ def verdicts(rows: Iterable[Row]) -> list[Verdict]:
 
 
 def choices(rows: Iterable[Row]) -> list[tuple[float, Row]]:
-    """The time of `auto` over the fastest single path's in each point of the grid, and its row."""
+    """At each point of the grid the time of `auto` over the fastest single path's, and its row."""
     return [
         (auto.ms / min(row.ms for row in at if row.provider != OURS), auto)
         for at in points(rows)
@@ -79,7 +79,7 @@ def choices(rows: Iterable[Row]) -> list[tuple[float, Row]]:
 
 
 def points(rows: Iterable[Row]) -> list[list[Row]]:
-    """Eager rows of ours, together where they are of one point of the grid; some single path's."""
+    """Our eager rows for each point of the grid at which a single path was measured."""
     found: dict[tuple[int, int, int, str], list[Row]] = {}
     for row in where(rows, suite="crossover", mode=EAGER, is_measured=True):
         if row.group in (OURS_GROUP, SCHEDULE):
@@ -140,7 +140,7 @@ def _on_gpu(results: Results) -> list[Verdict]:
 
 
 def _worst_choice(grid: str, results: Results) -> Verdict:
-    """A maximum over noisy quotients."""
+    """The worst of noisy ratios."""
     worst = max((ratio for ratio, _ in choices(results.rows)), default=None)
     return Verdict(grid, "auto over the best single path, at worst", worst, 1.2, True)
 

@@ -43,7 +43,7 @@ class Budget:
     turn_s: float = 2e-3
 
     def is_spent(self, call_s: float, seconds: float, samples: int) -> bool:
-        """Whether a variant ends that has been timed for so long and has so many samples."""
+        """Whether a variant with these seconds and samples ends."""
         least = self._least(call_s)
         return samples >= least and (least == 0 or seconds >= self.seconds or samples >= self.most)
 
@@ -55,9 +55,9 @@ class Budget:
         return warm_up_s + max(self.seconds, least * turn_s) if least else 0.0
 
     def _least(self, call_s: float) -> int:
-        """`least` of a call of up to 2 s, one of a longer one.
+        """`least` for a call of up to 2 s, one for a longer one.
 
-        None of a call of more than 10 s: it was made once already, and that is its sample.
+        None for a call of more than 10 s: its examination is its sample.
         """
         if call_s > _SINGLE_CALL_S:
             return 0
@@ -130,7 +130,7 @@ def cpu_turn(call: Call) -> Turn:
 def cuda_turn(calls: Iterator[Call]) -> Turn:
     """n calls between two synchronisations, by the wall clock: what a training loop pays.
 
-    calls: the same work on one buffer after the other, without end. The sample is the turn's mean.
+    calls: the same work on one buffer after another, endlessly. The sample is the turn's mean.
     """
 
     def turn(n: int) -> list[float]:
@@ -148,8 +148,8 @@ def graph_turn(calls: Sequence[Call]) -> Turn:
     """Replays of one CUDA graph that holds every call once, each on its own buffer.
 
     Raises:
-        RuntimeError: the call cannot be captured. Where it synchronises that is found before a
-            capture begins, because a capture that breaks may take the process with it.
+        RuntimeError: the call cannot be captured. One that synchronises is found before a capture
+            begins, because a capture that breaks may take the process with it.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -179,9 +179,9 @@ def graph_turn(calls: Sequence[Call]) -> Turn:
 
 
 def expected_seconds(call: Call, device: str) -> float:
-    """The least of a few calls, two where a call is long: what to plan samples with.
+    """The least time of a few calls (two where a call is long), to plan samples with.
 
-    The first may be many times slower than the others: then it says nothing of them.
+    The first call may be many times slower than the others.
     """
 
     def once() -> float:

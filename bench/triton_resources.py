@@ -186,7 +186,7 @@ def _of_depth(
 
 
 def _of_class_sums() -> list[Configuration]:
-    """Of forward and backward with a scalar loss, with a ref_emb and without."""
+    """Kernels of class sums, forward and backward of a scalar loss, with and without ref_emb."""
     own = dict.fromkeys(("ref_emb", "ref_labels", "ref_gradient"))
     weighted = {"BY_Q": True, "NORMS": False}
     added = {"BLOCK": class_sums_on_gpu.ADDED, "DEPTH": class_sums_on_gpu.ADDED_RUNS}
@@ -222,7 +222,7 @@ def _of_class_sums() -> list[Configuration]:
 
 
 def _precisions(dtype: torch.dtype, architecture: Architecture) -> list[str]:
-    """The words for float32 products under either of torch's settings."""
+    """The names of float32 products under either of torch's settings."""
     if architecture.gpu.backend == "hip":
         return ["ieee"]
     before = torch.get_float32_matmul_precision()
@@ -322,7 +322,7 @@ def compile_one(name: str, configuration: Configuration) -> dict[str, Any]:
 
 
 def _kind(configuration: Configuration, constants: dict[str, Any]) -> str:
-    """What tells configurations of a kernel apart that have the same blocks."""
+    """The differences between configurations of a kernel with the same blocks."""
     kinds = [kind for kind in ("MIRRORED", "KEPT", "NORMS", "WHOLE") if constants.get(kind)]
     joint = "ref_stride_d" in constants and "ref_emb" not in constants
     joint |= configuration.constants.get("JOINT", False)
@@ -339,7 +339,7 @@ def _kernel(configuration: Configuration) -> Any:
 
 
 def _source(configuration: Configuration, constants: dict[str, Any]) -> ASTSource:
-    """What the just-in-time compiler would make of the launcher's arguments."""
+    """The source as the just-in-time compiler would form it from the launcher's arguments."""
     kernel = _kernel(configuration)
     names, types = kernel.arg_names, _argument_types(configuration)
     aligned = configuration.layout == "aligned"
@@ -458,7 +458,7 @@ def table() -> list[dict[str, Any]]:
 
 
 def faults(rows: list[dict[str, Any]]) -> list[str]:
-    """What must not be: a spill of more than a register or two, or too much shared memory."""
+    """Configurations that spill more than is allowed, or take too much shared memory."""
     return [
         f"{row['kernel']} {row['dtype']} {row['precision']} {row['kind']} {row['layout']} on "
         f"{row['target']}: {row['spilled_bytes']} bytes spilled, "
