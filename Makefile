@@ -53,7 +53,7 @@ asan: $(READY)  ## the native operator, and the CUDA kernel on the host, under A
 coverage: $(READY)  ## line coverage of bstriplet_kernels
 	$(BIN)/python -m pytest tests/kernels --cov --cov-report=term-missing
 
-bench: $(READY)  ## measure, draw, write the README's section and the device's page
+bench: $(READY)  ## measure, draw, write the README's section, the targets and the device's page
 	$(BIN)/python -m bench.run --device cpu
 	$(BIN)/python -m bench.figures
 	$(BIN)/python -m bench.readme

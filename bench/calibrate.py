@@ -1,19 +1,14 @@
 """`python -m bench.calibrate [FOLDER ...]`: the plan's constants, from measured rows.
 
-The model of a path on a kind of device is seconds = call + flops / rate + bytes / bandwidth +
-launch * launches, with the path's own counts; a path whose schedules differ in speed has constants
-for each of them. The constants minimise the relative error over the rows of the folders (default:
-all of bench/results, one folder a kind of device).
-
-Rows are eager, also on a GPU: a training loop calls the loss so, and what it waits for there is
-mostly Python and launches, of which a graph's replay would know nothing. float32 alone is fitted on
-the CPU, where half precision is widened to it; on a GPU half precision has a FLOP rate of its own.
-float64, tf32 and graph replay are predicted as float32, eager.
+The model is seconds = call + flops / rate + bytes / bandwidth + launch * launches, with a path's
+own counts. The constants minimise the relative error over the eager rows of the folders (default:
+all of bench/results, one folder a kind of device). bench/README.md says which rows and why.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -29,7 +24,7 @@ from . import table
 from .cases import FORWARD_BACKWARD
 from .machine import ROOT
 from .providers import FORM, OURS, SCHEDULE
-from .table import EAGER, Row
+from .table import EAGER, Row, where
 
 TARGET = ROOT / "bstriplet_kernels" / "calibration.py"
 _SUITES = ("targets", "paper", "sweep", "classes", "crossover", "linear")
@@ -38,7 +33,7 @@ _HALF = ("bfloat16", "float16")
 
 
 class Fit(NamedTuple):
-    """Constants, the rows that they come from, and how far off they are (median, worst factor)."""
+    """Constants, the number of rows behind them, and their error as a factor (median, worst)."""
 
     constants: Constants
     rows: int
@@ -67,10 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     for kind, (_, paths) in fits.items():
         for path, found in paths.items():
             print(
-                f"{kind} {path}: {found.constants.call * 1e6:.1f} µs a call, "
-                f"{_inverse(found.constants.flop) / 1e9:.1f} GFLOP/s, "
-                f"{_of_a_gpu(found.constants)}"
-                f"{_inverse(found.constants.byte) / 1e9:.1f} GB/s; {found.rows} rows, "
+                f"{kind} {path}: {_speeds(found.constants)}; {found.rows} rows, "
                 f"off by a factor of {found.median:.2f} (median), {found.worst:.2f} (worst)"
             )
     draft = TARGET.with_suffix(".part")
@@ -84,23 +76,21 @@ def usable(rows: Iterable[Row]) -> list[Row]:
     """Rows of single paths of ours, eager, all threads, with counts; half precision on a GPU."""
     rows = [
         row
-        for row in rows
-        if row.suite in _SUITES and row.group in (OURS, SCHEDULE, FORM) and row.is_measured
+        for row in where(rows, mode=EAGER, operation=FORWARD_BACKWARD, is_measured=True)
+        if row.suite in _SUITES and row.group in (OURS, SCHEDULE, FORM) and row.provider != "auto"
     ]
     threads = max((row.threads for row in rows), default=0)
     return [
         row
-        for row in rows
-        if row.provider != "auto"
-        and (row.mode, row.operation, row.threads) == (EAGER, FORWARD_BACKWARD, threads)
-        and (row.dtype == "float32" or (row.launches and row.dtype in _HALF))
+        for row in where(rows, threads=threads)
+        if (row.dtype == "float32" or (row.launches and row.dtype in _HALF))
         and row.flops is not None
         and row.bytes is not None
     ]
 
 
 def fit_paths(rows: Sequence[Row]) -> dict[str, Fit]:
-    """A fit for every path or schedule with rows enough."""
+    """A fit for every path or schedule with enough rows."""
     found = {}
     for path in dict.fromkeys(row.path for row in rows):
         own = [row for row in rows if row.path == path and row.dtype not in _HALF]
@@ -117,7 +107,7 @@ def fit_paths(rows: Sequence[Row]) -> dict[str, Fit]:
 def fit(rows: Sequence[Row]) -> Fit:
     """Non-negative constants with the least squared relative error.
 
-    Where all rows have as many launches these are part of the call.
+    Where all rows have equally many launches, these are part of the call.
     """
     seconds = np.array([row.ms * 1e-3 for row in rows])
     is_half = np.array([row.dtype in _HALF for row in rows])
@@ -162,7 +152,7 @@ def module(fits: dict[str, tuple[Row, dict[str, Fit]]]) -> str:
 
 
 def _numbers(constants: Constants) -> str:
-    """The arguments; those of a GPU by name, where they are there."""
+    """Arguments of `Constants`; those that only a GPU has by name."""
     call, flop, byte, launch, half = constants
     numbers = [f"{value:.3e}" for value in (call, flop, byte)]
     numbers += [f"launch={launch:.3e}"] if launch else []
@@ -170,14 +160,14 @@ def _numbers(constants: Constants) -> str:
     return ", ".join(numbers)
 
 
-def _of_a_gpu(constants: Constants) -> str:
-    half, launch = constants.half, constants.launch
-    text = "" if half is None else f"{_inverse(half) / 1e9:.1f} in half precision, "
-    return text + (f"{launch * 1e6:.1f} µs a launch, " if launch else "")
-
-
-def _inverse(seconds: float) -> float:
-    return 1 / seconds if seconds else float("inf")
+def _speeds(constants: Constants) -> str:
+    """The constants as rates; those that only a GPU has where there are some."""
+    call, flop, byte, launch, half = constants
+    gflops, half_gflops, gbytes = (1e-9 / each if each else math.inf for each in (flop, half, byte))
+    parts = [f"{call * 1e6:.1f} µs a call", f"{gflops:.1f} GFLOP/s"]
+    parts += [] if half is None else [f"{half_gflops:.1f} in half precision"]
+    parts += [f"{launch * 1e6:.1f} µs a launch"] if launch else []
+    return ", ".join([*parts, f"{gbytes:.1f} GB/s"])
 
 
 if __name__ == "__main__":

@@ -49,14 +49,8 @@ class Case:
 
     def __str__(self) -> str:
         what = self.backbone or f"D={self.d:,} C={self.c:,}"
-        more = "".join(
-            f", {text}"
-            for text, shown in (
-                (self.balance, self.balance != "even"),
-                (f"active {self.active}", self.active is not None),
-            )
-            if shown
-        )
+        more = f", {self.balance}" if self.balance != "even" else ""
+        more += f", active {self.active}" if self.active is not None else ""
         return f"N={self.n:,} {what} {self.dtype} {self.operation}, {self.threads} threads{more}"
 
 
@@ -70,7 +64,7 @@ class Problem(NamedTuple):
 
 
 def make_problem(case: Case) -> Problem:
-    """Random embeddings that lean towards their class's direction; the same for the same case.
+    """Normal noise around a centre for each class; the same for the same case.
 
     The rows of a class have a cosine of about 1/2 with each other and of about 0 with the rest.
     """
@@ -88,22 +82,20 @@ def make_problem(case: Case) -> Problem:
 
 
 def _labels(case: Case, generator: torch.Generator) -> Tensor:
-    """[N] in shuffled order; every class has a member where there are rows enough."""
+    """[N] in random order; with enough rows every class has a member."""
     if case.balance == "even":
         labels = torch.arange(case.n) % case.c
     else:
-        if case.balance == "zipf":
-            shares = 1 / torch.arange(1, case.c + 1, dtype=torch.float64)
-        else:
-            shares = torch.full((case.c,), 0.01 / max(1, case.c - 1), dtype=torch.float64)
-            shares[0] = 0.99
+        shares = 1 / torch.arange(1, case.c + 1, dtype=torch.float64)
+        if case.balance == "dominant":
+            shares.fill_(0.01 / max(1, case.c - 1))[0] = 0.99
         labels = torch.multinomial(shares, case.n, replacement=True, generator=generator)
         labels[: case.c] = torch.arange(case.c)[: case.n]
     return labels[torch.randperm(case.n, generator=generator)]
 
 
 def _margin(x: Tensor, labels: Tensor, active: float) -> float:
-    """The margin with which that share of the rows has h_i > 0."""
+    """The margin at which this share of the rows has h_i > 0."""
     if active in (0, 1):
         return active
     ordered = truth.contrasts(x, labels).sort().values

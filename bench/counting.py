@@ -24,15 +24,14 @@ class Operations(TorchDispatchMode):
     """Counts while it is entered: products by torch's own formulas, others one FLOP an element.
 
     What only moves data has no FLOPs. Bytes are what each operator reads and writes where nothing
-    is fused and nothing stays in a cache. What one opaque operator does inside (a compiled graph, a
-    custom operator) is not seen; `opaque` then names it.
+    is fused and nothing stays in a cache. What a compiled graph or a custom operator does inside is
+    not seen.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0
         self.bytes = 0
-        self.opaque: set[str] = set()
 
     def __torch_dispatch__(
         self,
@@ -43,8 +42,6 @@ class Operations(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if func.namespace not in ("aten", "prim", "prims", "profiler"):
-            self.opaque.add(str(func))
         name = func._overloadpacket.__name__
         if _is_view(func) or name in ("empty", "empty_like", "new_empty", "detach"):
             return out
@@ -76,7 +73,7 @@ class Memory(NamedTuple):
 
 
 def peak_memory(call: Callable[[], Any], device: str) -> tuple[Any, Memory]:
-    """The call's result and what it needed."""
+    """The call's result and the memory that it needed."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -113,16 +110,16 @@ def _reset_resident_peak() -> int | None:
 
 
 def unreturned_memory() -> int:
-    """Bytes that the process has reserved and does not use; 0 where that is not known.
+    """Bytes that the process has reserved and does not use; 0 where that is unknown.
 
-    Where a mapping is refused the C library grows its heap instead, which does not shrink again.
+    When a mapping is refused, the C library grows its heap instead, which never shrinks.
     """
     resident = _reset_resident_peak()
     return 0 if resident is None else _status("VmData") - resident
 
 
 def _status(name: str) -> int:
-    """A line of /proc/self/status, in bytes."""
+    """A field of /proc/self/status, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +16,41 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import PercentFormatter
 
 from . import table
-from .cases import FORWARD, FORWARD_BACKWARD, TRAINING_STEP
-from .providers import EMPTY, MOMENT_PRODUCTS, OURS, PAIR_PRODUCTS, ROW_MOVES, SCHEDULE
-from .steps import CE
-from .table import EAGER, GRAPH, Row
+from .cases import FORWARD_BACKWARD
+from .providers import (
+    EMPTY,
+    LIGER,
+    MOMENT_PRODUCTS,
+    OURS,
+    PAIR_PRODUCTS,
+    ROW_MOVES,
+    SCHEDULE,
+    shown,
+)  # fmt: skip
+from .table import EAGER, GRAPH, SWEEPS, Row, milliseconds, where
 
 Draw = Callable[[Sequence[Row]], Figure]
+Guide = tuple[str, dict[int, float]]
+"""A line to compare with: its label, and its value at each N."""
 _COLOURS = {
     "auto": "#b8430f", "native": "#ea9a55", "gram": "#d6658f", "triton": "#8c2f39",
     "reference": "#a6761d", "naive": "#1f5fa8", "eager": "#6aa5d8", "compiled naive": "#14705a",
     "compiled eager": "#5fb39a", "pml contrastive": "#6b3fa0", "pml SupCon": "#9a77c7",
     "pml lifted": "#b9a3d8", "pml triplet": "#d8b4e2", "tiled SupCon": "#5c6370",
-    "Liger InfoNCE": "#3d4350", EMPTY: "#9aa0a8", PAIR_PRODUCTS: "#4a4f57",
+    LIGER: "#3d4350", EMPTY: "#9aa0a8", PAIR_PRODUCTS: "#4a4f57",
     MOMENT_PRODUCTS: "#4a4f57", ROW_MOVES: "#4a4f57",
 }  # fmt: skip
 _DASHED = {EMPTY: ":", PAIR_PRODUCTS: "--", MOMENT_PRODUCTS: "-.", ROW_MOVES: (0, (1, 3))}
 _FEWEST_TICKS = 3
 _BAD_CHOICE = 1.2
 _FLOORS = (EMPTY, PAIR_PRODUCTS, MOMENT_PRODUCTS, ROW_MOVES)
-SWEEPS = ("sweep", "million")
-"""The suites over N."""
 _PATHS = ("reference", "native", "gram", "triton")
 
 
 def main() -> int:
-    """Draw all that the results allow."""
+    """Draw the pictures of every device."""
     for folder in table.devices():
         for path in draw_all(folder):
             print(path)
@@ -51,7 +58,7 @@ def main() -> int:
 
 
 def draw_all(folder: Path) -> list[Path]:
-    """The pictures of one device, in its folder, as far as their suites were measured."""
+    """Draw the pictures of one device whose suites were measured; return their paths."""
     rows = [row for row in table.read_device(folder) if row.is_measured]
     incomplete = table.incomplete(folder)
     drawn = []
@@ -75,10 +82,11 @@ def paper(rows: Sequence[Row]) -> Figure:
     operations = sorted({row.operation for row in rows})
     figure, panels = _panels(len(operations))
     for axes, operation in zip(panels, operations, strict=True):
-        chosen = [row for row in _best_mode(rows) if row.operation == operation]
-        _lines(axes, chosen, lambda row: row.ms, skip=(MOMENT_PRODUCTS, ROW_MOVES))
+        chosen = where(_best_mode(rows), operation=operation)
+        chosen = [row for row in chosen if row.provider not in (MOMENT_PRODUCTS, ROW_MOVES)]
         axes.set(title=f"{operation}, D = {chosen[0].d:,}, float32", xlabel="batch size N_b")
         axes.set_yscale("log")
+        _lines(axes, chosen, lambda row: row.ms)
         axes.set_xticks(sorted({row.n for row in chosen}))
         _time_ticks(axes)
     _legend(figure, panels)
@@ -88,31 +96,21 @@ def paper(rows: Sequence[Row]) -> Figure:
 def time(rows: Sequence[Row]) -> Figure:
     """Time against N on log axes for each D, with the slope that Eq. 8 predicts."""
 
-    def eq8(axes: Axes, chosen: Sequence[Row]) -> None:
-        naive = [row for row in chosen if row.provider == "naive" and row.eq8_flops]
-        if not naive:
-            return
-        last = max(naive, key=lambda row: row.n)
-        sizes = np.array(sorted({row.n for row in chosen}))
-        figures = {row.n: row.eq8_flops for row in chosen}
-        scaled = [last.ms * (figures[n] or 0) / (last.eq8_flops or 1) for n in sizes]
-        axes.plot(sizes, scaled, ":", color=INK, linewidth=1.2, label="slope of Eq. 8")
+    def eq8(chosen: Sequence[Row]) -> Guide:
+        naive = [row for row in where(chosen, provider="naive") if row.eq8_flops]
+        last = max(naive, key=lambda row: row.n, default=None)
+        counts = {row.n: row.eq8_flops for row in chosen} if last else {}
+        return "slope of Eq. 8", {n: last.ms * f / last.eq8_flops for n, f in counts.items()}
 
     return _against_n(rows, lambda row: row.ms, eq8, _time_ticks)
 
 
 def memory(rows: Sequence[Row]) -> Figure:
     """Peak extra memory against N for each D, and the embeddings' own size."""
-
-    def embeddings(axes: Axes, chosen: Sequence[Row]) -> None:
-        sizes = sorted({row.n for row in chosen})
-        own = [4 * n * chosen[0].d / 2**20 for n in sizes]
-        axes.plot(sizes, own, ":", color=INK, linewidth=1.2, label="the embeddings")
-
     return _against_n(
         [row for row in rows if row.provider not in _FLOORS],
         lambda row: row.peak_bytes / 2**20 if row.peak_bytes else None,
-        embeddings,
+        lambda chosen: ("the embeddings", {row.n: 4 * row.n * row.d / 2**20 for row in chosen}),
         lambda axes: axes.set_ylabel("peak extra memory, MiB"),
     )
 
@@ -120,24 +118,25 @@ def memory(rows: Sequence[Row]) -> Figure:
 def roofline(rows: Sequence[Row]) -> Figure:
     """Rate against intensity, both by each provider's own count, under the machine's limits."""
     figure, (axes,) = _panels(1, (8.6, 5.2))
-    shown = [
+    chosen = [
         row
-        for row in _best_mode(rows)
-        if row.flops and row.bytes and row.operation == FORWARD_BACKWARD
-        and row.provider not in (EMPTY, ROW_MOVES)
-    ]  # fmt: skip
+        for row in where(_best_mode(rows), operation=FORWARD_BACKWARD)
+        if row.flops and row.bytes and row.provider not in (EMPTY, ROW_MOVES)
+    ]
     intensities = []
-    for provider in _providers(shown):
-        points = [_on_roofline(row) for row in shown if row.provider == provider]
-        x, y, n = np.array(points).T
-        intensities += x.tolist()
+    for provider in _providers(chosen):
+        own = where(chosen, provider=provider)
+        x = [row.flops / row.bytes for row in own]
+        intensities += x
         axes.scatter(
-            x, y, s=10 + 9 * np.log10(n) ** 1.5, color=_COLOURS.get(provider, MUTED),
-            marker="D" if provider in _FLOORS else "o", label=provider, alpha=0.85,
-            edgecolors=PAPER, linewidths=0.6, zorder=4 if provider == "auto" else 3,
+            x, [row.flops / row.ms / 1e6 for row in own],
+            s=10 + 9 * np.log10([row.n for row in own]) ** 1.5,
+            color=_COLOURS.get(provider, MUTED), marker="D" if provider in _FLOORS else "o",
+            label=shown(provider), alpha=0.85, edgecolors=PAPER, linewidths=0.6,
+            zorder=4 if provider == "auto" else 3,
         )  # fmt: skip
-    gemm = np.median([r.gemm_flops_s for r in shown if r.gemm_flops_s]) / 1e9
-    stream = np.median([r.bandwidth_bytes_s for r in shown if r.bandwidth_bytes_s]) / 1e9
+    gemm = np.median([row.gemm_flops_s for row in chosen if row.gemm_flops_s]) / 1e9
+    stream = np.median([row.bandwidth_bytes_s for row in chosen if row.bandwidth_bytes_s]) / 1e9
     ridge = gemm / stream
     low, high = min(*intensities, ridge / 4) / 2, max(*intensities, ridge * 4) * 2
     x = np.geomspace(low, high, 200)
@@ -146,49 +145,41 @@ def roofline(rows: Sequence[Row]) -> Figure:
         xscale="log", yscale="log", xlim=(low, high), xlabel="counted FLOPs a counted byte",
         ylabel="GFLOP/s", title="counted rate against counted intensity; larger dots are larger N",
     )  # fmt: skip
-    axes.annotate(
-        f"{gemm:,.0f} GFLOP/s: measured product", (high, gemm), (-4, 6),
-        textcoords="offset points", ha="right", color=INK, fontsize=8.5,
-    )  # fmt: skip
-    axes.annotate(
-        f"{stream:,.0f} GB/s: measured sum", (low, stream * low), (8, -4),
-        textcoords="offset points", color=INK, fontsize=8.5,
-    )  # fmt: skip
+    for text, at, offset, side in (
+        (f"{gemm:,.0f} GFLOP/s: measured product", (high, gemm), (-4, 6), "right"),
+        (f"{stream:,.0f} GB/s: measured sum", (low, stream * low), (8, -4), "left"),
+    ):
+        axes.annotate(
+            text, at, offset, textcoords="offset points", ha=side, color=INK, fontsize=8.5
+        )
     _legend(figure, [axes])
     return figure
-
-
-def _on_roofline(row: Row) -> tuple[float, float, int]:
-    """FLOPs a byte, GFLOP/s, and N."""
-    assert row.flops is not None
-    assert row.bytes
-    return row.flops / row.bytes, row.flops / row.ms / 1e6, row.n
 
 
 def crossover(rows: Sequence[Row]) -> Figure:
     """The fastest path on the (N, D) grid; a frame in another colour where `auto` took another."""
     points: dict[tuple[int, int], list[Row]] = {}
-    for row in rows:
-        if (row.mode, row.dtype) == (EAGER, "float32") and row.group in (OURS, SCHEDULE):
+    for row in where(rows, mode=EAGER, dtype="float32"):
+        if row.group in (OURS, SCHEDULE):
             points.setdefault((row.n, row.d), []).append(row)
     ns, ds = (sorted(set(values)) for values in zip(*points, strict=True))
     figure, (axes,) = _panels(1, (0.72 * len(ns) + 1.2, 0.62 * len(ds) + 1.6))
     for (n, d), at in points.items():
         single = [row for row in at if row.provider != "auto"]
-        auto = next((row for row in at if row.provider == "auto"), None)
         if not single:
             continue
         best = min(single, key=lambda row: row.ms)
         x, y = ns.index(n), ds.index(d)
         axes.add_patch(_tile(x, y, 0.46, facecolor=_COLOURS[_path(best)]))
-        if auto is None:
-            continue
-        if _path(auto) not in ("", _path(best)):
-            colour = _COLOURS[_path(auto)]
-            axes.add_patch(_tile(x, y, 0.42, fill=False, edgecolor=colour, linewidth=4))
-        weight = "bold" if auto.ms > _BAD_CHOICE * best.ms else "normal"
-        ratio = f"{auto.ms / best.ms:.2f}"
-        axes.text(x, y, ratio, ha="center", va="center", size=9, color=INK, weight=weight)
+        for auto in where(at, provider="auto"):
+            if _path(auto) not in ("", _path(best)):
+                colour = _COLOURS[_path(auto)]
+                axes.add_patch(_tile(x, y, 0.42, fill=False, edgecolor=colour, linewidth=4))
+            ratio = auto.ms / best.ms
+            weight = "bold" if ratio > _BAD_CHOICE else "normal"
+            axes.text(
+                x, y, f"{ratio:.2f}", ha="center", va="center", size=9, color=INK, weight=weight
+            )
     axes.set_xticks(range(len(ns)), [f"{n:,}" for n in ns])
     axes.set_yticks(range(len(ds)), [f"{d:,}" for d in ds])
     axes.set(
@@ -197,17 +188,18 @@ def crossover(rows: Sequence[Row]) -> Figure:
     )  # fmt: skip
     axes.tick_params(length=0)
     axes.grid(visible=False)
-    names = [p for p in _PATHS if any(p == _path(row) for at in points.values() for row in at)]
+    present = {_path(row) for at in points.values() for row in at}
     handles = [
         Line2D([], [], marker="s", linestyle="", markersize=9, color=_COLOURS[p], label=p)
-        for p in names
+        for p in _PATHS
+        if p in present
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
 
 
 def _path(row: Row) -> str:
-    """What ran, whatever its schedule."""
+    """The path that ran, without its schedule."""
     return row.path.partition(" ")[0]
 
 
@@ -216,104 +208,34 @@ def _tile(x: float, y: float, half: float, **style: Any) -> Rectangle:
     return Rectangle((x - half, y - half), 2 * half, 2 * half, **style)
 
 
-def hinge(rows: Sequence[Row]) -> Figure:
-    """Time against the share of active rows for each size; dotted, the forward alone."""
-    rows = _best_mode(rows)
-    sizes = sorted({(row.n, row.d, row.c) for row in rows})
-    figure, panels = _panels(len(sizes))
-    for axes, (n, d, c) in zip(panels, sizes, strict=True):
-        here = [row for row in rows if row.n == n]
-        shares = sorted({row.active for row in here if row.active is not None})
-        for provider in _providers(here):
-            own = [row for row in here if row.provider == provider]
-            ms = {row.active: row.ms for row in own if row.operation == FORWARD_BACKWARD}
-            colour, is_auto = _COLOURS.get(provider, MUTED), provider == "auto"
-            axes.plot(
-                [shares.index(share) for share in shares if share in ms],
-                [ms[share] for share in shares if share in ms],
-                "--o" if is_auto else "-o", color=colour, markersize=4, label=provider,
-                zorder=3 if is_auto else 2,
-            )  # fmt: skip
-            for row in own:
-                if row.operation == FORWARD:
-                    axes.axhline(row.ms, color=colour, linestyle=":", linewidth=1.2)
-        axes.set_xticks(range(len(shares)), [f"{100 * share:g} %" for share in shares])
-        axes.set(xlabel="rows with h_i > 0", title=f"N = {n:,}, D = {d:,}, C = {c}", yscale="log")
-        low, high = axes.get_ylim()
-        axes.set_ylim(low / 1.2, high * 1.2)
-        _time_ticks(axes)
-    _legend(figure, panels)
-    return figure
-
-
-def training_step(rows: Sequence[Row]) -> Figure:
-    """The loss's share of a training step at N_b = 36: ours, and the paper-literal form."""
-    figure, (axes,) = _panels(1, (7.2, 3.6))
-    shares = step_shares(rows)
-    height = 0.38
-    for at, (_, ours, naive) in enumerate(shares):
-        for offset, share, provider in ((0.5, ours, "auto"), (-0.5, naive, "naive")):
-            y = at + offset * height
-            axes.barh(y, share, height, color=_COLOURS[provider])
-            axes.annotate(f" {share:.2%}", (share, y), va="center", fontsize=9, color=INK)
-    axes.set_yticks(range(len(shares)), [name for name, *_ in shares])
-    axes.margins(x=0.15)
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=2))
-    axes.grid(visible=False, axis="y")
-    axes.set_title("share of a training step, N_b = 36, 128 x 128")
-    names = (("auto", "this package"), ("naive", "naive form"))
-    handles = [Line2D([], [], color=_COLOURS[p], linewidth=6, label=label) for p, label in names]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2)
-    return figure
-
-
-def step_shares(rows: Iterable[Row]) -> list[tuple[str, float, float]]:
-    """(backbone, our loss / step, naive loss / step), each loss timed alone on the same D.
-
-    Timed alone, because the difference of two steps is smaller than either's scatter.
-    """
-    rows = [row for row in rows if row.suite == "training_step" and row.is_measured]
-    shares = []
-    for step in rows:
-        if step.operation != TRAINING_STEP or step.provider != CE or step.mode != EAGER:
-            continue
-        alone = {
-            row.provider: row.ms
-            for row in rows
-            if not row.backbone and row.d == step.d and row.mode == EAGER
-        }
-        if {"auto", "naive"} <= alone.keys():
-            ours, naive = (alone[name] / (step.ms + alone[name]) for name in ("auto", "naive"))
-            shares.append((step.backbone, ours, naive))
-    return shares
-
-
 _PICTURES: tuple[tuple[str, tuple[str, ...], Draw], ...] = (
     ("paper", ("paper",), paper),
     ("time", SWEEPS, time),
     ("memory", SWEEPS, memory),
     ("roofline", SWEEPS, roofline),
     ("crossover", ("crossover",), crossover),
-    ("hinge", ("hinge",), hinge),
-    ("training_step", ("training_step",), training_step),
 )
 
 
 def _against_n(
     rows: Sequence[Row],
     value: Callable[[Row], float | None],
-    extra: Callable[[Axes, Sequence[Row]], None],
+    guide: Callable[[Sequence[Row]], Guide],
     finish: Callable[[Axes], object],
 ) -> Figure:
-    rows = [row for row in _best_mode(rows) if row.operation == FORWARD_BACKWARD]
+    """A panel for each D: the providers' lines, and a dotted one for comparison."""
+    rows = where(_best_mode(rows), operation=FORWARD_BACKWARD)
     dimensions = sorted({row.d for row in rows})
     figure, panels = _panels(len(dimensions))
     for axes, d in zip(panels, dimensions, strict=True):
-        chosen = [row for row in rows if row.d == d]
+        chosen = where(rows, d=d)
         axes.set(xscale="log", yscale="log", xlabel="N")
         _lines(axes, chosen, value)
         low, high = axes.get_ylim()
-        extra(axes, chosen)
+        label, points = guide(chosen)
+        if points:
+            x, y = zip(*sorted(points.items()), strict=True)
+            axes.plot(x, y, ":", color=INK, linewidth=1.2, label=label)
         axes.set_ylim(low / 2, high * 4)
         axes.set_title(f"D = {d:,}, C = {chosen[0].c}, forward and backward")
         finish(axes)
@@ -322,39 +244,32 @@ def _against_n(
 
 
 def _best_mode(rows: Sequence[Row]) -> list[Row]:
-    """Graph replay where there is one, so that the GPU and not Python is compared."""
+    """Rows of graph replay where there are some: they compare the GPU and not Python."""
     has_graph = any(row.mode == GRAPH for row in rows)
     return [row for row in rows if row.mode == (GRAPH if has_graph else EAGER)]
 
 
-def _lines(
-    axes: Axes,
-    rows: Sequence[Row],
-    value: Callable[[Row], float | None],
-    skip: tuple[str, ...] = (),
-) -> None:
+def _lines(axes: Axes, rows: Sequence[Row], value: Callable[[Row], float | None]) -> None:
     for provider in _providers(rows):
-        points = [(row.n, value(row)) for row in rows if row.provider == provider]
+        points = [(row.n, value(row)) for row in where(rows, provider=provider)]
         points = sorted((n, v) for n, v in points if v is not None)
-        if not points or provider in skip:
-            continue
-        axes.plot(
-            *zip(*points, strict=True),
-            linestyle=_DASHED.get(provider, "-"),
-            marker="" if provider in _DASHED else "o",
-            markersize=3.5,
-            color=_COLOURS.get(provider, MUTED),
-            linewidth=2.6 if provider == "auto" else 1.4,
-            zorder=3 if provider == "auto" else 2,
-            label=provider,
-        )
+        if points:
+            axes.plot(
+                *zip(*points, strict=True),
+                linestyle=_DASHED.get(provider, "-"),
+                marker="" if provider in _DASHED else "o",
+                markersize=3.5,
+                color=_COLOURS.get(provider, MUTED),
+                linewidth=2.6 if provider == "auto" else 1.4,
+                zorder=3 if provider == "auto" else 2,
+                label=shown(provider),
+            )
 
 
 def _providers(rows: Sequence[Row]) -> list[str]:
-    """In the order of the palette."""
+    """Their providers in the order of the palette."""
     present = {row.provider for row in rows}
-    known = [name for name in _COLOURS if name in present]
-    return known + sorted(present - set(known))
+    return [*(name for name in _COLOURS if name in present), *sorted(present - set(_COLOURS))]
 
 
 def _panels(n: int, size: tuple[float, float] = (4.6, 4.4)) -> tuple[Figure, list[Axes]]:
@@ -369,16 +284,12 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()
         found |= dict(zip(labels, handles, strict=True))
-    figure.legend(
-        list(found.values()),
-        list(found),
-        loc="outside lower center",
-        ncols=max(2, int(figure.get_figwidth() / 1.9)),
-    )
+    columns = max(2, int(figure.get_figwidth() / 1.9))
+    figure.legend(found.values(), found, loc="outside lower center", ncols=columns)
 
 
 def _time_ticks(axes: Axes) -> None:
-    """Powers of ten, and 2 and 5 times them where those are few."""
+    """Ticks at powers of ten; where these are few, also at 2 and 5 times them."""
     low, high = axes.get_ylim()
     powers = [10.0**k for k in range(-4, 7)]
     ticks = [t for t in powers if low <= t <= high]
@@ -387,14 +298,6 @@ def _time_ticks(axes: Axes) -> None:
     axes.set_yticks(ticks, [milliseconds(t) for t in ticks])
     axes.minorticks_off()
     axes.set_ylabel("time of a call")
-
-
-def milliseconds(ms: float) -> str:
-    """A time with the unit that leaves three digits."""
-    for unit, scale in (("s", 1e3), ("ms", 1.0)):
-        if ms >= scale:
-            return f"{ms / scale:.3g} {unit}"
-    return f"{ms * 1e3:.3g} µs"
 
 
 if __name__ == "__main__":

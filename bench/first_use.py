@@ -1,18 +1,16 @@
 """What a training run makes Triton compile, and how long that takes: no GPU is needed.
 
-python -m bench.first_use            print the table and write results/compile/first_use.csv
-python -m bench.first_use --check    compile nothing; fail where the table is out of date, or a last
-                                     batch wants a kernel of its own
+    python -m bench.first_use            print the table and write results/compile/first_use.csv
+    python -m bench.first_use --check    compile nothing; fail where the table is out of date, or a
+                                         last batch wants a kernel of its own
 
-A run has batches of one size and, at the end of an epoch, a smaller one. Its calls are real,
-`bstriplet_loss(...).backward()`, on CPU tensors in place of a GPU's. Triton binds the arguments of
-each launch and looks for the kernel in its cache as on an H100; a kernel that is not there is
-compiled, and nothing is launched.
+A run has batches of one size and, at the end of an epoch, a smaller one. Its calls are real, on CPU
+tensors in place of a GPU's. Triton binds the arguments of each launch and looks for the kernel in
+its cache as on an H100; a kernel that is not there is compiled, and nothing is launched.
 
 The table has a row for the first batch of each run and one for each size of its last batch, with
-the kernels that this batch wants and the first did not. Seconds are of processors, the compiler's
-children included, in an empty cache. What CPU tensors cannot show: cuBLAS and torch load kernels of
-their own.
+the kernels that the first did not want. Seconds are of processors, the compiler's children
+included, in an empty cache; kernels of cuBLAS and torch are not in them.
 """
 
 from __future__ import annotations
@@ -51,7 +49,7 @@ FIRST, LAST, SMALL = "first", "last", "small last"
 class Run(NamedTuple):
     """A training run: batches of n rows of d numbers, against m rows of `ref_emb` if not None.
 
-    impl: "auto" is the path that it takes on an H200. same: sizes of a last batch that must want no
+    impl: "auto" is the path that an H200 takes. same: sizes of a last batch that must want no
     kernel of its own. other: sizes so small that faster blocks or another schedule take over.
     """
 
@@ -129,9 +127,9 @@ def launches_on_h100(hook: Callable[..., bool]) -> Iterator[None]:
 
 
 class Wanted:
-    """A hook of `launches_on_h100`: the kernels that launches want, name and key.
+    """A hook of `launches_on_h100` that collects the kernels (name, key) that launches want.
 
-    seconds: those of compiling each, or 0 where it is only counted.
+    seconds: of compiling each, or 0 where they are only counted.
     """
 
     def __init__(self, compiles: bool) -> None:
@@ -159,7 +157,7 @@ def _compile(function: Any, wanted: dict[str, Any]) -> float:
 
 def batch(run: Run, n: int) -> None:
     """Forward and backward of n rows; the numbers mean nothing."""
-    path = _planned(run, n).path
+    path, _ = _planned(run, n)
     if path == "native":  # compiled when it is installed
         return
     x = torch.ones(n, run.d, dtype=run.dtype, requires_grad=True)
@@ -174,14 +172,8 @@ def batch(run: Run, n: int) -> None:
     loss.sum().backward()
 
 
-class Planned(NamedTuple):
+def _planned(run: Run, n: int) -> tuple[str, str]:
     """The path of a batch and the name of its schedule."""
-
-    path: str
-    schedule: str
-
-
-def _planned(run: Run, n: int) -> Planned:
     against = None if run.m is None else (run.m, run.d)
     plan = explain(
         (n, run.d), min(CLASSES, run.m or n),
@@ -191,7 +183,7 @@ def _planned(run: Run, n: int) -> Planned:
     path = plan.path if run.impl == "auto" else run.impl
     with gpu.imagined():
         cost = PATHS[path].cost(plan.work, [run.m or n])
-    return Planned(path, cost.schedule or path)
+    return path, cost.schedule or path
 
 
 def table(compiles: bool) -> Iterator[dict[str, Any]]:
@@ -227,7 +219,7 @@ def _row(
         "similarity": run.similarity,
         "batch": kind,
         "n": n,
-        "schedule": _planned(run, n).schedule,
+        "schedule": _planned(run, n)[1],
         "kernels": len(kernels),
         "seconds": f"{sum(wanted.seconds[kernel] for kernel in kernels):.1f}",
         "names": " ".join(sorted(name for name, _ in kernels)),
@@ -237,7 +229,7 @@ def _row(
 
 
 def faults(rows: list[dict[str, Any]]) -> list[str]:
-    """Last batches that want a kernel of their own, and whether the committed table is another."""
+    """Last batches that want a kernel of their own, and a committed table that differs."""
     found = [
         f"{row['impl']}, {row['batch_size']} x {row['d']}, last {row['n']}: {row['names']} is new"
         for row in rows
@@ -250,12 +242,12 @@ def faults(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _counted(row: dict[str, Any]) -> list[str]:
-    """What does not depend on the machine."""
+    """The columns that do not depend on the machine."""
     return [str(v) for k, v in row.items() if k not in ("seconds", "machine", "versions")]
 
 
 def main() -> int:
-    """Print the table, and write it or hold it against the committed one."""
+    """Print the table, and write it or compare it with the committed one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compile and write nothing")
     check = parser.parse_args().check

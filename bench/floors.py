@@ -1,14 +1,15 @@
 """Lower bounds that are timed beside the providers: what no implementation can do without.
 
-Products are timed alone: operands that lie ready in class order, outputs allocated beforehand and
-warm, one library call after the other. Where there are several orders in which a library can make a
-product (panels of rows that stay in cache or all rows at once, whole or in the blocks of a
-symmetric half), each is tried when the step is made and the fastest is the floor.
+Products are timed alone, on rows that lie ready in class order, into outputs allocated beforehand.
+Where a product can be made in several orders (panels of rows or all rows at once, whole or in the
+blocks of a symmetric half), each is tried when the step is made and the fastest is the floor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ _PANEL_BYTES = (1 << 19, 1 << 21, 1 << 23)
 
 
 class EmptyFunction(torch.autograd.Function):
-    """What any loss costs: one small kernel forward, the gradient's allocation backward."""
+    """The least that any loss costs: one small kernel forward, one allocation backward."""
 
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor) -> Tensor:
@@ -41,15 +42,7 @@ def pair_products(problem: Problem) -> Callable[[Tensor, Tensor], tuple[None, No
     """
     x = problem.x.detach()
     s, gradient = x.new_empty(len(x), len(x)), torch.empty_like(x)
-
-    def similarity(parts: int) -> Products:
-        def multiply(rows: Tensor) -> None:
-            for start, stop in _cuts(len(rows), parts):
-                torch.mm(rows[start:stop], rows[start:].T, out=s[start:stop, start:])
-
-        return multiply
-
-    first = _fastest([similarity(parts) for parts in (1, 2, 4)], x)
+    first = _fastest([partial(_similarities, s, _cuts(len(x), parts)) for parts in (1, 2, 4)], x)
     s.fill_(1)
 
     def products(x: Tensor, labels: Tensor) -> tuple[None, None]:
@@ -80,10 +73,14 @@ def moment_products(problem: Problem) -> Callable[[Tensor, Tensor], tuple[None, 
     runs = torch.stack(small.unique_consecutive(return_counts=True), dim=1).tolist()
     parts = [size for size in (*large, len(x) - n_large) if size]
     panels = _panel_sizes(x, max(parts))
-    trial = x[: panels[-1]]
-    steps = [_fastest(_moments(x, panels), trial), _fastest(_forms(x, panels), trial)]
+    total, halvings = x.new_zeros(d, d), list(itertools.product(panels, _halvings(d)))
+    orders: list[list[Products]] = [
+        [partial(_add_moments, total, step, cuts) for step, cuts in halvings],
+        [partial(_forms, step, _factors(x, step, cuts)) for step, cuts in halvings],
+    ]
     if with_backward:
-        steps.append(_fastest(_full_products(x, panels), trial))
+        orders.append([partial(_forms, step, _factors(x, step, [(0, d)])) for step in panels])
+    steps = [_fastest(candidates, x[: panels[-1]]) for candidates in orders]
     blocks = [_block_products(x, size, with_backward) for size, _ in runs]
 
     def products(x: Tensor, labels: Tensor) -> tuple[None, None]:
@@ -101,10 +98,10 @@ def moment_products(problem: Problem) -> Callable[[Tensor, Tensor], tuple[None, 
 
 
 def row_moves(problem: Problem) -> Callable[[Tensor, Tensor], tuple[None, Tensor | None]]:
-    """What brings rows to the products: read in class order, and with a backward a fresh gradient.
+    """The memory traffic of rows: reading them in class order, and writing a fresh gradient.
 
-    Read once for the moments, again for the forms, which need them, and again for the gradient,
-    which needs all rows' forms; the gradient's rows are written where they belong.
+    They are read once for the moments, again for the forms, which need all moments, and again for
+    the gradient, which needs all forms.
     """
     order = problem.labels.argsort(stable=True)
     step = _panel_sizes(problem.x, len(order))[0]
@@ -124,54 +121,33 @@ def row_moves(problem: Problem) -> Callable[[Tensor, Tensor], tuple[None, Tensor
     return moves
 
 
-def _moments(x: Tensor, panels: Iterable[int]) -> Iterator[Products]:
-    """F' F, added up over panels."""
-    d = x.shape[1]
-    total = x.new_zeros(d, d)
-    for step in panels:
-        for cuts in _halvings(d):
-
-            def multiply(
-                rows: Tensor, step: int = step, cuts: list[tuple[int, int]] = cuts
-            ) -> None:
-                for panel in rows.split(step):
-                    for start, stop in cuts:
-                        part = total[start:stop, start:]
-                        torch.addmm(part, panel[:, start:stop].T, panel[:, start:], out=part)
-
-            yield multiply
+def _similarities(s: Tensor, cuts: list[tuple[int, int]], rows: Tensor) -> None:
+    """F F', or its blocks on and above the diagonal."""
+    for start, stop in cuts:
+        torch.mm(rows[start:stop], rows[start:].T, out=s[start:stop, start:])
 
 
-def _forms(x: Tensor, panels: Iterable[int]) -> Iterator[Products]:
+def _add_moments(total: Tensor, step: int, cuts: list[tuple[int, int]], rows: Tensor) -> None:
+    """F' F added up over panels, or its blocks on and above the diagonal."""
+    for panel in rows.split(step):
+        for start, stop in cuts:
+            part = total[start:stop, start:]
+            torch.addmm(part, panel[:, start:stop].T, panel[:, start:], out=part)
+
+
+def _factors(x: Tensor, step: int, cuts: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
+    """The columns of a matrix H down to their last row in the cut, and an output for each."""
+    return [
+        (torch.randn(stop, stop - start).to(x), x.new_empty(step, stop - start))
+        for start, stop in cuts
+    ]
+
+
+def _forms(step: int, factors: list[tuple[Tensor, Tensor]], rows: Tensor) -> None:
     """F H for the forms f' H f of a symmetric H, whole or down to its diagonal blocks."""
-    d = x.shape[1]
-    for step in panels:
-        for cuts in _halvings(d):
-            halves = [torch.randn(stop, stop - start).to(x) for start, stop in cuts]
-            outs = [x.new_empty(step, half.shape[1]) for half in halves]
-
-            def multiply(
-                rows: Tensor, step: int = step, halves: list[Tensor] = halves,
-                outs: list[Tensor] = outs,
-            ) -> None:  # fmt: skip
-                for panel in rows.split(step):
-                    for half, out in zip(halves, outs, strict=True):
-                        torch.mm(panel[:, : half.shape[0]], half, out=out[: len(panel)])
-
-            yield multiply
-
-
-def _full_products(x: Tensor, panels: Iterable[int]) -> Iterator[Products]:
-    """F M."""
-    matrix = torch.randn(x.shape[1], x.shape[1]).to(x)
-    for step in panels:
-        out = x.new_empty(step, x.shape[1])
-
-        def multiply(rows: Tensor, step: int = step, out: Tensor = out) -> None:
-            for panel in rows.split(step):
-                torch.mm(panel, matrix, out=out[: len(panel)])
-
-        yield multiply
+    for panel in rows.split(step):
+        for columns, out in factors:
+            torch.mm(panel[:, : len(columns)], columns, out=out[: len(panel)])
 
 
 def _block_products(x: Tensor, size: int, with_backward: bool) -> Products:
@@ -190,7 +166,7 @@ def _block_products(x: Tensor, size: int, with_backward: bool) -> Products:
 
 
 def _panel_sizes(x: Tensor, n: int) -> list[int]:
-    """Rows of a panel: a GPU takes all at once, a processor what its caches hold."""
+    """Numbers of rows to try: all on a GPU, those that fit into a cache on a processor."""
     if x.device.type != "cpu":
         return [n]
     row = x.shape[1] * x.itemsize
@@ -198,7 +174,7 @@ def _panel_sizes(x: Tensor, n: int) -> list[int]:
 
 
 def _halvings(d: int) -> list[list[tuple[int, int]]]:
-    """Column ranges whose products down to the diagonal make up a symmetric matrix."""
+    """Ways to cut D columns: whole, or in ranges whose blocks form a symmetric half."""
     return [_cuts(d, parts) for parts in (1, 2, 4) if d >= 32 * parts or parts == 1]
 
 
@@ -208,7 +184,7 @@ def _cuts(n: int, parts: int) -> list[tuple[int, int]]:
 
 
 def _fastest(candidates: Iterable[Products], rows: Tensor) -> Products:
-    """The candidate that takes the least time for these rows."""
+    """The candidate that takes least time on these rows."""
     device = rows.device.type
     timed = [(expected_seconds(lambda c=c: c(rows), device), c) for c in candidates]
     return min(timed, key=lambda found: found[0])[1]

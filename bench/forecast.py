@@ -17,7 +17,7 @@ _CASE_S, _PROVIDER_S = 0.5, 0.3
 
 
 def run_seconds(jobs: Iterable[Job]) -> float:
-    """What a run of these jobs should take, where their calls are short."""
+    """The seconds that a run of these jobs should take, where their calls are short."""
     return _START_S + sum(_measuring_s(job) + _compiling_s(job) for job in jobs)
 
 
@@ -29,7 +29,7 @@ class TimeLimit:
         self._expected = self._taken = 0.0
 
     def predict(self, job: Job) -> float:
-        """Seconds of the job, if measuring is as much slower than expected as it was before."""
+        """Seconds of the job, by the ratio of taken to expected time so far."""
         if not self._expected:
             return run_seconds([job])
         return _measuring_s(job) * self._taken / self._expected + _compiling_s(job)
@@ -39,7 +39,7 @@ class TimeLimit:
         return self._end - time.monotonic()
 
     def learn(self, job: Job, seconds: float) -> None:
-        """What a job took."""
+        """Remember what a job took."""
         if not self._expected:
             self._expected = _START_S
         self._expected += _measuring_s(job)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -42,20 +43,11 @@ class Gate:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self._truth: truth.Truth | None = None
 
-    def evaluate(self) -> None:
-        """Find the truth now, on nobody's time."""
-        p = self.problem
-        self._truth = truth.evaluate(p.x, p.labels, p.margin)
-
-    @property
+    @functools.cached_property
     def truth(self) -> truth.Truth:
         """Eqs. 3-4 and their gradient on the problem's input."""
-        if self._truth is None:
-            self.evaluate()
-        assert self._truth is not None
-        return self._truth
+        return truth.evaluate(self.problem.x, self.problem.labels, self.problem.margin)
 
     def judge(self, provider: Provider, loss: Tensor | None, gradient: Tensor | None) -> Errors:
         """The errors of one result. A missing loss or gradient is an error of infinity."""
@@ -75,7 +67,7 @@ class Gate:
     def _against_itself(
         self, provider: Provider, loss: Tensor | None, gradient: Tensor | None
     ) -> Errors:
-        """A peer's own code in float64; of a large input, on the first rows."""
+        """Errors against the peer's own code in float64, on the first rows of a large input."""
         x, labels = self.problem.x.detach(), self.problem.labels
         if len(x) > _MOST_ROWS:  # a peer's N x N matrices in float64 would not fit
             x, labels = x[:_MOST_ROWS], labels[:_MOST_ROWS]

@@ -1,10 +1,8 @@
 """What only a GPU can show, without pytest: python -m bench.gpu_check [--impl ...] [--dtype ...]
 
-Every path that runs there, against the reference in float64 on fresh inputs; the same bits twice;
-no synchronisation; CUDA graph capture; kernels launched; another device than the current one;
-`torch.compile`. One line for each check. What fails is collected, and the rest goes on; an error
-that leaves CUDA unusable ends the process, since all that came after would fail with it. Exit
-status 0 where all hold, 1 where one fails, 2 where CUDA was lost, 130 where it was interrupted.
+Prints a line for each path and check. What fails is collected, and the rest goes on; an error that
+leaves CUDA unusable ends the process, since all that came after would fail with it. Exit status 0
+where all hold, 1 where one fails, 2 where CUDA was lost, 130 where it was interrupted.
 """
 
 from __future__ import annotations
@@ -15,8 +13,8 @@ import itertools
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import NamedTuple
@@ -46,6 +44,7 @@ WIDE, QUICK_WIDE = (1024, 2048), (140, 70)  # where S is multiplied in panels
 WIDEST = (300, 2100)  # more columns than a program of class sums holds
 MANY = ((7000, 128), (5000, 100), (6000, 300))  # for second moments, narrow and wide
 QUICK_MANY = ((500, 16), (300, 16))
+BATCHES = ((36, 300), (500, 300), WIDE, MANY[0])  # of the checks of one or two dtypes
 KERNELS = {"forward": 2, "backward": 1}  # at most, at N_b = 36 and D = 1280, in one launch
 _SMALL = ("native", "triton")  # the paths that serve that batch in one launch
 _SHOWN = 5  # failures of one check that are printed in full
@@ -72,15 +71,38 @@ class Subject(NamedTuple):
 
 @dataclass
 class Tally:
-    """Cases of one check, and those that failed."""
+    """Cases of one check of a subject, and those that failed."""
 
+    subject: Subject
     cases: int = 0
     refused: str = "no input was tried"
     failures: list[str] = field(default_factory=list)
 
-    def takes(self, subject: Subject, x: Tensor, ref: Tensor | None, spec: Spec) -> bool:
+    def inputs(
+        self,
+        shapes: Iterable[tuple[int, int]],
+        dtypes: tuple[torch.dtype, ...] = (torch.float32,),
+        **choices: tuple[str, ...],
+    ) -> Iterator[tuple[AbstractContextManager[None], Tensor, Tensor, dict[str, str]]]:
+        """A case, fresh embeddings and labels, and options, for all that the path takes."""
+        choices = {"similarity": ("square", "linear"), **choices}
+        for (n, d), dtype, *chosen in itertools.product(shapes, dtypes, *choices.values()):
+            options = dict(zip(choices, chosen, strict=True))
+            x, labels = fresh(n, d, 4, dtype, self.subject.device)
+            if self.takes(x, None, **options):
+                yield self.case(f"N={n} D={d} {dtype} {options}"), x, labels, options
+
+    def takes(
+        self,
+        x: Tensor,
+        ref: Tensor | None,
+        similarity: str,
+        eq3: str = "corrected",
+        reduction: str = "mean",
+    ) -> bool:
         """Whether the path takes this input; what it takes none of has not passed."""
-        path = PATHS[subject.impl]
+        path = PATHS[self.subject.impl]
+        spec = make_spec(0.9, similarity, eq3, reduction)
         reason = path.missing() or path.refuses(x, ref, spec)
         self.refused = reason or self.refused
         return reason is None
@@ -144,8 +166,7 @@ def is_exact(subject: Subject) -> str:
     Once as users run it, once with new memory poisoned, where a missed output is NaN.
     """
     impl, device, quick = subject.impl, subject.device, subject.quick
-    tally, worst = Tally(), 0.0
-    judge = "cpu" if quick else device  # not in a sanitizer, which would look at its kernels too
+    tally, worst = Tally(subject), 0.0
     shapes = (*QUICK_SHAPES, QUICK_WIDE) if quick else SHAPES
     many = QUICK_MANY if quick else MANY
     if device == "cuda":  # left out on a CPU: too slow in the interpreter
@@ -163,28 +184,37 @@ def is_exact(subject: Subject) -> str:
             continue  # squares against few columns are for the kernels of "triton"
         x, labels = fresh(n, d, 3, dtype, device)
         ref = fresh(n + 7, d, 3, dtype, device)[0] if with_ref else None
-        if not tally.takes(subject, x, ref, make_spec(0.9, similarity, eq3, reduction)):
-            continue
-        with tally.case(f"N={n} D={d} {dtype} {options} ref={with_ref}"):
-            given = [t if t is None else t.to(judge) for t in (x, labels, ref)]
-            wide = [None if t is None else t.double() for t in (given[0], given[2])]
-            truth = evaluate("reference", wide[0], given[1], wide[1], **options)
-            plain = evaluate("reference", *given, **options)
-            rows = 1 if reduction == "mean" else n
-            scales = [rows, *(rows / len(t) / t.norm(dim=1) for t in wide if t is not None)]
-            way = pairs_cost.PANELS if (n, d) in (WIDE, QUICK_WIDE) else ""
-            for is_poisoned in (False, True):
-                with _new_memory_poisoned(is_poisoned), forced(way):
-                    got = evaluate(impl, x, labels, ref, **options)
-                ratio = max(
-                    _error_ratio(g.to(t.device), p, t, scale, dtype)
-                    for t, p, g, scale in zip(truth, plain, got, scales, strict=True)
-                )
-                if not ratio <= 1:  # NaN too
-                    where = " in poisoned memory" if is_poisoned else ""
-                    raise AssertionError(f"{ratio:.3g} times what is allowed{where}")
-                worst = max(worst, ratio)
+        if tally.takes(x, ref, **options):
+            with tally.case(f"N={n} D={d} {dtype} {options} ref={with_ref}"):
+                worst = max(worst, _worst_error(subject, x, labels, ref, options))
     return tally.verdict(f"at worst {worst:.2f} of what is allowed")
+
+
+def _worst_error(
+    subject: Subject, x: Tensor, labels: Tensor, ref: Tensor | None, options: dict[str, str]
+) -> float:
+    """The largest error over what is allowed; AssertionError where it is more than 1."""
+    judge = "cpu" if subject.quick else subject.device  # a sanitizer would look at its kernels too
+    given = [t if t is None else t.to(judge) for t in (x, labels, ref)]
+    wide = [None if t is None else t.double() for t in (given[0], given[2])]
+    truth = evaluate("reference", wide[0], given[1], wide[1], **options)
+    plain = evaluate("reference", *given, **options)
+    rows = 1 if options["reduction"] == "mean" else len(x)
+    scales = [rows, *(rows / len(t) / t.norm(dim=1) for t in wide if t is not None)]
+    way = pairs_cost.PANELS if x.shape in (WIDE, QUICK_WIDE) else ""
+    worst = 0.0
+    for is_poisoned in (False, True):
+        with _new_memory_poisoned(is_poisoned), forced(way):
+            got = evaluate(subject.impl, x, labels, ref, **options)
+        ratio = max(
+            _error_ratio(g.to(t.device), p, t, scale, x.dtype)
+            for t, p, g, scale in zip(truth, plain, got, scales, strict=True)
+        )
+        if not ratio <= 1:  # NaN too
+            where = " in poisoned memory" if is_poisoned else ""
+            raise AssertionError(f"{ratio:.3g} times what is allowed{where}")
+        worst = max(worst, ratio)
+    return worst
 
 
 def _error_ratio(
@@ -209,68 +239,46 @@ def _new_memory_poisoned(wanted: bool) -> Iterator[None]:
 
 def repeats_bits(subject: Subject) -> str:
     """The same bits, run after run."""
-    tally = Tally()
-    shapes = ((36, 300), (500, 300), *([WIDE, MANY[0]] if subject.device == "cuda" else []))
-    for (n, d), dtype, similarity in itertools.product(
-        shapes, (torch.float32, torch.bfloat16), ("square", "linear")
-    ):
-        x, labels = fresh(n, d, 4, dtype, subject.device)
-        if not tally.takes(subject, x, None, make_spec(0.9, similarity, "corrected", "mean")):
-            continue
-        with tally.case(f"N={n} {dtype} {similarity}"):
-            first = evaluate(subject.impl, x, labels, similarity=similarity)
+    tally = Tally(subject)
+    shapes = BATCHES if subject.device == "cuda" else BATCHES[:2]
+    for case, x, labels, options in tally.inputs(shapes, (torch.float32, torch.bfloat16)):
+        with case:
+            first = evaluate(subject.impl, x, labels, **options)
             for _ in range(1 if subject.quick else 20):
-                again = evaluate(subject.impl, x, labels, similarity=similarity)
+                again = evaluate(subject.impl, x, labels, **options)
                 assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), "moved"
     return tally.verdict("the same bits")
 
 
 def compiles(subject: Subject) -> str:
     """One graph, static and dynamic, with the eager numbers."""
-    device, tally = subject.device, Tally()
-    for similarity, dynamic in itertools.product(("square", "linear"), (False, True)):
-        options = {"similarity": similarity, "impl": subject.impl}
-        given = fresh(subject.rows, 64, 3, torch.float32, device)
-        if not tally.takes(
-            subject, given[0], None, make_spec(0.9, similarity, "corrected", "mean")
-        ):
-            continue
+
+    def doubled(x: Tensor, labels: Tensor, similarity: str) -> Tensor:
+        return 2 * bstriplet_loss(x, labels, similarity=similarity, impl=subject.impl)
+
+    tally = Tally(subject)
+    backend = "aot_eager" if subject.device == "cpu" else "inductor"
+    shapes = [(subject.rows, 64), (subject.rows + 13, 64)]
+    for dynamic in (False, True):
         torch.compiler.reset()
-        compiled = torch.compile(
-            functools.partial(_doubled, **options),
-            fullgraph=True,
-            dynamic=dynamic,
-            backend="aot_eager" if device == "cpu" else "inductor",
-        )
-        for n in (subject.rows, subject.rows + 13):
-            with tally.case(f"N={n} {similarity} dynamic={dynamic}"):
-                x, labels = fresh(n, 64, 3, torch.float32, device)
-                x.requires_grad_()
-                expected = torch.autograd.grad(_doubled(x, labels, **options), x)[0]
-                torch.testing.assert_close(torch.autograd.grad(compiled(x, labels), x)[0], expected)
+        compiled = torch.compile(doubled, fullgraph=True, dynamic=dynamic, backend=backend)
+        for case, x, labels, options in tally.inputs(shapes):
+            with case:
+                expected = torch.autograd.grad(doubled(x.requires_grad_(), labels, **options), x)
+                got = torch.autograd.grad(compiled(x, labels, **options), x)
+                torch.testing.assert_close(got, expected)
     return tally.verdict("one graph each")
-
-
-def _doubled(x: Tensor, labels: Tensor, **options: str) -> Tensor:
-    return 2 * bstriplet_loss(x, labels, **options)
 
 
 def never_waits(subject: Subject) -> str:
     """No host synchronisation, forward or backward."""
-    impl, tally = subject.impl, Tally()
-    shapes = ((36, 300), (500, 300), WIDE, MANY[0])
-    for (n, d), reduction, similarity in itertools.product(
-        shapes, ("mean", "none"), ("square", "linear")
-    ):
-        options = {"reduction": reduction, "similarity": similarity}
-        x, labels = fresh(n, d, 4, torch.float32, subject.device)
-        if not tally.takes(subject, x, None, make_spec(0.9, similarity, "corrected", reduction)):
-            continue
-        with tally.case(f"N={n} D={d} {options}"):
-            evaluate(impl, x, labels, **options)
+    tally = Tally(subject)
+    for case, x, labels, options in tally.inputs(BATCHES, reduction=("mean", "none")):
+        with case:
+            evaluate(subject.impl, x, labels, **options)
             torch.cuda.set_sync_debug_mode("error")
             try:
-                evaluate(impl, x, labels, **options)
+                evaluate(subject.impl, x, labels, **options)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
     return tally.verdict("no synchronisation")
@@ -278,58 +286,49 @@ def never_waits(subject: Subject) -> str:
 
 def is_capturable(subject: Subject) -> str:
     """Captured in a CUDA graph once, replayed on new inputs."""
-    impl, tally = subject.impl, Tally()
-    for (n, d), similarity in itertools.product(
-        ((36, 300), (500, 300), WIDE, MANY[0]), ("square", "linear")
-    ):
-        x, labels = fresh(n, d, 4, torch.float32, subject.device)
-        if not tally.takes(subject, x, None, make_spec(0.9, similarity, "corrected", "mean")):
-            continue
-        with tally.case(f"N={n} D={d} {similarity}"):
+    tally = Tally(subject)
+    for case, x, labels, options in tally.inputs(BATCHES):
+        with case:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                evaluate(impl, x, labels, similarity=similarity)
+                evaluate(subject.impl, x, labels, **options)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                captured = evaluate(impl, x, labels, similarity=similarity)
-            x.copy_(fresh(n, d, 4, torch.float32, subject.device)[0])
+                captured = evaluate(subject.impl, x, labels, **options)
+            x.copy_(fresh(*x.shape, 4, x.dtype, subject.device)[0])
             graph.replay()
-            expected = evaluate(impl, x, labels, similarity=similarity)
+            expected = evaluate(subject.impl, x, labels, **options)
             same = [torch.equal(a, b) for a, b in zip(captured, expected, strict=True)]
             assert all(same), "the replay gives other numbers"
     return tally.verdict("captured and replayed")
 
 
 def launches_few(subject: Subject) -> str:
-    """Kernels at N_b = 36, D = 1280, forward and backward, in float32 and in bfloat16.
-
-    Those of moments at N = 500, D = 64.
-    """
-    impl, tally, texts = subject.impl, Tally(), []
-    n, d = (36, 1280) if impl in _SMALL else (subject.rows, 64)
-    for dtype, similarity in itertools.product(
-        (torch.float32, torch.bfloat16), ("square", "linear")
-    ):
-        x, labels = fresh(n, d, 3, dtype, subject.device)
-        if not tally.takes(subject, x, None, make_spec(0.9, similarity, "corrected", "mean")):
-            continue
-        with tally.case(f"{dtype} {similarity}"):
-            leaf = x.requires_grad_()
-            loss = bstriplet_loss(leaf, labels, impl=impl, similarity=similarity)
-            upstream = torch.ones_like(loss)
-            torch.autograd.grad(loss, leaf, upstream)
+    """Kernels at N_b = 36, D = 1280, forward and backward; of moments at N = 500, D = 64."""
+    tally, texts, is_small = Tally(subject), list[str](), subject.impl in _SMALL
+    shape = (36, 1280) if is_small else (subject.rows, 64)
+    for case, x, labels, options in tally.inputs([shape], (torch.float32, torch.bfloat16)):
+        with case:
+            loss_of = functools.partial(
+                bstriplet_loss, x.requires_grad_(), labels, impl=subject.impl, **options
+            )
+            upstream = torch.ones_like(loss_of())
+            torch.autograd.grad(loss_of(), x, upstream)
             with _kernels_of() as forward:
-                loss = bstriplet_loss(leaf, labels, impl=impl, similarity=similarity)
+                loss = loss_of()
             with _kernels_of() as backward:
-                torch.autograd.grad(loss, leaf, upstream)
-            counts = {}
-            for phase, profile in (("forward", forward), ("backward", backward)):
-                counts[phase] = sum(e.device_type.name != "CPU" for e in profile.events())
-            text = f"{counts['forward']} forward and {counts['backward']} backward"
-            texts.append(f"{text} in {str(dtype).removeprefix('torch.')}, {similarity}")
-            for phase, most in KERNELS.items() if impl in _SMALL else ():
+                torch.autograd.grad(loss, x, upstream)
+            counts = {
+                phase: sum(event.device_type.name != "CPU" for event in profile.events())
+                for phase, profile in (("forward", forward), ("backward", backward))
+            }
+            where = f"{str(x.dtype).removeprefix('torch.')}, {options['similarity']}"
+            texts.append(
+                " and ".join(f"{n} {phase}" for phase, n in counts.items()) + f" in {where}"
+            )
+            for phase, most in KERNELS.items() if is_small else ():
                 assert counts[phase] <= most, f"{counts[phase]} kernels {phase}, at most {most}"
     return tally.verdict(f"kernels: {', '.join(texts)}")
 

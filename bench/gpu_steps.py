@@ -1,9 +1,7 @@
 """The steps of `bench/gpu.sh first` and `second`: each in processes of its own, within its time.
 
-A machine with a GPU may be at hand for minutes. So the steps are in order of priority; what each
-prints is printed as it comes and goes into one log; a step that outlasts its cap is stopped and the
-next begins; what fails is counted and told at the end; the archive is made anew after every step.
-Imports neither torch nor this package: it must run where they do not.
+Steps are in order of priority. This imports neither torch nor this package: it must run where they
+do not.
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -90,7 +89,7 @@ class Step(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How a command ended. failure: "" where it did well. remark: what else is to be known."""
+    """How a command ended. failure: "" where there was none. remark: what else to tell."""
 
     step: str
     label: str
@@ -101,61 +100,51 @@ class Outcome(NamedTuple):
 
 def first(python: str, device: str, results: Path) -> tuple[Step, ...]:
     """The first call: the cluster kernel, then Triton and the moments, then eight cases of each."""
-    check = _checks(python, device)
+    make = Commands(python, device, results)
     rest = ("bits", "waits", "capture", "launches", "device") if device == "cuda" else ("bits",)
     moments = ("moments",) if device == "cuda" else ()
-    run = _runs(python, device, results)
+    native = (
+        *make.exact("native"),
+        make.check("native", *rest),
+        make.module("bstriplet_kernels", label="doctor"),
+    )
+    others = (
+        *make.exact("triton"),
+        make.check("triton", *rest),
+        *make.exact("gram"),
+        make.check("gram", *rest, *moments),
+        *make.sanitized("native"),
+    )
     return (
         *_brought(python, device),
-        Step("the card", 12, 60, (_module(python, "bench.machine", device, label="ceilings"),)),
-        Step(
-            "native is right",
-            15,
-            45,
-            (
-                *_exact(check, "native"), check("native", *rest),
-                _module(python, "bstriplet_kernels", label="doctor"),
-            ),
-        ),
-        Step("native is fast", 15, 35, (run(25, "small"),)),
-        Step(
-            "Triton and moments are right",
-            45,
-            90,
-            (
-                *_exact(check, "triton"), check("triton", *rest),
-                *_exact(check, "gram"), check("gram", *rest, *moments),
-                *_sanitized(python, device, "native"),
-            ),
-        ),
-        Step("eight cases", 75, 95, (run(85, "first"),)),
-    )  # fmt: skip
+        Step("the card", 12, 60, (make.module("bench.machine", device, label="ceilings"),)),
+        Step("native is right", 15, 45, native),
+        Step("native is fast", 15, 35, (make.run(25, "small"),)),
+        Step("Triton and moments are right", 45, 90, others),
+        Step("eight cases", 75, 95, (make.run(85, "first"),)),
+    )
 
 
 def second(python: str, device: str, results: Path) -> tuple[Step, ...]:
-    """The second call: all that is right or not, then the suites of timings."""
-    check = _checks(python, device)
-    run = _runs(python, device, results)
+    """The second call: every check, then the suites of timings."""
+    make = Commands(python, device, results)
     impls = ("native", "triton", "gram")
+    mended = (
+        *(one for impl in impls for one in make.exact(impl, DTYPES[::3])),
+        *(make.check(impl, "compile") for impl in impls),
+        *(tool for impl in impls for tool in make.sanitized(impl)),
+        *make.sanitized("triton", "bfloat16"),
+        *(make.compiled(suite) for suite in _TIMED),
+    )
+    loops = (Step("training loops", 35, 50, (make.loops(),)),) if device == "cuda" else ()
     return (
         *_brought(python, device),
-        Step(
-            "what was mended is right",
-            60,
-            75,
-            (
-                *(one for impl in impls for one in _exact(check, impl, DTYPES[::3])),
-                *(check(impl, "compile") for impl in impls),
-                *(tool for impl in impls for tool in _sanitized(python, device, impl)),
-                *_sanitized(python, device, "triton", "bfloat16"),
-                *(_compiled(python, device, suite) for suite in _TIMED),
-            ),
-        ),
-        Step("targets", 70, 95, (run(90, "targets"),)),
-        Step("crossover", 65, 95, (run(90, "crossover"),)),
-        Step("what is missing", 60, 85, (run(80, "--missing", "targets", "paper", "sweep"),)),
-        Step("tests", 35, 60, (_tests(python),)),
-        *_loops(python, device, results),
+        Step("what was mended is right", 60, 75, mended),
+        Step("targets", 70, 95, (make.run(90, "targets"),)),
+        Step("crossover", 65, 95, (make.run(90, "crossover"),)),
+        Step("what is missing", 60, 85, (make.run(80, "--missing", "targets", "paper", "sweep"),)),
+        Step("tests", 35, 60, (make.tests(),)),
+        *loops,
     )
 
 
@@ -166,8 +155,73 @@ CALLS: dict[str, tuple[float, Callable[[str, str, Path], tuple[Step, ...]]]] = {
 """The seconds of each call in all, and its steps."""
 
 
-def _module(python: str, name: str, *arguments: str, label: str = "") -> Command:
-    return Command(label or name.split(".")[-1], (python, "-m", name, *arguments))
+@dataclass(frozen=True)
+class Commands:
+    """The commands of both calls, for one interpreter, device and folder of results."""
+
+    python: str
+    device: str
+    results: Path
+
+    def module(self, name: str, *arguments: str, label: str = "") -> Command:
+        """Runs a module."""
+        return Command(label or name.split(".")[-1], (self.python, "-m", name, *arguments))
+
+    def check(self, impl: str, *names: str, dtype: str = "", similarity: str = "") -> Command:
+        """Some checks of a path, by default in all dtypes and similarities."""
+        options = ["--device", self.device, "--impl", impl]
+        options += ["--dtype", dtype] if dtype else []
+        options += ["--similarity", similarity] if similarity else []
+        options += ["--quick"] if self.device == "cpu" else []
+        label = " ".join(filter(None, (impl, dtype or "checks", similarity)))
+        return self.module("bench.gpu_check", *options, "--check", *names, label=label)
+
+    def exact(self, impl: str, dtypes: Sequence[str] = DTYPES) -> tuple[Command, ...]:
+        """A check in each dtype; for moments also in each similarity, which has its own kernels."""
+        similarities = ("square", "linear") if impl == "gram" else ("",)
+        return tuple(
+            self.check(impl, "exact", dtype=dtype, similarity=similarity)
+            for dtype, similarity in itertools.product(dtypes, similarities)
+        )
+
+    def sanitized(self, impl: str, dtype: str = "float32") -> tuple[Command, ...]:
+        """Looks for races and stray accesses in one path's kernels; on a GPU."""
+        if self.device != "cuda":
+            return ()
+        check = self.check(impl, "exact", dtype=dtype).arguments
+        of_path = tuple(o for name in KERNELS[impl] for o in ("--kernel-name", f"kns={name}"))
+        sanitizer = (*_SANITIZER.split(), *of_path, "--tool")
+        label = impl if dtype == "float32" else f"{impl} {dtype}"
+        return tuple(
+            Command(
+                f"{label} {tool}",
+                (*prefix, *sanitizer, tool, *check, "--quick"),
+                "compute-sanitizer",
+            )
+            for tool, prefix in (("racecheck", ()), ("memcheck", _UNCACHED))
+        )
+
+    def run(self, limit: int, *suites: str) -> Command:
+        """Measures suites, in so many seconds."""
+        options = ("--device", self.device, "--results", str(self.results), "--limit", str(limit))
+        return self.module("bench.run", *options, *suites, label=suites[-1])
+
+    def compiled(self, suite: str) -> Command:
+        """Runs a suite to compile its kernels; the results are thrown away."""
+        folder = str(_ROOT / "build/compiled")
+        options = ("--device", self.device, "--results", folder, "--seconds", "0.001")
+        return self.module("bench.run", *options, "--limit", "65", suite, label=f"{suite} compiled")
+
+    def loops(self) -> Command:
+        """Images a second of a training step of each backbone."""
+        folder = str(self.results.parent / "training_loop")
+        options = ("--steps", "10", "--rounds", "3", "--results", folder)
+        return self.module("studies.training_loop", "--backbone", *BACKBONES, *options)
+
+    def tests(self) -> Command:
+        """Tests of the GPU's kernels, without one whose interpreter needs an older numpy."""
+        left_out = (option for name in LEFT_OUT for option in ("--deselect", name))
+        return self.module("pytest", "-q", "-n", "8", *TESTS, *left_out, label="tests")
 
 
 def _brought(python: str, device: str) -> tuple[Step, ...]:
@@ -176,83 +230,13 @@ def _brought(python: str, device: str) -> tuple[Step, ...]:
     if wheels := sorted(map(str, (_ROOT / "build/wheels").glob("*.whl"))):
         options = ("-q", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target")
         target = str(_ROOT / "build/brought")
-        install = _module(python, "pip", "install", *options, target, *wheels, label="wheels")
-        steps.append(Step("wheels", 10, 60, (install,)))
+        install = (python, "-m", "pip", "install", *options, target, *wheels)
+        steps.append(Step("wheels", 10, 60, (Command("wheels", install),)))
     libraries = [list(_PACKAGE.glob(f"{name}.*so")) for name in ("_native", "_native_cuda")]
     if device == "cuda" and not all(libraries):
         build = ("bash", "-c", _BUILD, python, str(_ROOT))
         steps.append(Step("libraries", 60, 120, (Command("build", build),)))
     return tuple(steps)
-
-
-def _checks(python: str, device: str) -> Callable[..., Command]:
-    def check(impl: str, *names: str, dtype: str = "", similarity: str = "") -> Command:
-        chosen = ("--dtype", dtype) if dtype else ()
-        chosen += ("--similarity", similarity) if similarity else ()
-        quick = ("--quick",) if device == "cpu" else ()
-        label = " ".join(filter(None, (impl, dtype or "checks", similarity)))
-        options = ("--device", device, "--impl", impl, *chosen, *quick, "--check", *names)
-        return _module(python, "bench.gpu_check", *options, label=label)
-
-    return check
-
-
-def _exact(
-    check: Callable[..., Command], impl: str, dtypes: Sequence[str] = DTYPES
-) -> tuple[Command, ...]:
-    """In each dtype; of moments each similarity apart, as each has kernels to compile."""
-    similarities = ("square", "linear") if impl == "gram" else ("",)
-    return tuple(
-        check(impl, "exact", dtype=dtype, similarity=similarity)
-        for dtype, similarity in itertools.product(dtypes, similarities)
-    )
-
-
-def _runs(python: str, device: str, results: Path) -> Callable[..., Command]:
-    def run(limit: int, *suites: str) -> Command:
-        options = ("--device", device, "--results", str(results), "--limit", str(limit))
-        return _module(python, "bench.run", *options, *suites, label=suites[-1])
-
-    return run
-
-
-def _compiled(python: str, device: str, suite: str) -> Command:
-    """Compiles what a suite will run, while nothing is timed; what it measures is thrown away."""
-    folder = str(_ROOT / "build/compiled")
-    options = ("--device", device, "--results", folder, "--seconds", "0.001", "--limit", "65")
-    return _module(python, "bench.run", *options, suite, label=f"{suite} compiled")
-
-
-def _sanitized(python: str, device: str, impl: str, dtype: str = "float32") -> tuple[Command, ...]:
-    """Races and stray accesses of one path's kernels; on what has a sanitizer."""
-    if device != "cuda":
-        return ()
-    check = _checks(python, device)(impl, "exact", dtype=dtype)
-    of_path = tuple(o for name in KERNELS[impl] for o in ("--kernel-name", f"kns={name}"))
-    sanitizer = (*_SANITIZER.split(), *of_path, "--tool")
-    return tuple(
-        Command(
-            f"{impl} {tool}" if dtype == "float32" else f"{impl} {dtype} {tool}",
-            (*prefix, *sanitizer, tool, *check.arguments, "--quick"),
-            "compute-sanitizer",
-        )
-        for tool, prefix in (("racecheck", ()), ("memcheck", _UNCACHED))
-    )
-
-
-def _loops(python: str, device: str, results: Path) -> tuple[Step, ...]:
-    """Images a second of a training step of each backbone; on a GPU."""
-    if device != "cuda":
-        return ()
-    options = ("--steps", "10", "--rounds", "3", "--results", str(results))
-    loops = _module(python, "bench.training_loop", "--backbone", *BACKBONES, *options)
-    return (Step("training loops", 35, 50, (loops,)),)
-
-
-def _tests(python: str) -> Command:
-    """Those of the GPU's kernels, but for one whose interpreter needs an older numpy there."""
-    options = ("-q", "-n", "8", *TESTS, *(o for name in LEFT_OUT for o in ("--deselect", name)))
-    return _module(python, "pytest", *options, label="tests")
 
 
 class Log:
@@ -267,7 +251,7 @@ class Log:
         return time.monotonic() - self._start
 
     def say(self, text: str, is_shown: bool = True) -> None:
-        """One line, at once; in the file alone where it is not shown."""
+        """Write a line at once; only to the file where it is not shown."""
         with self._lock:
             for stream in (sys.stdout, self._file) if is_shown else (self._file,):
                 stream.write(f"{text}\n")
@@ -378,7 +362,7 @@ def run_step(step: Step, left_s: float, log: Log) -> list[Outcome]:
 
 
 def surroundings() -> Iterator[str]:
-    """When this is, which commit, which card: what rows and log are of."""
+    """The time, the commit and the card that the log is of."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     yield f"{now} commit {os.environ.get('BENCH_COMMIT', 'as git has it')}"
     if shutil.which("nvidia-smi"):
@@ -392,7 +376,7 @@ def surroundings() -> Iterator[str]:
 
 
 def libraries() -> list[str]:
-    """The native libraries, by their sums: no commit tells what they were built from."""
+    """Checksums of the native libraries: no commit tells what they were built from."""
     return [
         f"{library.name} {hashlib.sha1(library.read_bytes()).hexdigest()[:10]}"
         for library in sorted(_PACKAGE.glob("_native*.so"))
@@ -400,7 +384,7 @@ def libraries() -> list[str]:
 
 
 def archive(folder: Path, target: Path) -> None:
-    """All files of a folder but archives, whole or not at all."""
+    """Archive all files of a folder but archives, whole or not at all."""
     draft = target.with_suffix(".part")
     with tarfile.open(draft, "w:gz") as tar:
         for path in sorted(folder.rglob("*")):
@@ -410,7 +394,7 @@ def archive(folder: Path, target: Path) -> None:
 
 
 def run_steps(name: str, steps: Sequence[Step], limit_s: float, folder: Path) -> list[Outcome]:
-    """Every step in its turn; leaves NAME.log and NAME.tar.gz in the folder."""
+    """Run every step in turn; leave NAME.log and NAME.tar.gz in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
     with (folder / f"{name}.log").open("w") as file:

@@ -33,9 +33,9 @@ class Limits(NamedTuple):
 
 
 def device_name(device: str) -> str:
-    """What a person calls the device; of a processor also the vector instructions torch uses.
+    """The device's usual name; for a processor also the vector instructions that torch uses.
 
-    A virtual machine's "AMD EPYC" may be any of several generations, which these tell apart.
+    These tell generations apart, which a virtual machine may all call "AMD EPYC".
     """
     if device == "cuda":
         return torch.cuda.get_device_name()
@@ -48,7 +48,7 @@ def device_slug(device: str) -> str:
 
 
 def plain_name(processor: str) -> str:
-    """What a person calls a processor: "Intel Xeon" for "Intel(R) Xeon(R) CPU @ 2.70GHz"."""
+    """A processor's usual name: "Intel Xeon" for "Intel(R) Xeon(R) CPU @ 2.70GHz"."""
     noise = r"\((R|TM)\)|\b(\d+-Core )?(CPU|Processor)\b|@.*"
     return " ".join(re.sub(noise, "", processor).split())
 
@@ -64,18 +64,22 @@ def versions() -> str:
     return "; ".join(found)
 
 
-def commit() -> str:
+def commit(*more: str) -> str:
     """The commit that was measured; "+" where what is measured differs from it.
 
+    more: paths that are measured besides the loss.
+
     BENCH_COMMIT names it where there is no repository. RuntimeError where nothing does: a time
-    without the code that took it is worth nothing.
+    is worth nothing without its code.
     """
     named = os.environ.get("BENCH_COMMIT")
     if named:
         return named
     try:
         head = _git("rev-parse", "--short=10", "HEAD")
-        changed = _git("status", "--porcelain", "--untracked-files=no", "--", *_MEASURED_PATHS)
+        changed = _git(
+            "status", "--porcelain", "--untracked-files=no", "--", *_MEASURED_PATHS, *more
+        )
     except (OSError, subprocess.CalledProcessError) as error:
         raise RuntimeError(
             f"{ROOT} is no git repository: set BENCH_COMMIT to the commit of these files"
@@ -85,7 +89,7 @@ def commit() -> str:
 
 @functools.cache
 def limits(device: str, dtype: torch.dtype, threads: int) -> Limits:
-    """Measured here and now: the best of a few square products, and of a sum of two arrays."""
+    """Measure the best of a few square products, and a sum of two arrays."""
     torch.set_num_threads(threads)
     gemm = 0.0
     for size in (256, 512, 1024, 2048) if device == "cpu" else (4096, 8192):
@@ -107,7 +111,7 @@ def second_level_cache(device: str) -> int:
 
 
 def main(device: str) -> None:
-    """Device, commit, versions, and the rates that every other time is to be held against."""
+    """Print device, commit, versions and the device's best rates."""
     print(f"{device_name(device)}; commit {commit()}; {versions()}")
     source = torch.randn(1 << (28 if device == "cuda" else 24), device=device)
     target = torch.empty_like(source)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import cycle
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,8 +20,8 @@ from bstriplet_kernels.paths import PATHS
 
 from . import machine, steps, timing
 from .cases import DTYPES, FORWARD, Case, Problem, make_problem
-from .counting import Memory, Operations, peak_memory, unreturned_memory
-from .gate import Errors, Gate
+from .counting import Operations, peak_memory, unreturned_memory
+from .gate import Gate
 from .providers import (
     BASELINE,
     COMPILED,
@@ -34,7 +35,7 @@ from .providers import (
     Step,
     forced,
     providers,
-)
+)  # fmt: skip
 from .table import EAGER, GRAPH, OK, Row
 
 OUT_OF_MEMORY = "out of memory"
@@ -47,27 +48,18 @@ _MOST_UNRETURNED = 1 << 30
 _LARGE_N = 4096
 _MOST_BUFFERS = 16
 _REPLAY_S = 50e-3
-# A capture that breaks takes the process with it: those that may break come last.
-_CAPTURE_ORDER = {
-    FLOOR: 0,
-    OURS: 1,
-    GROWTH: 1,
-    SCHEDULE: 1,
-    FORM: 1,
-    COMPILED: 2,
-    BASELINE: 3,
-    PEER: 4,
-}
+_CAPTURE_ORDER = (FLOOR, OURS, GROWTH, SCHEDULE, FORM, COMPILED, BASELINE, PEER)
+"""A capture that breaks takes the process with it: those that may break come last."""
 
 
 class SpentProcess(Exception):
-    """What was allocated before memory ran out is freed, but not free for what comes next."""
+    """Memory ran out, and what was freed is not available to this process any more."""
 
 
 class LostProcess(Exception):
-    """The GPU works no more for this process: the provider at work, its status, and its mode.
+    """The GPU refuses this process from now on: the provider at work, its status, its mode.
 
-    mode: GRAPH where the provider's eager calls are not to blame, else "".
+    mode: GRAPH where only a capture or a replay failed, else "".
     """
 
     def __init__(self, provider: str, status: str, mode: str = "") -> None:
@@ -120,21 +112,27 @@ def measure(job: Job, tell: Callable[[Starting], None]) -> list[Row]:
     known = steps.providers() if job.case.backbone else providers()
     problem = make(job.case)
     gate = Gate(problem)
-    if not job.case.backbone:
-        gate.evaluate()
+    active = None if job.case.backbone else gate.truth.active  # found now, on nobody's time
     limits = machine.limits(job.case.device, DTYPES[job.case.dtype], job.case.threads)
-    blank = replace(_blank_row(job), gemm_flops_s=limits.gemm, bandwidth_bytes_s=limits.bandwidth)
+    blank = replace(
+        _blank_row(job),
+        active_share=active,
+        gemm_flops_s=limits.gemm,
+        bandwidth_bytes_s=limits.bandwidth,
+    )
     candidates = [
         _Candidate(known[name], replace(blank, provider=name, group=known[name].group))
         for name in job.names
     ]
     flops: dict[str, int] = {}
     for candidate in candidates:
-        name = candidate.provider.name
-        reason = job.skip.get(name) or _not_installed(candidate.provider)
+        provider = candidate.provider
+        reason = job.skip.get(provider.name)
+        if reason is None and provider.missing is not None:
+            reason = f"not installed: {provider.missing}"
         if reason is None:
-            limit = COMPILE_LIMIT_S if candidate.provider.group == COMPILED else job.budget.limit_s
-            tell(Starting(name, limit))
+            is_compiled = provider.group == COMPILED
+            tell(Starting(provider.name, COMPILE_LIMIT_S if is_compiled else job.budget.limit_s))
             try:
                 reason = _examine(candidate, problem, gate, flops, job.budget.limit_s, tell)
             except Exception as error:
@@ -142,7 +140,7 @@ def measure(job: Job, tell: Callable[[Starting], None]) -> list[Row]:
                 if reason == OUT_OF_MEMORY and _is_spent(job.case.device):
                     raise SpentProcess from error
                 if not _is_usable(job.case.device):
-                    raise LostProcess(name, reason) from error
+                    raise LostProcess(provider.name, reason) from error
         if reason == OUT_OF_MEMORY and job.case.device == "cuda":
             torch.cuda.empty_cache()  # torch would keep it from cuBLAS, graphs and other libraries
         candidate.row = replace(candidate.row, status=reason or OK)
@@ -158,10 +156,10 @@ def _examine(
     limit_s: float,
     tell: Callable[[Starting], None],
 ) -> str | None:
-    """One call, counted, its memory measured, its result judged; why it is refused, or None.
+    """Count one call, measure its memory, judge its result; return why it is refused, or None.
 
-    Small cases are warm before, and all on a GPU, where kernels are compiled by a first call; the
-    time of large ones on a processor dwarfs what is cold. Every call has the limit for itself.
+    A warm-up call comes first, except for large cases on a processor, whose time it would double.
+    Each call has the whole limit.
     """
     provider, case = candidate.provider, problem.case
     candidate.step = step = provider.make(problem)
@@ -196,26 +194,17 @@ def _examine(
         count = _counted(provider, path, problem)
     if count["flops"] is not None:
         flops[provider.name] = count["flops"]
-    candidate.row = _examined(candidate.row, problem, gate, errors, memory)
-    candidate.row = replace(candidate.row, **count)
-    return _refusal(errors, problem)
-
-
-def _refusal(errors: Errors, problem: Problem) -> str | None:
-    reason = errors.reason_to_refuse(problem.x.dtype)
-    return None if reason is None else f"wrong: {reason}"
-
-
-def _examined(row: Row, problem: Problem, gate: Gate, errors: Errors, memory: Memory) -> Row:
-    return replace(
-        row,
+    candidate.row = replace(
+        candidate.row,
         margin=problem.margin,
-        active_share=None if problem.case.backbone else gate.truth.active,
         loss_error=errors.loss,
         gradient_error=errors.gradient,
         peak_bytes=memory.allocator,
         resident_bytes=memory.resident,
+        **count,
     )
+    reason = errors.reason_to_refuse(problem.x.dtype)
+    return None if reason is None else f"wrong: {reason}"
 
 
 def _time(
@@ -224,16 +213,17 @@ def _time(
     job: Job,
     tell: Callable[[Starting], None],
 ) -> None:
-    """Samples of all candidates that passed, taken in turns; written into their rows."""
+    """Time all candidates that passed, in turns; keep what came out in each."""
     passed = {c.provider.name: c for c in candidates if c.row.status == OK}
-    captured_first = sorted(passed.items(), key=lambda item: _CAPTURE_ORDER[item[1].provider.group])
+    order = sorted(passed, key=lambda name: _CAPTURE_ORDER.index(passed[name].provider.group))
     if not passed:
         return
     modes = (EAGER, GRAPH) if problem.case.device == "cuda" else (EAGER,)
     buffers, uncaptured = _rotated(problem), dict(job.uncaptured)
     for mode in modes:
         turns = {}
-        for name, candidate in captured_first:
+        for name in order:
+            candidate = passed[name]
             if mode == GRAPH and name in uncaptured:
                 candidate.outcomes[mode] = {"status": uncaptured[name]}
                 continue
@@ -251,16 +241,15 @@ def _time(
         except timing.TurnError as error:
             cause = error.__cause__
             assert isinstance(cause, Exception)
-            lost_mode = GRAPH if mode == GRAPH else ""
-            raise LostProcess(error.name, _failure(cause), lost_mode) from cause
+            raise LostProcess(error.name, _failure(cause), "" if mode == EAGER else mode) from cause
         for name in turns:
             passed[name].outcomes[mode] = _quantiles(samples[name] or [passed[name].call_s])
 
 
 def _is_spent(device: str) -> bool:
-    """Whether memory that ran out stays out of reach of what comes next in this process.
+    """Whether freed memory stays unavailable to this process after memory ran out.
 
-    On a GPU it does not, and what CUDA maps on the host says nothing of it.
+    On a GPU it does not, and CUDA's mappings on the host would mislead.
     """
     return device == "cpu" and unreturned_memory() > _MOST_UNRETURNED
 
@@ -288,15 +277,14 @@ def _turn(candidate: _Candidate, problem: Problem, buffers: list[Tensor], mode: 
     calls: list[timing.Call] = [partial(step, x, problem.labels) for x in buffers]
     if mode == EAGER:
         return timing.cuda_turn(cycle(calls))
-    # Of a longer call the graph holds fewer: to fill the cache anew takes less than 1 % of 3 ms.
+    # A longer call needs fewer copies: filling the cache takes less than 1 % of 3 ms.
     return timing.graph_turn(calls[: max(1, int(_REPLAY_S / max(candidate.call_s, 1e-9)))])
 
 
 def _rotated(problem: Problem) -> list[Tensor]:
-    """Copies of the embeddings, together more than twice the bytes of the second-level cache.
+    """Up to 16 copies of the embeddings, to exceed twice the second-level cache.
 
-    Sixteen at most: small embeddings lie in the cache, as they do in a training loop, where the
-    backbone has just written them. On the CPU: the embeddings themselves.
+    On the CPU the embeddings themselves.
     """
     if problem.case.device != "cuda":
         return [problem.x]
@@ -307,22 +295,26 @@ def _rotated(problem: Problem) -> list[Tensor]:
 
 
 def _rows(candidate: _Candidate) -> Iterator[Row]:
+    """A row for each mode that was tried, with its shares of the machine's best rates."""
     if not candidate.outcomes:
         yield candidate.row
     for mode, outcome in candidate.outcomes.items():
         row = replace(candidate.row, mode=mode, **outcome)
-        if row.p50_ms is not None and row.flops is not None and row.gemm_flops_s is not None:
-            row = replace(row, gemm_share=row.flops / (row.ms * 1e-3) / row.gemm_flops_s)
-        if row.p50_ms is not None and row.bytes is not None and row.bandwidth_bytes_s is not None:
-            row = replace(row, bandwidth_share=row.bytes / (row.ms * 1e-3) / row.bandwidth_bytes_s)
+        if row.p50_ms is not None:
+            row = replace(
+                row,
+                gemm_share=_share(row.flops, row.ms, row.gemm_flops_s),
+                bandwidth_share=_share(row.bytes, row.ms, row.bandwidth_bytes_s),
+            )
         yield row
 
 
+def _share(count: int | None, ms: float, limit: float | None) -> float | None:
+    return None if count is None or limit is None else count / (ms * 1e-3) / limit
+
+
 def _quantiles(samples: list[float]) -> dict[str, Any]:
-    points = torch.tensor((0.2, 0.5, 0.8), dtype=torch.float64)
-    low, middle, high = (
-        torch.tensor(samples, dtype=torch.float64).quantile(points).mul(1e3).tolist()
-    )
+    low, middle, high = np.quantile(samples, (0.2, 0.5, 0.8)) * 1e3
     return {"p20_ms": low, "p50_ms": middle, "p80_ms": high, "repeats": len(samples)}
 
 
@@ -333,7 +325,7 @@ def _timing_limit(passed: list[_Candidate], budget: timing.Budget) -> float:
 
 
 def _path(provider: Provider, problem: Problem) -> str:
-    """What `impl` one of our providers takes for this input; "" for the others."""
+    """The `impl` that one of our providers takes for this input; "" for other providers."""
     if provider.group not in (OURS, SCHEDULE, FORM) or problem.case.backbone:
         return ""
     if provider.group != OURS:
@@ -347,9 +339,16 @@ def _path(provider: Provider, problem: Problem) -> str:
 
 def _counted(provider: Provider, path: str, problem: Problem) -> dict[str, Any]:
     """The path's own counts, and the schedule that they are of."""
-    work = _work(problem.case)
-    if provider.group == FORM:
-        work = work._replace(similarity="linear")
+    case = problem.case
+    work = plan.Work(
+        case.n,
+        None,
+        case.d,
+        DTYPES[case.dtype],
+        wants_gradient=case.operation != FORWARD,
+        device=case.device,
+        similarity="linear" if provider.group == FORM else "square",
+    )
     with forced(provider.name):
         found = PATHS[path].cost(work, problem.labels.bincount().tolist())
     return {
@@ -358,21 +357,6 @@ def _counted(provider: Provider, path: str, problem: Problem) -> dict[str, Any]:
         "bytes": found.bytes,
         "launches": found.launches,
     }
-
-
-def _work(case: Case) -> plan.Work:
-    return plan.Work(
-        case.n,
-        None,
-        case.d,
-        DTYPES[case.dtype],
-        wants_gradient=case.operation != FORWARD,
-        device=torch.device(case.device).type,
-    )
-
-
-def _not_installed(provider: Provider) -> str | None:
-    return None if provider.missing is None else f"not installed: {provider.missing}"
 
 
 def _failure(error: Exception) -> str:
@@ -386,25 +370,18 @@ def _failure(error: Exception) -> str:
 
 def _blank_row(job: Job) -> Row:
     case = job.case
+    shared = {field.name for field in fields(Row)} & {field.name for field in fields(Case)}
     return Row(
         suite=job.suite,
         provider="",
         group="",
-        operation=case.operation,
         mode=EAGER,
-        dtype=case.dtype,
-        n=case.n,
-        d=case.d,
-        c=case.c,
-        threads=case.threads,
-        balance=case.balance,
-        backbone=case.backbone,
         status="",
         device=machine.device_name(case.device),
         commit="",
         versions=machine.versions(),
-        active=case.active,
         eq8_flops=plan.eq8_flops(case.n, case.d, case.c),
+        **{name: getattr(case, name) for name in shared - {"device"}},
     )
 
 

@@ -32,7 +32,23 @@ GROWTH, SCHEDULE, FORM = "growth", "schedule", "form"
 EMPTY, PAIR_PRODUCTS, MOMENT_PRODUCTS = "empty function", "products of pairs", "products of moments"
 ROW_MOVES = "moves of rows"
 HALF = "auto, half the rows"
-PML = ("pml contrastive", "pml SupCon", "pml lifted", "pml triplet")
+LIGER = "Liger InfoNCE"
+_MARGINS = {"pos_margin": 1.0, "neg_margin": 0.0}  # of cosines
+_PML: dict[str, tuple[str, dict[str, float]]] = {
+    "pml contrastive": ("ContrastiveLoss", _MARGINS),
+    "pml SupCon": ("SupConLoss", {}),
+    "pml lifted": ("GeneralizedLiftedStructureLoss", _MARGINS),
+    "pml triplet": ("TripletMarginLoss", {}),
+}
+"""pytorch-metric-learning's nearest losses, as its users would make them."""
+PML = tuple(_PML)
+_SHOWN = {LIGER: "InfoNCE by Liger's linear cross entropy"}
+"""Names for readers, where the one in the committed files misleads."""
+
+
+def shown(name: str) -> str:
+    """What tables and pictures call a provider."""
+    return _SHOWN.get(name, name)
 
 
 @dataclass(frozen=True)
@@ -54,6 +70,9 @@ class Provider:
 
 def providers() -> dict[str, Provider]:
     """All of them by name; our paths are those that can run here, and "auto"."""
+    paths = available_impls()
+    schedules = (pairs_cost.TILES, pairs_cost.PANELS) if "triton" in paths else ()
+    pml = _missing("pytorch_metric_learning", "pytorch-metric-learning")
     every = (
         Provider(EMPTY, FLOOR, _empty_function, "nothing"),
         Provider(PAIR_PRODUCTS, FLOOR, floors.pair_products, "nothing"),
@@ -64,18 +83,21 @@ def providers() -> dict[str, Provider]:
         Provider("eager", BASELINE, partial(_of_margin, eager_loss)),
         _compiled("naive", naive_loss),
         _compiled("eager", eager_loss),
-        *_metric_learning(),
+        *(
+            Provider(name, PEER, partial(_metric_learning, *made_by), "itself", pml)
+            for name, made_by in _PML.items()
+        ),
         Provider("tiled SupCon", PEER, lambda p: _differentiated(TiledSupCon.apply, p), "itself"),
-        Provider("Liger InfoNCE", PEER, _liger, "itself", _missing("liger_kernel", "liger-kernel")),
-        *(Provider(name, OURS, partial(_ours, name)) for name in (*available_impls(), "auto")),
-        *_schedules(),
+        Provider(LIGER, PEER, _liger, "itself", _missing("liger_kernel", "liger-kernel")),
+        *(Provider(name, OURS, partial(_ours, name)) for name in (*paths, "auto")),
+        *(Provider(name, SCHEDULE, partial(_scheduled, name)) for name in schedules),
         Provider(class_sums.SCHEDULE, FORM, partial(_ours, "gram", similarity="linear"), "itself"),
     )
     return {provider.name: provider for provider in every}
 
 
 def eager_loss(embeddings: Tensor, labels: Tensor, margin: float) -> Tensor:
-    """The loss as one would write it well in torch: masks, no one-hot, one pass for each sum."""
+    """The loss written well in torch: masks instead of one-hot labels, one pass for each sum."""
     unit = functional.normalize(embeddings, dim=1)
     s = unit @ unit.T
     phi = s * s
@@ -135,7 +157,7 @@ class TiledSupCon(torch.autograd.Function):
 
 
 def _differentiated(loss: Loss, problem: Problem) -> Step:
-    """The step that the case's operation asks for; the upstream gradient exists beforehand."""
+    """The step of the case's operation; the upstream gradient is made once."""
     if problem.case.operation == FORWARD:
 
         def forward(x: Tensor, labels: Tensor) -> tuple[Tensor, None]:
@@ -185,16 +207,8 @@ def _ours(impl: str, problem: Problem, similarity: str = "square") -> Step:
     return _differentiated(loss, problem)
 
 
-def _schedules() -> tuple[Provider, ...]:
-    """Tiles and panels of impl="triton", each where the path itself may take the other."""
-    if "triton" not in available_impls():
-        return ()
-    return tuple(
-        Provider(n, SCHEDULE, partial(_scheduled, n)) for n in (pairs_cost.TILES, pairs_cost.PANELS)
-    )
-
-
 def _scheduled(name: str, problem: Problem) -> Step:
+    """Tiles or panels of impl="triton", where the path itself may take the other."""
     step = _ours("triton", problem)
 
     def scheduled(x: Tensor, labels: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -206,7 +220,7 @@ def _scheduled(name: str, problem: Problem) -> Step:
 
 @contextmanager
 def forced(name: str) -> Iterator[None]:
-    """While entered, impl="triton" runs and counts this schedule; other names change nothing."""
+    """While entered, impl="triton" runs and counts this schedule; other names have no effect."""
     chosen = pairs_cost.by_panels
     if name in (pairs_cost.TILES, pairs_cost.PANELS):
         pairs_cost.by_panels = lambda *shape: name == pairs_cost.PANELS
@@ -217,7 +231,7 @@ def forced(name: str) -> Iterator[None]:
 
 
 def _on_half(problem: Problem) -> Step:
-    """`auto` on the first half of the rows, timed in turns with all of them: how time grows."""
+    """`auto` on the first half of the rows, to see how time grows with N."""
     n = problem.case.n // 2
     step = _ours("auto", problem)
 
@@ -231,29 +245,11 @@ def _empty_function(problem: Problem) -> Step:
     return _differentiated(lambda x, labels: floors.EmptyFunction.apply(x), problem)
 
 
-def _metric_learning() -> tuple[Provider, ...]:
-    """pytorch-metric-learning's nearest losses, as its users would make them."""
-    missing = _missing("pytorch_metric_learning", "pytorch-metric-learning")
+def _metric_learning(loss: str, margins: dict[str, float], problem: Problem) -> Step:
+    from pytorch_metric_learning import distances, losses
 
-    def make(loss: str, cosine: dict[str, float] | None, problem: Problem) -> Step:
-        from pytorch_metric_learning import distances, losses
-
-        options: dict[str, Any] = dict(cosine or {})
-        if cosine is not None:
-            options["distance"] = distances.CosineSimilarity()
-        return _differentiated(getattr(losses, loss)(**options), problem)
-
-    margins = {"pos_margin": 1.0, "neg_margin": 0.0}
-    made_by = (
-        ("ContrastiveLoss", margins),
-        ("SupConLoss", None),
-        ("GeneralizedLiftedStructureLoss", margins),
-        ("TripletMarginLoss", None),
-    )
-    return tuple(
-        Provider(name, PEER, partial(make, loss, cosine), "itself", missing)
-        for name, (loss, cosine) in zip(PML, made_by, strict=True)
-    )
+    options = {**margins, "distance": distances.CosineSimilarity()} if margins else {}
+    return _differentiated(getattr(losses, loss)(**options), problem)
 
 
 def _missing(module: str, distribution: str) -> str | None:
@@ -262,10 +258,10 @@ def _missing(module: str, distribution: str) -> str | None:
 
 
 def _liger(problem: Problem) -> Step:
-    """InfoNCE of the same N by Liger's fused product and cross entropy, without N x N storage.
+    """InfoNCE of the same N, built from Liger's fused linear cross entropy: no N x N storage.
 
-    Each row's positive is the next member of its class; all rows, itself too, are in the
-    denominator. In float64, where it is judged, the same in plain torch.
+    Each row's positive is the next member of its class; the denominator has all rows, itself too.
+    In float64, where it is judged, it is the same in plain torch.
     """
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 

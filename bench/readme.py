@@ -1,27 +1,28 @@
 """`python -m bench.readme [--check]`: what the CSV files say, as text.
 
-The README's performance section, which sets the devices side by side, and a page for each device.
+The README's section, `bench/TARGETS.md` with the devices side by side, and each device's page.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from . import table, targets
-from .cases import FORWARD, FORWARD_BACKWARD
-from .figures import SWEEPS, milliseconds, step_shares
+from .cases import FORWARD, FORWARD_BACKWARD, TRAINING_STEP
 from .machine import ROOT
-from .providers import COMPILED, MOMENT_PRODUCTS, PAIR_PRODUCTS
-from .table import EAGER, GRAPH, RESULTS, Row
+from .measure import OUT_OF_MEMORY
+from .providers import COMPILED, EMPTY, LIGER, MOMENT_PRODUCTS, PAIR_PRODUCTS, shown
+from .steps import CE
+from .table import EAGER, GRAPH, RESULTS, SWEEPS, Row, milliseconds, where
 from .targets import Verdict
 
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 README = ROOT / "README.md"
+TARGETS = ROOT / "bench" / "TARGETS.md"
 _RULES = ROOT / "bench" / "README.md"
 _PICTURES = {
     "time": "time against N: this package, the naive form, peers, and the products alone",
@@ -29,10 +30,34 @@ _PICTURES = {
     "memory": "peak extra memory against N",
     "roofline": "rate against intensity, under the machine's measured limits",
     "crossover": "the fastest path by N and D",
-    "hinge": "time against the share of rows with h_i > 0",
-    "training_step": "the loss's share of a training step",
 }
-_MINUS = "-"
+_LEGEND = {
+    EMPTY: "a torch.autograd.Function that computes nothing and allocates the gradient",
+    PAIR_PRODUCTS: "the matrix products of a form with an N x N matrix, timed alone",
+    MOMENT_PRODUCTS: "the matrix products of second moments, timed alone",
+    "naive": "Eqs. 1-4 as the paper prints them, in torch",
+    "eager": "the same loss written well in torch, with masks of N x N",
+    "compiled naive": "`torch.compile` of naive",
+    "compiled eager": "`torch.compile` of eager",
+    "pml contrastive": "pytorch-metric-learning's ContrastiveLoss",
+    "pml SupCon": "pytorch-metric-learning's SupConLoss",
+    "pml lifted": "pytorch-metric-learning's GeneralizedLiftedStructureLoss",
+    "pml triplet": "pytorch-metric-learning's TripletMarginLoss",
+    "tiled SupCon": "a supervised contrastive loss in panels of rows, written for this comparison",
+    LIGER: "built here; Liger has no InfoNCE of its own",
+    "reference": "this package in plain torch",
+    "triton": "this package in Triton, over pairs of rows",
+    "native": "this package in C++ and CUDA",
+    "gram": "this package by second moments, in time linear in N",
+    "auto": "the fastest of this package's forms, as it predicts; the default",
+}
+"""What the names in the tables mean, in the order of the tables."""
+_NONE = "-"
+_LONGEST_STATUS = 40
+_SIZES = (
+    (36, 1280, 3), (1024, 128, 3), (4096, 128, 3), (16384, 128, 10), (1 << 20, 128, 10)
+)  # fmt: skip
+"""(N, D, C) of the README's table, from the paper's batch to a million rows."""
 _CONDITIONS = (
     "Medians, float32, forward and backward where nothing else is said; a row is written only "
     "after loss and gradient agreed with float64 ([rules]({rules}))."
@@ -40,7 +65,7 @@ _CONDITIONS = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write section and pages, or with --check say whether they are up to date (1: no)."""
+    """Write section, targets and pages, or with --check say whether they are up to date (1: no)."""
     parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if it differs")
     check = parser.parse_args(arguments).check
@@ -49,18 +74,15 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"{README.name}: {error}", file=sys.stderr)
         return 1
+    texts[TARGETS] = targets_page(RESULTS)
     texts |= {folder / "README.md": page(folder) for folder in table.devices(RESULTS)}
-    changed = [
-        path
-        for path in texts
-        if not path.exists() or path.read_text(encoding="utf-8") != texts[path]
-    ]
-    for path in changed:
+    stale = [path for path in texts if not path.exists() or path.read_text("utf-8") != texts[path]]
+    for path in stale:
         if check:
             print(f"{path} differs from the results; run python -m bench.readme", file=sys.stderr)
         else:
             path.write_text(texts[path], encoding="utf-8")
-    return int(check and bool(changed))
+    return int(check and bool(stale))
 
 
 def replaced(text: str, new: str) -> str:
@@ -72,30 +94,68 @@ def replaced(text: str, new: str) -> str:
 
 
 def section(results: Path) -> str:
-    """Markdown: the targets and the paper's batch, a column for each device; one's picture."""
+    """Markdown of the README: five sizes, a picture, and the loss's share of a training step.
+
+    The first device fills the table; every GPU adds its times.
+    """
     devices = {folder: table.read_device(folder) for folder in table.devices(results)}
     if not devices:
         return "Nothing was measured yet: `make bench`.\n"
-    conditions = _CONDITIONS.format(rules=_link(_RULES, README))
-    lines = [f"{conditions} Each device has a page of tables and pictures.", ""]
-    for folder, rows in devices.items():
-        link = _link(folder / README.name, README)
-        lines.append(f"- [{rows[0].device}]({link}): {_versions(rows)}{_incomplete(folder)}")
-    lines.append("")
-    for kind in ("cpu", "cuda"):
-        of_kind = [rows for folder, rows in devices.items() if folder.name.startswith(kind)]
-        lines += _verdict_table(of_kind)
-        lines += _paper_table(of_kind)
-    pictured = [folder for folder in devices if (folder / "time.png").exists()]
-    if pictured:
-        last = pictured[-1]
-        caption = f"{devices[last][0].device}: {_PICTURES['time']}"
-        lines += [f"![{caption}]({_link(last / 'time.png', README)})", ""]
+    (folder, rows), *others = devices.items()
+    gpus = [of_gpu for other, of_gpu in others if other.name.startswith("cuda")]
+    columns = [
+        ("this package", rows, "auto", _time),
+        ("naive", rows, "naive", _time),
+        ("`torch.compile`", rows, "compiled naive", _time),
+        ("memory", rows, "auto", _size),
+        ("memory, naive", rows, "naive", _size),
+    ]
+    for of_gpu in gpus:
+        name = _short(of_gpu)
+        columns += [(name, of_gpu, "auto", _time), (f"{name}, naive", of_gpu, "naive", _time)]
+    header = ("N, D, C", *(what for what, *_ in columns))
+    cells = (
+        (", ".join(f"{number:,}" for number in size), *(_at(size, *rest) for _, *rest in columns))
+        for size in _SIZES
+    )
+    lines = [
+        f"The loss forward and backward in float32, as a training loop calls it, on "
+        f"{rows[0].device}{_on_gpus(gpus)}. *Naive* is Eqs. 1-4 in plain torch, `torch.compile` is "
+        f"of that. Times are medians; a time is "
+        f"written only after the loss and its gradient agreed with float64 "
+        f"([how it is measured]({_link(_RULES, README)}), "
+        f"[all devices and targets]({_link(TARGETS, README)})).",
+        "",
+        *_table(header, cells),
+        "N is the batch, D the embedding's length, C the number of classes. *Memory* is the peak "
+        "that a call needs beyond its inputs, results included. `-` was not measured.",
+        "",
+    ]
+    lines += _shares(devices.values())
+    if (folder / "time.png").exists():
+        caption = f"{rows[0].device}: {_PICTURES['time']}"
+        lines += [f"![{caption}]({_link(folder / 'time.png', README)})", ""]
     return "\n".join(lines)
 
 
+def targets_page(results: Path) -> str:
+    """Markdown of TARGETS.md: the devices, and what each reached of the targets of its kind."""
+    devices = {folder: table.read_device(folder) for folder in table.devices(results)}
+    conditions = _CONDITIONS.format(rules=_link(_RULES, TARGETS))
+    lines = ["# Targets", "", f"{conditions} `python -m bench.readme` writes this file.", ""]
+    for folder, rows in devices.items():
+        link = _link(folder / README.name, TARGETS)
+        lines.append(f"- [{rows[0].device}]({link}): {_versions(rows)}{_incomplete(folder)}")
+    lines.append("")
+    for kind in ("cpu", "cuda"):
+        lines += _verdict_table(
+            [rows for folder, rows in devices.items() if folder.name.startswith(kind)]
+        )
+    return "\n".join([*lines, *_legend((EMPTY, PAIR_PRODUCTS, MOMENT_PRODUCTS, "naive", "auto"))])
+
+
 def page(folder: Path) -> str:
-    """Markdown: one device's tables and pictures; what has none is in the files beside it."""
+    """Markdown of one device's page: its tables and pictures, with links to the files."""
     rows = table.read_device(folder)
     conditions = _CONDITIONS.format(rules=_link(_RULES, folder / README.name))
     files = ", ".join(f"[{path.stem}]({path.name})" for path in table.files(folder))
@@ -106,16 +166,24 @@ def page(folder: Path) -> str:
     lines += _sweep_table(rows)
     lines += _replay_table(rows)
     lines += _hinge_table(rows)
-    lines += _step_lines(rows)
-    lines += _loop_table(RESULTS / "training_loop" / f"{folder.name}.csv")
+    lines += _step_table(rows)
     for name, caption in _PICTURES.items():
         if (folder / f"{name}.png").exists():
             lines += [f"![{caption}]({name}.png)", ""]
     return "\n".join(lines)
 
 
+def _on_gpus(gpus: Sequence[Sequence[Row]]) -> str:
+    return f", and in the last columns on {' and '.join(map(_short, gpus))}" if gpus else ""
+
+
 def _link(to: Path, page: Path) -> str:
     return Path(os.path.relpath(to, page.parent)).as_posix()
+
+
+def _short(rows: Sequence[Row]) -> str:
+    """The device's name up to the first bracket."""
+    return rows[0].device.partition(" (")[0]
 
 
 def _versions(rows: Sequence[Row]) -> str:
@@ -126,7 +194,7 @@ def _versions(rows: Sequence[Row]) -> str:
 
 
 def _incomplete(folder: Path) -> str:
-    """Of which suites only a part was measured."""
+    """The suites that were measured in part."""
     names = table.incomplete(folder)
     return f"; **not complete: {', '.join(names)}**" if names else ""
 
@@ -134,23 +202,17 @@ def _incomplete(folder: Path) -> str:
 def _verdict_table(devices: Sequence[Sequence[Row]]) -> list[str]:
     """The targets of one kind of device, and what each of these devices reached."""
     found = {rows[0].device: targets.verdicts(rows) for rows in devices}
-    measured = {
-        name: verdicts
-        for name, verdicts in found.items()
-        if any(v.figure is not None for v in verdicts)
-    }
-    if not measured:
-        return []
-    cells = (
+    found = {name: of for name, of in found.items() if any(v.figure is not None for v in of)}
+    cells = [
         (
             of_all[0].work,
             of_all[0].claim,
             f"{'<=' if of_all[0].is_ceiling else '>='} {of_all[0].bound:g}",
             *map(_reached, of_all),
         )
-        for of_all in zip(*measured.values(), strict=True)
-    )
-    return _table(("work", "figure", "target", *measured), cells)
+        for of_all in zip(*found.values(), strict=True)
+    ]
+    return _table(("work", "figure", "target", *found), cells) if found else []
 
 
 def _reached(verdict: Verdict) -> str:
@@ -159,73 +221,43 @@ def _reached(verdict: Verdict) -> str:
     return f"{verdict.figure:.3g}" if verdict.is_met else f"**{verdict.figure:.3g}: missed**"
 
 
-def _paper_rows(rows: Sequence[Row]) -> list[Row]:
-    """Every provider on the paper's batch; the compiled forms are of the targets' suite."""
-    at = [row for row in rows if (row.suite, row.n, row.mode) == ("paper", 36, EAGER)]
-    return at + [
-        row
-        for row in rows
-        if (row.suite, row.group, row.mode) == ("targets", COMPILED, EAGER)
-        and (row.n, row.d, row.c) == (36, at[0].d if at else 0, 3)
-    ]
-
-
-def _paper_title(row: Row) -> str:
-    return f"The paper's batch, N_b = 36, D = {row.d:,}, C = {row.c}"
-
-
-def _paper_table(devices: Sequence[Sequence[Row]]) -> list[str]:
-    """Time of every provider on the paper's batch, a column for each device that ran it."""
-    of_devices = [at for at in map(_paper_rows, devices) if at]
-    if not of_devices:
-        return []
-    times = [
-        {row.provider: row for row in at if row.operation == FORWARD_BACKWARD} for at in of_devices
-    ]
-    names = dict.fromkeys(name for found in times for name in found)
-    cells = ((name, *(_time(found.get(name)) for found in times)) for name in names)
-    header = ("", *(at[0].device for at in of_devices))
-    return [f"{_paper_title(of_devices[0][0])}, forward and backward:", "", *_table(header, cells)]
-
-
 def _provider_table(rows: Sequence[Row]) -> list[str]:
-    """Every provider on the paper's batch: times, spread, memory."""
-    at = _paper_rows(rows)
+    """Every provider on the paper's batch; the compiled forms are of the suite `targets`."""
+    at = where(rows, suite="paper", n=36, mode=EAGER)
     if not at:
         return []
-    found: dict[str, dict[str, Row]] = {}
-    for row in at:
-        found.setdefault(row.provider, {})[row.operation] = row
+    size = {"n": 36, "d": at[0].d, "c": 3}
+    at += where(rows, suite="targets", group=COMPILED, mode=EAGER, **size)
+    forward, both = (
+        {row.provider: row for row in where(at, operation=operation)}
+        for operation in (FORWARD, FORWARD_BACKWARD)
+    )
+    names = list(dict.fromkeys(row.provider for row in at))
     cells = (
-        (
-            name,
-            _time(of.get(FORWARD)),
-            _time(of.get(FORWARD_BACKWARD)),
-            _spread(of.get(FORWARD_BACKWARD)),
-            _size(of.get(FORWARD_BACKWARD)),
-        )
-        for name, of in found.items()
+        (shown(n), _time(forward.get(n)), *(show(both.get(n)) for show in (_time, _spread, _size)))
+        for n in names
     )
     header = ("", "forward", "forward and backward", "20 to 80 %", "peak extra memory")
-    return [f"{_paper_title(at[0])}:", "", *_table(header, cells)]
+    title = f"The paper's batch, N_b = 36, D = {at[0].d:,}, C = 3:"
+    return [title, "", *_table(header, cells), *_legend(names)]
 
 
 def _sweep_table(rows: Sequence[Row]) -> list[str]:
     """Ours, the naive form and the fastest peer by N."""
-    at = [row for row in rows if row.suite in SWEEPS and row.mode == EAGER
-          and row.operation == FORWARD_BACKWARD]  # fmt: skip
+    at = [row for suite in SWEEPS for row in where(rows, suite=suite, mode=EAGER,
+          operation=FORWARD_BACKWARD)]  # fmt: skip
     lines = []
     for d in sorted({row.d for row in at}):
         cells = []
-        for n in sorted({row.n for row in at if row.d == d}):
-            here = {row.provider: row for row in at if (row.n, row.d) == (n, d)}
+        for n in sorted({row.n for row in where(at, d=d)}):
+            here = {row.provider: row for row in where(at, n=n, d=d)}
             auto = here.get("auto")
             peers = [row for row in here.values() if row.group == "peer" and row.is_measured]
             best = min(peers, key=lambda row: row.ms) if peers else None
             cells.append((
-                f"{n:,}", _time(auto), auto.path if auto else _MINUS, _time(here.get("naive")),
+                f"{n:,}", _time(auto), auto.path if auto else _NONE, _time(here.get("naive")),
                 _time(here.get("eager")),
-                f"{_time(best)} ({best.provider})" if best else _MINUS, _size(auto),
+                f"{_time(best)} ({shown(best.provider)})" if best else _NONE, _size(auto),
             ))  # fmt: skip
         header = ("N", "auto", "path", "naive", "eager", "fastest peer", "auto: peak extra memory")
         lines += [f"D = {d:,}, ten classes:", "", *_table(header, cells)]
@@ -233,23 +265,22 @@ def _sweep_table(rows: Sequence[Row]) -> list[str]:
 
 
 def _replay_table(rows: Sequence[Row]) -> list[str]:
-    """Ours and what stands beside it on a GPU, each as a loop calls it and in a CUDA graph."""
-    at = [row for row in rows if row.suite == "targets" and row.group != COMPILED]
-    if not any(row.mode == GRAPH for row in at):
+    """Ours, baselines and floors on a GPU, as a training loop calls them and in a CUDA graph."""
+    at = [row for row in where(rows, suite="targets") if row.group != COMPILED]
+    if not where(at, mode=GRAPH):
         return []
+    columns = (
+        ("auto", GRAPH), ("auto", EAGER), ("naive", EAGER), ("eager", GRAPH),
+        (PAIR_PRODUCTS, GRAPH), (MOMENT_PRODUCTS, GRAPH),
+    )  # fmt: skip
     cells = []
     for n, d, c, dtype in dict.fromkeys((row.n, row.d, row.c, row.dtype) for row in at):
-        here = {
-            (row.provider, row.mode): row
-            for row in at
-            if (row.n, row.d, row.c, row.dtype) == (n, d, c, dtype)
-        }
-        auto = here.get(("auto", GRAPH))
+        here = where(at, n=n, d=d, c=c, dtype=dtype)
+        found = {(row.provider, row.mode): row for row in here}
+        auto = found.get(columns[0])
         cells.append((
             f"{n:,} x {d:,}, C = {c:,}{'' if dtype == 'float32' else f', {dtype}'}",
-            auto.path if auto else _MINUS, _time(auto), _time(here.get(("auto", EAGER))),
-            _time(here.get(("naive", EAGER))), _time(here.get(("eager", GRAPH))),
-            _time(here.get((PAIR_PRODUCTS, GRAPH))), _time(here.get((MOMENT_PRODUCTS, GRAPH))),
+            auto.path if auto else _NONE, *(_time(found.get(column)) for column in columns),
             _size(auto),
         ))  # fmt: skip
     header = (
@@ -260,49 +291,25 @@ def _replay_table(rows: Sequence[Row]) -> list[str]:
     return ["As a training loop calls it, and in a CUDA graph:", "", *_table(header, cells)]
 
 
-def _loop_table(path: Path) -> list[str]:
-    """Images a second of whole training loops on this device, where they were measured."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    loops = list(dict.fromkeys(row["loop"] for row in rows))
-    cells = []
-    for backbone in dict.fromkeys(row["backbone"] for row in rows):
-        rates = {row["loop"]: row for row in rows if row["backbone"] == backbone}
-        cells.append((
-            backbone,
-            *(f"{float(rates[loop]['p50_images_s']):,.0f}" if loop in rates else _MINUS
-              for loop in loops),
-        ))  # fmt: skip
-    size, batch = rows[0]["image_size"], rows[0]["batch_size"]
-    title = f"Training, CE + BST, batches of {batch} images of {size} x {size}, images a second:"
-    return [title, "", *_table(("backbone", *loops), cells)]
-
-
 def _hinge_table(rows: Sequence[Row]) -> list[str]:
     """Time by the share of active rows, as a multiple of the time where all are active."""
-    at = [row for row in rows if row.suite == "hinge" and row.is_measured and row.mode == EAGER
-          and row.operation == FORWARD_BACKWARD]  # fmt: skip
+    at = where(rows, suite="hinge", mode=EAGER, operation=FORWARD_BACKWARD, is_measured=True)
     if not at:
         return []
-    shares = sorted({row.active for row in at if row.active is not None})
+    *shares, _ = sorted({row.active for row in at if row.active is not None})
     cells = []
     for n, d in sorted({(row.n, row.d) for row in at}):
         for name in dict.fromkeys(row.provider for row in at):
-            ms = {row.active: row.ms for row in at if (row.n, row.d, row.provider) == (n, d, name)}
+            ms = {row.active: row.ms for row in where(at, n=n, d=d, provider=name)}
             if 1.0 in ms:
-                cells.append((
-                    f"{n:,} x {d:,}", name, milliseconds(ms[1.0]),
-                    *(f"{ms[share] / ms[1.0]:.2f}" if share in ms else _MINUS
-                      for share in shares if share < 1),
-                ))  # fmt: skip
+                ratios = (f"{ms[s] / ms[1.0]:.2f}" if s in ms else _NONE for s in shares)
+                cells.append((f"{n:,} x {d:,}", name, milliseconds(ms[1.0]), *ratios))
     title = "Late in training, when few rows have h_i > 0: time over that with all rows active."
-    header = ("N x D", "path", "all active", *(f"{share:.1%}" for share in shares if share < 1))
+    header = ("N x D", "path", "all active", *(f"{share:.1%}" for share in shares))
     return [title, "", *_table(header, cells)]
 
 
-def _step_lines(rows: Sequence[Row]) -> list[str]:
+def _step_table(rows: Sequence[Row]) -> list[str]:
     """The loss's share of a training step."""
     shares = step_shares(rows)
     cells = ((name, f"{ours:.2%}", f"{naive:.2%}") for name, ours, naive in shares)
@@ -310,27 +317,85 @@ def _step_lines(rows: Sequence[Row]) -> list[str]:
     return _table(header, cells) if shares else []
 
 
+def _shares(devices: Iterable[Sequence[Row]]) -> list[str]:
+    """A sentence on the loss's share of a training step, on each device where it was measured."""
+    found = {rows[0].device: shares for rows in devices if (shares := step_shares(rows))}
+    if not found:
+        return []
+    ranges, most_naive = [], 0.0
+    for device, shares in found.items():
+        (least, low, _), *_, (most, high, _) = sorted(shares, key=lambda share: share[1])
+        ranges.append(
+            f"{100 * low:.2f} % (`{least}`) to {100 * high:.2f} % (`{most}`) on the {device}"
+        )
+        most_naive = max(most_naive, *(naive for *_, naive in shares))
+    return [
+        f"The loss's share of a training step on 36 images is {', and '.join(ranges)}; "
+        f"the naive form's is up to {100 * most_naive:.2f} %.",
+        "",
+    ]
+
+
+def step_shares(rows: Iterable[Row]) -> list[tuple[str, float, float]]:
+    """(backbone, our loss / step, naive loss / step), each loss timed alone on the same D.
+
+    Timed alone, because the difference of two steps is smaller than either's scatter.
+    """
+    rows = where(rows, suite="training_step", mode=EAGER, is_measured=True)
+    shares = []
+    for step in where(rows, operation=TRAINING_STEP, provider=CE):
+        alone = {row.provider: row.ms for row in where(rows, backbone="", d=step.d)}
+        if {"auto", "naive"} <= alone.keys():
+            ours, naive = (alone[name] / (step.ms + alone[name]) for name in ("auto", "naive"))
+            shares.append((step.backbone, ours, naive))
+    return shares
+
+
+def _legend(names: Iterable[str]) -> list[str]:
+    """A line for each name that needs an explanation."""
+    known = [name for name in _LEGEND if name in set(names)]
+    return [*(f"- {shown(name)}: {_LEGEND[name]}" for name in known), ""]
+
+
 def _table(header: Sequence[str], cells: Iterable[Sequence[str]]) -> list[str]:
     lines = [header, ["---"] * len(header), *cells]
     return ["| " + " | ".join(line) + " |" for line in lines] + [""]
 
 
+def _at(
+    size: tuple[int, int, int],
+    rows: Sequence[Row],
+    provider: str,
+    show: Callable[[Row | None], str],
+) -> str:
+    """A cell of the README's table: a figure, or why there is none."""
+    n, d, c = size
+    at = where(rows, provider=provider, mode=EAGER, operation=FORWARD_BACKWARD, n=n, d=d, c=c)
+    at = [row for row in at if row.suite in targets.SUITES and row.dtype == "float32"]
+    if measured := where(at, is_measured=True):
+        return show(measured[0])
+    return "does not fit" if any(OUT_OF_MEMORY in row.status for row in at) else _NONE
+
+
 def _time(row: Row | None) -> str:
-    """Three digits, or why there are none."""
+    """The time in three digits, or why there is none."""
     if row is None:
-        return _MINUS
-    return milliseconds(row.ms) if row.is_measured else row.status
+        return _NONE
+    if row.is_measured:
+        return milliseconds(row.ms)
+    is_long = len(row.status) > _LONGEST_STATUS  # the message of an exception, which the file has
+    return row.status.partition(":")[0] if is_long else row.status
 
 
 def _spread(row: Row | None) -> str:
     if row is None or row.p20_ms is None or row.p80_ms is None:
-        return _MINUS
+        return _NONE
     return f"{milliseconds(row.p20_ms)} to {milliseconds(row.p80_ms)}"
 
 
 def _size(row: Row | None) -> str:
     if row is None or row.peak_bytes is None:
-        return _MINUS
+        return _NONE
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
         if row.peak_bytes >= scale:
             return f"{row.peak_bytes / scale:.3g} {unit}"

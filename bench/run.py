@@ -20,7 +20,7 @@ import torch
 from . import machine, steps, table
 from .cases import Case
 from .forecast import TimeLimit
-from .measure import Job, failed_row
+from .measure import OUT_OF_MEMORY, Job, failed_row
 from .providers import Provider, providers
 from .suites import DEFAULT, Suite, suites
 from .table import GRAPH, RESULTS, Row
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _budgeted(suite: Suite, seconds: float | None) -> Suite:
-    """The suite with another time for each provider, and as few samples as fit it."""
+    """The suite with other seconds for each provider, and one sample at least."""
     if seconds is None:
         return suite
     budget = replace(suite.budget, seconds=seconds, least=1)
@@ -81,7 +81,7 @@ def _budgeted(suite: Suite, seconds: float | None) -> Suite:
 
 
 def _begun(path: Path, device: str) -> list[Row]:
-    """The rows of a suite that was left, where what would be measured now is the same code."""
+    """The rows of a partial file, if they are of this code, device and versions."""
     if not path.exists():
         return []
     commit = machine.commit()
@@ -152,16 +152,16 @@ def _known(case: Case) -> dict[str, Provider]:
 
 
 def _identity(of: Case | Row) -> tuple[object, ...]:
-    """What tells the cases of a suite apart."""
+    """The values that tell the cases of a suite apart."""
     return (
         of.operation, of.dtype, of.n, of.d, of.c, of.threads, of.balance, of.backbone, of.active
     )  # fmt: skip
 
 
 def _run_job(job: Job, known: dict[str, Provider], worker: Worker) -> list[Row]:
-    """The job's rows; a provider that takes the process with it gets a row and is left out.
+    """The job's rows. A provider that ends the process gets a row and is left out.
 
-    One that does so in a CUDA graph is measured again without.
+    One that does so in a CUDA graph is measured again without the graph.
     """
     lost: dict[str, Row] = {}
     while True:
@@ -180,44 +180,38 @@ def _run_job(job: Job, known: dict[str, Provider], worker: Worker) -> list[Row]:
 
 
 class _Limits:
-    """At which N a provider ran out of time or memory: no larger N is tried."""
+    """The N at which a provider ran out of time or memory: no larger N is tried."""
 
     def __init__(self) -> None:
-        self._reached: dict[tuple[str, ...], tuple[int, str]] = {}
+        self._reached: dict[tuple[object, ...], tuple[int, str]] = {}
 
     def known(self, case: Case, names: tuple[str, ...]) -> dict[str, str]:
-        """What the rows of providers say that need not be tried."""
-        reached = {name: self._reached.get(_kind(case, name)) for name in names}
-        return {
-            name: f"{limit[1]} at N = {limit[0]}"
-            for name, limit in reached.items()
-            if limit is not None and limit[0] < case.n
-        }
+        """The providers that need not be tried, and what their rows say."""
+        reached = {name: self._reached.get(_kind(case, name), (case.n, "")) for name in names}
+        return {name: f"{why} at N = {n}" for name, (n, why) in reached.items() if n < case.n}
 
     def learn(self, case: Case, rows: list[Row]) -> None:
         """Remember who failed for time or memory."""
         for row in rows:
-            if row.status == "out of memory" or row.status.startswith("over "):
+            if row.status == OUT_OF_MEMORY or row.status.startswith("over "):
                 self._reached.setdefault(_kind(case, row.provider), (case.n, row.status))
 
 
-def _kind(case: Case, provider: str) -> tuple[str, ...]:
-    return (provider, case.operation, case.dtype, str(case.d), str(case.threads), case.backbone)
+def _kind(case: Case, provider: str) -> tuple[object, ...]:
+    return (provider, case.operation, case.dtype, case.d, case.threads, case.backbone)
 
 
 def _summary(rows: list[Row]) -> str:
-    replays = {row.provider: row for row in rows if row.mode == GRAPH}
-    return ", ".join(_times(row, replays.get(row.provider)) for row in rows if row.mode != GRAPH)
-
-
-def _times(row: Row, replay: Row | None) -> str:
-    """A provider's time and, on a GPU, that of its graph's replay; or why there is none."""
-    if not row.is_measured:
-        return f"{row.provider} [{row.status}]"
-    if replay is None:
-        return f"{row.provider} {row.ms:.3g} ms"
-    replayed = f"{replay.ms:.3g} ms" if replay.is_measured else replay.status
-    return f"{row.provider} {row.ms:.3g} ms (replay {replayed})"
+    """Each provider's time and, on a GPU, that of its graph's replay; or why there is none."""
+    texts: dict[str, str] = {}
+    for row in rows:
+        found = f"{row.ms:.3g} ms" if row.is_measured else row.status
+        if row.mode == GRAPH:
+            texts[row.provider] += f" (replay {found})"
+        else:
+            found = found if row.is_measured else f"[{found}]"
+            texts[row.provider] = f"{row.provider} {found}"
+    return ", ".join(texts.values())
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from .providers import (
     FLOOR,
     FORM,
     HALF,
+    LIGER,
     MOMENT_PRODUCTS,
     OURS,
     PAIR_PRODUCTS,
@@ -34,7 +35,6 @@ BACKBONES = {
     "peleenet": 704,
 }
 """The paper's backbones as timm or `bstriplet` calls them, and D of their embeddings."""
-_ALL = (FLOOR, BASELINE, COMPILED, PEER, OURS)
 _UNCOMPILED = (FLOOR, BASELINE, PEER, OURS)
 _NO_PEERS = (FLOOR, BASELINE, OURS)
 _FAST = (*(name for name in PATHS if name != "reference"), "auto")
@@ -50,8 +50,9 @@ _BOTH = (FORWARD, FORWARD_BACKWARD)
 
 
 class Part(NamedTuple):
-    """Cases in ascending size, the groups or names of the providers that run on them, and the time
-    for each where it is not the suite's.
+    """Cases in ascending size, and what runs on them.
+
+    wanted: groups or names of providers. budget: where it is not the suite's.
     """
 
     cases: tuple[Case, ...]
@@ -74,10 +75,10 @@ class Suite:
         return tuple(case for part in self.parts for case in part.cases)
 
     def work(self) -> Iterator[tuple[Case, tuple[str, ...], Budget]]:
-        """Each case, what runs on it, and how long; what compiles comes last, as it takes longest.
+        """Each case, what runs on it, and how long. What compiles comes last, as it takes longest.
 
-        A case with compiled forms comes twice: without them, and at the end with everything,
-        because a ratio is taken between providers that took turns with each other.
+        A case with compiled forms comes twice: first without them, at the end with everything,
+        because ratios are taken between providers that took turns with each other.
         """
         every = [
             (case, part.wanted, part.budget or self.budget)
@@ -97,7 +98,6 @@ def _compiles(wanted: str) -> bool:
 def suites(device: str = "cpu") -> dict[str, Suite]:
     """All suites by name, in the order in which they run."""
     every = (
-        Suite("smoke", "every line of the framework, in seconds", _smoke(), Budget(0.01)),
         Suite("small", "the paper's batch alone", _paper_batch(), Budget(0.8)),
         Suite("first", "eight sizes, and two large ones once", _first(), Budget(0.8)),
         Suite("targets", "the work that the targets name", _targets(device), Budget(0.6, least=5)),
@@ -144,19 +144,12 @@ def _quicker(budget: Budget) -> Budget:
     return replace(budget, seconds=seconds, limit_s=limit_s, turn_s=_GPU_TURN_S)
 
 
-def _smoke() -> tuple[Part, ...]:
-    small = Case(12, 16, 3)
-    losses = (replace(small, operation=FORWARD), Case(64, 16, 4, active=0.5))
-    step = Case(2, 1024, 2, operation=TRAINING_STEP, backbone="mobilenetv3_small_100")
-    return Part((small,), _ALL), Part((*losses, step), _UNCOMPILED)
-
-
 def _paper_batch() -> tuple[Part, ...]:
     return (Part((Case(36, 1280, 3), Case(36, 1280, 3, "bfloat16")), (EMPTY, "naive", "native")),)
 
 
 def _first() -> tuple[Part, ...]:
-    """What the first minutes on a device should say of every path, in ascending size."""
+    """Every path in the first minutes on a device, in ascending size."""
     pairs = (EMPTY, "naive", "gram", SCHEDULE)
     return (
         Part((Case(36, 1280, 3), Case(36, 1280, 3, "bfloat16")), (EMPTY, "naive", *_FAST)),
@@ -168,9 +161,9 @@ def _first() -> tuple[Part, ...]:
 
 
 def _targets(device: str) -> tuple[Part, ...]:
-    """Compiled forms where a target names them: each takes long to compile.
+    """Compiled forms only where a target names them, because each takes long to compile.
 
-    A GPU's targets name fewer; the smaller sizes that are missing there are in `crossover`.
+    A GPU's targets name fewer; `crossover` has the smaller sizes.
     """
     few_classes, many_classes = Case(1 << 18, 128, 10), Case(65536, 128, 8192)
     if device != "cpu":
@@ -199,11 +192,11 @@ def _paper() -> tuple[Part, ...]:
 
 
 def _sweep(device: str) -> tuple[Part, ...]:
-    """Each D up to a size that takes seconds a call, the others up to where they fail or take one.
+    """At each D ours until a call takes seconds, the others until a call takes one second or fails.
 
-    Where what needs N^2 memory does not fit, it is asked for to have the row that says so.
+    What needs N^2 memory and does not fit is asked for all the same: its row then says so.
     """
-    peers = (*PML[:3], "tiled SupCon", "Liger InfoNCE")  # N^3 triplets: up to N = 256, and 4,096
+    peers = (*PML[:3], "tiled SupCon", LIGER)  # N^3 triplets: up to N = 256, and 4,096
     small, forward = (1024,), tuple[Part, ...]()  # new kernels each; others are in `paper`
     if device == "cpu":
         small = (64, 1024)
@@ -228,7 +221,7 @@ def _sweep(device: str) -> tuple[Part, ...]:
 
 
 def _million() -> tuple[Part, ...]:
-    """Calls of ten seconds and more: what is timed besides ours is what no schedule avoids."""
+    """Calls of ten seconds and more, and the floors beside them."""
     cases = tuple(Case(1 << 20, d, 10) for d in (512, 1280))
     return (Part(cases, (EMPTY, MOMENT_PRODUCTS, ROW_MOVES, "auto"), Budget(1.0, limit_s=300.0)),)
 
@@ -261,7 +254,7 @@ def _threads() -> tuple[Part, ...]:
 
 
 def _hinge() -> tuple[Part, ...]:
-    """From all rows active to none, as late in training: what skipping inactive rows saves."""
+    """From all rows active to none, as late in training: skipping inactive rows saves time."""
     shares = (0.0, 0.001, 0.01, 0.1, 0.5, 1.0)
     sizes = ((36, 1280, 3), (1024, 128, 10), (4096, 128, 10))
     active = (
@@ -276,38 +269,41 @@ def _crossover(device: str) -> tuple[Part, ...]:
     if device != "cpu":
         return _gpu_crossover()
     ns = (16, 36, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-    ds = (32, 64, 128, 256, 512, 1280)
-    classes = (2, 8, 64)
-    grid = [
-        Case(n, d, min(classes[(i + j) % 3], n // 2))
-        for (i, n), (j, d) in product(enumerate(ns), enumerate(ds))
-    ]
-    small = tuple(case for case in grid if case.n <= 2048)
-    large = tuple(case for case in grid if case.n > 2048)
+    grid = tuple(_grid(ns, (32, 64, 128, 256, 512, 1280)))
+    small, large = _up_to(2048, grid)
     return Part(small, (OURS,)), Part(large, _FAST, Budget(0.4, least=2))
+
+
+def _grid(ns: tuple[int, ...], ds: tuple[int, ...]) -> Iterator[Case]:
+    classes = (2, 8, 64)
+    for (i, n), (j, d) in product(enumerate(ns), enumerate(ds)):
+        yield Case(n, d, min(classes[(i + j) % 3], n // 2))
+
+
+def _up_to(most: int, cases: Iterable[Case]) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+    """The cases of at most so many rows, and the others."""
+    cases = tuple(cases)
+    return tuple(c for c in cases if c.n <= most), tuple(c for c in cases if c.n > most)
 
 
 def _gpu_crossover() -> tuple[Part, ...]:
     """A coarser grid that reaches further, and in half precision too.
 
     From 65 rows on impl="triton" has two schedules, which are timed apart; second moments have
-    other kernels from D = 257 on. Each D and dtype means new kernels, some seconds of compilation,
-    and so does an N that 16 does not divide: three D, and N_b = 36 is in `paper`.
+    other kernels from D = 257 on. Each D and dtype takes some seconds to compile, and so does an N
+    that 16 does not divide: hence three D, and N_b = 36 in `paper` only.
     """
-    small, large, classes = (16, 32, 64), (128, 512, 2048, 8192, 32768), (2, 8, 64)
-
-    def grid(ns: tuple[int, ...]) -> Iterator[Case]:
-        for (i, n), (j, d) in product(enumerate(ns), enumerate((128, 256, 1280))):
-            c = min(classes[(i + j) % 3], n // 2)
-            yield Case(n, d, c)
-            if d <= 256 and n in large:
-                yield Case(n, d, c, "bfloat16")
-
-    paired = tuple(case for case in grid(large) if case.n <= 2048)
-    longer = tuple(case for case in grid(large) if case.n > 2048)
-    longest = tuple(Case(1 << 17, d, 8, t) for d, t in product((128, 256), ("float32", "bfloat16")))
+    ds = (128, 256, 1280)
+    grid = (
+        replace(case, dtype=dtype)
+        for case in _grid((128, 512, 2048, 8192, 32768), ds)
+        for dtype in ("float32", "bfloat16")
+        if case.d <= 256 or dtype == "float32"
+    )
+    paired, longer = _up_to(2048, grid)
+    longest = tuple(Case(1 << 17, d, 8, t) for d, t in product(ds[:2], ("float32", "bfloat16")))
     return (
-        Part(tuple(grid(small)), _FAST),
+        Part(tuple(_grid((16, 32, 64), ds)), _FAST),
         Part(paired, ("reference", "gram", "auto", SCHEDULE)),
         Part(longer, ("gram", "auto", SCHEDULE)),
         Part(longest, ("gram", "auto")),

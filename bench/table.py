@@ -16,6 +16,8 @@ RESULTS = ROOT / "bench" / "results"
 OK = "ok"
 _PARTIAL = ".partial.csv"
 EAGER, GRAPH = "eager", "graph replay"
+SWEEPS = ("sweep", "million")
+"""The suites over N."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,19 @@ class Row:
         return self.p50_ms
 
 
+def where(rows: Iterable[Row], **values: Any) -> list[Row]:
+    """The rows with these values."""
+    return [row for row in rows if all(getattr(row, k) == v for k, v in values.items())]
+
+
+def milliseconds(ms: float) -> str:
+    """The time with three digits, in the unit that suits."""
+    for unit, scale in (("s", 1e3), ("ms", 1.0)):
+        if ms >= scale:
+            return f"{ms / scale:.3g} {unit}"
+    return f"{ms * 1e3:.3g} µs"
+
+
 def write(path: Path, rows: Iterable[Row]) -> None:
     """Replace a file by these rows, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,13 +134,13 @@ def files(folder: Path) -> list[Path]:
 
 
 def incomplete(folder: Path) -> list[str]:
-    """The suites of a device that were measured in part alone."""
+    """The suites of a device that were measured in part."""
     names = (path.name for path in files(folder))
     return [name.removesuffix(_PARTIAL) for name in names if name.endswith(_PARTIAL)]
 
 
 def read_device(folder: Path) -> list[Row]:
-    """All rows of a device's folder; warns where they are a part of a suite.
+    """All rows of a device's folder; warns where a suite is incomplete.
 
     Raises:
         ValueError: the folder holds rows of two devices.

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from statistics import geometric_mean
 
-from bstriplet_kernels import plan
-from bstriplet_kernels.paths import PATHS
-
-from .cases import DTYPES, Case
+from .cases import Case
 from .providers import EMPTY, HALF, MOMENT_PRODUCTS, PAIR_PRODUCTS, SCHEDULE
 from .providers import OURS as OURS_GROUP
 from .suites import suites
-from .table import EAGER, GRAPH, Row
+from .table import EAGER, GRAPH, Row, where
 
 OURS = "auto"
-_SUITES = ("targets", "sweep")
+SUITES = ("targets", "sweep")
 _NAIVE, _COMPILED = "naive", "compiled naive"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """work and claim in words; the measured figure, None where a row that it needs has no time."""
+    """A target in words, and the measured figure, None where a row that it needs has no time."""
 
     work: str
     claim: str
@@ -39,91 +34,57 @@ class Verdict:
         return self.figure <= self.bound if self.is_ceiling else self.figure >= self.bound
 
 
-@dataclass(frozen=True)
 class Results:
     """Rows of one device, found by case and provider."""
 
-    rows: tuple[Row, ...]
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.rows = tuple(rows)
 
     def row(self, case: Case, provider: str, mode: str = EAGER) -> Row | None:
         """The measured row of the first of the suites that hold the targets' work, or None."""
-        key = (provider, mode, case.n, case.d, case.c, case.dtype, case.operation)
-        for row in self.rows:
-            found = (row.provider, row.mode, row.n, row.d, row.c, row.dtype, row.operation)
-            if row.suite in _SUITES and found == key and row.is_measured:
-                return row
-        return None
+        size = {"n": case.n, "d": case.d, "c": case.c, "dtype": case.dtype}
+        found = where(
+            self.rows,
+            provider=provider,
+            mode=mode,
+            operation=case.operation,
+            is_measured=True,
+            **size,
+        )
+        return next((row for row in found if row.suite in SUITES), None)
 
     def ratio(
         self, case: Case, above: Iterable[str], below: str, mode: str = EAGER
     ) -> float | None:
         """Summed time of some providers over the time of one."""
-        over = [self.row(case, name, mode) for name in above]
-        under = self.row(case, below, mode)
+        *over, under = (self.row(case, name, mode) for name in (*above, below))
         if under is None or None in over:
             return None
-        return sum(row.ms for row in over if row is not None) / under.ms
+        return sum(row.ms for row in over) / under.ms
 
 
 def verdicts(rows: Iterable[Row]) -> list[Verdict]:
     """What the rows of one device say about its targets."""
-    results = Results(tuple(rows))
-    on_gpu = any(row.mode == GRAPH for row in results.rows)
-    return _on_gpu(results) if on_gpu else _on_cpu(results)
+    results = Results(rows)
+    return _on_gpu(results) if where(results.rows, mode=GRAPH) else _on_cpu(results)
 
 
-def worst_choice(rows: Iterable[Row]) -> tuple[float, Row] | None:
-    """The largest time of `auto` over the fastest single path's in a point of the grid, and where.
-
-    It is a maximum over 60 noisy quotients: see `mean_choice` beside it.
-    """
-    ratios = _choices(rows)
-    return max(ratios, key=lambda found: found[0]) if ratios else None
-
-
-def mean_choice(rows: Iterable[Row]) -> float | None:
-    """The geometric mean of the same ratio over the grid."""
-    ratios = [ratio for ratio, _ in _choices(rows)]
-    return geometric_mean(ratios) if ratios else None
+def choices(rows: Iterable[Row]) -> list[tuple[float, Row]]:
+    """At each point of the grid the time of `auto` over the fastest single path's, and its row."""
+    return [
+        (auto.ms / min(row.ms for row in at if row.provider != OURS), auto)
+        for at in points(rows)
+        for auto in where(at, provider=OURS)
+    ]
 
 
-def planned_choices(rows: Iterable[Row], kind: str) -> list[tuple[float, Row]]:
-    """The time of what the plan takes today over the fastest path's, for each point of the grid.
-
-    kind: of device. The plan chooses among what was timed there; infinite where a schedule that it
-    takes has no time. With each ratio a row of the point.
-    """
-    ratios = []
-    for at in _points(rows):
-        first = at[0]
-        times = {row.path: row.ms for row in at if row.provider != OURS}
-        takers = tuple(path for path in PATHS if any(name.split()[0] == path for name in times))
-        work = plan.Work(first.n, None, first.d, DTYPES[first.dtype], device=kind)
-        path = plan.fastest(takers, work)
-        sizes = [first.n // first.c] * first.c
-        chosen = PATHS[path].cost(work, sizes).schedule or path
-        ratios.append((times.get(chosen, math.inf) / min(times.values()), first))
-    return ratios
-
-
-def _points(rows: Iterable[Row]) -> list[list[Row]]:
-    """Eager rows of ours, together where they are of one point of the grid; some single path's."""
-    points: dict[tuple[int, int, int, str], list[Row]] = {}
-    for row in rows:
-        is_ours = row.suite == "crossover" and row.group in (OURS_GROUP, SCHEDULE)
-        if is_ours and row.is_measured and row.mode == EAGER:
-            points.setdefault((row.n, row.d, row.c, row.dtype), []).append(row)
-    return [at for at in points.values() if any(row.provider != OURS for row in at)]
-
-
-def _choices(rows: Iterable[Row]) -> list[tuple[float, Row]]:
-    ratios = []
-    for at in _points(rows):
-        chosen = next((row for row in at if row.provider == OURS), None)
-        single = [row.ms for row in at if row.provider != OURS]
-        if chosen is not None:
-            ratios.append((chosen.ms / min(single), chosen))
-    return ratios
+def points(rows: Iterable[Row]) -> list[list[Row]]:
+    """Our eager rows for each point of the grid at which a single path was measured."""
+    found: dict[tuple[int, int, int, str], list[Row]] = {}
+    for row in where(rows, suite="crossover", mode=EAGER, is_measured=True):
+        if row.group in (OURS_GROUP, SCHEDULE):
+            found.setdefault((row.n, row.d, row.c, row.dtype), []).append(row)
+    return [at for at in found.values() if any(row.provider != OURS for row in at)]
 
 
 def _on_cpu(results: Results) -> list[Verdict]:
@@ -142,21 +103,17 @@ def _on_cpu(results: Results) -> list[Verdict]:
         if compiled is not None:
             found.append(_faster(results, case, _COMPILED, compiled))
         if floor is not None:
-            floors = (EMPTY, PAIR_PRODUCTS)
-            found.append(_within(results, case, floors, floor))
+            found.append(_within(results, case, (EMPTY, PAIR_PRODUCTS), floor))
     few_classes, many_classes = Case(1 << 20, 128, 10), Case(1 << 16, 128, 8192)
     found.append(_within(results, few_classes, (MOMENT_PRODUCTS,), 1.5))
     found.append(_memory(results, few_classes, 3))
     found.append(_within_count(results, many_classes, MOMENT_PRODUCTS, 1.5))
     found.append(_memory(results, many_classes, 3))
     linear = Case(1 << 18, 128, 10)
-    share = results.ratio(linear, (HALF,), OURS)
-    growth = None if share is None else 1 / share
-    found.append(Verdict(_work(linear), "time, over that of half the rows", growth, 2.2, True))
-    worst, points = worst_choice(results.rows), len(suites()["crossover"].cases)
-    grid = f"{points} points (N, D, C)"
-    ratio = worst[0] if worst and len(_choices(results.rows)) == points else None
-    found.append(Verdict(grid, "auto over the best single path, at worst", ratio, 1.2, True))
+    found.append(_at_most(linear, "time, over that of half the rows", results, (HALF,), 2.2))
+    grid = len(suites()["crossover"].cases)
+    whole = len(choices(results.rows)) == grid
+    found.append(_worst_choice(f"{grid} points (N, D, C)", results if whole else Results(())))
     return found
 
 
@@ -164,22 +121,28 @@ def _on_gpu(results: Results) -> list[Verdict]:
     small, half = Case(36, 1280, 3), Case(4096, 512, 8, "bfloat16")
     middle, many_classes = Case(1 << 16, 128, 10), Case(1 << 16, 128, 8192)
     large = Case(1 << 20, 128, 10)
-    found = [_milliseconds(results, small, 8e-3)]
-    for mode in (EAGER, GRAPH):
-        found.append(_faster(results, small, _NAIVE, 10, mode))
-        found.append(_faster(results, small, _COMPILED, 3, mode))
-    found.append(_within(results, small, (EMPTY,), 1.5))
     rate = results.ratio(half, (PAIR_PRODUCTS,), OURS, GRAPH)
-    claim = f"rate of the same products alone, {GRAPH}"
-    found.append(Verdict(_work(half), claim, rate, 0.77, False))
-    found.append(_milliseconds(results, middle, 0.4))
-    found.append(_within_count(results, many_classes, MOMENT_PRODUCTS, 2, GRAPH))
-    found.append(_milliseconds(results, large, 5))
-    found.append(_memory(results, large, 3))
-    worst = worst_choice(results.rows)
-    ratio = worst[0] if worst else None
-    found.append(Verdict("the grid", "auto over the best single path, at worst", ratio, 1.2, True))
-    return found
+    return [
+        _milliseconds(results, small, 8e-3),
+        *(
+            _faster(results, small, than, bound, mode)
+            for mode in (EAGER, GRAPH)
+            for than, bound in ((_NAIVE, 10), (_COMPILED, 3))
+        ),
+        _within(results, small, (EMPTY,), 1.5),
+        Verdict(_work(half), f"rate of the same products alone, {GRAPH}", rate, 0.77, False),
+        _milliseconds(results, middle, 0.4),
+        _within_count(results, many_classes, MOMENT_PRODUCTS, 2, GRAPH),
+        _milliseconds(results, large, 5),
+        _memory(results, large, 3),
+        _worst_choice("the grid", results),
+    ]
+
+
+def _worst_choice(grid: str, results: Results) -> Verdict:
+    """The worst of noisy ratios."""
+    worst = max((ratio for ratio, _ in choices(results.rows)), default=None)
+    return Verdict(grid, "auto over the best single path, at worst", worst, 1.2, True)
 
 
 def _milliseconds(results: Results, case: Case, bound: float) -> Verdict:
@@ -200,8 +163,14 @@ def _faster(results: Results, case: Case, than: str, bound: float, mode: str = E
 
 
 def _within(results: Results, case: Case, floors: tuple[str, ...], bound: float) -> Verdict:
-    inverse = results.ratio(case, floors, OURS)
-    claim = f"time, over {' + '.join(floors)}"
+    return _at_most(case, f"time, over {' + '.join(floors)}", results, floors, bound)
+
+
+def _at_most(
+    case: Case, claim: str, results: Results, providers: tuple[str, ...], bound: float
+) -> Verdict:
+    """Our time over the summed time of these."""
+    inverse = results.ratio(case, providers, OURS)
     return Verdict(_work(case), claim, None if inverse is None else 1 / inverse, bound, True)
 
 

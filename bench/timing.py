@@ -43,7 +43,7 @@ class Budget:
     turn_s: float = 2e-3
 
     def is_spent(self, call_s: float, seconds: float, samples: int) -> bool:
-        """Whether a variant ends that has been timed for so long and has so many samples."""
+        """Whether a variant with these seconds and samples ends."""
         least = self._least(call_s)
         return samples >= least and (least == 0 or seconds >= self.seconds or samples >= self.most)
 
@@ -55,9 +55,9 @@ class Budget:
         return warm_up_s + max(self.seconds, least * turn_s) if least else 0.0
 
     def _least(self, call_s: float) -> int:
-        """`least` of a call of up to 2 s, one of a longer one.
+        """`least` for a call of up to 2 s, one for a longer one.
 
-        None of a call of more than 10 s: it was made once already, and that is its sample.
+        None for a call of more than 10 s: its examination is its sample.
         """
         if call_s > _SINGLE_CALL_S:
             return 0
@@ -70,11 +70,9 @@ def interleave(
     """Seconds a call, some samples for each variant.
 
     turns: turn(n) makes n calls and returns a sample for each (or one for all of them). call_s: the
-    expected seconds a call. Variants take turns in shuffled order, round after round, so that what
-    disturbs the machine disturbs all alike. A variant ends when its own turns have taken its
-    seconds and it has its fewest samples, or when it has its most. The first turns of each are a
-    warm-up where a call is short, until one confirms what was expected of it (of a single call the
-    first turn confirms nothing): they are dropped, and their times plan the turns that follow.
+    expected seconds a call. Where a call is short the first turns of each variant are a warm-up,
+    until one confirms what was expected (a turn of a single call confirms nothing): they are
+    dropped, and their times plan the turns that follow.
 
     Raises:
         TurnError: a variant failed.
@@ -132,7 +130,7 @@ def cpu_turn(call: Call) -> Turn:
 def cuda_turn(calls: Iterator[Call]) -> Turn:
     """n calls between two synchronisations, by the wall clock: what a training loop pays.
 
-    calls: the same work on one buffer after the other, without end. The sample is the turn's mean.
+    calls: the same work on one buffer after another, endlessly. The sample is the turn's mean.
     """
 
     def turn(n: int) -> list[float]:
@@ -150,8 +148,8 @@ def graph_turn(calls: Sequence[Call]) -> Turn:
     """Replays of one CUDA graph that holds every call once, each on its own buffer.
 
     Raises:
-        RuntimeError: the call cannot be captured. Where it synchronises that is found before a
-            capture begins, because a capture that breaks may take the process with it.
+        RuntimeError: the call cannot be captured. One that synchronises is found before a capture
+            begins, because a capture that breaks may take the process with it.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -180,23 +178,22 @@ def graph_turn(calls: Sequence[Call]) -> Turn:
     return turn
 
 
-def seconds_once(call: Call, device: str) -> float:
-    """One call, waited for."""
-    start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def expected_seconds(call: Call, device: str) -> float:
-    """The least of a few calls, two where a call is long: what to plan samples with.
+    """The least time of a few calls (two where a call is long), to plan samples with.
 
-    The first may be many times slower than the others: then it says nothing of them.
+    The first call may be many times slower than the others.
     """
-    first = seconds_once(call, device)
+
+    def once() -> float:
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    first = once()
     more = max(1, min(5, int(0.1 / max(first, 1e-9))))
-    return min([first, *(seconds_once(call, device) for _ in range(more))])
+    return min([first, *(once() for _ in range(more))])
 
 
 @contextmanager

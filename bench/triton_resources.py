@@ -3,11 +3,9 @@
 python bench/triton_resources.py            print the table and write results/compile/…csv
 python bench/triton_resources.py --check    print it, write nothing, fail on a spill or a misfit
 
-One row for each configuration that `bstriplet_kernels.paths.triton` launches, and for the widest of
-those of `on_gpu` and of `class_sums_on_gpu`: registers a thread, bytes a thread that spill to
-memory, shared memory a block, barriers in one step of the innermost loop that multiplies (NVIDIA
-only) and the matrix instructions. Spills are ptxas' stack bytes on NVIDIA and spilled vector
-registers, in bytes, on AMD.
+A row is a configuration that a launcher asks for; of second moments and class sums only the widest.
+`step_barriers` are in one step of the innermost loop that multiplies (NVIDIA only). Spills are
+ptxas' stack bytes on NVIDIA and spilled vector registers, in bytes, on AMD.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import csv
+import io
 import itertools
 import os
 import re
@@ -51,24 +50,26 @@ TRITON_NAMES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
 }
-INTEGERS = (
-    *("n", "m", "d", "width", "n_rows", "column_rows", "row_tiles", "column_tiles", "parts"),
-    *("tiles", "first", "own", "signed", "mean", "wants_gradient", "one_upstream"),
-)
-DOUBLES = ("margin", "squared_eps")
-INT64_POINTERS = ("labels", "column_labels")
-SIDES = ("side", "rows", "columns")
-MOMENTS = {
-    **dict.fromkeys(("n", "m", "run", "runs", "least", "classes", "d", "stride", "steps"), "i32"),
-    **dict.fromkeys(("labels", "order", "ref_labels", "ref_order"), "*i64"),
-    **dict.fromkeys(("small_rows", "columns_before"), "*i32"),
-    **dict.fromkeys(("totals", "total"), "*fp64"),
+TYPES = {
+    **dict.fromkeys(
+        (
+            *("n", "m", "d", "width", "n_rows", "column_rows", "row_tiles", "column_tiles"),
+            *("parts", "tiles", "first", "own", "signed", "mean", "wants_gradient"),
+            *("one_upstream", "run", "runs", "least", "classes", "stride", "steps"),
+        ),
+        "i32",
+    ),
     **dict.fromkeys(("margin", "scale", "squared_eps"), "fp64"),
     "sigma": "fp32",
+    **dict.fromkeys(("labels", "column_labels", "ref_labels", "order", "ref_order"), "*i64"),
+    **dict.fromkeys(("small_rows", "columns_before", "middle_first", "middle_last"), "*i32"),
+    **dict.fromkeys(("totals", "total"), "*fp64"),
+    "similarities": "*fp16",
 }
-"""Arguments of the kernels of moments; other names are of the dtype that is accumulated."""
+"""Arguments that have one type in all kernels; other pointers are of the dtype that is summed."""
 OF_JOINT_BATCHES = ("ref_emb", "ref_labels", "ref_order", "columns_before")
 EMBEDDINGS = ("embeddings", "ref_emb")
+UNIT_STRIDES = ("stride_d", "ref_stride_d", "stride_label")  # of what is aligned
 ALIGNED = ("d", "width", *EMBEDDINGS)
 SPILLS = {
     "sm_80": {"class_moments": 200, "row_means": 24},
@@ -111,7 +112,7 @@ ARCHITECTURES = {  # what sm_80 runs, its smaller siblings sm_86 and sm_89 run t
 
 
 class Configuration(NamedTuple):
-    """One kernel as the launcher asks for it; `layout` is how embeddings lie in memory."""
+    """One kernel as its launcher asks for it; `layout` is how embeddings lie in memory."""
 
     kernel: str
     dtype: torch.dtype
@@ -119,106 +120,78 @@ class Configuration(NamedTuple):
     warps: int = 4
     stages: int = 3
     layout: str = "aligned"
-    output: str = ""
+
+    @property
+    def of_moments(self) -> bool:
+        return "DP" in self.constants  # a padded D
 
 
 def configurations(architecture: Architecture) -> list[Configuration]:
     """All that can be launched on an architecture."""
-    finishing = {"PHI_SCALE": 1.0, "BLOCK_N": 32, "BLOCK_T": 16}
-    return (
-        [
-            configuration
-            for dtype in TRITON_NAMES
-            for configuration in (
-                *_of_small(dtype, architecture),
-                *(each for width in WIDTHS for each in _of_pairs(dtype, width, architecture)),
-            )
-        ]
-        + [
-            configuration
-            for dtype in (torch.float32, torch.float64)
-            for configuration in (
-                Configuration("finish_rows", dtype, finishing),
-                Configuration("reduce_losses", dtype, {"LARGEST": 13, "BLOCK_N": 2048}, 8),
-                Configuration("weigh_rows", dtype, {"LARGEST": 13, "BLOCK_N": 2048}, 8),
-            )
-        ]
-        + _of_moments(architecture)
-        + _of_class_sums()
-    )
-
-
-def _of_moments(architecture: Architecture) -> list[Configuration]:
-    """Of a backward with a scalar loss."""
-    return [
-        configuration
-        for depth, dtype, joint in (
-            (128, torch.float32, False),
-            (128, torch.float16, False),
-            (256, torch.float32, False),
-            (512, torch.float32, False),
-            (128, torch.float32, True),
-            (128, torch.float64, False),
-        )
-        for configuration in _of_depth(depth, dtype, joint, architecture)
-    ]
+    found = []
+    for dtype in TRITON_NAMES:
+        found += _of_small(dtype, architecture)
+        for width in WIDTHS:
+            found += _of_pairs(dtype, width, architecture)
+    for dtype in (torch.float32, torch.float64):
+        rows = {"PHI_SCALE": 1.0, "BLOCK_N": 32, "BLOCK_T": 16}
+        found.append(Configuration("finish_rows", dtype, rows))
+        for kernel in ("reduce_losses", "weigh_rows"):
+            found.append(Configuration(kernel, dtype, {"LARGEST": 13, "BLOCK_N": 2048}, 8))
+    for depth, dtype, joint in (
+        (128, torch.float32, False),
+        (128, torch.float16, False),
+        (256, torch.float32, False),
+        (512, torch.float32, False),
+        (128, torch.float32, True),
+        (128, torch.float64, False),
+    ):
+        found += _of_depth(depth, dtype, joint, architecture)
+    return found + _of_class_sums()
 
 
 def _of_depth(
     depth: int, dtype: torch.dtype, joint: bool, architecture: Architecture
 ) -> list[Configuration]:
-    """Kernels of moments for embeddings of so many columns; half precision as one part."""
+    """Kernels of moments of so many columns, backward of a scalar loss; half precision unsplit."""
     columns = 1 << 16 if joint else None
     sizes = on_gpu.Sizes(
         1 << 16, columns, depth, dtype == torch.float64, gpu.USUAL_PROCESSORS, architecture.kind
     )
-    wide, cuts = sizes.wide, on_gpu.cuts_of(sizes)
-    shape = {"DP": depth, "SPLIT": dtype == torch.float32, "UNIFORM": True, "BY_ROW": False}
-    shape["BY_Q"] = True
-    shape |= {"TILE": sizes.tile, "HALVED": wide, "WIDE": wide, "JOINT": joint}
-    shape |= {
-        "SCALED": sizes.scaled,
-        "ROWS": 16,
-        "DEPTH": on_gpu.TOTALS.depth,
-        "SIZE": sizes.numbers,
+    wide = sizes.wide
+    shape = {
+        **{"DP": depth, "SPLIT": dtype == torch.float32, "UNIFORM": True, "BY_ROW": False},
+        **{"BY_Q": True, "TILE": sizes.tile, "HALVED": wide, "WIDE": wide, "JOINT": joint},
+        **{"SCALED": sizes.scaled, "ROWS": 16, "DEPTH": on_gpu.TOTALS.depth},
+        **{"SIZE": sizes.numbers, "WIDTH": sizes.tile if wide else depth},
     }
-    shape["WIDTH"] = sizes.tile if wide else depth
     held = architecture.hopper and not wide and depth <= on_gpu.WHOLE_DEPTH
+    matrices = on_gpu.TOTALS._replace(warps=8 if wide else 4)
     found = []
     for kernel, cut in (
         ("split_rows", on_gpu.SPLIT_ROWS),
         ("add_totals", on_gpu.TOTALS),
-        ("moment_matrices", on_gpu.TOTALS._replace(warps=8 if wide else 4)),
-        ("gradient_matrices", on_gpu.TOTALS._replace(warps=8 if wide else 4)),
-        *cuts._asdict().items(),
+        ("moment_matrices", matrices),
+        ("gradient_matrices", matrices),
+        *on_gpu.cuts_of(sizes)._asdict().items(),
     ):
-        rows = cut.rows if wide else min(cut.rows, on_gpu.BLOCK_NUMBERS // depth)
-        constants = {"BLOCK": rows, "BLOCK_D": min(sizes.scaled, cut.depth)}
-        constants["BLOCK_V"] = cut.depth
-        constants["BLOCK_K"] = depth if held else min(depth, cut.depth)
+        constants = {
+            "BLOCK": cut.rows if wide else min(cut.rows, on_gpu.BLOCK_NUMBERS // depth),
+            "BLOCK_D": min(sizes.scaled, cut.depth),
+            "BLOCK_V": cut.depth,
+            "BLOCK_K": depth if held else min(depth, cut.depth),
+        }
         found.append(Configuration(kernel, dtype, shape | constants, cut.warps, cut.stages))
     return found
 
 
-def _moment_types(dtype: torch.dtype) -> dict[str, Any]:
-    """Types of the arguments of the kernels of moments."""
-    stored, accumulator = ("*fp64", "*fp64") if dtype == torch.float64 else ("*fp16", "*fp32")
-    flag = {torch.bool: "*i1", torch.int32: "*i32"}[on_gpu.flag_dtype(dtype)]
-    matrices = on_gpu.Matrices(stored, stored, accumulator)
-    indices = "*i64", "*i32", "*i32"
-    return MOMENTS | {
-        "rows": on_gpu.SortedRows(stored, stored, accumulator, *indices),
-        **dict.fromkeys(("own", "others", "active", "back"), matrices),
-        "sums": on_gpu.Sums(accumulator, "*fp64", "*i32"),
-        "weights": on_gpu.Weights(flag, accumulator),
-        "is_active": flag,
-        "means": Rows(accumulator, accumulator),
-    }
-
-
 def _of_class_sums() -> list[Configuration]:
-    """Of forward and backward with a scalar loss, with a ref_emb and without."""
+    """Kernels of class sums, forward and backward of a scalar loss, with and without ref_emb."""
     own = dict.fromkeys(("ref_emb", "ref_labels", "ref_gradient"))
+    weighted = {"BY_Q": True, "NORMS": False}
+    added = {"BLOCK": class_sums_on_gpu.ADDED, "DEPTH": class_sums_on_gpu.ADDED_RUNS}
+    summed = {"ROWS": class_sums_on_gpu.SUMMED}
+    one = {"OWN": True, "BY_ROW": False}
     found = []
     dtypes = torch.float64, torch.float32, torch.bfloat16
     for d, dtype in itertools.product((128, 2048), dtypes):
@@ -230,51 +203,26 @@ def _of_class_sums() -> list[Configuration]:
             "NORMS": True,
             "ref_stride_d": 1,
         }
-        summed = block | {"ROWS": class_sums_on_gpu.SUMMED}
-        weighted = {"BY_Q": True, "NORMS": False}
-        added = {"BLOCK": class_sums_on_gpu.ADDED, "DEPTH": class_sums_on_gpu.ADDED_RUNS}
-        one = {"OWN": True, "BY_ROW": False}
-        warps = class_sums_on_gpu.sum_warps(d)
-        found += [
-            Configuration("class_sums", dtype, summed | {"weights": None}, warps),
-            Configuration("class_sums", dtype, summed | {"weights": None, "NORMS": False}, warps),
-            Configuration("class_sums", dtype, summed | weighted, warps),
-            *(
-                Configuration(kernel, dtype, block | more)
-                for kernel, more in (
-                    ("find_classes", own | {"NORMS": False}),
-                    ("find_classes", {}),
-                    ("add_class_parts", weighted | added),
-                    ("add_class_totals", weighted | added),
-                    ("linear_means", one),
-                    ("linear_means", one | {"OWN": False}),
-                    ("linear_gradients", own),
-                    ("linear_gradients", {}),
-                )
-            ),
-        ]
+        for kernel, more in (
+            ("class_sums", summed | {"weights": None}),
+            ("class_sums", summed | {"weights": None, "NORMS": False}),
+            ("class_sums", summed | weighted),
+            ("find_classes", own | {"NORMS": False}),
+            ("find_classes", {}),
+            ("add_class_parts", weighted | added),
+            ("add_class_totals", weighted | added),
+            ("linear_means", one),
+            ("linear_means", one | {"OWN": False}),
+            ("linear_gradients", own),
+            ("linear_gradients", {}),
+        ):
+            warps = class_sums_on_gpu.sum_warps(d) if kernel == "class_sums" else 4
+            found.append(Configuration(kernel, dtype, block | more, warps))
     return found
 
 
-def _class_sum_types(element: str, accumulator: str) -> dict[str, Any]:
-    """Arguments of the kernels of class sums; other names are as elsewhere."""
-    side = class_sums_on_gpu.ClassOrder("*i64", accumulator, *["*i32"] * 4)
-    return {
-        **dict.fromkeys(("rows", "columns", "side"), side),
-        **dict.fromkeys(("run", "runs", "steps"), "i32"),
-        **dict.fromkeys(("middle_first", "middle_last"), "*i32"),
-        **dict.fromkeys(("labels", "ref_labels"), "*i64"),
-        **dict.fromkeys(("embeddings", "ref_emb"), element),
-        **dict.fromkeys(("margin", "scale", "squared_eps"), "fp64"),
-        "is_active": "*i1",
-        "sums": class_sums_on_gpu.Sums("*fp64", "*fp64"),
-        "weights": class_sums_on_gpu.Weights("*i1", accumulator),
-        "means": Rows(accumulator, accumulator),
-    }
-
-
 def _precisions(dtype: torch.dtype, architecture: Architecture) -> list[str]:
-    """The words for float32 products under either of torch's settings."""
+    """The names of float32 products under either of torch's settings."""
     if architecture.gpu.backend == "hip":
         return ["ieee"]
     before = torch.get_float32_matmul_precision()
@@ -290,27 +238,18 @@ def _precisions(dtype: torch.dtype, architecture: Architecture) -> list[str]:
 
 def _of_small(dtype: torch.dtype, architecture: Architecture) -> list[Configuration]:
     found = []
+    cut = small.blocks_of(dtype, architecture.hopper)
     for layout in ("aligned", "strided"):
-        cut = small.blocks_of(dtype, architecture.hopper)
         if dtype == torch.float32 and architecture.gpu.backend == "cuda":
             found.append(
                 Configuration("batch_products", dtype, cut.constants, cut.warps, layout=layout)
             )
-        found += [
-            Configuration(
-                "loss_and_gradient",
-                dtype,
-                {
-                    "PRECISION": precision,
-                    "SUMMED": precision == "tf32x3" and dtype == torch.float32,
-                    **cut.constants,
-                },
-                cut.warps,
-                cut.stages,
-                layout,
+        for precision in _precisions(dtype, architecture):
+            summed = precision == "tf32x3" and dtype == torch.float32
+            constants = {"PRECISION": precision, "SUMMED": summed, **cut.constants}
+            found.append(
+                Configuration("loss_and_gradient", dtype, constants, cut.warps, cut.stages, layout)
             )
-            for precision in _precisions(dtype, architecture)
-        ]
     return found
 
 
@@ -324,27 +263,22 @@ def _of_pairs(dtype: torch.dtype, width: int, architecture: Architecture) -> lis
 def _of_form(form: blocks.Form) -> list[Configuration]:
     dtype = form.dtype
     scaled = {**form.constants, "SCALE": form.scale, **blocks.row_blocks(form).constants}
-    kept = ({"MIRRORED": True, "KEPT": True},) if dtype.itemsize == 2 else ()
+    prepared = {"BLOCK_N": pairs.PREPARED, "BLOCK_M": pairs.LABELS, "COLUMNS": True}
     found = [
-        Configuration(
-            "prepare_rows",
-            dtype,
-            scaled | {"BLOCK_N": pairs.PREPARED, "BLOCK_M": pairs.LABELS, "COLUMNS": True},
-        ),
+        Configuration("prepare_rows", dtype, scaled | prepared),
         Configuration("normalise_gradient", dtype, scaled),
     ]
+    kept = ({"MIRRORED": True, "KEPT": True},) if dtype.itemsize == 2 else ()
     for kernel, cut, kinds in (
         ("tile_sums", blocks.sum_blocks(form), ({},)),
-        ("half_tile_sums", blocks.half_blocks(form, 256), ({}, *kept)),
-        ("half_tile_sums", blocks.half_blocks(form, 1024), ({}, *kept)),
-        ("half_tile_sums", blocks.half_blocks(form, 4096), ({}, *kept)),
+        *(("half_tile_sums", blocks.half_blocks(form, n), ({}, *kept)) for n in (256, 1024, 4096)),
         ("tile_gradient", blocks.gradient_blocks(form), ({},)),
         ("tile_weights", blocks.weight_blocks(form), ({"MIRRORED": True}, {"MIRRORED": False})),
         ("tile_weights", blocks.weight_blocks(form, kept=True), kept),
     ):
+        whole = cut.d == form.width and cut.v in (0, form.width)
         constants = {"OWN": True, "SIGNED": False, "KEPT": False}
-        constants |= form.constants | cut.constants
-        constants["WHOLE"] = cut.d == form.width and cut.v in (0, form.width)
+        constants |= form.constants | cut.constants | {"WHOLE": whole}
         for kind in kinds:
             each = Configuration(kernel, dtype, constants | kind, cut.warps, cut.stages)
             if each not in found:
@@ -366,18 +300,16 @@ def compile_one(name: str, configuration: Configuration) -> dict[str, Any]:
     options = {"num_warps": configuration.warps, "num_stages": configuration.stages}
     kernel = triton.compile(source, target=architecture.gpu, options=options)
     registers, spilled, instructions = _nvidia_usage(kernel) if is_nvidia else _amd_usage(kernel)
+    cut = {f"block_{x.lower()}": constants.get(f"BLOCK_{x}", "") for x in ("N", "M", "D", "V")}
+    if configuration.of_moments:
+        cut |= {"block_n": constants.get("BLOCK", ""), "block_v": configuration.constants["DP"]}
     return {
         "kernel": configuration.kernel,
         "dtype": TRITON_NAMES[configuration.dtype],
         "precision": constants.get("PRECISION", "split" if constants.get("SPLIT") else ""),
         "layout": configuration.layout,
         "kind": _kind(configuration, constants),
-        **{f"block_{x.lower()}": constants.get(f"BLOCK_{x}", "") for x in ("N", "M", "D", "V")},
-        **(
-            {"block_n": constants.get("BLOCK", ""), "block_v": configuration.constants["DP"]}
-            if "DP" in configuration.constants
-            else {}
-        ),
+        **cut,
         "warps": configuration.warps,
         "stages": configuration.stages,
         "target": name,
@@ -390,7 +322,7 @@ def compile_one(name: str, configuration: Configuration) -> dict[str, Any]:
 
 
 def _kind(configuration: Configuration, constants: dict[str, Any]) -> str:
-    """What tells configurations of a kernel apart that have the same blocks."""
+    """The differences between configurations of a kernel with the same blocks."""
     kinds = [kind for kind in ("MIRRORED", "KEPT", "NORMS", "WHOLE") if constants.get(kind)]
     joint = "ref_stride_d" in constants and "ref_emb" not in constants
     joint |= configuration.constants.get("JOINT", False)
@@ -398,75 +330,77 @@ def _kind(configuration: Configuration, constants: dict[str, Any]) -> str:
 
 
 def _kernel(configuration: Configuration) -> Any:
-    """Kernels of moments have a padded D among their constants."""
     modules: tuple[Any, ...] = pair_kernels, small_kernels, class_sum_kernels
-    if "DP" in configuration.constants:
-        modules = (moment_kernels,)
-        if configuration.constants.get("WIDE"):
-            modules = wide_kernels, moment_kernels
-    return next(
-        getattr(m, configuration.kernel) for m in modules if hasattr(m, configuration.kernel)
-    )
+    if configuration.of_moments:
+        wide = (wide_kernels,) if configuration.constants["WIDE"] else ()
+        modules = *wide, moment_kernels
+    name = configuration.kernel
+    return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 
 def _source(configuration: Configuration, constants: dict[str, Any]) -> ASTSource:
-    """What the just-in-time compiler would make of the launcher's arguments."""
+    """The source as the just-in-time compiler would form it from the launcher's arguments."""
     kernel = _kernel(configuration)
-    element = TRITON_NAMES[configuration.dtype]
-    accumulator = "fp64" if element == "fp64" else "fp32"
+    names, types = kernel.arg_names, _argument_types(configuration)
     aligned = configuration.layout == "aligned"
-    types: dict[str, Any] = {}
-    if "DP" in configuration.constants:
-        types = _moment_types(configuration.dtype)
-        if not configuration.constants["JOINT"]:
-            constants |= dict.fromkeys(set(OF_JOINT_BATCHES) & set(kernel.arg_names))
-    if configuration.kernel in vars(class_sum_kernels):
-        types = _class_sum_types("*" + element, "*" + accumulator)
+    if configuration.of_moments and not configuration.constants["JOINT"]:
+        constants |= dict.fromkeys(set(OF_JOINT_BATCHES) & set(names))
+    if aligned:
+        constants |= {n: 1 for n in UNIT_STRIDES if n in names and n not in constants}
     signature: dict[str, Any] = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif aligned and name in ("stride_d", "ref_stride_d", "stride_label"):
-            signature[name], constants[name] = "constexpr", 1
-        elif name in types:
-            signature[name] = types[name]
-        elif name in SIDES:
-            signature[name] = pairs.Side(operand := _operand(configuration), operand,
-                                         f"*{accumulator}", "*i32")  # fmt: skip
-        elif name == "panel":
-            signature[name] = pairs.Panel(*[_operand(configuration)] * 2)
-        elif name in ("row_weights", "column_weights"):
-            signature[name] = pairs.Weights(*[f"*{accumulator}"] * 2)
-        elif name in INTEGERS or "stride" in name:
-            signature[name] = "i32"
-        elif name in DOUBLES:
-            signature[name] = "fp64"
-        elif name == "sigma":
-            signature[name] = "fp32"
-        elif name in INT64_POINTERS:
-            signature[name] = "*i64"
-        elif name == "similarities":
-            signature[name] = "*fp16"
-        else:
-            signature[name] = "*" + (element if name in EMBEDDINGS else accumulator)
-    divisible = [["tt.divisibility", 16]]
     attributes: dict[tuple[int, ...], Any] = {}
-    for index, name in enumerate(kernel.arg_names):
-        kind = signature[name]
+    divisible = [["tt.divisibility", 16]]
+    for index, name in enumerate(names):
+        kind = types.get(name, "i32" if "stride" in name else _accumulator(configuration))
+        signature[name] = kind = "constexpr" if name in constants else kind
         if isinstance(kind, tuple):
             attributes |= {(index, part): divisible for part in range(len(kind))}
-        elif kind != "constexpr" and (kind[0] == "*" if name not in ALIGNED else aligned):
-            attributes[(index,)] = divisible
-    for name in ("stride_n", "ref_stride_n"):
-        if aligned and name in kernel.arg_names:
-            attributes[(kernel.arg_names.index(name),)] = divisible
+        elif kind != "constexpr":
+            is_divisible = kind[0] == "*" if name not in ALIGNED else aligned
+            if is_divisible or (aligned and name in ("stride_n", "ref_stride_n")):
+                attributes[(index,)] = divisible
     return ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
 
 
-def _operand(configuration: Configuration) -> str:
-    """The pointer to prepared rows."""
-    is_float32 = configuration.dtype == torch.float32
-    return "*fp16" if is_float32 else "*" + TRITON_NAMES[configuration.dtype]
+def _argument_types(configuration: Configuration) -> dict[str, Any]:
+    """The types of a kernel's arguments by name, where they are not of the accumulator."""
+    dtype, accumulator = configuration.dtype, _accumulator(configuration)
+    element = "*" + TRITON_NAMES[dtype]
+    types = TYPES | dict.fromkeys(EMBEDDINGS, element)
+    means = {"means": Rows(accumulator, accumulator)}
+    if configuration.of_moments:
+        stored = "*fp64" if dtype == torch.float64 else "*fp16"
+        flag = {torch.bool: "*i1", torch.int32: "*i32"}[on_gpu.flag_dtype(dtype)]
+        matrices = on_gpu.Matrices(stored, stored, accumulator)
+        return types | means | {
+            **dict.fromkeys(("own", "others", "active", "back"), matrices),
+            "rows": on_gpu.SortedRows(stored, stored, accumulator, "*i64", "*i32", "*i32"),
+            "sums": on_gpu.Sums(accumulator, "*fp64", "*i32"),
+            "weights": on_gpu.Weights(flag, accumulator),
+            "is_active": flag,
+        }  # fmt: skip
+    if configuration.kernel in vars(class_sum_kernels):
+        order = class_sums_on_gpu.ClassOrder("*i64", accumulator, *["*i32"] * 4)
+        return types | means | {
+            **dict.fromkeys(("rows", "columns", "side"), order),
+            "is_active": "*i1",
+            "sums": class_sums_on_gpu.Sums("*fp64", "*fp64"),
+            "total": accumulator,
+            "weights": class_sums_on_gpu.Weights("*i1", accumulator),
+        }  # fmt: skip
+    prepared = "*fp16" if dtype == torch.float32 else element
+    return types | {
+        **dict.fromkeys(
+            ("side", "rows", "columns"), pairs.Side(prepared, prepared, accumulator, "*i32")
+        ),
+        "panel": pairs.Panel(prepared, prepared),
+        "scale": accumulator,
+        **dict.fromkeys(("row_weights", "column_weights"), pairs.Weights(*[accumulator] * 2)),
+    }
+
+
+def _accumulator(configuration: Configuration) -> str:
+    return "*fp64" if configuration.dtype == torch.float64 else "*fp32"
 
 
 def _nvidia_usage(kernel: Any) -> tuple[int, int, list[str]]:
@@ -524,7 +458,7 @@ def table() -> list[dict[str, Any]]:
 
 
 def faults(rows: list[dict[str, Any]]) -> list[str]:
-    """What must not be: a spill of more than a register or two, or too much shared memory."""
+    """Configurations that spill more than is allowed, or take too much shared memory."""
     return [
         f"{row['kernel']} {row['dtype']} {row['precision']} {row['kind']} {row['layout']} on "
         f"{row['target']}: {row['spilled_bytes']} bytes spilled, "
@@ -541,15 +475,13 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; fail on a fault")
     check = parser.parse_args().check
     rows = table()
-    writer = csv.DictWriter(sys.stdout, fieldnames=rows[0])
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
+    print(text.getvalue(), end="")
     if not check:
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        with RESULTS.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        RESULTS.write_text(text.getvalue())
     found = faults(rows)
     print(*found, f"{len(rows)} compiled, {len(found)} at fault", sep="\n", file=sys.stderr)
     return 1 if check and found else 0

@@ -111,6 +111,6 @@ def _moment(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def _panel(x: Tensor) -> int:
-    """How many rows are taken at once; a class that has no moment matrix is one panel."""
+    """Rows taken at once; a class without a moment matrix fits into one panel."""
     d = x.shape[1]
     return max(d, _PANEL_ELEMENTS // d)

@@ -29,7 +29,7 @@ Serve = Callable[[Connection, str, str], None]
 class Lost(NamedTuple):
     """A job that took its process with it: the provider at work ("": none), and why.
 
-    mode: the one that the provider failed in, where it may be measured in the other.
+    mode: the mode that failed, where the provider may be measured in the other.
     """
 
     provider: str
@@ -52,7 +52,7 @@ class Worker:
         self._log = Path(self._folder.name) / "worker.log"
 
     def run(self, job: Job) -> list[Row] | Lost:
-        """The job's rows, or what was lost; after that the next job gets a fresh process."""
+        """The job's rows, or what was lost; after a loss the next job gets a fresh process."""
         connection = self._start()
         connection.send(job)
         provider, limit, since = "", _PROBLEM_LIMIT_S, time.monotonic()
@@ -124,7 +124,7 @@ def _serve(connection: Connection, log: str, device: str) -> None:
 
 
 def _limit_memory() -> None:
-    """Let an allocation beyond the machine's free memory fail, instead of the whole machine."""
+    """Make an allocation beyond the machine's free memory fail, not the machine."""
     if sys.platform != "linux":
         return
     import resource

@@ -115,7 +115,7 @@ def test_sanitizers_look_at_the_kernels_of_the_path():
         text = "".join(path.read_text() for path in ROOT.glob(source))
         found = re.findall(before + r"\b([a-z]\w+)\(", text)
         assert set(gpu_steps.KERNELS[impl]) == set(found)
-        for command in gpu_steps._sanitized("python", "cuda", impl):
+        for command in gpu_steps.Commands("python", "cuda", ROOT).sanitized(impl):
             given = [a for a in command.arguments if a.startswith("kns=")]
             assert given == [f"kns={name}" for name in gpu_steps.KERNELS[impl]]
 

@@ -132,7 +132,6 @@ def test_products_and_bytes_are_counted():
         (s * 2).sum()
     assert operations.flops == 2 * 6 * 6 * 5 + 36 + 36
     assert operations.bytes == 4 * ((30 + 30 + 36) + (36 + 36) + (36 + 1))
-    assert not operations.opaque
 
 
 def test_moving_rows_counts_the_rows_that_move():
@@ -143,13 +142,6 @@ def test_moving_rows_counts_the_rows_that_move():
         home.index_copy_(0, chosen, panel)
     assert operations.flops == 0
     assert operations.bytes == 2 * 2 * panel.nbytes
-
-
-def test_opaque_operators_are_named():
-    x = torch.randn(20, 4, requires_grad=True)
-    with counting.Operations() as operations:
-        bstriplet_loss(x, torch.arange(20) % 2, impl="gram")
-    assert any("bstriplet" in name for name in operations.opaque)
 
 
 def test_peak_memory_is_the_peak_and_not_the_sum():

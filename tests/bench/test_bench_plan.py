@@ -1,5 +1,6 @@
 """The plan's constants, as they are fitted and as rows of results judge them."""
 
+import math
 import random
 from dataclasses import replace
 from functools import partial
@@ -55,6 +56,23 @@ def gpu_rows(noise, seed=0):
     return rows
 
 
+def planned_choices(rows, kind):
+    """The time of what the plan takes today over the fastest path's, for each point of the grid.
+
+    kind: of device. The plan chooses among what was timed there; infinite where a schedule that it
+    takes has no time. With each ratio a row of the point.
+    """
+    ratios = []
+    for first, *others in targets.points(rows):
+        times = {row.path: row.ms for row in (first, *others) if row.provider != targets.OURS}
+        takers = tuple(path for path in PATHS if any(name.split()[0] == path for name in times))
+        work = plan.Work(first.n, None, first.d, DTYPES[first.dtype], device=kind)
+        path = plan.fastest(takers, work)
+        chosen = PATHS[path].cost(work, [first.n // first.c] * first.c).schedule or path
+        ratios.append((times.get(chosen, math.inf) / min(times.values()), first))
+    return ratios
+
+
 @pytest.fixture
 def fitted(tmp_path, monkeypatch):
     """The constants of a module that was written from such rows, in force."""
@@ -98,7 +116,7 @@ def test_launches_have_a_constant_where_they_vary():
 
 
 def test_the_plan_follows_the_constants_of_a_gpu(fitted):
-    choices = targets.planned_choices(gpu_rows(0), "cuda")
+    choices = planned_choices(gpu_rows(0), "cuda")
     assert len(choices) == len(suites("cuda")["crossover"].cases)
     assert max(choices, key=lambda found: found[0])[0] <= MOST  # for three classes, it assumes
     chosen = set()
@@ -138,7 +156,7 @@ def test_no_committed_choice_is_far_from_the_fastest(monkeypatch, folder):
     """By the committed constants, on the devices that they are of and on others; all is built."""
     monkeypatch.setattr(native, "missing", lambda: None)
     rows = table.read(folder / "crossover.csv")
-    choices = targets.planned_choices(rows, folder.name.split("-")[0])
+    choices = planned_choices(rows, folder.name.split("-")[0])
     assert len(choices) == len({(row.n, row.d, row.c, row.dtype) for row in rows})
     ratio, row = max(choices, key=lambda found: found[0])
     assert ratio <= MOST, f"{ratio:.2f} x the fastest at N = {row.n}, D = {row.d}, {row.dtype}"

@@ -56,21 +56,20 @@ def test_targets_are_judged(made_up_rows):
     growth = found["N = 262,144, D = 128, C = 10", "time, over that of half the rows"]
     assert growth.figure == pytest.approx(3)
     assert growth.is_met is False
-    worst, row = targets.worst_choice(made_up_rows)
-    assert worst == pytest.approx(1)
-    assert row.provider == "auto"
-    assert targets.mean_choice(made_up_rows) == pytest.approx(1)
+    choices = targets.choices(made_up_rows)
+    assert [ratio for ratio, _ in choices] == pytest.approx([1] * 60)
+    assert {row.provider for _, row in choices} == {"auto"}
+    assert found["60 points (N, D, C)", "auto over the best single path, at worst"].is_met
 
 
 def test_the_worst_choice_is_of_the_whole_grid(made_up_rows):
     partly = [row for row in made_up_rows if row.suite != "crossover" or row.n < 100]
     (grid,) = (v for v in targets.verdicts(partly) if "single path" in v.claim)
-    assert targets.worst_choice(partly) is not None
+    assert targets.choices(partly)
     assert grid.figure is None
 
 
 def test_a_part_of_a_suite_is_never_taken_for_the_whole(folder, monkeypatch):
-    monkeypatch.setattr(readme, "README", folder.parent / "README.md")
     whole = table.read(folder / "paper.csv")
     table.write(table.partial(folder / "paper.csv"), whole[:3])
     assert len([r for r in table.read_device(folder) if r.suite == "paper"]) == len(whole)
@@ -80,7 +79,7 @@ def test_a_part_of_a_suite_is_never_taken_for_the_whole(folder, monkeypatch):
         rows = table.read_device(folder)
     assert len([row for row in rows if row.suite == "paper"]) == 3
     with pytest.warns(UserWarning, match="not complete"):
-        texts = readme.page(folder), readme.section(folder.parent)
+        texts = readme.page(folder), readme.targets_page(folder.parent)
     assert all("**not complete: paper**" in text for text in texts)
     titles = []
     save = figures.Figure.savefig
@@ -95,7 +94,7 @@ def test_a_part_of_a_suite_is_never_taken_for_the_whole(folder, monkeypatch):
 
 def test_a_target_that_was_not_measured_is_not_met_by_silence():
     assert {v.is_met for v in targets.verdicts([])} == {None}
-    assert targets.worst_choice([]) is None
+    assert targets.choices([]) == []
 
 
 def test_gpu_targets_look_at_both_modes(made_up_rows):
@@ -109,20 +108,61 @@ def test_gpu_targets_look_at_both_modes(made_up_rows):
     ].figure > 0
 
 
-def test_section_sets_devices_side_by_side(folder, monkeypatch):
-    monkeypatch.setattr(readme, "README", folder.parent / "README.md")
-    text = readme.section(folder.parent)
+def test_targets_set_devices_side_by_side(folder, monkeypatch):
+    monkeypatch.setattr(readme, "TARGETS", folder.parent / "TARGETS.md")
+    text = readme.targets_page(folder.parent)
     assert "- [test machine](cpu-test/README.md): " in text
     assert "| N = 36, D = 1,280, C = 3 | times faster than the naive form | >= 5 | 8 |" in text
     assert ": missed**" in text
+    assert "\n- products of pairs: " in text
     for path in folder.glob("*.csv"):
         rows = [replace(row, device="second machine") for row in table.read(path)]
         table.write(folder.parent / "cpu-test-2" / path.name, rows)
-    text = readme.section(folder.parent)
+    text = readme.targets_page(folder.parent)
     assert "- [second machine](cpu-test-2/README.md): " in text
     assert "| work | figure | target | test machine | second machine |" in text
     assert "| N = 36, D = 1,280, C = 3 | times faster than the naive form | >= 5 | 8 | 8 |" in text
-    assert "|  | test machine | second machine |" in text
+
+
+def test_section_has_five_sizes_and_a_column_pair_for_each_gpu(folder, monkeypatch):
+    monkeypatch.setattr(readme, "README", folder.parent / "README.md")
+    for path in folder.glob("*.csv"):
+        rows = [replace(row, device="test GPU") for row in table.read(path) if row.n < 1 << 20]
+        table.write(folder.parent / "cuda-test" / path.name, rows)
+    refused = [
+        replace(row, status="out of memory at N = 131072", p50_ms=None, peak_bytes=None)
+        if (row.provider, row.n) == ("naive", 1 << 20) else row
+        for row in table.read(folder / "sweep.csv")
+    ]  # fmt: skip
+    table.write(folder / "sweep.csv", refused)
+    text = readme.section(folder.parent)
+    assert "missed" not in text
+    assert "**" not in text
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + 5
+    head, paper, million = (lines[i].strip("| ").split(" | ") for i in (0, 2, -1))
+    assert head[6:] == ["test GPU", "test GPU, naive"]
+    assert "on test machine, and in the last columns on test GPU." in text
+    assert paper == [
+        "36, 1,280, 3", "55 µs", "440 µs", "220 µs", "180 KiB", "180 KiB", "55 µs", "440 µs"
+    ]  # fmt: skip
+    assert million[2] == "does not fit"
+    assert million[5:] == ["does not fit", "-", "-"]
+    found = readme.step_shares(table.read_device(folder))
+    ours = [100 * share for _, share, _ in found]
+    assert f"{min(ours):.2f} % (`" in text
+    assert f"{max(ours):.2f} % (`" in text
+
+
+def test_a_reader_is_not_told_that_liger_has_an_infonce(folder):
+    rows = [replace(row, provider="Liger InfoNCE", status=table.OK, p50_ms=1e-3, p20_ms=1e-3,
+                    p80_ms=1e-3) if row.group == "peer" else row
+            for row in table.read(folder / "paper.csv")]  # fmt: skip
+    table.write(folder / "paper.csv", rows)
+    text = readme.page(folder)
+    assert "| InfoNCE by Liger's linear cross entropy | " in text
+    assert "\n- InfoNCE by Liger's linear cross entropy: built here" in text
+    assert "Liger InfoNCE" not in text
 
 
 def test_page_has_one_devices_tables_and_links_its_files(folder):
@@ -146,6 +186,7 @@ def test_check_fails_when_the_readme_differs(folder, tmp_path, monkeypatch, caps
     page.parent.mkdir()
     page.write_text(f"# Title\n\n{readme.START}\nold\n{readme.END}\n\ntail\n")
     monkeypatch.setattr(readme, "README", page)
+    monkeypatch.setattr(readme, "TARGETS", tmp_path / "TARGETS.md")
     monkeypatch.setattr(readme, "RESULTS", folder.parent)
     assert readme.main(["--check"]) == 1
     assert "old" in page.read_text()
@@ -155,6 +196,10 @@ def test_check_fails_when_the_readme_differs(folder, tmp_path, monkeypatch, caps
     (folder / "README.md").write_text("other")
     assert readme.main(["--check"]) == 1
     assert str(folder / "README.md") in capsys.readouterr().err
+    assert readme.main([]) == 0
+    (tmp_path / "TARGETS.md").write_text("other")
+    assert readme.main(["--check"]) == 1
+    assert str(tmp_path / "TARGETS.md") in capsys.readouterr().err
     assert readme.main([]) == 0
     text = page.read_text()
     assert text.startswith("# Title\n\n")
@@ -168,7 +213,7 @@ def test_check_fails_when_the_readme_differs(folder, tmp_path, monkeypatch, caps
     ("ms", "text"), [(0.0123, "12.3 µs"), (0.5, "500 µs"), (2.345, "2.35 ms"), (61000, "61 s")]
 )
 def test_times_have_three_digits(ms, text):
-    assert figures.milliseconds(ms) == text
+    assert table.milliseconds(ms) == text
 
 
 def test_calibration_finds_the_constants_that_made_the_rows(made_up_rows):

@@ -610,18 +610,3 @@ def test_the_default_shufflenet_is_table_1s() -> None:
         "shufflenet_v2",
         *(f"shufflenet_v2_{width}" for width in WIDTHS),
     }
-
-
-def test_the_counts_beside_table_1_are_those_on_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2]))
-    from bench import backbone_complexity
-
-    assert backbone_complexity.main(["--check"]) == 0
-
-
-def test_the_keras_networks_have_the_parameters_of_table_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2]))
-    from bench import backbone_complexity as bench
-
-    assert round(bench.keras_mobilenet().parameters / 1e6, 2) == 3.04
-    assert round(bench.keras_shufflenet().parameters / 1e6, 2) == 4.02

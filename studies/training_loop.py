@@ -1,10 +1,11 @@
-"""Images a second of the harness's training loop beside a plain one, in the style of timm's.
+"""Images a second of the harness's training loop and of a plain loop in the style of timm's.
 
-    python -m bench.training_loop [--backbone NAME ...] [--steps 20] [--rounds 5]
+    python -m studies.training_loop [--backbone NAME ...] [--steps 20] [--rounds 5]
 
-Batches of 36 images of 128 x 128, CE + BST, Adam, the same network. The plain loop is a DataLoader
-of decoded tensors, a float conversion, the loss, backward, step, and a meter that reads the loss in
-every step. Epochs of `steps` batches take turns in one process, after one that is not counted.
+Both train the same network with CE + BST and Adam on batches of 36 images of 128 x 128. The plain
+loop takes decoded tensors from a DataLoader, converts them to float and reads the loss in every
+step. The loops take turns in one process, an epoch of `steps` batches each; the first turn is a
+warm-up.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ from statistics import quantiles
 import numpy as np
 import timm
 import torch
-from bstriplet import cuda_graph
 from bstriplet.config import TrainConfig
 from bstriplet.data.dataset import Task, load_dataset, split_dataset
 from bstriplet.storage import write_atomic
 from bstriplet.study.statistics import to_csv
+from bstriplet.training import cuda_graph
 from bstriplet.training.batches import Feed
 from bstriplet.training.evaluation import choose_device
 from bstriplet.training.learner import Learner
-from bstriplet.training.loop import Step, Tally, seed_everything, uses_cuda_graph
+from bstriplet.training.seeds import seed_everything
+from bstriplet.training.step import Tally, TrainingStep, uses_cuda_graph
 from torch.utils.data import DataLoader, TensorDataset
 
+from bench.machine import commit, device_name, device_slug, versions
 from bstriplet_kernels import CrossEntropyBSTripletLoss
 
-from .machine import commit, device_name, device_slug, versions
-from .table import RESULTS
-
+RESULTS = Path(__file__).parent / "results" / "training_loop"
 FIELDS = (
     *("loop", "backbone", "batch_size", "image_size", "images", "p20_images_s", "p50_images_s"),
     *("p80_images_s", "rounds", "threads", "device", "commit", "versions"),
@@ -47,8 +48,8 @@ def harness(config: TrainConfig, task: Task, device: torch.device) -> Epoch:
     seed_everything(0)
     learner, tally = Learner(config, task, device), Tally(config, task, device)
     feed = Feed(config, task.train, device)
-    step: cuda_graph.Step = Step(learner, tally)
-    if uses_cuda_graph(config, learner):
+    step: cuda_graph.Step = TrainingStep(learner, tally)
+    if uses_cuda_graph(learner):
         step = cuda_graph.GraphedStep(step, learner.optimiser, config.batch_size)
 
     def epoch() -> None:
@@ -64,7 +65,7 @@ def harness(config: TrainConfig, task: Task, device: torch.device) -> Epoch:
 
 
 def plain(config: TrainConfig, task: Task, device: torch.device) -> Epoch:
-    """An epoch as one writes it with timm and a DataLoader."""
+    """An epoch of a hand-written loop around timm and a DataLoader."""
     seed_everything(0)
     images, labels = task.train.batch(range(len(task.train)))
     loader = DataLoader(
@@ -99,7 +100,7 @@ def plain(config: TrainConfig, task: Task, device: torch.device) -> Epoch:
 
 
 def some_images(config: TrainConfig, steps: int) -> Task:
-    """Digits, as many as ``steps`` full batches train on."""
+    """Digits, with as many training images as ``steps`` full batches need."""
     task = split_dataset(load_dataset(config.data, config.image_size), config)
     return replace(task, train=task.train.take(np.arange(steps * config.batch_size)))
 
@@ -107,7 +108,7 @@ def some_images(config: TrainConfig, steps: int) -> Task:
 def images_per_second(
     config: TrainConfig, device: torch.device, steps: int, rounds: int
 ) -> dict[str, list[float]]:
-    """Of each loop, round for round."""
+    """The rates of each loop by name, one a round."""
     task = some_images(config, steps)
     loops = {
         "harness": harness(config, task, device),
@@ -130,7 +131,7 @@ def images_per_second(
 def rows_of(
     config: TrainConfig, device: torch.device, rates: dict[str, list[float]], images: int
 ) -> list[dict[str, object]]:
-    """A row for each loop; prints it."""
+    """Print and return a row for each loop."""
     shared = {
         "backbone": config.backbone,
         "batch_size": config.batch_size,
@@ -138,7 +139,7 @@ def rows_of(
         "images": images,
         "threads": torch.get_num_threads(),
         "device": device_name(device.type),
-        "commit": commit(),
+        "commit": commit("python", "studies"),
         "versions": versions(),
     }
     rows: list[dict[str, object]] = []
@@ -153,15 +154,15 @@ def rows_of(
 
 
 def main() -> None:
-    """Measure and write the rows, all of them after each backbone."""
+    """Measure each backbone; write the file anew after each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backbone", nargs="+", default=["mobilenetv3_small_100"])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--results", type=Path, default=Path(RESULTS))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV")
     options = parser.parse_args()
     device, rows = choose_device("auto"), list[dict[str, object]]()
-    path = options.results / "training_loop" / f"{device_slug(device.type)}.csv"
+    path = options.results / f"{device_slug(device.type)}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     for backbone in options.backbone:
         config = TrainConfig(backbone=backbone, image_size=128, loss="ce+bst")

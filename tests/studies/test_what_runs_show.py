@@ -7,7 +7,7 @@ import pytest
 from digit_runs import write_comparison
 from scipy.stats import ttest_1samp
 
-from bench import what_runs_show
+from studies import what_runs_show
 
 
 def test_a_row_a_run_and_a_paired_test(tmp_path, capsys):

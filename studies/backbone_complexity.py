@@ -1,14 +1,14 @@
 """Parameters and FLOPs of the four backbones beside the paper's Table 1, differences explained.
 
-python bench/backbone_complexity.py           print the table and write its CSV
-python bench/backbone_complexity.py --check   print it, write nothing, fail where the CSV differs
+    python -m studies.backbone_complexity           print the table and write its CSV
+    python -m studies.backbone_complexity --check   print it, write nothing, fail if the CSV differs
 
 Images are 128 x 128 x 1, classes three, batch norm as in inference. Parameters are counted as Keras
-does: with the running mean and variance of every batch norm. `flops` are 2 for each multiply-add of
-convolutions and linear layers; `map_elements` are the numbers that the convolutions write. What a
-batch norm, a bias and an activation cost is not in `flops`; the paper does not say how it counts
-them, so `pointwise_to_match` tells how many operations a map element would make up the difference
-to Table 1. Keras' networks are given as their lists of layers, whose counts are exact.
+does: with the running mean and variance of every batch norm. `flops` counts 2 for each multiply-add
+of convolutions and linear layers. Batch norm, bias and activation count nothing, because the paper
+does not say how it counts them. `map_elements` are the numbers that the convolutions write.
+`pointwise_to_match` is the number of operations for each of them that would make up the difference
+to Table 1. A Keras network is written down as its list of layers, which gives exact counts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 
-import bstriplet.models.classifier  # noqa: F401  (registers ShuffleNet-V2 and PeleeNet)
+import bstriplet.models  # noqa: F401  (registers ShuffleNet-V2 and PeleeNet)
 import timm
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ SIZE, CHANNELS, CLASSES = 128, 1, 3
 
 @dataclass(frozen=True)
 class Count:
-    """parameters as Keras counts them, FLOPs of the products, elements that convolutions write."""
+    """Parameters as Keras counts them, FLOPs of the products, elements that convolutions write."""
 
     parameters: int
     flops: int
@@ -58,7 +58,7 @@ PELEENET = Printed("PeleeNet", 2.11, 323)
 
 @dataclass(frozen=True)
 class Row:
-    """One network that we can build or count, beside its column of Table 1."""
+    """One network that we build or count, beside its column of Table 1."""
 
     network: str
     variant: str

@@ -1,11 +1,11 @@
-"""What compare folders show beside accuracy: a row a run, and a paired test of each scheme.
+"""A row for each run of compare folders, and a paired test of each scheme against cross entropy.
 
-    python -m bench.what_runs_show FOLDER... --out bench/results/table3/runs.csv
+    python -m studies.what_runs_show FOLDER... --out studies/results/table3/runs.csv
 
-Of each finished run: accuracy and AUC on the test images, accuracy on the validation images in the
-epoch that was kept, the metric term of the training loss in its first and last epoch, and of the
-training images' embeddings the share of negative cosines and the mean square of the cosines,
-within classes and between them (Eq. 3's two means, over all pairs).
+A row has accuracy, specificity and AUC on the test images; accuracy on the validation images in the
+epoch that was kept; the metric term of the training loss in the first and the last epoch. It also
+has two figures of the training images' embeddings, each within classes and between them: the share
+of negative cosines, and the mean square of the cosines (Eq. 3's two means over all pairs).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from bstriplet.storage import write_text
-from bstriplet.study.read_runs import Embeddings, Run, read
+from bstriplet.study.read_runs import Embeddings, Run, read_comparison
 from bstriplet.study.statistics import p_value, paired_test, to_csv
 
 BASELINE = "ce:random"
@@ -25,7 +25,7 @@ TESTED = ("accuracy", "auc", "specificity", "validation_accuracy")
 
 
 def row_of(run: Run) -> dict[str, Any]:
-    """The row of a finished run."""
+    """The row of one finished run."""
     kept = run.log[run.metrics["best_epoch"] - 1]
     measures = ("accuracy", "specificity", "auc", "best_epoch")
     return {
@@ -54,7 +54,7 @@ def _cosines(embeddings: Embeddings) -> dict[str, float]:
 
 
 def tests(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for each scheme and measure: mean difference to cross entropy and its p-value."""
+    """A line for each scheme and measure: the mean difference to cross entropy and its p-value."""
     by_scheme: dict[str, dict[tuple[str, int], dict[str, Any]]] = defaultdict(dict)
     for row in rows:
         by_scheme[row["scheme"]][row["backbone"], row["seed"]] = row
@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
-    runs = [run for folder in options.folders for run in read(folder).finished]
+    runs = [run for folder in options.folders for run in read_comparison(folder).finished]
     if not runs:
         raise SystemExit(f"no finished run in {', '.join(map(str, options.folders))}")
     rows = sorted(

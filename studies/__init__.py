@@ -1,0 +1,1 @@
+"""Studies that train networks or count backbones; `bench` measures the loss alone."""
