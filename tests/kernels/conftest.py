@@ -3,10 +3,15 @@
 import os
 
 import pytest
+import quick_interpreter
 import torch
 from hypothesis import HealthCheck, settings
 
 from bstriplet_kernels import available_impls
+from bstriplet_kernels.paths import gpu
+
+if gpu.interpreted():
+    quick_interpreter.install()
 
 settings.register_profile(
     "kernels",

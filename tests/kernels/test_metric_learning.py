@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import Formula, batch, plain_loss
-from test_distributed import on_ranks, shards
+from ranks import on_ranks, shards
 
 import bstriplet_kernels
 from bstriplet_kernels import available_impls, bstriplet_loss
