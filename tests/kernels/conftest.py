@@ -1,5 +1,6 @@
 """Poisoned memory, repeatable property tests, and every `impl` that can run here as a fixture."""
 
+import dataclasses
 import os
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import HealthCheck, settings
 
 from bstriplet_kernels import available_impls
 from bstriplet_kernels.paths import gpu
+from bstriplet_kernels.paths.triton import blocks, pairs
 
 if gpu.interpreted():
     quick_interpreter.install()
@@ -32,6 +34,20 @@ def pytest_collection_modifyitems(items):
 def impl(request):
     """The name of one path; a path joins every test that asks for this as soon as it can run."""
     return request.param
+
+
+@pytest.fixture
+def brief_kernels(monkeypatch):
+    """For tests of what surrounds kernels: the interpreter takes fewer programs and checks.
+
+    One program prepares all rows in place of 16, and no integer is checked for overflow.
+    """
+    if gpu.interpreted() and "triton" in available_impls():
+        from triton.runtime.interpreter import interpreter_builder
+
+        unchecked = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
+        monkeypatch.setattr(interpreter_builder, "options", unchecked)
+        monkeypatch.setattr(pairs, "PREPARED", blocks.ROWS)
 
 
 @pytest.fixture(autouse=True)

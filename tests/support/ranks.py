@@ -27,8 +27,12 @@ def run_rank(rank, world, meeting, body, failures):
 
 
 def on_ranks(body, world=2):
-    """Run `body(rank, world)` in that many processes; their failures fail the test."""
-    context = mp.get_context("spawn")
+    """Run `body(rank, world)` in that many processes; their failures fail the test.
+
+    They are forks of a server that has imported torch, which takes seconds, and started nothing.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "torch._dynamo", body.__module__])
     failures = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         meeting = str(Path(folder) / "store")
