@@ -1,6 +1,5 @@
 """Poisoned memory, repeatable property tests, and every `impl` that can run here as a fixture."""
 
-import dataclasses
 import os
 
 import pytest
@@ -38,15 +37,8 @@ def impl(request):
 
 @pytest.fixture
 def brief_kernels(monkeypatch):
-    """For tests of what surrounds kernels: the interpreter takes fewer programs and checks.
-
-    One program prepares all rows in place of 16, and no integer is checked for overflow.
-    """
-    if gpu.interpreted() and "triton" in available_impls():
-        from triton.runtime.interpreter import interpreter_builder
-
-        unchecked = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
-        monkeypatch.setattr(interpreter_builder, "options", unchecked)
+    """For tests of what surrounds kernels: one program prepares all rows in place of 16."""
+    if gpu.interpreted():
         monkeypatch.setattr(pairs, "PREPARED", blocks.ROWS)
 
 

@@ -1,5 +1,6 @@
 """Triton's interpreter without what it does again for each call of a function."""
 
+import dataclasses
 import functools
 
 
@@ -7,7 +8,9 @@ def install():
     """Save half of the time of kernels of many programs; they compute the same.
 
     At each launch, and at each call of a device function as `tl.sum`, the interpreter replaces the
-    functions of the language by its own, in 3 ms. Here it does so once, and keeps them.
+    functions of the language by its own, in 3 ms. Here it does so once, and keeps them. It computes
+    for each sum of integers whether it overflows, which it then reports under its option `debug`
+    alone. Here it does not.
     """
     from triton.runtime import interpreter
 
@@ -33,5 +36,7 @@ def install():
             dtypes[dtype.name] = find_dtype(dtype)
         return dtypes[dtype.name]
 
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     interpreter._patch_lang = replace_once
     interpreter._get_np_dtype = dtype_by_name
