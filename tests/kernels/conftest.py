@@ -25,8 +25,13 @@ settings.load_profile("kernels")
 
 
 def pytest_collection_modifyitems(items):
-    """Children that take minutes come first: no worker waits for another's at the end."""
-    items.sort(key=lambda item: "test_in_the_interpreter" not in item.name)
+    """Children of a minute come first, then groups: no worker waits for another's at the end."""
+    items.sort(
+        key=lambda item: (
+            "test_in_the_interpreter" not in item.name,
+            item.get_closest_marker("xdist_group") is None,
+        )
+    )
 
 
 @pytest.fixture(params=available_impls())

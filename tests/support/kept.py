@@ -16,8 +16,8 @@ def kept(request, name, made_of, make):
     """
     digest = hashlib.sha256()
     for part in made_of:
-        content = part.read_bytes() if isinstance(part, Path) else str(part).encode()
-        digest.update(len(content).to_bytes(8, "little") + content)
+        for content in (str(part).encode(), part.read_bytes() if isinstance(part, Path) else b""):
+            digest.update(len(content).to_bytes(8, "little") + content)
     if not hasattr(request.config, "cache"):  # -p no:cacheprovider
         folder = request.getfixturevalue("tmp_path_factory").mktemp(name)
         make(folder)
