@@ -17,6 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import full_disk
 import pytest
 import torch
 from bstriplet.config import TrainConfig
@@ -25,7 +26,6 @@ from bstriplet.errors import UserError
 from bstriplet.training import progress, run_folder
 from bstriplet.training.loop import train
 from bstriplet.training.run_folder import RunFolder, load_checkpoint
-from full_disk import NO_DISK
 from quick import Run, snapshot, tiny_flags
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -335,7 +335,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_continues(
     done = subprocess.run(
         [
             *("unshare", "--user", "--map-root-user", "--mount", sys.executable),
-            *(Path(__file__).with_name("full_disk.py"), tmp_path / "disk", tmp_path / "cut"),
+            *(full_disk.__file__, tmp_path / "disk", tmp_path / "cut"),
             *(str(round(1.5 * checkpoint)), *tiny_flags(epochs=3), "--loss", "ce+bst"),
             *("--batches", "mined"),
         ],
@@ -344,7 +344,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_continues(
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    if done.returncode == NO_DISK:
+    if done.returncode == full_disk.NO_DISK:
         pytest.skip("a disk of its own needs Linux and the right to mount one")
     assert done.returncode == 0, done.stderr
     errors = done.stderr.splitlines()

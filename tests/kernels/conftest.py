@@ -3,10 +3,16 @@
 import os
 
 import pytest
+import quick_interpreter
 import torch
 from hypothesis import HealthCheck, settings
 
 from bstriplet_kernels import available_impls
+from bstriplet_kernels.paths import gpu
+from bstriplet_kernels.paths.triton import blocks, pairs
+
+if gpu.interpreted():
+    quick_interpreter.install()
 
 settings.register_profile(
     "kernels",
@@ -19,14 +25,26 @@ settings.load_profile("kernels")
 
 
 def pytest_collection_modifyitems(items):
-    """Children that take minutes come first: no worker waits for another's at the end."""
-    items.sort(key=lambda item: "test_in_the_interpreter" not in item.name)
+    """Children of a minute come first, then groups: no worker waits for another's at the end."""
+    items.sort(
+        key=lambda item: (
+            "test_in_the_interpreter" not in item.name,
+            item.get_closest_marker("xdist_group") is None,
+        )
+    )
 
 
 @pytest.fixture(params=available_impls())
 def impl(request):
     """The name of one path; a path joins every test that asks for this as soon as it can run."""
     return request.param
+
+
+@pytest.fixture
+def brief_kernels(monkeypatch):
+    """For tests of what surrounds kernels: one program prepares all rows in place of 16."""
+    if gpu.interpreted():
+        monkeypatch.setattr(pairs, "PREPARED", blocks.ROWS)
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from kept import kept, version_of
 
 SOURCES = Path(__file__).parents[2] / "csrc"
-DRIVER = Path(__file__).with_name("baseline_kernels.cpp")
+DRIVER = Path(__file__).parents[1] / "support/baseline_kernels.cpp"
 FLAGS = (
     *("-std=c++17", "-O2", "-static", "-Wall", "-Wno-psabi"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),  # as setup.py has them
@@ -26,15 +27,22 @@ FLAGS = (
     ],
     ids=[platform.machine(), "arrays", "emulated arm64"],
 )
-def test_baseline_kernels_agree_with_loops(tmp_path, compiler, emulator, flags):
+def test_baseline_kernels_agree_with_loops(request, compiler, emulator, flags):
     for tool in filter(None, (compiler, emulator)):
         if shutil.which(tool) is None:
             pytest.skip(f"needs {tool}")
-    program = tmp_path / "driver"
-    sources = map(str, (DRIVER, SOURCES / "kernels/baseline.cpp"))
-    compile_flags = [*FLAGS, *flags, f"-I{SOURCES}"]
-    subprocess.run([compiler, *compile_flags, *sources, "-o", str(program)], check=True)
-    command = [*filter(None, [emulator]), str(program)]
+    compile_flags = [*FLAGS, *flags]
+
+    def compile_driver(folder):
+        sources = DRIVER, SOURCES / "kernels/baseline.cpp"
+        command = [compiler, *compile_flags, f"-I{SOURCES}", *sources, "-o", folder / "driver"]
+        subprocess.run(command, check=True)
+
+    made_of = [Path(__file__), *version_of(compiler), *compile_flags, DRIVER]
+    made_of += sorted(path for path in SOURCES.rglob("*") if path.is_file())
+    name = f"driver_{request.node.callspec.id.replace(' ', '_')}"
+    program = kept(request, name, made_of, compile_driver) / "driver"
+    command = [*filter(None, [emulator]), program]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stdout == "162 comparisons\n"

@@ -11,8 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from launches import Launches, NotRun, Peak, on_fake_gpu
 from oracle import Formula, assert_as_exact_as_plain
-from test_moments_on_gpu import DEVICE, assert_near, runs_here, sized
 from torch._subclasses.fake_tensor import FakeTensorMode
+from triton_device import DEVICE, assert_near, runs_here, sized
 
 from bstriplet_kernels import bstriplet_loss, explain, reference
 from bstriplet_kernels.cost import Work

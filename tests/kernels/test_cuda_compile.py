@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 import setuptools
+from kept import kept, version_of
+
+pytestmark = pytest.mark.xdist_group("cuda_compile")
 
 ROOT = Path(__file__).parents[2]
 CHIPS = ("sm_80", "sm_90", "sm_100")
@@ -31,7 +34,7 @@ def disassembler() -> str | None:
 
 
 @pytest.fixture(scope="module")
-def disassembly(tmp_path_factory):
+def disassembly(request):
     """Runs cuobjdump with options on what nvcc makes of the kernel, with the flags of setup.py."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setuptools, "setup", lambda **_: None)
@@ -41,9 +44,15 @@ def disassembly(tmp_path_factory):
     nvcc, tool = build["nvcc"](), disassembler()
     if nvcc is None or tool is None:
         pytest.skip("needs nvcc and cuobjdump")
-    binary = tmp_path_factory.mktemp("cuda") / "cuda.fatbin"
     source = ROOT / "csrc/cuda/small_batch.cu"
-    subprocess.run([nvcc, *build["NVCC_FLAGS"], "-fatbin", source, "-o", binary], check=True)
+
+    def compile_all(folder: Path) -> None:
+        command = [nvcc, *build["NVCC_FLAGS"], "-fatbin", source, "-o", folder / "cuda.fatbin"]
+        subprocess.run(command, check=True)
+
+    made_of = [Path(__file__), *version_of(nvcc), *build["NVCC_FLAGS"]]
+    made_of += sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
+    binary = kept(request, "cuda", made_of, compile_all) / "cuda.fatbin"
 
     def run(*options: str) -> str:
         return subprocess.run(

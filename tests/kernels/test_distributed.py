@@ -1,63 +1,15 @@
 """The loss of a global batch over processes equals one process's on the concatenated batch."""
 
-import os
-import tempfile
-import traceback
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from oracle import Formula, batch
+from ranks import on_ranks, shards
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bstriplet_kernels import BSTripletLoss, CrossEntropyBSTripletLoss, bstriplet_loss
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
-
-
-def run_rank(rank, world, meeting, body, failures):
-    torch.set_num_threads(1)
-    store = dist.FileStore(meeting, world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    try:
-        body(rank, world)
-    except Exception:
-        failures.put(f"rank {rank}: {traceback.format_exc()}")
-        raise
-    finally:
-        dist.destroy_process_group()
-    # A rank whose body had passed aborted at its end, once. Threads of gloo may still hold tensors,
-    # and releasing one while the interpreter is being finalised can abort the process.
-    os._exit(0)
-
-
-def on_ranks(body, world=2):
-    """Run `body(rank, world)` in that many processes; their failures fail the test."""
-    context = mp.get_context("spawn")
-    failures = context.SimpleQueue()
-    with tempfile.TemporaryDirectory() as folder:
-        meeting = str(Path(folder) / "store")
-        processes = [
-            context.Process(target=run_rank, args=(rank, world, meeting, body, failures))
-            for rank in range(world)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(timeout=120)
-            if process.exitcode is None:
-                process.kill()
-    messages = []
-    while not failures.empty():
-        messages.append(failures.get())
-    assert not messages, "\n".join(messages)
-    assert [process.exitcode for process in processes] == [0] * world
-
-
-def shards(x, labels, sizes):
-    return list(zip(x.split(sizes), labels.split(sizes), strict=True))
 
 
 def equals_one_process(rank, world, splits=((7, 7, 7), (1, 12, 5), (0, 3, 9), (20, 1, 1))):

@@ -1,54 +1,16 @@
 """Programs that went through torch.export: any batch, each by its best path, trained afterwards."""
 
-import copy
-import io
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from exported import Model, exported, train
 from oracle import batch
 
-from bstriplet_kernels import BSTripletLoss, CrossEntropyBSTripletLoss, bstriplet_loss, plan
+from bstriplet_kernels import BSTripletLoss, bstriplet_loss, plan
 from bstriplet_kernels.paths import PATHS
-
-
-class Model(torch.nn.Module):
-    """A backbone with the sum of two losses, of which one must not get lost."""
-
-    def __init__(self, **options):
-        super().__init__()
-        torch.manual_seed(0)
-        self.backbone = torch.nn.Linear(6, 8)
-        self.classifier = torch.nn.Linear(8, 3)
-        self.criterion = CrossEntropyBSTripletLoss(**options)
-
-    def forward(self, x, labels):
-        embeddings = torch.relu(self.backbone(x))
-        return self.criterion(self.classifier(embeddings), embeddings, labels)
-
-
-def exported(model, strict=False, n=36):
-    """The module of an exported copy: shared parameters would hide a gradient that is not there."""
-    dynamic = {0: torch.export.Dim.DYNAMIC}
-    program = torch.export.export(
-        copy.deepcopy(model),
-        batch(n, 6, 3, 0, torch.float32),
-        dynamic_shapes={"x": dynamic, "labels": dynamic},
-        strict=strict,
-    )
-    file = io.BytesIO()
-    torch.export.save(program, file)
-    file.seek(0)
-    return torch.export.load(file).module()
-
-
-def train(model, x, labels):
-    """The loss and the backbone's gradient."""
-    model.zero_grad()
-    loss = model(x, labels)
-    loss.backward()
-    return loss.detach(), model.get_parameter("backbone.weight").grad.clone()
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -94,7 +56,8 @@ def test_a_hundred_thousand_rows_take_linear_memory():
     """In a process of its own with little room: S alone would be 40 GB."""
     script = (
         "import resource, torch\n"
-        "from test_export import Model, batch, exported, train\n"
+        "from exported import Model, exported, train\n"
+        "from oracle import batch\n"
         "program = exported(Model())\n"
         "used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "loss, gradient = train(program, *batch(100_000, 6, 3, 0, torch.float32))\n"
@@ -104,7 +67,7 @@ def test_a_hundred_thousand_rows_take_linear_memory():
     )
     ran = subprocess.run(
         [sys.executable, "-c", script],
-        cwd=__file__.rpartition("/")[0],
+        cwd=Path(__file__).parents[1] / "support",
         capture_output=True,
         text=True,
         check=False,

@@ -1,5 +1,6 @@
 """`Cost.extra_memory` is what is allocated, by every schedule that runs without a GPU."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -13,7 +14,8 @@ from allocations import Case
 
 from bstriplet_kernels.paths import native
 
-HERE = Path(__file__).parent
+pytestmark = pytest.mark.xdist_group("memory")
+SUPPORT = Path(__file__).parents[1] / "support"
 FACTOR = 1.35  # a gradient of half precision that is not counted makes 1.5
 CASES = [
     Case(36, 128, 3),
@@ -104,31 +106,53 @@ def allocator(tmp_path_factory):
     if sys.platform != "linux" or shutil.which("g++") is None:
         pytest.skip("needs Linux and g++")
     library = tmp_path_factory.mktemp("allocator") / "counting_allocator.so"
-    source = HERE / "counting_allocator.cpp"
+    source = SUPPORT / "counting_allocator.cpp"
     subprocess.run(["g++", "-O2", "-fPIC", "-shared", source, "-o", library, "-ldl"], check=True)
     return library
 
 
+@pytest.fixture(scope="module")
+def measured(allocator):
+    """[explained, allocated] of each case of a schedule; one child for all but Triton's."""
+
+    @functools.cache
+    def run(interpreted):
+        chosen = {
+            schedule: cases
+            for schedule, cases in SCHEDULES.items()
+            if missing(schedule) is None and (schedule == "triton") == interpreted
+        }
+        environment = {"LD_PRELOAD": str(allocator), "TRITON_INTERPRET": str(int(interpreted))}
+        ran = subprocess.run(
+            [sys.executable, SUPPORT / "allocations.py"],
+            input=json.dumps(chosen),
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ran.returncode == 0, ran.stderr[-4000:]
+        return json.loads(ran.stdout)
+
+    return lambda schedule: run(schedule == "triton")[schedule]
+
+
+def missing(schedule):
+    """What the schedule lacks here, else None."""
+    if schedule == "triton":
+        return None if importlib.util.find_spec("triton") else "needs Triton"
+    return native.missing() if schedule.endswith("native") else None
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_extra_memory_is_what_is_allocated(schedule, allocator):
-    if schedule.endswith("native") and native.missing() is not None:
-        pytest.skip(native.missing())
-    if schedule == "triton" and importlib.util.find_spec("triton") is None:
-        pytest.skip("needs Triton")
-    cases = SCHEDULES[schedule]
-    ran = subprocess.run(
-        [sys.executable, HERE / "allocations.py", schedule],
-        input=json.dumps(cases),
-        env=os.environ
-        | {"LD_PRELOAD": str(allocator), "TRITON_INTERPRET": str(int(schedule == "triton"))},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr[-4000:]
+def test_extra_memory_is_what_is_allocated(schedule, measured):
+    if missing(schedule) is not None:
+        pytest.skip(missing(schedule))
     wrong = [
         f"{explained:,} explained, {allocated:,} allocated: {schedule} of {case}"
-        for case, (explained, allocated) in zip(cases, json.loads(ran.stdout), strict=True)
+        for case, (explained, allocated) in zip(
+            SCHEDULES[schedule], measured(schedule), strict=True
+        )
         if not allocated / FACTOR <= explained <= allocated * FACTOR
     ]
     assert not wrong, "\n" + "\n".join(wrong)

@@ -1,14 +1,12 @@
 """The loss on pytorch-metric-learning's base class, in that library's own wrappers and reducers."""
 
 import importlib
-import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from oracle import Formula, batch, plain_loss
-from test_distributed import on_ranks, shards
+from ranks import on_ranks, shards
 
 import bstriplet_kernels
 from bstriplet_kernels import available_impls, bstriplet_loss
@@ -417,15 +415,3 @@ def test_without_the_library_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_metric_learning", None)
     with pytest.raises(ImportError, match="pip install pytorch-metric-learning"):
         importlib.import_module("bstriplet_kernels.metric_learning")
-
-
-def test_the_readme_runs():
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (code,) = (
-        block
-        for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-        if "bstriplet_kernels.metric_learning" in block
-    )
-    names = {}
-    exec(code, names)
-    assert names["embeddings"].grad.norm() > 0

@@ -7,15 +7,13 @@ import pytest
 import torch
 from counted import counted_kernels
 from oracle import batch
+from triton_device import interpreted
 
-from bstriplet_kernels import available_impls
 from bstriplet_kernels.paths import gpu
 from bstriplet_kernels.paths.moments import class_sums_on_gpu, on_gpu
 from bstriplet_kernels.spec import LINEAR, Spec, work_of
 
-pytestmark = pytest.mark.skipif(
-    not (gpu.interpreted() and "triton" in available_impls()), reason="needs TRITON_INTERPRET=1"
-)
+pytestmark = interpreted
 FLOAT, HALF = torch.float32, torch.bfloat16
 
 

@@ -9,15 +9,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bstriplet_kernels import BSTripletLoss, bstriplet_loss
 from bstriplet_kernels.paths import PATHS, native
 
+pytestmark = pytest.mark.usefixtures("brief_kernels")
 loss = torch.ops.bstriplet.loss
 loss_gradient = torch.ops.bstriplet.loss_gradient
 needs_native = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 
 
-def problem(with_ref=False, dtype=torch.float64):
-    """Positional arguments: embeddings, labels and, where asked for, reference ones."""
-    x, labels = batch(7, 4, 3, 0, dtype)
-    return (x, labels, *batch(5, 4, 3, 1, dtype)) if with_ref else (x, labels)
+def problem(with_ref=False, dtype=torch.float64, n=7, d=4):
+    """Positional arguments: embeddings, labels and, where asked for, n - 2 reference ones."""
+    x, labels = batch(n, d, 3, 0, dtype)
+    return (x, labels, *batch(n - 2, d, 3, 1, dtype)) if with_ref else (x, labels)
 
 
 @pytest.mark.parametrize("with_ref", [False, True])
@@ -35,7 +36,9 @@ def test_well_formed(impl, with_ref, reduction):
 @pytest.mark.parametrize("with_ref", [False, True])
 @pytest.mark.parametrize("gradient", [False, True])
 def test_every_output_can_be_differentiated(impl, with_ref, gradient):
-    x, labels, *ref = problem(with_ref)
+    x, labels, *ref = problem(with_ref, n=5, d=3)
+    assert len(labels.unique()) < len(labels)  # some rows have a positive, and all a negative
+    assert len(labels.unique()) > 1
     skip_if_refused(impl, x, Formula(), ref[0] if ref else None)
     sides = (x, *ref[:1])
 

@@ -14,6 +14,8 @@ from bstriplet_kernels import BSTripletLoss, CrossEntropyBSTripletLoss, bstriple
 from bstriplet_kernels.checks import make_spec
 from bstriplet_kernels.paths import PATHS
 
+pytestmark = pytest.mark.usefixtures("brief_kernels")
+
 
 class Image(torch.Tensor):
     """As libraries mark what a tensor is of: each with `__torch_function__` as it is inherited."""

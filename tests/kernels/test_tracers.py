@@ -7,6 +7,7 @@ import torch
 import tracers
 from tracers import Case
 
+pytestmark = pytest.mark.usefixtures("brief_kernels")
 ASKED_FOR = (
     *("backward", "grad", "vjp", "jacrev", "jacrev(jacrev)", "vmap(grad)", "grad_and_value"),
     *("jvp", "hessian", "export", "make_fx", "bare operator", "bare operator, grad"),

@@ -17,25 +17,15 @@ import torch
 from launches import Launches, NotRun, on_fake_gpu
 from oracle import TOLERANCE, Formula, assert_as_exact_as_plain, batch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from triton_device import DEVICE, interpreted, on_device, runs_here
 
-from bstriplet_kernels import autograd, available_impls, bstriplet_loss
+from bstriplet_kernels import autograd, bstriplet_loss
 from bstriplet_kernels.cost import Work
 from bstriplet_kernels.paths import PATHS, gpu
 from bstriplet_kernels.paths.triton import blocks, pairs, pairs_cost, small
 from bstriplet_kernels.spec import Spec, work_of
 
 HERE = Path(__file__).parent
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-runs_here = pytest.mark.skipif(
-    "triton" not in available_impls(), reason="needs a GPU or TRITON_INTERPRET=1"
-)
-interpreted = pytest.mark.skipif(
-    not (gpu.interpreted() and "triton" in available_impls()), reason="needs TRITON_INTERPRET=1"
-)
-
-
-def on_device(*tensors):
-    return tuple(t.to(DEVICE) for t in tensors)
 
 
 def gradient_of(x, labels, **options):
@@ -192,8 +182,10 @@ def test_tensor_core_float32_is_as_exact_as_plain_in_one_launch(tensor_cores, n,
 
 
 @interpreted
-@pytest.mark.parametrize(("n", "d"), [(70, 45), (70, 512), (600, 16)])
-@pytest.mark.parametrize("spread", [0.03, 1.0])
+@pytest.mark.parametrize(
+    ("n", "d", "spread"),
+    [(70, 45, 0.03), (70, 45, 1.0), (70, 512, 0.03), (70, 512, 1.0), (600, 16, 0.03)],
+)
 def test_tensor_core_float32_is_as_exact_as_plain(tensor_cores, schedule, n, d, spread):
     assert_as_exact_as_plain("triton", *around_one_direction(n, d, spread), Formula())
     assert tensor_cores == {"FLOAT16"}
@@ -301,7 +293,7 @@ def test_a_tile_of_weights_without_an_active_row_is_not_multiplied(monkeypatch, 
     )
     monkeypatch.setattr(pairs_cost, "by_panels", lambda *shape: True)
     cut = blocks.weight_blocks(blocks.form_of(16, torch.float64, False, torch.device("cpu")))
-    n = 4 * blocks.ROWS
+    n = 2 * blocks.ROWS
     labels = torch.zeros(n, dtype=torch.int64)
     x = torch.zeros(n, 16, dtype=torch.float64)
     x[:, 0] = 1  # one class, one direction: h_i = margin - 1 < 0 for every row
@@ -396,17 +388,18 @@ def test_float16_gradient_survives_a_loss_scale(schedule, n):
 @runs_here
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
-    ("formula", "with_ref"),
+    ("formula", "with_ref", "of_one_panel"),
     [
-        (Formula(), False),
-        (Formula(0.3, "signed_square", "printed", "none"), False),
-        (Formula(0.3, reduction="sum"), True),
-        (Formula(0.9, "signed_square", "printed", "none"), True),
+        (Formula(), False, (150, 90, 133)),
+        (Formula(0.3, "signed_square", "printed", "none"), False, (65, 200, 1)),
+        (Formula(0.3, reduction="sum"), True, (65, 200, 1)),
+        (Formula(0.9, "signed_square", "printed", "none"), True, (150, 90, 133)),
     ],
 )
-@pytest.mark.parametrize(("n", "m", "d"), [(150, 90, 133), (65, 200, 1)])
-@pytest.mark.parametrize("panel_bytes", [1, 1 << 25])
-def test_panels_are_as_exact_as_plain(monkeypatch, dtype, formula, with_ref, n, m, d, panel_bytes):
+@pytest.mark.parametrize("size", [(150, 90, 133), (65, 200, 1)])
+def test_panels_are_as_exact_as_plain(monkeypatch, dtype, formula, with_ref, of_one_panel, size):
+    """Each formula with a panel for all rows in one size, and with the smallest in the other."""
+    (n, m, d), panel_bytes = size, 1 << 25 if size == of_one_panel else 1
     monkeypatch.setattr(pairs_cost, "by_panels", lambda *shape: True)
     monkeypatch.setattr(blocks, "PANEL_BYTES", panel_bytes)
     x, labels = on_device(*batch(n, d, 4, n, dtype))

@@ -3,15 +3,17 @@
 import collections
 import csv
 import inspect
-import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from kept import kept
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.xdist_group("triton_compile")
 ROOT = Path(__file__).parents[2]
 
 
@@ -22,17 +24,26 @@ def compiled_environment():
 
 
 @pytest.fixture(scope="module")
-def resources():
+def resources(request):
     """What bench/triton_resources.py prints; it fails on a spill or too much shared memory."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "bench" / "triton_resources.py", "--check"],
-        env=compiled_environment(),
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr
-    return list(csv.DictReader(io.StringIO(done.stdout)))
+    program = ROOT / "bench" / "triton_resources.py"
+
+    def compile_all(folder):
+        done = subprocess.run(
+            [sys.executable, program, "--check"],
+            env=compiled_environment(),
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        assert done.returncode == 0, done.stderr
+        (folder / "resources.csv").write_text(done.stdout, "utf-8")
+
+    made_of = [Path(__file__), program, *sorted((ROOT / "bstriplet_kernels").rglob("*.py"))]
+    made_of += [triton.__version__, torch.__version__, sys.version]
+    folder = kept(request, "triton_resources", made_of, compile_all)
+    with (folder / "resources.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def test_every_architecture_is_compiled_for(resources):

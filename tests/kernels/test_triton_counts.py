@@ -10,15 +10,13 @@ import pytest
 import torch
 from counted import counted_kernels
 from oracle import batch
+from triton_device import interpreted
 
-from bstriplet_kernels import available_impls
 from bstriplet_kernels.paths import PATHS, gpu
 from bstriplet_kernels.paths.triton import blocks, pairs, pairs_cost
 from bstriplet_kernels.spec import Spec, work_of
 
-pytestmark = pytest.mark.skipif(
-    not (gpu.interpreted() and "triton" in available_impls()), reason="needs TRITON_INTERPRET=1"
-)
+pytestmark = interpreted
 TRITON = PATHS["triton"]
 FLOAT, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float64
 

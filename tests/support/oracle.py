@@ -159,6 +159,14 @@ def batch(n, d, classes, seed, dtype=torch.float64, spread=1.0):
     return x.to(dtype), labels
 
 
+def sized(sizes, d, seed, dtype=torch.float64):
+    """Embeddings in classes of these sizes, shuffled; labels neither dense nor positive."""
+    n = sum(sizes)
+    x, _ = batch(n, d, 3, seed, dtype)
+    labels = torch.repeat_interleave(torch.arange(len(sizes)) * 7 - 11, torch.tensor(sizes))
+    return x, labels[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
+
+
 formulas = st.builds(
     Formula,
     margin=st.sampled_from([0.0, 0.3, 0.9, 1.0]),

@@ -1,4 +1,4 @@
-"""What each trainer draws under the README's lines: the batches of three epochs on every process.
+"""What each trainer draws under the lines of docs/trainers.md: the batches of three epochs on every process.
 
 Run by torchrun, with the name of a function, it writes what that returns into RANK.json.
 """
@@ -56,14 +56,14 @@ def make_sampler(**options: Any) -> GroupBatchSampler:
     return GroupBatchSampler(GROUPS, 10, min_per_group=0, **options)
 
 
-def readme_lines(about: str) -> str:
-    """Return the lines of README.md's block on trainers below the comment that names ``about``."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n([^`]*use_distributed_sampler[^`]*)```", readme)
+def documented_lines(about: str) -> str:
+    """Return the lines of docs/trainers.md below the comment that names ``about``."""
+    page = (Path(__file__).parents[2] / "docs/trainers.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n([^`]*)```", page)
     for part in re.split(r"^(?=# )", block, flags=re.MULTILINE):
         if part.startswith("# ") and about in part.splitlines()[0]:
             return part
-    raise LookupError(f"README.md has no lines on {about}")
+    raise LookupError(f"docs/trainers.md has no lines on {about}")
 
 
 def in_epochs(drawn: Batches, per_epoch: int) -> list[Batches]:
@@ -74,7 +74,7 @@ def in_epochs(drawn: Batches, per_epoch: int) -> list[Batches]:
 def loop() -> list[Batches]:
     """A loop of one's own over a loader that is made before the process group."""
     names: dict[str, Any] = {"sampler": make_sampler(), "data": Numbers(), "DataLoader": DataLoader}
-    exec(readme_lines("loop of your own"), names)
+    exec(documented_lines("loop of your own"), names)
     if "RANK" in os.environ:
         torch.distributed.init_process_group("gloo")
     return [[batch["position"].tolist() for batch in names["loader"]] for _ in range(EPOCHS)]
@@ -87,7 +87,7 @@ def ignite() -> list[Batches]:
     if "RANK" in os.environ:
         torch.distributed.init_process_group("gloo")
     names: dict[str, Any] = {"sampler": make_sampler(), "data": Numbers(), "DataLoader": DataLoader}
-    exec(readme_lines("ignite"), names)
+    exec(documented_lines("ignite"), names)
     drawn: Batches = []
     engine = DeterministicEngine(lambda _, batch: drawn.append(batch["position"].tolist()))
     engine.run(names["loader"], max_epochs=EPOCHS)
@@ -144,7 +144,7 @@ def lightning(
         return L.Trainer(**(standard | readme | options))
 
     names: dict[str, Any] = {"Trainer": made}
-    exec(readme_lines("Lightning"), names)
+    exec(documented_lines("Lightning"), names)
     module = WithLoader() if in_hook else Module()
     names["trainer"].fit(module, None if in_hook else make_loader(), ckpt_path=checkpoint)
     return module.epochs
@@ -160,7 +160,7 @@ def accelerate() -> list[Batches]:
         "data": Numbers(),
         "DataLoader": DataLoader,
     }
-    exec(readme_lines("accelerate"), names)
+    exec(documented_lines("accelerate"), names)
     return [[batch["position"].tolist() for batch in names["loader"]] for _ in range(EPOCHS)]
 
 
@@ -244,7 +244,7 @@ def _hugging_face(
         "DataLoader": DataLoader,
         "Trainer": Trainer,
     }
-    exec(readme_lines("Hugging Face"), names)
+    exec(documented_lines("Hugging Face"), names)
     arguments = TrainingArguments(
         ".",
         num_train_epochs=EPOCHS,
@@ -289,7 +289,7 @@ def metric_learning() -> list[Batches]:
         dataloader_num_workers=0,
     )
     names: dict[str, Any] = {"sampler": make_sampler(), "MetricLossOnly": made}
-    exec(readme_lines("pytorch-metric-learning"), names)
+    exec(documented_lines("pytorch-metric-learning"), names)
     names["trainer"].train(num_epochs=EPOCHS)
     return in_epochs(drawn, len(drawn) // EPOCHS)
 

@@ -1,6 +1,6 @@
 """An H100 that is only a clock: the real loop of a suite runs, its calls take assumed times.
 
-`python tests/bench/simulated_gpu.py [SUITE ...]`, from the repository's root, prints their seconds.
+`python tests/support/simulated_gpu.py [SUITE ...]`, from the root, prints their seconds.
 
 Every number in capitals below is an assumption, no measurement. What is real: the suites, the order
 of the work, examining, planning of turns, rotation, what ends a provider, and the rows. What is

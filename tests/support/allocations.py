@@ -1,15 +1,18 @@
-"""Run as a program under counting_allocator.cpp: [explained, allocated] of each case of a schedule.
+"""Run as a program under counting_allocator.cpp: [explained, allocated] of each case of schedules.
 
-The schedule is the only argument, the cases come as JSON on stdin and the pairs leave on stdout.
+Schedules with their cases come as JSON on stdin, and with the pairs they leave on stdout.
 """
 
+import contextlib
 import ctypes
 import gc
 import json
 import sys
 import threading
 from typing import NamedTuple
+from unittest import mock
 
+import quick_interpreter
 import torch
 
 from bstriplet_kernels import bstriplet_loss
@@ -109,27 +112,44 @@ def similarity_of(schedule):
     return "linear" if schedule == "class_sums" else "square"
 
 
+@contextlib.contextmanager
+def forced(schedule):
+    """Make the schedule the one that runs."""
+    with contextlib.ExitStack() as forces:
+        if schedule == "on_cpu":
+            forces.enter_context(mock.patch.object(native, "missing", return_value="taken away"))
+        if schedule == "anywhere":
+            forces.enter_context(mock.patch.object(moments, "schedule_of", return_value=anywhere))
+        if schedule == "triton":
+            quick_interpreter.install()
+            normalised = collected(pairs._normalised)
+            forces.enter_context(mock.patch.object(pairs, "_normalised", normalised))
+        yield
+
+
+def measured(schedule, cases, allocator):
+    """[explained, allocated] of each case."""
+    with forced(schedule):
+        torch.set_num_threads(1)
+        allocated(schedule, Case(8, 4, 2), allocator)  # what a first call brings along
+        found = []
+        for case in cases:
+            torch.set_num_threads(case.threads)
+            found.append((explained(schedule, case), allocated(schedule, case, allocator)))
+        return found
+
+
 def main():
-    """Force the schedule, then explain and measure."""
+    """Explain and measure, schedule by schedule."""
     allocator = ctypes.CDLL(None)
     allocator.stop_counting.restype = ctypes.c_size_t
     allocator.start_counting()
     torch.empty(1000)
     assert allocator.stop_counting() == 4000, "torch's allocator is not the one that is counted"
-    schedule = sys.argv[1]
-    if schedule == "on_cpu":
-        native.missing = lambda: "taken away"
-    if schedule == "anywhere":
-        moments.schedule_of = lambda *_: anywhere
-    if schedule == "triton":
-        pairs._normalised = collected(pairs._normalised)
-    torch.set_num_threads(1)
-    allocated(schedule, Case(8, 4, 2), allocator)  # what a first call brings along
-    found = []
-    for values in json.load(sys.stdin):
-        case = Case(*values)
-        torch.set_num_threads(case.threads)
-        found.append((explained(schedule, case), allocated(schedule, case, allocator)))
+    found = {
+        schedule: measured(schedule, [Case(*values) for values in cases], allocator)
+        for schedule, cases in json.load(sys.stdin).items()
+    }
     print(json.dumps(found))
 
 

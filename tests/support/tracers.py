@@ -1,6 +1,6 @@
 """Every way of differentiating the loss, under every tracer, for every path: right, or an error.
 
-`python tests/kernels/tracers.py` prints the whole table, with words the part of it in which each
+`python tests/support/tracers.py` prints the whole table, with words the part of it in which each
 word is a transform, mode, path or variant; `test_tracers.py` runs all of it eagerly and a subset in
 which every pair of choices occurs. Truth is the same transform of plain torch, eagerly.
 """

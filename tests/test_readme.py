@@ -1,0 +1,107 @@
+"""The README's code runs as it stands, and its numbers are those of committed files."""
+
+import csv
+import re
+from pathlib import Path
+
+import torch
+from ranks import on_ranks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
+
+from bstriplet_kernels import CrossEntropyBSTripletLoss, bstriplet_loss
+
+ROOT = Path(__file__).parents[1]
+
+
+def block(word):
+    """The block of Python code that has this word."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (found,) = (code for code in blocks if word in code)
+    return found
+
+
+def test_the_first_lines_run():
+    names = {}
+    exec(block("torch.nn.Linear"), names)
+    assert names["embeddings"].grad.norm() > 0
+    assert names["classifier"].weight.grad.norm() > 0
+
+
+def test_the_lines_for_pytorch_metric_learning_run():
+    names = {}
+    exec(block("bstriplet_kernels.metric_learning"), names)
+    assert names["embeddings"].grad.norm() > 0
+
+
+class Network(nn.Module):
+    """Images [N, 4] -> logits [N, 2], embeddings [N, 3]; keeps what it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 3), nn.Linear(3, 2)
+        self.seen = []
+
+    def forward(self, images):
+        self.seen.append(images)
+        embeddings = self.body(images)
+        return self.head(embeddings), embeddings
+
+
+def train_as_the_readme_does(rank, world):
+    """Two epochs over 24 images; then both ranks have the same weights, and shared the images."""
+    torch.manual_seed(0)
+    images, labels = torch.randn(24, 4), torch.arange(24) % 2
+    images[:12] += 10  # two groups of six in each class: no share has to be lifted
+    network = Network()
+    names = {
+        "torch": torch,
+        "DataLoader": DataLoader,
+        "DistributedDataParallel": DistributedDataParallel,
+        "CrossEntropyBSTripletLoss": CrossEntropyBSTripletLoss,
+        "images": images,
+        "labels": labels,
+        "data": TensorDataset(images, labels),
+        "network": network,
+        "optimiser": torch.optim.SGD(network.parameters(), lr=0.1),
+        "epochs": 2,
+    }
+    exec(block("DistributedDataParallel").replace("batch_size=36", "batch_size=6"), names)
+    weights = torch.cat([p.detach().flatten() for p in network.parameters()])
+    of_all = [torch.empty_like(weights) for _ in range(world)]
+    torch.distributed.all_gather(of_all, weights)
+    assert torch.equal(*of_all)
+    assert len(network.seen) == 4
+    seen = [torch.empty(24, 4) for _ in range(world)]
+    torch.distributed.all_gather(seen, torch.cat(network.seen))
+    once = torch.cat([part[:12] for part in seen])
+    assert torch.equal(once.unique(dim=0), images.unique(dim=0))
+    # The last step's loss is that of both ranks' rows.
+    own = names["embeddings"].detach(), names["labels"]
+    rows, targets = torch.empty(2, 6, 3), torch.empty(2, 6, dtype=torch.int64)
+    torch.distributed.all_gather(list(rows), own[0])
+    torch.distributed.all_gather(list(targets), own[1])
+    whole = bstriplet_loss(rows.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(names["criterion"].bstriplet(*own), whole)
+
+
+def test_the_lines_for_several_processes_train_as_one():
+    on_ranks(train_as_the_readme_does)
+
+
+def test_the_demo_s_table_is_that_of_its_files():
+    path = ROOT / "studies/results/demo/summary_by_scheme.csv"
+    text = (ROOT / "README.md").read_text("utf-8")
+    with path.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 2
+    for row in rows:
+        cells = [row["scheme"], row["runs"]]
+        for name, scale, digits in (
+            ("accuracy", 100, 2), ("sensitivity", 100, 2), ("specificity", 100, 2), ("auc", 1, 4),
+        ):  # fmt: skip
+            mean, sd = (scale * float(row[f"{name}_{part}"]) for part in ("mean", "sd"))
+            cells.append(f"{mean:.{digits}f} ± {sd:.{digits}f}")
+        assert f"| {' | '.join(cells)} |" in text
