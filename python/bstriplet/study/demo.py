@@ -1,4 +1,4 @@
-"""The comparison of ``make demo``: few images a class, the setting that the paper is about."""
+"""The experiment of ``make demo``: few images per class, the setting of the paper."""
 
 from bstriplet.config import DIGITS, Scheme, TrainConfig
 from bstriplet.study.compare import Experiment
@@ -8,7 +8,7 @@ SEEDS = (0, 1, 2, 3, 4)
 
 
 def demo_experiment(data: str) -> Experiment:
-    """Return a comparison on ``data`` ("digits" or a folder) that takes minutes on two cores.
+    """Return an experiment on ``data`` ("digits" or a folder) that takes minutes on two cores.
 
     20 images a class train and validate. There is no early stop: with a few steps an epoch, the
     running statistics of batch normalisation lag so far behind that the first validation losses
