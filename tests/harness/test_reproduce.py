@@ -1,4 +1,4 @@
-"""The reproduction of the paper's tables and figures: which runs, shared how, drawn from what."""
+"""The reproduction of the paper's tables and figures: its runs, how targets share and draw them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALL = reproduce.SMALL
 
 
 def as_small(folder: Path, **changes: object) -> Path:
-    """Let the runs of a compare folder say that they trained the paper's small network."""
+    """Change the runs of a compare folder to runs of the paper's small network."""
     for path in folder.glob("runs/*/*/config.json"):
         config = json.loads(path.read_text()) | {"backbone": SMALL} | changes
         path.write_text(json.dumps(config))
@@ -99,7 +99,7 @@ def test_options_take_the_place_of_settings_and_schemes_that_become_one_are_run_
 
 
 def test_a_table_is_drawn_from_compare_folders(finished, tmp_path, bstriplet: Run):
-    # As if the seeds had been shared between two machines.
+    # As after two machines trained half of the seeds each.
     halves = [tmp_path / "a", tmp_path / "b"]
     for half in halves:
         shutil.copytree(finished, half)
