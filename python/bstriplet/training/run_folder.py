@@ -60,7 +60,7 @@ def check_new(path: Path, *, resume: bool = False) -> None:
     ):
         if resume:
             raise UserError(
-                f"{path} has files, but none that this command can continue; choose another --out"
+                f"{path} has files, but none that this command can go on from; choose another --out"
             )
         raise UserError(
             f"output folder {path} already exists; continue it with --resume, or choose another "
