@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _stopped_by_sigterm() -> Iterator[None]:
-    """Stop the command at SIGTERM; a thread cannot set a handler and keeps the caller's."""
+    """Stop the command at SIGTERM; only a main thread can set a handler, others change nothing."""
     before = signal.getsignal(signal.SIGTERM)  # None: not set by Python, which cannot restore it
     ours = before is not None and threading.current_thread() is threading.main_thread()
     if ours:
@@ -92,7 +92,7 @@ def _stopped_by_sigterm() -> Iterator[None]:
 
 @contextmanager
 def _standard_error() -> Iterator[None]:
-    """Open a standard error for progress bars where Windows gives none: without a console."""
+    """Open a standard error for progress bars if there is none, as without a Windows console."""
     if sys.stderr is not None:
         yield
         return

@@ -16,7 +16,7 @@ MEDMNIST = "medmnist:"
 OTHER_LOSS = re.compile(r"ce\+[A-Z].*")  # a class of pytorch-metric-learning
 BATCHES = ("random", "mined")
 IMAGE_SIZE = 128
-MAX_PIXELS = 178_956_970  # where Pillow, by default, takes a file for an attack on memory
+MAX_PIXELS = 178_956_970  # Pillow's default limit, beyond which it raises DecompressionBombError
 DIGITS_IMAGE_SIZE = 32
 
 

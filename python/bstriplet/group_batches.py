@@ -1,7 +1,7 @@
 """The samples of each batch of an epoch, for batches with a fixed share of each group.
 
 Every batch takes from each group its share of the places. Shares are seldom whole numbers: with 2.4
-places per batch, a group gets 2 or 3. To choose the batches that round a group up is the Pfair
+places per batch, a group gets 2 or 3. Choosing the batches that round a group up is the Pfair
 scheduling problem (Baruah, Cohen, Plaxton & Varvel, "Proportionate progress", Algorithmica 15,
 1996). A batch is a time slot; a group is a task, and its weight is the fractional part of its
 share; the places left after every group has its whole part are the processors. The PD² rule
@@ -30,7 +30,7 @@ class GroupBatches:
 
     Args:
         groups, batch_size, mode, min_per_group: the arguments of
-            :class:`bstriplet.sampler.GroupBatchSampler`; the last three are in range.
+            :class:`bstriplet.sampler.GroupBatchSampler`; the last three must be in range.
     """
 
     def __init__(self, groups: ArrayLike, batch_size: int, mode: str, min_per_group: int) -> None:
@@ -153,7 +153,7 @@ def _share(sizes: IntArray, places: int, mode: str, minimum: int) -> _Share:
 
 
 def _pfair_schedule(share: _Share, n_batches: int, rng: np.random.Generator) -> IntArray:
-    """The groups rounded up in each batch: [n_batches, places that rounding all down leaves].
+    """The groups rounded up in each batch: [n_batches, places left if all are rounded down].
 
     The i-th extra sample of a group with fractional share f = e / p may come in batches
     floor((i-1)/f) to ceil(i/f) - 1 (counted from 0), or the group would be a whole sample off. Each

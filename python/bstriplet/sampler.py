@@ -50,9 +50,9 @@ class GroupBatchSampler(BatchSampler):
       has a sample twice only if it needs more samples than the group has.
 
     Length of an epoch. With `mode="proportional"` and `min_per_group=0` every sample comes exactly
-    once. The last batch may then be smaller; with several replicas, the last batch of each, and
-    their sizes differ by one sample at most. The loss needs two samples per replica: if fewer are
-    left, they join the batch before. In all other cases an epoch has
+    once. The last batch may then be smaller. With several replicas, the last batch of each may be,
+    and their sizes differ by at most one sample. The loss needs two samples per replica: if fewer
+    are left, they join the batch before. In all other cases an epoch has
     ceil(N / (batch_size·num_replicas)) full batches per replica, and no sample is left out if no
     group was lifted. Hence `drop_last` is always False.
 
@@ -246,8 +246,8 @@ class GroupBatchSampler(BatchSampler):
 
         Args:
             batches_done: number of batches of the latest pass that this replica has used, including
-                those before a resumption. Default: the number of batches yielded so far. Without
-                workers (`num_workers=0`) both are the same.
+                those before a resumption. Default: the number of batches yielded so far, which is
+                larger if workers read ahead.
         """
         epoch, done = self._epoch, self._position
         if batches_done is not None:

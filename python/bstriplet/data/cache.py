@@ -290,8 +290,8 @@ def _read_file(source: tuple[Path, str], size: int, channels: int | None, max_pi
 def file_digests(paths: Sequence[Path]) -> list[str]:
     """Return the SHA-256 of each file's content; empty for one that cannot be opened.
 
-    Hashes are remembered with size, inode and times of the file; its ctime cannot be forged. So the
-    files are read once, and later only their status is.
+    Hashes are remembered with size, inode and times of the file; its ctime cannot be forged. So
+    each file is read once; later only its status is checked.
     """
     if not paths:
         return []

@@ -243,10 +243,10 @@ def split_dataset(dataset: Dataset, config: TrainConfig) -> Task:
 
     Parts that the data define are kept. A missing part is held out of another one, so that every
     class is in both. Where patients are known, all images of a patient stay on one side of such a
-    split. If a class has too few patients, the split is by image and a note says so;
-    ``split_by="image"`` asks for that. With ``folds``, the data's own parts are ignored: all images
-    are dealt into folds, and one fold is the test part. ``validation="test"`` takes validation
-    images from the test part and leaves them in it, as the paper does.
+    split. It is by image instead if a class has too few patients, which a note says, or with
+    ``split_by="image"``. With ``folds``, the data's own parts are ignored: all images are dealt
+    into folds, and one fold is the test part. ``validation="test"`` takes validation images from
+    the test part and leaves them in it, as the paper does.
     """
     splitter = _Splitter(dataset, config)
     everything = np.arange(len(dataset.images))
@@ -476,7 +476,7 @@ def count_broken(broken: Sequence[str], total: int) -> str:
 
 
 def _reading_notes(listing: Listing, broken: tuple[str, ...], decoded: Decoded) -> tuple[str, ...]:
-    """Return notes that name the left-out files and the images with remarks on how they read."""
+    """Return notes on left-out files and on images that were read with a remark, all by name."""
     names = [listing.name(entry.path) for entry in listing.entries]
     odd = {
         f"images {note}": [names[i] for i in positions] for note, positions in decoded.notes.items()

@@ -134,7 +134,7 @@ def _take_from_groups(header: Any) -> None:
 
 
 def _padding(stored: npt.NDArray[Any], header: Any, note: Note) -> npt.NDArray[np.bool_]:
-    """Return a mask of the padding: one value, or all between two (part 3, C.7.5.1.1.2)."""
+    """Return a mask of the padding: pixels of one value or of a range (part 3, C.7.5.1.1.2)."""
     try:
         values = [header.get(f"PixelPadding{name}") for name in ("Value", "RangeLimit")]
         # A writer may have stored a signed value as an unsigned one; the bits are the same.

@@ -54,7 +54,8 @@ class Found(NamedTuple):
 def list_images(folder: Path) -> Found:
     """Return the image files below ``folder``; links to files and folders are followed.
 
-    Each folder is read once, and no folder that contains ``folder``: links cannot form a loop.
+    Each folder is read once. Folders that contain ``folder`` are not read: links cannot form a
+    loop.
 
     Raises:
         UserError: a folder or a file of unknown kind cannot be opened.

@@ -36,7 +36,7 @@ class Picture(NamedTuple):
 def read_image(
     path: Path, size: int, channels: int | None = None, max_pixels: int = MAX_PIXELS
 ) -> Picture:
-    """Read one image file and return :func:`decode_image` of it, or raise :class:`Unreadable`."""
+    """Return one image file, decoded by :func:`decode_image`, or raise :class:`Unreadable`."""
     return decode_image(read_content(path), size, channels, max_pixels)
 
 

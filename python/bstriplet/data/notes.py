@@ -1,4 +1,4 @@
-"""Notes that count and name images: files that were left out, or remarks on how files read."""
+"""Notes that count and name files which were left out or read with a remark."""
 
 from collections.abc import Callable, Mapping, Sequence
 

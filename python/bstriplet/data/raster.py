@@ -21,12 +21,12 @@ from bstriplet.data.notes import Note
 from bstriplet.data.pixels import Unreadable, check_area, stretch_own_range
 from bstriplet.errors import one_line
 
-SEVERAL = "hold several images or frames, of which the first is taken"
+SEVERAL = "hold several images or frames; the first is taken"
 NOT_TURNED = "have EXIF data that cannot be read and were not turned"
 NO_METADATA = "have metadata that cannot be read; the pixels can"
 ON_WHITE = "are transparent in part and were laid on white"
 OPAQUE = "are transparent everywhere and were read as if they were opaque"
-UPPER_BITS = "have colours of more than 8 bits, of which the upper 8 were taken"
+UPPER_BITS = "have colours of more than 8 bits; the upper 8 were taken"
 MORE_CHANNELS = "have channels beside red, green and blue, which were left out"
 
 _TURNS = {

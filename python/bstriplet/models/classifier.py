@@ -50,7 +50,7 @@ def check_backbone(name: str, image_size: int | None = None) -> None:
 
 @cache
 def _check_logits(backbone: str, image_size: int) -> None:
-    """Raise unless a :class:`Classifier` gives the model's own logits, in both modes."""
+    """Raise unless a :class:`Classifier` gives the model's own logits, training or evaluating."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         model = Classifier(backbone, num_classes=2, channels=3)
         model.backbone.get_classifier().reset_parameters()  # some models start with zeros

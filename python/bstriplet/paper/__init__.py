@@ -140,13 +140,14 @@ def printed_metrics(number: int, backbone: str, loss: str, batches: str = "") ->
 
 
 def inconsistencies() -> list[str]:
-    """The contradictions between printed numbers, one sentence each, in the order of the checks.
+    """The contradictions between printed numbers, one sentence each.
+
+    They come from these checks, in this order:
 
     - Tables 2, 5, 7 and 9 have the right sums.
     - Tables 3 and 4 agree.
     - Accuracies and, for two classes, sensitivities and specificities are quotients of the printed
-      counts.
-    - Some confusion matrix has all printed numbers of a row at once.
+      counts, and some confusion matrix has all printed numbers of a row at once.
     - The means in the text (means.csv) are those of the tables.
     """
     return [*_wrong_sums(), *_table3_against_4(), *_impossible_rows(), *_wrong_means()]

@@ -20,7 +20,7 @@ from bstriplet.study.read_runs import COMPARE, scheme_label
 from bstriplet.training.loop import check_models, train
 from bstriplet.training.run_folder import RunFolder, locked_folder
 
-# The fields that every scheme and seed sets.
+# Fields that the scheme and the seed of each run set.
 VARIED = ("loss", "batches", "seed")
 
 

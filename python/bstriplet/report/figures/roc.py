@@ -96,8 +96,9 @@ def roc_curves(comparison: Comparison) -> Picture:
 def roc(predictions: Predictions, positive: str | None) -> NDArray[np.float64] | None:
     """True positive rate at each false positive rate of `RATES`.
 
-    That of the positive class; if `positive` is None, the mean over the classes. A class is left
-    out if all labels or no labels are of it. None if no class is left.
+    The rate is that of the positive class or, if `positive` is None, the mean over the classes.
+    Classes of which the labels have no members, or nothing else, are left out; None if no class is
+    left.
     """
     curves = []
     for index, name in enumerate(predictions.classes):
