@@ -294,7 +294,7 @@ def _notes(comparison: Comparison, summaries: Sequence[SchemeSummary]) -> list[s
             "AUC are undefined there and left out of the means."
         )
     if comparison.finished and not any(run.mistakes for run in comparison.finished):
-        notes.append("No run has kept images that it misclassified, so none are shown.")
+        notes.append("No run has kept misclassified images: there is no sheet of mistakes.")
     notes.append(
         "Accuracy is the share of images classified right. Eq. 9 of the paper, as printed, also "
         "counts true negatives and would exceed 1 for more than two classes."
