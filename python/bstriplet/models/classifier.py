@@ -162,6 +162,7 @@ class Classifier(nn.Module):
         if features.ndim != 4 or features.shape[1] != self.embedding_size:
             name = self.backbone.pretrained_cfg["architecture"]
             raise UserError(
-                f"--embedding pooled: the features of {name} are no map [N, D, H, W]; use classifier"
+                f"--embedding pooled: the features of {name} are no map [N, D, H, W]; use "
+                "classifier"
             )
         return features.mean(dim=(2, 3))
