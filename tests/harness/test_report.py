@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import shutil
 import warnings
 import xml.etree.ElementTree as ElementTree
@@ -12,7 +13,8 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from bstriplet.config import Scheme
+from bstriplet import cli
+from bstriplet.config import Scheme, given_options
 from bstriplet.errors import UserError
 from bstriplet.report import figures
 from bstriplet.report import page as report
@@ -425,6 +427,14 @@ def test_a_single_run_has_a_report(finished, tmp_path):
     assert len(page.alternatives) == 4 + 2 + 2
     assert "bstriplet train --backbone mlp --loss ce+bst --batches mined --seed 1" in text
     assert "against CE (RS)" not in text
+
+
+def test_the_command_of_a_report_has_options_that_are_switched_on_and_off(tmp_path):
+    write_run(tmp_path / "run", Scheme("ce", "random", channels_last=False, amp=True), 0)
+    command = report._command(read_runs.read_comparison(tmp_path / "run"))
+    assert command.endswith("--amp --no-channels-last")
+    options = cli._parser().parse_args([*shlex.split(command)[1:], "--out", "again"])
+    assert given_options(options) == {"backbone": "mlp", "amp": True, "channels_last": False}
 
 
 def test_a_report_is_replaced_whole_and_leaves_no_other_file(tmp_path, monkeypatch):

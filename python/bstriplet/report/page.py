@@ -322,8 +322,12 @@ def _command(comparison: Comparison) -> str:
         words, varied = ["bstriplet", "train"], set()
     for name, default in defaults.items():
         value = config[name]
-        if value != default and name not in varied:
-            words += [flag(name)] if value is True else [flag(name), str(value)]
+        if value == default or name in varied:
+            continue
+        if isinstance(value, bool):
+            words.append(flag(name) if value else flag(name).replace("--", "--no-", 1))
+        else:
+            words += [flag(name), str(value)]
     return shlex.join(words)
 
 
