@@ -196,11 +196,24 @@ def background(
 
 
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
-    for name in (".last.pt.k3x8", ".metrics.json.9", ".mine.txt", "last.pt"):
+    half = ("last.pt", "metrics.json", "bad_batch.pt", "compare.json", "reproduce.json")
+    for name in (*(f".{name}.k3x8" for name in half), ".mine.txt", "last.pt"):
         (tmp_path / name).write_text("half")
     with run_folder.locked_folder(tmp_path):
         left = {path.name for path in tmp_path.iterdir()}
     assert left - {run_folder.LOCK_FILE} == {".mine.txt", "last.pt"}
+
+
+@pytest.mark.parametrize("name", ["environment", "config", "compare", "reproduce"])
+def test_a_command_that_is_killed_while_it_writes_its_first_file_starts_again(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / f".{name}.json.k3x8").write_text("half")
+    (tmp_path / run_folder.LOCK_FILE).touch()
+    run_folder.check_new(tmp_path, resume=True)
+    (tmp_path / f".{name}.txt").write_text("mine")
+    with pytest.raises(UserError, match="another --out"):
+        run_folder.check_new(tmp_path, resume=True)
 
 
 def test_kill_9_at_20_random_moments_loses_nothing(

@@ -26,9 +26,8 @@ from bstriplet.study.paper_table import Row, csv_text, markdown, table_rows
 from bstriplet.study.read_runs import Comparison, Run, read_runs, refuse_doubles
 from bstriplet.study.statistics import summarise_schemes, verdicts
 from bstriplet.text import printable
-from bstriplet.training.run_folder import check_new, locked_folder
+from bstriplet.training.run_folder import REPRODUCE, check_new, locked_folder
 
-STATE = "reproduce.json"
 SMALL = "mobilenetv3_small_100"
 FEW_SEEDS = 5
 # Fields in which a run must agree with a target, besides its loss and its batches.
@@ -258,10 +257,10 @@ def train_targets(
         _distinct(scheme, config) for target in targets.values() for scheme in target.schemes
     )
     experiment = Experiment(config, tuple(schemes), tuple(range(n_seeds)))
-    if not os.path.exists(out / STATE):
+    if not os.path.exists(out / REPRODUCE):
         check_new(out, resume=True)
     elif difference := describe_difference(
-        config, TrainConfig.from_dict(read_json(out / STATE)["config"])
+        config, TrainConfig.from_dict(read_json(out / REPRODUCE)["config"])
     ):
         raise UserError(
             f"{out} was started with another configuration: {difference}; leave those options as "
@@ -274,8 +273,8 @@ def train_targets(
             of_it = ", ".join(key for key, target in targets.items() if target.data_set == name)
             say(f"note: {of_it}: {_of_other_images(name, config.data, classes)}")
     with locked_folder(out):
-        if not (out / STATE).exists():
-            write_json(out / STATE, {"config": config.to_dict()})
+        if not (out / REPRODUCE).exists():
+            write_json(out / REPRODUCE, {"config": config.to_dict()})
         train_missing(runs, out, say)
 
 

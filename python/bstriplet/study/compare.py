@@ -16,9 +16,9 @@ from bstriplet.data.dataset import Dataset, Task, load_for, split_dataset
 from bstriplet.data.notes import on_screen
 from bstriplet.errors import UserError
 from bstriplet.storage import read_json, write_json
-from bstriplet.study.read_runs import COMPARE, scheme_label
+from bstriplet.study.read_runs import scheme_label
 from bstriplet.training.loop import check_models, train
-from bstriplet.training.run_folder import RunFolder, locked_folder
+from bstriplet.training.run_folder import COMPARE, RunFolder, locked_folder
 
 # Fields that the scheme and the seed of each run set.
 VARIED = ("loss", "batches", "seed")

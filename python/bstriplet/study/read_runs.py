@@ -23,6 +23,7 @@ from bstriplet.loss_registry import BUILT_IN
 from bstriplet.storage import read_json
 from bstriplet.text import decode, printable
 from bstriplet.training.run_folder import (
+    COMPARE,
     CONFIG_FILE,
     EMBEDDINGS_FILE,
     ENVIRONMENT_FILE,
@@ -35,7 +36,6 @@ from bstriplet.training.run_folder import (
 BATCH_NAMES = {"random": "RS", "mined": "DM"}
 SETTING_NAMES = {"metric_weight": "λ", "margin": "m", "backbone": "", "batch_size": "N_b"}
 PROBABILITY = "prob_"
-COMPARE = "compare.json"
 
 
 def scheme_label(scheme: Scheme) -> str:

@@ -27,6 +27,9 @@ EMBEDDINGS_FILE = "embeddings.npz"
 MISTAKES_FILE = "mistakes.npz"
 METRICS_FILE = "metrics.json"
 BAD_BATCH_FILE = "bad_batch.pt"
+# The first files of other folders with runs in them: those of an experiment and of a reproduction.
+COMPARE = "compare.json"
+REPRODUCE = "reproduce.json"
 
 # Files that only the holder of the lock writes. A killed process may leave a half-written one under
 # its temporary name.
@@ -40,10 +43,17 @@ _HELD_FILES = (
     MISTAKES_FILE,
     EMBEDDINGS_FILE,
     METRICS_FILE,
+    BAD_BATCH_FILE,
+    COMPARE,
+    REPRODUCE,
 )
 
-# Files that a run may leave if it is killed before it has written its configuration.
-_FIRST_FILES = (LOCK_FILE, ENVIRONMENT_FILE, f".{ENVIRONMENT_FILE}.", f".{CONFIG_FILE}.")
+# Files that a command may leave if it is killed before it has written its configuration.
+_FIRST_FILES = (
+    LOCK_FILE,
+    ENVIRONMENT_FILE,
+    *(f".{name}." for name in (ENVIRONMENT_FILE, CONFIG_FILE, COMPARE, REPRODUCE)),
+)
 
 
 def check_new(path: Path, *, resume: bool = False) -> None:
