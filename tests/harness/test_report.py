@@ -337,6 +337,13 @@ def test_a_damaged_file_is_named(compare_folder, name, content, words):
         report.write_report(compare_folder)
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", '{"schemes": 3, "seeds": [0]}'])
+def test_a_damaged_list_of_runs_is_no_reason_to_delete_the_runs(compare_folder, content):
+    (compare_folder / "compare.json").write_text(content)
+    with pytest.raises(UserError, match=r"compare\.json cannot be used .*; restore it$"):
+        report.write_report(compare_folder)
+
+
 @pytest.mark.parametrize("name", ["predictions.csv", "embeddings.npz", "mistakes.npz"])
 def test_a_file_that_was_cut_is_named(compare_folder, name):
     path = compare_folder / "runs" / "ce-random" / "seed-0" / name

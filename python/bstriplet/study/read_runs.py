@@ -353,4 +353,6 @@ def _object_if_there(path: Path) -> dict[str, Any]:
 
 
 def _damaged(path: Path, reason: object) -> UserError:
-    return UserError(f"{path} cannot be used ({reason}); delete its folder and run it again")
+    # The folder of compare.json holds all runs, which are not to be deleted.
+    advice = "restore it" if path.name == COMPARE else "delete its folder and run it again"
+    return UserError(f"{path} cannot be used ({reason}); {advice}")
