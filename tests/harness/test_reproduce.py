@@ -16,6 +16,7 @@ from bstriplet.config import Scheme, TrainConfig
 from bstriplet.errors import UserError
 from bstriplet.report import page as report
 from bstriplet.report import reproduce
+from bstriplet.training.run_folder import locked_folder
 from digit_runs import write_comparison, write_run
 from quick import TINY, Run, snapshot, tiny_flags
 from scipy import stats
@@ -328,6 +329,13 @@ def test_what_is_missing_is_trained_once_and_shared(tmp_path, bstriplet: Run):
     other = bstriplet("reproduce", "table3", "--seeds", 1, *flags, "--lr", 0.01)
     assert other.status == 2
     assert "another configuration: lr (0.01 here, 0.001 there)" in other.err
+
+
+def test_a_folder_in_use_is_refused_before_images_are_read(tmp_path, bstriplet: Run):
+    with locked_folder(tmp_path / "out"):
+        outcome = bstriplet("reproduce", "table3", "--data", "no", "--out", tmp_path / "out")
+    assert outcome.status == 2
+    assert "another process is writing" in outcome.err
 
 
 @pytest.mark.parametrize(

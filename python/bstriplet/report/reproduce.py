@@ -26,7 +26,7 @@ from bstriplet.study.paper_table import Row, csv_text, markdown, table_rows
 from bstriplet.study.read_runs import Comparison, Run, read_runs, refuse_doubles
 from bstriplet.study.statistics import summarise_schemes, verdicts
 from bstriplet.text import printable
-from bstriplet.training.run_folder import REPRODUCE, check_new, locked_folder
+from bstriplet.training.run_folder import REPRODUCE, check_free, check_new, locked_folder
 
 SMALL = "mobilenetv3_small_100"
 FEW_SEEDS = 5
@@ -251,12 +251,14 @@ def train_targets(
     """Train the runs of these targets that `out` does not have yet, on the data of `config`.
 
     Raises:
-        UserError: `out` holds something else, or runs of another configuration.
+        UserError: another process writes to `out`, or it holds other files or runs of another
+            configuration.
     """
     schemes = dict.fromkeys(
         _distinct(scheme, config) for target in targets.values() for scheme in target.schemes
     )
     experiment = Experiment(config, tuple(schemes), tuple(range(n_seeds)))
+    check_free(out)
     if not os.path.exists(out / REPRODUCE):
         check_new(out, resume=True)
     elif difference := describe_difference(
