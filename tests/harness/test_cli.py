@@ -436,6 +436,19 @@ def test_evaluate_gives_the_metrics_of_the_run(bstriplet: Run, earlier: Path) ->
     assert f"auc          {metrics['auc']:.4f}" in outcome.out
 
 
+def test_a_run_on_a_gpu_is_evaluated_without_one(
+    run_copy: Path, bstriplet: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_cpu = bstriplet("evaluate", "--run", run_copy)
+    config = json.loads((run_copy / "config.json").read_text()) | {"device": "cuda"}
+    (run_copy / "config.json").write_text(json.dumps(config))
+    checkpoint = torch.load(run_copy / "best.pt", weights_only=True)
+    torch.save(checkpoint | {"config": config}, run_copy / "best.pt")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bstriplet("evaluate", "--run", run_copy) == on_cpu
+    assert on_cpu.status == 0
+
+
 @pytest.fixture
 def tree_run(tmp_path: Path, make_tree: MakeTree, bstriplet: Run) -> tuple[Path, Path]:
     """A run on a tree, and the tree."""

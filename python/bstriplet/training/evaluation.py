@@ -79,7 +79,8 @@ def load_trained(run: RunFolder) -> TrainedModel:
     checkpoint = run.load(BEST_FILE, config)
     classes = tuple(checkpoint["classes"])
     channels = len(checkpoint["model"]["mean"])
-    device = choose_device(config.device)
+    # A run trained on a GPU can be used without one.
+    device = choose_device("cpu" if config.device == "cpu" else "auto")
     with torch.random.fork_rng(devices=[]):  # keeps the caller's random state
         model = Classifier(
             config.backbone,
