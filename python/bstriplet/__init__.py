@@ -1,7 +1,7 @@
-"""What surrounds the batch-similarity triplet loss: mining, sampling, data, training and reports.
+"""Mining, sampling, data, training and reports around the batch-similarity triplet loss.
 
-Importing this package is cheap. ``GroupBatchSampler`` and ``mine_groups`` are imported when they
-are first used, and with them torch or scikit-learn, but neither timm nor matplotlib.
+Importing this package is cheap: ``GroupBatchSampler`` and ``mine_groups`` import torch and
+scikit-learn when they are first used. They never import timm or matplotlib.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""The ``bstriplet`` command: what it reads, and what it calls for each of its verbs."""
+"""The ``bstriplet`` command: its options, and a function for each of its subcommands."""
 
 import argparse
 import codecs
@@ -36,12 +36,12 @@ SWEPT_LOSS = "ce+bst"
 DEFAULT_WEIGHTS = (0.0, 0.1, 0.3, 1.0, 3.0)
 REPRODUCE_SEEDS = 5
 
-# The commands import torch, timm and scikit-learn after a look at what was typed: help and most
+# The commands check the options before they import torch, timm and scikit-learn: help and most
 # mistakes are answered at once.
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, like all others."""
+    """A parser whose errors are :class:`UserError`, printed as one line."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
@@ -50,7 +50,8 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status.
 
-    0; 2 for bad input; 128 and the signal's number, 130 or 143, for Ctrl-C or SIGTERM.
+    0 for success; 1 if nobody reads the output any more; 2 for bad input; 128 plus the number of
+    the signal for Ctrl-C (130) and SIGTERM (143).
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -74,8 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _stopped_by_sigterm() -> Iterator[None]:
-    """End a command at SIGTERM; in a thread, which cannot set a handler, leave the caller's."""
-    before = signal.getsignal(signal.SIGTERM)  # None: a handler that Python could not restore
+    """Stop the command at SIGTERM; only a main thread can set a handler, others change nothing."""
+    before = signal.getsignal(signal.SIGTERM)  # None: not set by Python, which cannot restore it
     ours = before is not None and threading.current_thread() is threading.main_thread()
     if ours:
         try:
@@ -91,7 +92,7 @@ def _stopped_by_sigterm() -> Iterator[None]:
 
 @contextmanager
 def _standard_error() -> Iterator[None]:
-    """Give progress bars a place where there is none, as in a Windows program without a console."""
+    """Open a standard error for progress bars if there is none, as without a Windows console."""
     if sys.stderr is not None:
         yield
         return
@@ -100,7 +101,7 @@ def _standard_error() -> Iterator[None]:
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    """End a command at SIGTERM, which clusters send some time before they kill, as at Ctrl-C."""
+    """Stop the command like Ctrl-C; clusters send SIGTERM some time before they kill."""
     raise KeyboardInterrupt(number)
 
 
@@ -118,8 +119,8 @@ def _put(text: str) -> bool:
     """Write text on standard output, at once, as :func:`_write` does.
 
     Raises:
-        BrokenPipeError: nobody reads it any more.
-        UserError: it cannot be written to, such as a file on a full disk.
+        BrokenPipeError: nobody reads standard output any more.
+        UserError: standard output cannot be written, such as a file on a full disk.
     """
     try:
         return _write(sys.stdout, text)
@@ -133,7 +134,7 @@ def _put(text: str) -> bool:
 
 
 def _drop_output() -> None:
-    """Drop what standard output cannot take: Python would try it once more at its end."""
+    """Drop text that standard output cannot take: Python would try to write it again at exit."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -144,18 +145,19 @@ def _drop_output() -> None:
 def _write(stream: TextIO | None, text: str) -> bool:
     """Write text at once, whatever the stream's encoding.
 
-    Bytes of file names are written as they are; other characters that the encoding lacks, as
-    escapes. A stream that takes no bytes, or whose encoding is UTF-16 or the like, gets escapes for
-    both. Nothing is written where there is no stream, as in a Windows program without a console.
+    Bytes of file names are written unchanged; other characters that the encoding lacks are written
+    as escapes. Both are escaped for a stream that takes no bytes, or whose encoding does not extend
+    ASCII, such as UTF-16. Without a stream, as in a Windows program without a console, nothing is
+    written.
 
     Returns:
-        Whether nothing had to be escaped.
+        True if no character was escaped.
     """
     if stream is None:
         return True
     encoding = getattr(stream, "encoding", None)
     try:
-        if encoding:  # strictly: a stream may have escapes of its own, as standard error has
+        if encoding:  # a strict check: the stream itself may escape, as standard error does
             text.encode(encoding)
         stream.write(text)
         stream.flush()
@@ -177,10 +179,10 @@ def _write(stream: TextIO | None, text: str) -> bool:
 
 
 def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Encode a byte of a file name as itself, and all else that an encoding lacks as an escape."""
+    """Encode a byte of a file name as itself, and any other character as an escape."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    error.end = error.start + 1  # the characters one by one: each may be of either kind
+    error.end = error.start + 1  # one character at a time: each may be of either kind
     try:
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeError:
@@ -191,7 +193,7 @@ codecs.register_error("bstriplet.escape", _escape)
 
 
 def _how_to_continue(given: list[str]) -> str:
-    """Return how a command that was interrupted is continued."""
+    """Return how to continue an interrupted command."""
     command = given[0] if given else ""
     if command in ("train", "compare", "sweep"):
         resume = [] if "--resume" in given else ["--resume"]
@@ -220,7 +222,7 @@ def _parser() -> _Parser:
         "--schemes",
         nargs="+",
         metavar="LOSS:BATCHES[:FIELD=VALUE...]",
-        help="what to compare, for example ce+bst:mined or ce:random:lr=0.01 "
+        help="schemes to compare, for example ce+bst:mined or ce:random:lr=0.01 "
         f"(default: {' '.join(DEFAULT_SCHEMES)})",
     )
     _add_seeds(compare)
@@ -244,11 +246,11 @@ def _parser() -> _Parser:
         nargs="+",
         type=float,
         metavar="MARGIN",
-        help="values of m, each with each weight (default: that of a single run)",
+        help="values of m, each with each weight (default: the margin of train)",
     )
     _add_seeds(sweep)
     sweep.add_argument(
-        "--loss", default=argparse.SUPPRESS, help=f"loss that is weighed (default: {SWEPT_LOSS})"
+        "--loss", default=argparse.SUPPRESS, help=f"weighted loss (default: {SWEPT_LOSS})"
     )
     add_options(sweep, without=("loss", "metric_weight", "margin", "seed"))
     sweep.set_defaults(run_command=_sweep)
@@ -279,16 +281,16 @@ def _parser() -> _Parser:
     add_options(reproduce, without=("loss", "batches", "seed"))
     reproduce.set_defaults(run_command=_reproduce)
 
-    report = commands.add_parser("report", help="table and report of runs that are there")
+    report = commands.add_parser("report", help="table and report of existing runs")
     report.add_argument("folder", type=Path, help="a run folder or a compare folder")
     report.set_defaults(run_command=_report)
 
     evaluate = commands.add_parser("evaluate", help="print the test metrics of a trained model")
-    _add_run(evaluate, "; without --data, they must still be those the run began with")
+    _add_run(evaluate, "; without --data, the rest must be the images that the run began with")
     evaluate.add_argument(
         "--data",
         help="other images: a folder test/CLASS/* or CLASS/*, a .csv or .tsv, a MedMNIST .npz, or "
-        "medmnist:NAME; of these the test part, where there is one (default: the run's test set)",
+        "medmnist:NAME; only their test part, if they have one (default: the run's test part)",
     )
     evaluate.set_defaults(run_command=_evaluate)
 
@@ -299,9 +301,9 @@ def _parser() -> _Parser:
     predict.set_defaults(run_command=_predict)
 
     data = commands.add_parser(
-        "data", help="say what data were recognised as, how they split, and what is odd in them"
+        "data", help="print the layout of data, their split, and notes on them"
     )
-    data.add_argument("data", metavar="DATA", help="what --data of train takes")
+    data.add_argument("data", metavar="DATA", help="as for --data of train")
     add_options(data, only=(*fields_of("data"), "seed"), without=("data",))
     data.set_defaults(run_command=_data)
 
@@ -322,7 +324,7 @@ def _parser() -> _Parser:
 def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument(
-        "--resume", action="store_true", help="continue in --out what was interrupted there"
+        "--resume", action="store_true", help="continue the command that was interrupted in --out"
     )
 
 
@@ -332,7 +334,7 @@ def _add_seeds(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=int,
         metavar="SEED",
-        help=f"seeds of each (default: {' '.join(map(str, DEFAULT_SEEDS))})",
+        help=f"seeds of each scheme (default: {' '.join(map(str, DEFAULT_SEEDS))})",
     )
 
 
@@ -347,7 +349,7 @@ def _add_run(parser: argparse.ArgumentParser, which: str) -> None:
         "--max-pixels",
         type=int,
         metavar="INT",
-        help="pixels that an image file may have; 0: any (default: as the run)",
+        help="largest number of pixels of an image file; 0: any (default: as in the run)",
     )
 
 
@@ -414,9 +416,9 @@ def _experiment(
     schemes: tuple[Scheme, ...],
     default: tuple[Scheme, ...],
 ) -> Any:
-    """Return the experiment that was typed, or, after a check against that, the one begun there.
+    """Return a new experiment; with ``--resume``, the one in ``--out`` if the options agree.
 
-    ``schemes`` are those that were typed, ``default`` those of a new experiment where none were.
+    ``schemes`` are the typed schemes; a new experiment without them has the ``default`` ones.
     """
     config = TrainConfig(**given)
     seeds = tuple(options.seeds or ())
@@ -467,7 +469,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _run_experiment(experiment: Any, folder: Path) -> list[str]:
-    """Run a comparison, write its results, and return its table and where its report is."""
+    """Run an experiment, write its results, and return its table and the path of its report."""
     from bstriplet.report import page
     from bstriplet.study.compare import compare
 
@@ -543,8 +545,8 @@ def _predict(options: argparse.Namespace) -> None:
         _say(f"predictions: {options.output}")
     elif not _put(table):
         _say(
-            f"note: some names are escaped, for standard output is {sys.stdout.encoding}; --output "
-            "writes UTF-8"
+            f"note: some names are escaped, because standard output is {sys.stdout.encoding}; "
+            "--output writes UTF-8"
         )
 
 
@@ -559,7 +561,7 @@ def _data(options: argparse.Namespace) -> None:
 
 
 def _metrics(metrics: dict[str, Any]) -> list[str]:
-    """Return a line for each number of the paper's tables, as there: all but AUC in per cent."""
+    """Return one line for each metric of the paper's tables, in per cent except for AUC."""
     lines = []
     for name in ("accuracy", "sensitivity", "specificity", "auc"):
         value = metrics[name]

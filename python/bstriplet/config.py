@@ -16,7 +16,7 @@ MEDMNIST = "medmnist:"
 OTHER_LOSS = re.compile(r"ce\+[A-Z].*")  # a class of pytorch-metric-learning
 BATCHES = ("random", "mined")
 IMAGE_SIZE = 128
-MAX_PIXELS = 178_956_970  # where Pillow, by default, takes a file for an attack on memory
+MAX_PIXELS = 178_956_970  # Pillow's default limit, beyond which it raises DecompressionBombError
 DIGITS_IMAGE_SIZE = 32
 
 
@@ -30,9 +30,10 @@ def _option(
     choices: tuple[str, ...] = (),
     or_like: re.Pattern[str] | None = None,
 ) -> Any:
-    """Declare a field: its group in the help, its help text and the values that it may take.
+    """Declare a field: its group in the help, its help text and its allowed values.
 
-    Text is one of ``choices``, or matches ``or_like``; the help text of such a field lists both.
+    A text value must be one of ``choices`` or match ``or_like``. With ``or_like``, ``help`` must
+    describe both; otherwise the choices are added to it.
     """
     metadata = {
         "group": group,
@@ -50,7 +51,7 @@ class TrainConfig:
     """Everything that decides the result of a run; the defaults are section 3.1 of the paper.
 
     An instance is always valid: a value out of its range raises :class:`UserError`. ``data`` is
-    made absolute and ``image_size`` is filled in, so that the saved file says what was used.
+    made absolute and ``image_size`` is filled in, so that the saved file holds the values used.
     """
 
     data: str = _option(
@@ -62,49 +63,52 @@ class TrainConfig:
     image_size: int = _option(
         "data",
         0,
-        f"pixels a side that images are resized to (default: {IMAGE_SIZE}; digits: "
+        f"images are resized to squares of this side, in pixels (default: {IMAGE_SIZE}; digits: "
         f"{DIGITS_IMAGE_SIZE})",
         minimum=8,
         maximum=2048,
     )
     train_per_class: int = _option(
-        "data", 0, "at most so many training images a class, validation included; 0: all", minimum=0
+        "data",
+        0,
+        "largest number of training images per class, validation included; 0: all",
+        minimum=0,
     )
     test_fraction: float = _option(
         "data",
         0.2,
-        "share of each class that tests where there is no test folder",
+        "share of each class for the test part, where the data have none",
         minimum=0.01,
         maximum=0.5,
     )
     validation: str = _option(
         "data",
         "train",
-        "where validation images come from: held out of 'train', or a part of 'test' as in the "
-        "paper (the test set is then no longer unseen)",
+        "source of validation images: held out of 'train', or a share of 'test' as in the paper "
+        "(the test images are then no longer unseen)",
         choices=("train", "test"),
     )
     validation_fraction: float = _option(
-        "data", 0.2, "share of each class that validates", minimum=0.01, maximum=0.5
+        "data", 0.2, "share of each class for the validation part", minimum=0.01, maximum=0.5
     )
     split_by: str = _option(
         "data",
         "patient",
-        "what is held out together: all images of a patient, where patients are known, or each "
-        "image by itself, as in the paper",
+        "unit that a split keeps together: all images of a patient, where patients are known, or "
+        "single images, as in the paper",
         choices=("patient", "image"),
     )
     folds: int = _option(
         "data",
         0,
-        "cross-validation: so many parts of all images, each tests once; 0: none",
+        "cross-validation: number of folds of all images; 0: none",
         minimum=0,
     )
     fold: int = _option(
         "data",
         0,
-        "which of the folds tests, from 1; 0: that of the seed, so that seeds 0 to K - 1 are one "
-        "cross-validation of K folds and the next K another",
+        "fold that is the test part, from 1; 0: the seed chooses it, so that seeds 0 to K - 1 are "
+        "one cross-validation of K folds and the next K seeds another",
         minimum=0,
     )
     skip_broken: bool = _option(
@@ -113,9 +117,9 @@ class TrainConfig:
     max_pixels: int = _option(
         "data",
         MAX_PIXELS,
-        "pixels that an image file may have (width x height): a larger one counts as broken; a "
-        "pixel takes 2 to 20 bytes of memory while it is read, one of more than 8 bits a sample 30 "
-        "to 100; 0: any",
+        "largest number of pixels of an image file (width x height); a larger file counts as "
+        "broken. Reading takes 2 to 20 bytes of memory per pixel, 30 to 100 if a sample has more "
+        "than 8 bits; 0: any",
         minimum=0,
     )
     backbone: str = _option(
@@ -124,8 +128,9 @@ class TrainConfig:
     embedding: str = _option(
         "model",
         "classifier",
-        "what the metric loss is of: what the classifier takes in, or the last feature map's mean "
-        "over its pixels; they differ where a network has layers between (MobileNet-V3)",
+        "embedding for the metric loss: the input of the classifier, or the mean of the last "
+        "feature map over its pixels; they differ in a network with layers in between "
+        "(MobileNet-V3)",
         choices=("classifier", "pooled"),
     )
     loss: str = _option(
@@ -137,7 +142,7 @@ class TrainConfig:
         or_like=OTHER_LOSS,
     )
     metric_weight: float = _option(
-        "loss", 1.0, "weight of the loss beside cross entropy (lambda of Eq. 7)", minimum=0
+        "loss", 1.0, "weight of the metric loss (lambda of Eq. 7)", minimum=0
     )
     margin: float = _option(
         "loss", 0.9, "margin of the BSTriplet loss (m of Eq. 3)", minimum=0, maximum=1
@@ -163,10 +168,10 @@ class TrainConfig:
     group_share: str = _option(
         "batches",
         "proportional",
-        "images a batch takes from each group: in proportion to its size, or equally many (mined)",
+        "images per batch from each group: in proportion to its size, or equally many (mined)",
         choices=("proportional", "equal"),
     )
-    batch_size: int = _option("batches", 36, "images a batch", minimum=2)
+    batch_size: int = _option("batches", 36, "images per batch", minimum=2)
     augment: str = _option(
         "batches",
         "none",
@@ -188,8 +193,8 @@ class TrainConfig:
     schedule: str = _option(
         "recipe",
         "plateau",
-        "plateau: the learning rate falls when the training loss stalls; cosine: to --lr-floor "
-        "over --epochs (early stop goes on as --stop-patience says)",
+        "plateau: the learning rate falls when the training loss stalls; cosine: it falls to "
+        "--lr-floor over --epochs (--stop-patience still applies)",
         choices=("plateau", "cosine"),
     )
     warmup_epochs: int = _option(
@@ -205,20 +210,20 @@ class TrainConfig:
     lr_patience: int = _option(
         "recipe",
         20,
-        "epochs without a better training loss before it falls (plateau)",
+        "epochs without a better training loss before the learning rate falls (plateau)",
         minimum=1,
     )
     lr_floor: float = _option("recipe", 1e-8, "lowest learning rate", minimum=0)
     stop_patience: int = _option(
-        "recipe", 30, "stop after so many epochs without a better validation loss", minimum=1
+        "recipe", 30, "epochs without a better validation loss before training stops", minimum=1
     )
     stop_delta: float = _option(
-        "recipe", 1e-4, "smallest fall of validation loss that is better", minimum=0
+        "recipe", 1e-4, "smallest fall of the validation loss that counts as better", minimum=0
     )
     ema: float = _option(
         "recipe",
         0.0,
-        "decay a step of averaged weights, which are then validated and kept; 0: none",
+        "decay per step of averaged weights, which are then validated and kept; 0: none",
         minimum=0,
         maximum=0.99999,
     )
@@ -276,12 +281,11 @@ class TrainConfig:
 
 
 class Scheme(Mapping[str, Any]):
-    """The fields of :class:`TrainConfig` that tell the runs of a comparison apart, the seed aside.
+    """The fields of :class:`TrainConfig` in which runs of an experiment differ, except the seed.
 
-    A mapping that cannot be changed: loss and ways to draw batches, as in Table 3, and, where more
-    is compared, other fields. Two schemes are equal where their fields are, in whatever order.
-    Written ``LOSS:BATCHES[:FIELD=VALUE...]``, such as ``ce+bst:mined`` or
-    ``ce:random:backbone=peleenet``.
+    An immutable mapping: the loss and the way to draw batches, as in Table 3, and any other field
+    that is compared. Two schemes are equal if their fields are, in any order. A scheme is written
+    ``LOSS:BATCHES[:FIELD=VALUE...]``, such as ``ce+bst:mined`` or ``ce:random:backbone=peleenet``.
 
     >>> Scheme("ce+bst", "mined", margin=0.5)["margin"]
     0.5
@@ -381,7 +385,7 @@ def field_types() -> dict[str, type]:
 
 
 def fields_of(group: str) -> tuple[str, ...]:
-    """Return the names of the fields in a group; those of ``"data"`` and the seed make the task."""
+    """Return the names of a group's fields; those of ``"data"`` and the seed decide the task."""
     return tuple(item.name for item in fields(TrainConfig) if item.metadata["group"] == group)
 
 
@@ -400,9 +404,10 @@ def add_options(
     without: tuple[str, ...] = (),
     only: tuple[str, ...] | None = None,
 ) -> None:
-    """Add a flag for each field of :class:`TrainConfig`, or for ``only`` some, but for ``without``.
+    """Add a flag for each field of :class:`TrainConfig`, or for those in ``only``.
 
-    A flag that is not given leaves no attribute: :func:`given_options` returns only what was typed.
+    Fields in ``without`` get no flag. A flag that is not typed leaves no attribute:
+    :func:`given_options` returns the typed fields alone.
     """
     types = field_types()
     groups: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The one error that a person at the keyboard can put right."""
+"""The error for mistakes that the user can correct."""
 
 import difflib
 import tokenize
@@ -6,7 +6,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable
 
-# What zipfile and numpy raise for an .npz file that was cut or overwritten.
+# Errors of zipfile and numpy for an .npz file that was cut or overwritten.
 NO_ARRAYS = (
     OSError,
     KeyError,
@@ -20,7 +20,10 @@ NO_ARRAYS = (
 
 
 class UserError(Exception):
-    """What is wrong, where, and what to do: printed as one line, exit status 2, no traceback."""
+    """A mistake that the user can correct; the message says what is wrong, where, and what to do.
+
+    The ``bstriplet`` command prints it as one line without a traceback; its exit status is 2.
+    """
 
 
 def one_line(error: BaseException) -> str:
@@ -29,9 +32,9 @@ def one_line(error: BaseException) -> str:
 
 
 def unknown_name(what: str, name: str, known: Iterable[str], *, advice: str = "") -> UserError:
-    """Return the error for a ``name`` that is not ``known``, with the nearest known one suggested.
+    """Return the error for a ``name`` that is not ``known``; it suggests the nearest known name.
 
-    ``advice`` says where the allowed names are; without it they are listed.
+    ``advice`` says where to find the allowed names; without it they are listed.
     """
     allowed = list(known)
     nearest = difflib.get_close_matches(name, allowed, n=1, cutoff=0.3)

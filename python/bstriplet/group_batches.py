@@ -1,11 +1,12 @@
-"""Which samples stand in which batch of an epoch, for batches with a fixed share of each group.
+"""The samples of each batch of an epoch, for batches with a fixed share of each group.
 
-Every batch takes from each group its share of the places, and shares are seldom whole numbers: with
-2.4 places a batch a group gets 2 or 3. Which batch rounds which group up is the Pfair scheduling
-problem (Baruah, Cohen, Plaxton & Varvel, "Proportionate progress", Algorithmica 15, 1996): a batch
-is a time slot, a group a task whose weight is the fractional part of its share, and the places left
-after every group has its whole part are the processors. The PD² rule (Anderson & Srinivasan, JCSS
-68, 2004) solves it exactly, in integers: no group is ever a whole sample ahead of or behind.
+Every batch takes from each group its share of the places. Shares are seldom whole numbers: with 2.4
+places per batch, a group gets 2 or 3. Choosing the batches that round a group up is the Pfair
+scheduling problem (Baruah, Cohen, Plaxton & Varvel, "Proportionate progress", Algorithmica 15,
+1996). A batch is a time slot; a group is a task, and its weight is the fractional part of its
+share; the places left after every group has its whole part are the processors. The PD² rule
+(Anderson & Srinivasan, JCSS 68, 2004) solves the problem exactly, in integers: no group is ever a
+whole sample ahead or behind.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ class GroupBatches:
     step b // num_replicas.
 
     Args:
-        groups, batch_size, mode, min_per_group: those of
-            :class:`bstriplet.sampler.GroupBatchSampler`, in range.
+        groups, batch_size, mode, min_per_group: the arguments of
+            :class:`bstriplet.sampler.GroupBatchSampler`; the last three must be in range.
     """
 
     def __init__(self, groups: ArrayLike, batch_size: int, mode: str, min_per_group: int) -> None:
@@ -44,7 +45,7 @@ class GroupBatches:
         return [Fraction(int(part), self._share.whole) for part in self._share.parts]
 
     def n_steps(self, num_replicas: int) -> int:
-        """Return the number of steps of an epoch: of batches on each replica."""
+        """Return the number of steps of an epoch: the number of batches on each replica."""
         return self._count_steps(num_replicas)[1]
 
     def batch_sizes(self, num_replicas: int) -> list[int]:
@@ -58,7 +59,7 @@ class GroupBatches:
         return sizes
 
     def epoch(self, seed: int, epoch: int, num_replicas: int) -> tuple[IntArray, IntArray]:
-        """Return all samples of an epoch, batch after batch, and where each batch begins and ends.
+        """Return all samples of an epoch, batch after batch, and the offsets of the batches.
 
         Batch b is ``samples[offsets[b] : offsets[b + 1]]``.
         """
@@ -93,8 +94,9 @@ class GroupBatches:
         full = np.concatenate([np.broadcast_to(always, (n_full, len(always))), at_times], axis=1)
         batches = [rng.permuted(full, axis=1).ravel()]
         if steps > full_steps:
-            # Every group is less than one sample off, so what is left of it is again its exact
-            # share rounded down or up. Dealt in order of group, so is each replica's part of it.
+            # Every group is less than one sample off, so its remaining samples are again its exact
+            # share rounded down or up. Dealing them in order of group gives each replica a rounded
+            # share too.
             left = self._sizes - np.bincount(full.ravel(), minlength=len(self._sizes))
             rest = np.repeat(group_ids, left)
             batches += [rng.permutation(rest[r::num_replicas]) for r in range(num_replicas)]
@@ -103,9 +105,9 @@ class GroupBatches:
     def _draw(
         self, places: NDArray[Any], batch_of_draw: IntArray, rng: np.random.Generator
     ) -> IntArray:
-        """As many samples of each group as it has places, group after group.
+        """Samples for all places of each group, group after group.
 
-        batch_of_draw: [len(places)] the batch that each of them is for, ascending within a group.
+        batch_of_draw: [len(places)] the batch of each sample, ascending within a group.
         """
         counts = np.bincount(places, minlength=len(self._sizes))
         order = rng.permutation(len(self.group_of))
@@ -123,7 +125,7 @@ class GroupBatches:
 
 @dataclass(frozen=True)
 class _Share:
-    """Places a batch of each group g as the fraction parts[g] / whole: exact, never a float."""
+    """Places per batch of each group g as the fraction parts[g] / whole: exact, never a float."""
 
     parts: IntArray
     whole: int
@@ -138,8 +140,8 @@ def _share(sizes: IntArray, places: int, mode: str, minimum: int) -> _Share:
         )
     if mode == "equal":
         return _Share(np.full(n_groups, places), n_groups)
-    # Water filling. It ends with a group that is not lifted, for the places left are at least
-    # `minimum` for each of the others on average.
+    # Water filling. It ends before all groups are lifted: the places left are on average at least
+    # `minimum` for each group that is not lifted.
     lifted = np.zeros(n_groups, dtype=bool)
     while True:
         left = places - minimum * int(lifted.sum())
@@ -151,15 +153,15 @@ def _share(sizes: IntArray, places: int, mode: str, minimum: int) -> _Share:
 
 
 def _pfair_schedule(share: _Share, n_batches: int, rng: np.random.Generator) -> IntArray:
-    """The groups rounded up in each batch: [n_batches, places that rounding all down leaves].
+    """The groups rounded up in each batch: [n_batches, places left if all are rounded down].
 
     The i-th extra sample of a group with fractional share f = e / p may come in batches
     floor((i-1)/f) to ceil(i/f) - 1 (counted from 0), or the group would be a whole sample off. Each
     batch takes the samples that may come by PD² priority: earliest deadline ceil(i/f); then those
     whose window overlaps the next one of their group; then the latest group deadline, the batch up
-    to which a group with f >= 1/2 would lose all freedom. Remaining ties do not matter and are
-    broken at random, so that groups of one size meet ever different others. Costs O(log groups) for
-    each sample placed.
+    to which a group with f >= 1/2 would lose all freedom. Remaining ties do not matter. They are
+    broken at random, so that groups of one size meet different groups each time. Each placed sample
+    costs O(log groups).
     """
     period = share.whole
     fraction = share.parts % period
@@ -203,7 +205,7 @@ def _pfair_schedule(share: _Share, n_batches: int, rng: np.random.Generator) -> 
 
 
 def _draw_with_reuse(members: IntArray, batches: IntArray, rng: np.random.Generator) -> IntArray:
-    """One draw for each entry of `batches` (ascending), shuffling `members` anew whenever used up.
+    """One member for each entry of `batches` (ascending); used-up `members` are shuffled anew.
 
     A batch that spans a reshuffle first gets members that it does not hold yet.
     """

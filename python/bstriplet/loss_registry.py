@@ -1,7 +1,7 @@
-"""The training losses with names of their own. A new one is an entry here, and nothing else.
+"""The built-in training losses. A new loss needs an entry here, and nothing else.
 
 The command line and its help, the label in tables, the colour in figures and the choice of CUDA
-graphs follow from the entry. Nothing heavy is imported before a loss is built.
+graphs follow from the entry. Heavy packages are imported only when a loss is built.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,8 +17,8 @@ class BuiltInLoss:
     label: its name in tables and figures.
     metric: margin -> the module of the metric loss, called with embeddings [N, D] and labels [N];
         None for cross entropy alone.
-    capturable: whether it never waits for the device, so that a CUDA graph can hold a step.
-    in_paper: whether the paper's tables have rows of it.
+    capturable: whether a CUDA graph can capture it, because it never waits for the device.
+    in_paper: whether the paper's tables have rows for it.
     """
 
     label: str
@@ -30,7 +30,7 @@ class BuiltInLoss:
 def _triplet(margin: float) -> Any:
     """Eq. 1, max(0, 1 - s_ap + s_an) on cosine similarities: its mean over all triplets.
 
-    The paper draws one triplet an anchor; the mean over all is that on average, without the noise.
+    The paper draws one triplet per anchor; the mean over all triplets has less noise.
     """
     from pytorch_metric_learning import distances, losses, reducers
 

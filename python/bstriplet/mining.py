@@ -1,8 +1,8 @@
-"""Groups of alike samples within each class (section 2.3, steps 1 and 2).
+"""Groups of similar samples within each class (section 2.3, steps 1 and 2).
 
-K-means in each class, made to fit image sets of any size: what it is given are at most 64 principal
-coordinates of the class, and a large class goes through mini-batches. Features are read a chunk at
-a time: what they take in memory does not grow with the set, and they may be a map of a file.
+K-means in each class, for image sets of any size. It clusters at most 64 principal coordinates of
+features with many dimensions, and uses mini-batches for a large class. Features are read in chunks:
+they may be a memory map of a file that does not fit into memory.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ from threadpoolctl import threadpool_limits
 # variance (Ding & He, ICML 2004): 64 leave ample room, and the cost of K-means is linear in them.
 PCA_COMPONENTS = 64
 
-# Features of more dimensions than this are projected. With fewer, projecting costs what it saves.
+# Features of more dimensions than this are projected. With fewer dimensions, the projection costs
+# as much as it saves.
 PCA_ABOVE = 4 * PCA_COMPONENTS
 
 # Samples of a class from which its principal directions are estimated: 32 for each of them, in
 # memory that does not grow with the class.
 PCA_SAMPLES = 32 * PCA_COMPONENTS
 
-# Classes of more samples go through mini-batches: some seconds a million samples, where full passes
-# over them until nothing moves would take minutes.
+# Classes of more samples are clustered in mini-batches, in some seconds per million samples. Full
+# passes until convergence would take minutes.
 MINI_BATCH_ABOVE = 20_000
 
-# Most groups a class that n_groups="auto" considers.
+# The largest number of groups per class that n_groups="auto" considers.
 MAX_AUTO_GROUPS = 8
 
 _AUTO_SAMPLES = 500  # a silhouette compares every pair of them
@@ -55,26 +56,26 @@ def mine_groups(
 ) -> NDArray[np.int64]:
     """Cluster the samples of each class by K-means; return the group of each sample.
 
-    Distances are Euclidean, on the features as they are: single dimensions are not rescaled.
-    Features of more than `PCA_ABOVE` dimensions are first reduced to the `PCA_COMPONENTS` principal
-    ones of the class; classes of more than `MINI_BATCH_ABOVE` samples go through `MiniBatchKMeans`.
+    Distances are Euclidean on the given features; dimensions are not rescaled. Features of more
+    than `PCA_ABOVE` dimensions are first reduced to the `PCA_COMPONENTS` principal components of
+    the class. Classes of more than `MINI_BATCH_ABOVE` samples are clustered by `MiniBatchKMeans`.
 
     Args:
-        features: [N, ...] real numbers, array or tensor (pixels, embeddings); taken as [N, D]. Of
-            a `numpy.memmap` no more than a chunk is in memory.
+        features: [N, ...] real numbers, array or tensor (pixels, embeddings); taken as [N, D]. A
+            `numpy.memmap` is read in chunks.
         labels: [N] integers, bools or strings: the class of each sample.
-        n_groups: how many groups to make of each class (2 in the paper's Chest-1); or a mapping
-            that says it for each class; or `"auto"`: the number from 2 to `MAX_AUTO_GROUPS` with
-            the best mean silhouette (Rousseeuw, 1987), or 1 where Gaussian samples of the same
-            covariance can be cut as well as the class, so that it shows no clusters.
-        rows: [N] integers, where the samples are only some of the rows of features: which ones. The
-            groups are those of `features[rows]`, without that copy.
+        n_groups: number of groups per class (2 in the paper's Chest-1), a mapping from class to
+            number, or `"auto"`. `"auto"` takes the number from 2 to `MAX_AUTO_GROUPS` with the best
+            mean silhouette (Rousseeuw, 1987). It takes 1 for a class without visible clusters: if
+            Gaussian samples of the same covariance have as good a silhouette.
+        rows: [N] integers: the rows of features that are the samples. Default: all rows. The result
+            is that of `features[rows]`, without a copy of the features.
         seed: 0 to 2³² - 1. The same input and seed give the same groups.
 
     Returns:
-        [N] int64: ids from 0 without gaps; the groups of the first class in sorted order, then
-        those of the next; within a class in order of first appearance. A class that has fewer
-        distinct samples than groups asked for gets one group for each; no group is empty.
+        [N] int64: group ids from 0 without gaps. They ascend with the sorted classes, and within a
+        class in order of first appearance. A class with fewer distinct samples than groups asked
+        for gets one group per distinct sample; no group is empty.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what is allowed.
@@ -90,7 +91,7 @@ def mine_groups(
     # K-means sums over threads in the order in which they finish. One thread gives the same bits
     # each time.
     with threadpool_limits(limits=1, user_api="openmp"), warnings.catch_warnings():
-        # Samples that coincide up to rounding make fewer clusters: a result here, not a fault.
+        # KMeans warns if samples coincide up to rounding and make fewer clusters. That is allowed.
         warnings.simplefilter("ignore", ConvergenceWarning)
         for members, count in zip(members_of, wanted, strict=True):
             clusters: NDArray[Any] | None = _one_group_each(samples, members, count or 1)
@@ -117,7 +118,7 @@ class _Samples(NamedTuple):
         return self.table[self.rows[positions]]
 
     def chunks(self, positions: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
-        """The features of samples, in their order, in parts of `_CHUNK_VALUES` at most."""
+        """The features of samples, in their order, in chunks of at most `_CHUNK_VALUES` values."""
         size = max(1, _CHUNK_VALUES // self.table.shape[1])
         for start in range(0, len(positions), size):
             yield self.at(positions[start : start + size])
@@ -126,7 +127,7 @@ class _Samples(NamedTuple):
 def _one_group_each(
     samples: _Samples, members: NDArray[np.int64], limit: int
 ) -> NDArray[np.int64] | None:
-    """A cluster for each distinct row of a class that has at most `limit` of them; else None."""
+    """One cluster per distinct row of a class; None if it has more than `limit` distinct rows."""
     cluster_of: dict[bytes, int] = {}
     clusters = []
     for member in members:
@@ -142,8 +143,8 @@ def _principal_points(
 ) -> NDArray[np.float32]:
     """[n, min(D, PCA_COMPONENTS)] coordinates of one class about its mean, in units of `spread`.
 
-    K-means depends on neither origin nor unit. Centred in float64 and of order one, float32 is
-    exact enough and far from overflow, whatever those of the features are.
+    K-means does not depend on origin and unit. Coordinates that were centred in float64 and are of
+    order one fit float32: precise enough and far from overflow, for features of any range.
     """
     n_dims = samples.table.shape[1]
     total = sum(chunk.sum(axis=0, dtype=np.float64) for chunk in samples.chunks(members))
@@ -156,7 +157,7 @@ def _principal_points(
     def all_centred(selected: NDArray[np.int64]) -> NDArray[np.float32]:
         points = np.empty((len(selected), n_dims), dtype=np.float32)
         filled = 0
-        for chunk in centred(selected):  # no list of chunks beside them
+        for chunk in centred(selected):  # a list of chunks would take the memory twice
             points[filled : filled + len(chunk)] = chunk
             filled += len(chunk)
         return points
@@ -190,15 +191,16 @@ def _k_means(points: NDArray[np.float32], count: int, seed: int) -> NDArray[Any]
 def _choose_count(points: NDArray[np.float32], seed: int) -> int:
     """Number of clusters, 1 to MAX_AUTO_GROUPS: the best silhouette against a Gaussian null.
 
-    The silhouette alone cannot say 1: a single cloud cut in two has a positive one. As in SigClust
-    (Liu, Hayes, Nobel & Marron, JASA 2008) the cut must do better than those of Gaussian samples
-    with the covariance of the data: better than all of 19, a test at the level of 5 %.
+    The silhouette alone never gives 1: it is positive even for a single cloud that is cut in two.
+    As in SigClust (Liu, Hayes, Nobel & Marron, JASA 2008), the clusters must have a better
+    silhouette than those of Gaussian samples with the covariance of the data: better than all of
+    19, a test at the level of 5 %.
     """
     rng = np.random.default_rng(seed)
     if len(points) > _AUTO_SAMPLES:
         points = points[rng.choice(len(points), _AUTO_SAMPLES, replace=False)]
     score, count = _best_silhouette(points, seed)
-    # Sums of the n deviations from the mean, weighted at random, have exactly their covariance.
+    # Sums of the n deviations with standard normal weights have exactly the covariance of the data.
     n = len(points)
     deviations = (points - points.mean(axis=0)) / np.float32(np.sqrt(n))
     for _ in range(_AUTO_REFERENCES):
@@ -209,7 +211,7 @@ def _choose_count(points: NDArray[np.float32], seed: int) -> int:
 
 
 def _best_silhouette(points: NDArray[np.float32], seed: int) -> tuple[float, int]:
-    """(mean silhouette, number of clusters) of the best of the cuts into 2, 3, ... clusters."""
+    """(mean silhouette, number of clusters) of the best clustering into 2, 3, ... clusters."""
     scores = [(-1.0, 1)]
     for count in range(2, min(MAX_AUTO_GROUPS, len(points) - 1) + 1):
         clusters = _k_means(points, count, seed)
@@ -239,7 +241,7 @@ def _feature_rows(features: ArrayLike | torch.Tensor) -> NDArray[Any]:
 
 
 def _row_numbers(rows: ArrayLike | None, n_rows: int) -> NDArray[np.int64]:
-    """Rows as given, checked; all where none are given."""
+    """The given rows, checked; all rows for None."""
     if rows is None:
         return np.arange(n_rows)
     array = np.asarray(rows)
@@ -255,7 +257,7 @@ def _row_numbers(rows: ArrayLike | None, n_rows: int) -> NDArray[np.int64]:
 
 
 def _finite_spread(samples: _Samples) -> float:
-    """Largest value less smallest; raises where there is none."""
+    """Largest value minus smallest; raises if it is not finite."""
     every = np.arange(len(samples))
     ends = np.array([(chunk.max(), chunk.min()) for chunk in samples.chunks(every)])
     spread = float(ends.max()) - float(ends.min())
@@ -294,7 +296,7 @@ def _classes(
 def _groups_wanted(
     n_groups: int | Mapping[Any, int] | Literal["auto"], classes: list[Any]
 ) -> list[int | None]:
-    """Number of groups asked for in each class; None where it is to be chosen."""
+    """Number of groups asked for in each class; None for "auto"."""
     if isinstance(n_groups, str):
         if n_groups != "auto":
             raise ValueError(f'n_groups={n_groups!r} must be "auto", an integer or a mapping')

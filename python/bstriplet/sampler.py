@@ -31,58 +31,61 @@ _REBUILT = (
 class GroupBatchSampler(BatchSampler):
     """Batches with a fixed share for each group, for `DataLoader(batch_sampler=...)`.
 
-    The share of group g, in places a batch, is an exact rational number (`ratios`):
+    The share of group g, in places per batch, is an exact rational number (`ratios`):
 
-    - `mode="proportional"`: max(min_per_group, λ·n_g), n_g the group's size and λ such that the
-      shares add up to `batch_size`. That is batch_size·n_g/N, except that groups below
-      `min_per_group` are lifted to it and the others divide the remaining places in proportion to
-      their sizes.
-    - `mode="equal"`: batch_size/G. Six groups and 36 places are six samples of each.
+    - `mode="proportional"`: max(min_per_group, λ·n_g), where n_g is the size of the group; λ makes
+      the shares sum to `batch_size`. That is batch_size·n_g/N, except that groups below
+      `min_per_group` are lifted to it. The other groups then divide the remaining places in
+      proportion to their sizes.
+    - `mode="equal"`: batch_size/G for G groups. With six groups and 36 places, each batch has six
+      samples of each group.
 
     In each epoch, for every batch b = 1, 2, ... and every group:
 
     - the batch holds the share rounded down or up, and never fewer than `min_per_group`;
-    - the first b batches together hold less than one sample more or less than b times the share
-      (with several replicas b counts the batches of all, in turn; the smaller last ones as one);
-    - samples come in random order without replacement; a group that is used up is shuffled anew.
-      A batch has a sample twice only where it needs more samples than the group has.
+    - the first b batches together hold less than one sample more or less than b times the share.
+      With several replicas, b counts the batches of all replicas in turn, and the smaller last
+      batches as one;
+    - samples come in random order without replacement; a used-up group is shuffled anew. A batch
+      has a sample twice only if it needs more samples than the group has.
 
     Length of an epoch. With `mode="proportional"` and `min_per_group=0` every sample comes exactly
-    once. The last batch is then smaller (with several replicas: the last batch of each, as even as
-    can be); samples too few to give every replica two, without which the loss is undefined, join
-    the batch before instead. In all other cases an epoch has ceil(N / (batch_size·num_replicas))
-    batches a replica, all full, and if no group had to be lifted no sample is left out. Hence
-    `drop_last` is always False.
+    once. The last batch may then be smaller. With several replicas, the last batch of each may be,
+    and their sizes differ by at most one sample. The loss needs two samples per replica: if fewer
+    are left, they join the batch before. In all other cases an epoch has
+    ceil(N / (batch_size·num_replicas)) full batches per replica, and no sample is left out if no
+    group was lifted. Hence `drop_last` is always False.
 
-    Epochs. One pass over the sampler is one epoch, whose order is a function of (seed, epoch)
-    alone. It begins when its first batch is asked for, which workers do as soon as there is an
-    iterator of their loader, and the next pass is the next epoch, whether this one was finished or
-    cut short; `set_epoch` chooses another.
+    Epochs. One pass over the sampler is one epoch; its order is a function of (seed, epoch) alone.
+    A pass begins when its first batch is requested; workers request it as soon as their loader has
+    an iterator. The next pass is the next epoch, even if this pass was cut short. `set_epoch`
+    chooses another epoch.
 
     Replicas take turns: global batch b belongs to rank b mod `num_replicas`. All have the same
-    number of batches. Where they are not given they are asked of `torch.distributed` when a pass
-    begins, so that a sampler may be made before the process group.
+    number of batches. If `num_replicas` or `rank` is not given, it is read from `torch.distributed`
+    when a pass begins: a sampler may be made before the process group.
 
     Resuming. `state_dict` and `load_state_dict` work in the middle of an epoch, also through
-    torchdata's `StatefulDataLoader`. A `DataLoader` with workers asks for batches ahead of the
-    training loop, and only the loop knows how many it has used: it says so with
+    torchdata's `StatefulDataLoader`. A `DataLoader` with workers requests batches ahead of the
+    training loop. Only the loop knows how many batches it has used, and gives the number to
     `state_dict(batches_done=...)`.
 
-    In trainers. They save no state of a sampler, so the epoch to resume in must be named, except
-    with a `StatefulDataLoader` in Lightning.
+    In trainers. Trainers do not save the state of a sampler. To resume, set the epoch as below;
+    only a `StatefulDataLoader` in Lightning needs no such call.
 
-    - a loop of one's own, with or without DDP, and ignite's engines: nothing to do. Resumed,
-      `sampler.set_epoch(epoch)` before each epoch; in ignite at `Events.EPOCH_STARTED`.
-    - Lightning: `Trainer(use_distributed_sampler=False)`. Its `Trainer` names the epoch itself, but
-      with `num_workers` above 0 too late for the one that it resumes in: `sampler.set_epoch(epoch)`
-      before `fit`. The loaders of its `Fabric` count epochs from 0: resumed, read your own.
-    - accelerate: `accelerator.prepare(DataLoader(data, batch_sampler=sampler.unsharded()))`, for it
-      deals batches out to the processes itself. Resumed, `loader.set_epoch(epoch)` of the prepared
-      loader before each epoch, and before `skip_first_batches`.
-    - Hugging Face's `Trainer`: the same loader, from `get_train_dataloader`. Resumed within an
-      epoch on several processes, `sampler.set_epoch(epoch)` in a callback's `on_epoch_begin`.
-    - trainers that take indices, as those of pytorch-metric-learning: `as_index_sampler()`. Where
-      they drop a last, smaller batch, leave `min_per_group` above 0: then there is none.
+    - your own loop, with or without DDP, and ignite: nothing to do. To resume, call
+      `sampler.set_epoch(epoch)` before each epoch; in ignite, at `Events.EPOCH_STARTED`.
+    - Lightning: `Trainer(use_distributed_sampler=False)`. The `Trainer` sets the epoch itself, but
+      with `num_workers` above 0 too late for the resumed epoch. To resume, call
+      `sampler.set_epoch(epoch)` before `fit`. Loaders of `Fabric` count epochs from 0; to resume,
+      iterate over your own loader instead.
+    - accelerate: `accelerator.prepare(DataLoader(data, batch_sampler=sampler.unsharded()))`,
+      because accelerate distributes the batches itself. To resume, call `loader.set_epoch(epoch)`
+      of the prepared loader before each epoch, and before `skip_first_batches`.
+    - Hugging Face's `Trainer`: the same loader, from `get_train_dataloader`. To resume within an
+      epoch on several processes, call `sampler.set_epoch(epoch)` in a callback's `on_epoch_begin`.
+    - trainers that take indices, such as those of pytorch-metric-learning: `as_index_sampler()`. If
+      they drop a smaller last batch, keep `min_per_group` above 0: then there is none.
 
     Args:
         groups: [N] integers, the group of each sample (`mine_groups` makes them); any values.
@@ -93,9 +96,9 @@ class GroupBatchSampler(BatchSampler):
         seed: non-negative integer; the same on all replicas.
         num_replicas: processes that share the epoch. Default: the world size of `torch.distributed`
             when a pass begins if it is initialised then, else 1.
-        rank: which of them this is. Default: its rank in `torch.distributed`, else 0.
-        sampler, drop_last: those of `BatchSampler`, which trainers set when they rebuild a loader;
-            to be left alone.
+        rank: rank of this process. Default: its rank in `torch.distributed`, else 0.
+        sampler, drop_last: arguments of `BatchSampler`, which trainers set when they rebuild a
+            loader; leave them out.
 
     Raises:
         TypeError, ValueError: an argument out of range, more groups than a batch can serve, or too
@@ -136,26 +139,26 @@ class GroupBatchSampler(BatchSampler):
         self.mode = mode
         self._batches = GroupBatches(groups, self.batch_size, mode, self.min_per_group)
 
-        self._epoch = 0  # of the latest pass, or of the first
-        self._start = 0  # where that pass begins: above 0 only after load_state_dict
-        self._opened = False  # whether an iterator of it was made
-        self._begun = False  # whether its first batch was asked for
-        self._position = 0  # how far it has come
-        self._pass: object = None  # which iterator that is: others that are still read are older
-        self._again = False  # whether the next pass but one is that of the same epoch
-        self._restored_replicas: int | None = None  # those of the state that was loaded
+        self._epoch = 0  # epoch of the latest pass; before any pass, of the first
+        self._start = 0  # first step of that pass; above 0 only after load_state_dict
+        self._opened = False  # whether an iterator of that pass was made
+        self._begun = False  # whether its first batch was requested
+        self._position = 0  # number of its steps so far
+        self._pass: object = None  # identity of its iterator; other iterators in use are older
+        self._again = False  # whether the pass after the next one repeats the epoch
+        self._restored_replicas: int | None = None  # num_replicas of the loaded state
         self._check_replicas()
         if num_replicas is not None and rank is not None:
-            _ = self.rank  # in range, or an error now rather than at the first pass
+            _ = self.rank  # raises now rather than at the first pass if it is out of range
 
     @property
-    def batch_size(self) -> int:  # type: ignore[override]  # it decides the shares
+    def batch_size(self) -> int:  # type: ignore[override]  # read-only: the shares depend on it
         """Places in a batch of one replica."""
         return self._batch_size
 
     @property
     def sampler(self) -> Sampler[int]:  # type: ignore[override]
-        """What :meth:`as_index_sampler` gives: where trainers look for ``set_epoch``."""
+        """The result of :meth:`as_index_sampler`; trainers look for its ``set_epoch``."""
         return self.as_index_sampler()
 
     @property
@@ -172,7 +175,7 @@ class GroupBatchSampler(BatchSampler):
 
     @property
     def rank(self) -> int:
-        """Which of them this one is, as far as is known now."""
+        """Rank of this process, as far as is known now."""
         num_replicas = self.num_replicas
         rank = dist.get_rank() if self._rank is None and _distributed() else self._rank
         if rank is None and num_replicas > 1:
@@ -193,7 +196,7 @@ class GroupBatchSampler(BatchSampler):
     def __len__(self) -> int:
         """Number of batches that the next iterator yields on this replica.
 
-        After load_state_dict those that are left; all again once that iterator is made.
+        After load_state_dict that is the rest of the epoch, until the iterator is made.
         """
         self._check_replicas()
         return self._n_steps - (0 if self._opened else self._start)
@@ -206,35 +209,35 @@ class GroupBatchSampler(BatchSampler):
         """Choose the epoch of the next pass, as with `DistributedSampler`; the passes after it go
         on from there.
 
-        Naming the epoch that `load_state_dict` has just restored keeps the place in it.
+        If `load_state_dict` has just restored this epoch, the place in it is kept.
         """
         epoch = _at_least(0, "epoch", epoch)
         if self._restored_replicas is not None and not self._begun and epoch != self._epoch:
             warnings.warn(
                 f"set_epoch({epoch}) gives up the place that load_state_dict restored: epoch "
-                f"{self._epoch}, {self._start} batches done. If a trainer says so, which counts "
-                "epochs from 0, tell it where to begin",
+                f"{self._epoch}, {self._start} batches done. If a trainer that counts epochs from "
+                "0 made this call, give it the epoch to begin with",
                 stacklevel=2,
             )
         if self._begun or epoch != self._epoch:
             under_way = self._pass
             self._go_to(epoch, 0)
-            self._pass = under_way  # if it is of this very epoch and is read on, it was meant
+            self._pass = under_way  # if it is of this epoch and is read on, it is the next pass
 
     def as_index_sampler(self) -> Sampler[int]:
         """The samples of the batches one by one, for trainers that take `sampler=`.
 
-        A pass over it is a pass over this sampler, and its `len` the number of samples of one. What
-        regroups them must do so by `batch_size`, else the batches are others. It has no state: a
-        `StatefulDataLoader` resumes in the epoch that `set_epoch` names.
+        A pass over it is a pass over this sampler; its `len` is the number of samples in a pass.
+        The trainer must group the samples by `batch_size`; any other size gives other batches. It
+        has no state: a `StatefulDataLoader` resumes in the epoch given to `set_epoch`.
         """
         return _IndexSampler(self)
 
     def unsharded(self) -> BatchSampler:
-        """The batches of all replicas in turn, for accelerate, which deals them out itself.
+        """The batches of all replicas in turn, for accelerate, which distributes them itself.
 
-        Each process gets the batches that it would have had, in the same number. A pass over it is
-        a pass over this sampler.
+        Each process gets the same batches as from this sampler. A pass over the result is a pass
+        over this sampler.
         """
         return _UnshardedSampler(self)
 
@@ -242,9 +245,9 @@ class GroupBatchSampler(BatchSampler):
         """The place in the training run: plain integers and strings, the same for all replicas.
 
         Args:
-            batches_done: batches of the latest pass that this replica has used, those before a
-                resumption included. Default: those handed out so far, which is the same only where
-                nothing reads ahead (`num_workers=0`).
+            batches_done: number of batches of the latest pass that this replica has used, including
+                those before a resumption. Default: the number of batches yielded so far, which is
+                larger if workers read ahead.
         """
         epoch, done = self._epoch, self._position
         if batches_done is not None:
@@ -254,8 +257,8 @@ class GroupBatchSampler(BatchSampler):
         return {**self._identity(), "epoch": epoch, "batches_done": done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to the place that `state` names: the next pass yields the rest of that epoch, or all
-        of the following one where no batch is left of it.
+        """Go to the place in `state`: the next pass yields the rest of that epoch or, if no batch
+        of it is left, the following epoch.
 
         Raises:
             ValueError: `state` belongs to a sampler with other groups or options, or is incomplete.
@@ -282,7 +285,7 @@ class GroupBatchSampler(BatchSampler):
 
     @property
     def _exhausted(self) -> bool:
-        """Whether the latest pass has come to its end, after its last batch."""
+        """Whether the latest pass has ended, after its last batch."""
         return self._begun and self._pass is None
 
     def _go_to(self, epoch: int, start: int) -> None:
@@ -328,7 +331,7 @@ class GroupBatchSampler(BatchSampler):
         return sum(own[-len(self) :])
 
     def _check_replicas(self) -> None:
-        """Raise where the replicas, as far as they are known now, cannot share these samples."""
+        """Raise if the replicas, as far as they are known now, cannot share these samples."""
         num_replicas, n_samples = self.num_replicas, len(self._batches.group_of)
         if n_samples < 2 * num_replicas:
             raise ValueError(
@@ -344,7 +347,7 @@ class GroupBatchSampler(BatchSampler):
         return int(batches)
 
     def _identity(self) -> dict[str, Any]:
-        """All that the order of batches depends on beside the epoch."""
+        """All values except the epoch on which the order of batches depends."""
         return {
             "groups_crc32": zlib.crc32(self._batches.group_of.tobytes()),
             "batch_size": self.batch_size,
@@ -375,8 +378,8 @@ class _IndexSampler(Sampler[int]):
 class _UnshardedSampler(BatchSampler):
     """The batches of all replicas of a GroupBatchSampler, in turn.
 
-    Its batch size is None: so accelerate knows that batches differ in size, and deals them out as
-    they are, instead of filling up the smaller ones with samples that were seen already.
+    Its batch size is None, which tells accelerate that batches differ in size. Otherwise accelerate
+    would fill up smaller batches with repeated samples.
     """
 
     batch_size = None  # type: ignore[assignment]
@@ -413,17 +416,18 @@ def _warn_of_a_missing_process_group() -> None:
 
 def _warn_of_an_epoch_named_late(named: int, under_way: int) -> None:
     warnings.warn(
-        f"set_epoch({named}) came when batches of epoch {under_way} had been asked for, and that "
-        f"pass goes on: it remains epoch {under_way}. Workers read ahead from iter(loader) on: "
-        "call set_epoch before",
+        f"set_epoch({named}) came when batches of epoch {under_way} had been requested: this pass "
+        f"remains epoch {under_way}. Workers read ahead from iter(loader) on: call set_epoch "
+        "before that",
         stacklevel=3,
     )
 
 
 def _refuse_who_would_regroup(batches: GroupBatchSampler) -> None:
-    """Raise if batches are asked for by what would share them out again, or batch them once more.
+    """Raise if the caller would distribute the batches a second time, or batch them again.
 
-    Neither fails by itself: one trains on a part of the samples, the other on batches of batches.
+    Neither fails by itself: the first trains on a part of the samples, the second on batches of
+    batches.
     """
     for local in _locals_of_callers("accelerate.data_loader"):
         reader: Any = local.get("self")
@@ -443,11 +447,11 @@ def _refuse_who_would_regroup(batches: GroupBatchSampler) -> None:
 
 
 def _restored_in_vain() -> bool:
-    """Whether a StatefulDataLoader is about to let a pass begin and to begin it again.
+    """Whether a StatefulDataLoader is about to begin the next pass twice.
 
-    So it resumes from the end of an epoch if it has workers: the iterator that it restores reads
-    ahead, is found to have been at its end, and is replaced. Nothing that it calls here tells that
-    iterator from one whose batches are used; its own state, further up the stack, does.
+    With workers, it does so when it resumes from the end of an epoch: the restored iterator reads
+    ahead, turns out to be at its end, and is replaced. Its calls here do not show which iterator is
+    used; only its own state does, further up the stack.
     """
     for local in _locals_of_callers("torchdata.stateful_dataloader.stateful_dataloader"):
         state = local.get("next_iter_state")
@@ -457,10 +461,10 @@ def _restored_in_vain() -> bool:
 
 
 def _locals_of_callers(*modules: str) -> Iterator[dict[str, Any]]:
-    """Yield the local variables of those functions of `modules` that led here, the nearest first.
+    """Yield the local variables of the calling functions in `modules`, the nearest first.
 
-    Of no others: before Python 3.13 to look at a function's variables is to keep what they hold
-    until it returns, such as the last loss of a training loop.
+    Other functions are not looked at: before Python 3.13, reading a function's variables keeps
+    their values alive until it returns, such as the last loss of a training loop.
     """
     frame: FrameType | None = sys._getframe(2)
     for _ in range(12):

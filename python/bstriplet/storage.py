@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever ends the process that writes them."""
+"""Atomic files: complete or absent, even if the writing process is killed."""
 
 import json
 import os
@@ -11,9 +11,9 @@ from bstriplet.text import encode
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path``: whoever reads it meets the old file or the new one, whole.
+    """Write ``content`` to ``path`` atomically: readers find the complete old or new file.
 
-    That holds through a loss of power too, and what this function has returned from stays written.
+    This holds through a loss of power too. When the function returns, the new file is on disk.
     """
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -33,7 +33,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """Make names in a folder durable, where a folder can be opened (not on Windows)."""
+    """Write the names in a folder to disk; not on Windows, where a folder cannot be opened."""
     if os.name == "posix":
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -43,7 +43,7 @@ def _sync_folder(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text``, atomically, as :func:`bstriplet.text.encode` does."""
+    """Write ``text`` atomically, encoded by :func:`bstriplet.text.encode`."""
     write_atomic(path, encode(text))
 
 
@@ -69,7 +69,7 @@ def cannot_write(path: Path, error: OSError) -> UserError:
 
 
 def write_output(path: Path, text: str) -> None:
-    """Write ``text`` to the file a user named; a link is followed, a pipe or device written to."""
+    """Write ``text`` to a file that the user named: through a link, or to a pipe or device."""
     if not _is_special(path):
         return write_text(Path(os.path.realpath(path)), text)
     try:
@@ -79,7 +79,7 @@ def write_output(path: Path, text: str) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Raise, before the work is done, unless :func:`write_output` can write to ``path``."""
+    """Raise unless :func:`write_output` can write to ``path``; for a check before the work."""
     if os.path.isdir(path):
         raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
     if not _is_special(path):
@@ -87,14 +87,14 @@ def check_output(path: Path) -> None:
 
 
 def _is_special(path: Path) -> bool:
-    """Whether ``path``, which is no folder, is a pipe or a device, such as /dev/stdout."""
+    """Whether ``path``, not a folder, is a pipe or a device such as /dev/stdout."""
     return os.path.exists(path) and not os.path.isfile(path)
 
 
 def check_writable(folder: Path, path: Path) -> None:
     """Raise, naming ``path``, unless a file can be made in ``folder``."""
     try:
-        # Named as `write_atomic` names it: a name may be too long, or not allowed.
+        # The same prefix as in `write_atomic`: the name may be too long or not allowed.
         with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}."):
             pass
     except OSError as error:

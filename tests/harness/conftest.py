@@ -15,7 +15,7 @@ from quick import TINY, MakeTree, Outcome, Run
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Run torch on one thread (bit for bit means: with the same number), and restore its modes."""
+    """Run torch on one thread, because results depend on their number; restore its modes after."""
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(1)
@@ -26,7 +26,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Keep decoded images of tests out of the user's cache."""
+    """Keep decoded images out of the user's cache."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("BSTRIPLET_CACHE", str(folder))
     return folder
@@ -47,7 +47,7 @@ def bstriplet(capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the drawing of reports, seconds each, to the tests that look at them."""
+    """Skip the drawing of reports, which takes seconds each, in tests that do not look at them."""
     monkeypatch.setattr(page, "write_report", lambda folder: folder / "report.html")
 
 

@@ -1,4 +1,4 @@
-"""Moved training images: each against NumPy, seeded, and in the groups of their originals."""
+"""Augmented training images: against NumPy, seeded, and in the groups of their originals."""
 
 from collections import Counter
 from dataclasses import replace
@@ -24,7 +24,7 @@ def some_images(count: int, channels: int = 2, size: int = 9) -> torch.Tensor:
 
 
 def moved(image: np.ndarray, down: int, right: int) -> np.ndarray:
-    """[C, H, W] moved, its edge repeated."""
+    """The image [C, H, W], moved, with its edge repeated."""
     padded = np.pad(image, ((0, 0), (5, 5), (5, 5)), mode="edge")
     height, width = image.shape[1:]
     return padded[:, 5 - down : 5 - down + height, 5 - right : 5 - right + width]

@@ -1,4 +1,4 @@
-"""The backbones: the functions of torchvision's and pytorchcv's, and timm models throughout."""
+"""The backbones: equal to torchvision's and pytorchcv's, and complete timm models."""
 
 import math
 from collections.abc import Callable
@@ -33,14 +33,14 @@ both = pytest.mark.parametrize("name", MODELS)
 
 
 def create(name: str, **options: object) -> nn.Module:
-    """Build a grey-image, three-class model that is in no way symmetric, in float64."""
+    """Build a model for grey images and three classes, without any symmetry, in float64."""
     torch.manual_seed(0)
     model = timm.create_model(name, **({"num_classes": 3, "in_chans": 1} | options))
     return disturb(model).double().eval()
 
 
 def disturb(model: nn.Module) -> nn.Module:
-    """Give every normalisation weights and statistics as if it had been trained."""
+    """Give every normalisation random weights and statistics, as after training."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             channel = torch.arange(module.num_features)
@@ -63,7 +63,7 @@ def assert_same(ours: Tensor, theirs: Tensor) -> None:
 
 
 def torchvision_pair(width: str, folder: Path) -> tuple[nn.Module, nn.Module]:
-    """Return torchvision's network with random weights, and ours that loaded them from a file."""
+    """Return torchvision's network with random weights, and ours with the same ones from a file."""
     theirs = disturb(getattr(torchvision.models, f"shufflenet_v2_{width}")())
     torch.save(theirs.state_dict(), folder / "weights.pth")
     ours = timm.create_model(
@@ -411,7 +411,7 @@ def test_parameters_are_grouped_from_stem_to_head(name: str, coarse: bool) -> No
 
 
 def kept_for_backward(run: Callable[[], Any]) -> tuple[int, Any]:
-    """Count the tensors that a computation keeps for its backward; return its result too."""
+    """Return the result of a computation and the number of tensors it keeps for its backward."""
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         result = run()
@@ -537,7 +537,7 @@ def test_channels_last_is_kept_to_the_end(name: str) -> None:
     ("name", "backend"), [("shufflenet_v2_x0_5", "aot_eager"), ("peleenet", "eager")]
 )
 def test_compiles_in_one_graph(name: str, backend: str) -> None:
-    """With ``aot_eager``, the backward too."""
+    """``aot_eager`` compiles the backward too."""
     model = create(name, drop_path_rate=0.4).train()
     x = images(2, 1, 64, 64)
     torch.manual_seed(0)
@@ -551,7 +551,7 @@ def test_compiles_in_one_graph(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("name", TABLE_1)
 def test_classifiers_export_for_any_batch(name: str) -> None:
-    """What a run trains, from uint8 images to logits and embeddings, for all four backbones."""
+    """The model of a run, from uint8 images to logits and embeddings, for all four backbones."""
     model = Classifier(name, num_classes=3, channels=1).eval()
     disturb(model)
     model.standardise_with(torch.tensor([100.0]), torch.tensor([50.0]))

@@ -1,4 +1,4 @@
-"""Decoding once: the cache keyed by content, files that change or vanish, a full disk."""
+"""The cache of decoded images: keyed by content; files that change or vanish; a full disk."""
 
 import hashlib
 import os
@@ -42,7 +42,7 @@ def saved(pixels: np.ndarray) -> bytes:
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, file: Path, name: str, value: int) -> None:
-    """Let the status of a file stay as it is now, but for one number."""
+    """Freeze the status of a file as it is now, except for one number."""
     real, status = os.stat, os.stat(file)
     numbers = {key: getattr(status, key) for key in dir(status) if key.startswith("st_")}
 
@@ -169,7 +169,7 @@ def test_decoding_that_is_cut_leaves_nothing_to_be_mistaken(
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path, cache: Path) -> None:
-    """A file of at most 4 kB stands for the disk; a memory map would die of it by SIGBUS."""
+    """A limit of 4 kB per file stands for the disk; a memory map would be killed by SIGBUS."""
     paths = make_images(tmp_path / "set", 20)
     program = (
         "import resource, signal, sys; from pathlib import Path\n"

@@ -1,4 +1,4 @@
-"""The command line: what a person gets wrong is one clear line; evaluate and predict."""
+"""The command line: each mistake of the user is one clear line; evaluate and predict."""
 
 import csv
 import io
@@ -46,7 +46,7 @@ def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def one_clear_line(outcome: Outcome, *words: object) -> None:
-    """The outcome is status 2 and one line that has all ``words``."""
+    """Check that the outcome is status 2 and one line that has all ``words``."""
     assert outcome.status == 2
     assert outcome.out == ""
     assert outcome.err.startswith("bstriplet: ")
@@ -266,7 +266,7 @@ def test_an_unwritable_output_folder(
 
 
 def one_clear_line_at_the_end(outcome: Outcome, *words: object) -> None:
-    """As ``one_clear_line``, after what a demo says of its setting."""
+    """Like ``one_clear_line``, after the lines that a demo prints about its setting."""
     lines = outcome.err.splitlines(keepends=True)
     one_clear_line(Outcome(outcome.status, outcome.out, lines[-1]), *words)
 
@@ -328,7 +328,7 @@ def test_the_installed_command_ends_like_main(tmp_path: Path) -> None:
 
 @pytest.fixture
 def run_copy(earlier: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run that a test may spoil."""
+    """A copy of the finished run that a test may damage."""
     shutil.copytree(earlier / "run", tmp_path / "copy")
     return tmp_path / "copy"
 
@@ -434,6 +434,19 @@ def test_evaluate_gives_the_metrics_of_the_run(bstriplet: Run, earlier: Path) ->
     for name in ("accuracy", "sensitivity", "specificity"):
         assert f"{name:<12} {100 * metrics[name]:.2f} %" in outcome.out
     assert f"auc          {metrics['auc']:.4f}" in outcome.out
+
+
+def test_a_run_on_a_gpu_is_evaluated_without_one(
+    run_copy: Path, bstriplet: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_cpu = bstriplet("evaluate", "--run", run_copy)
+    config = json.loads((run_copy / "config.json").read_text()) | {"device": "cuda"}
+    (run_copy / "config.json").write_text(json.dumps(config))
+    checkpoint = torch.load(run_copy / "best.pt", weights_only=True)
+    torch.save(checkpoint | {"config": config}, run_copy / "best.pt")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bstriplet("evaluate", "--run", run_copy) == on_cpu
+    assert on_cpu.status == 0
 
 
 @pytest.fixture
@@ -664,7 +677,7 @@ def test_a_path_that_the_system_refuses_is_one_clear_line(earlier: Path, bstripl
 
 @pytest.fixture(scope="module")
 def odd_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A run on a tree, and the tree: folders and files whose names are not UTF-8, and Chinese."""
+    """A run on a tree, and the tree. Its folders and files have names in Chinese and not UTF-8."""
     if os.name == "nt":
         pytest.skip("names of files are Unicode here")
     root = tmp_path_factory.mktemp("odd") / os.fsdecode(b"d\xe9")
@@ -744,7 +757,7 @@ def test_bytes_of_names_and_escapes_stand_side_by_side(
 
 
 class Cell:
-    """Standard output as a notebook may have it: it has no more than this, and holds ASCII."""
+    """A standard output as in a notebook: no other methods than these, and ASCII only."""
 
     encoding = "ascii"
 
@@ -777,7 +790,7 @@ def test_streams_of_notebooks_and_none_at_all(
 def test_standard_error_names_a_file_by_its_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that the command with which to continue can be copied."""
+    """The printed command to continue with can then be copied."""
     screen = TextIOWrapper(BytesIO(), encoding="utf-8", errors="backslashreplace")
     monkeypatch.setattr(sys, "stderr", screen)
     assert cli.main(["evaluate", "--run", str(tmp_path / "norm\udce9")]) == 2

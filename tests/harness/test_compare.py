@@ -1,4 +1,4 @@
-"""Comparisons: the folder, resuming, and the demo's experiment."""
+"""Experiments: the compare folder, resuming, and the demo's experiment."""
 
 import json
 from dataclasses import replace
@@ -63,7 +63,7 @@ def test_resume_trains_only_what_is_missing(
     with pytest.raises(KeyboardInterrupt):
         compare(experiment, out, said.append)
     monkeypatch.setattr(compare_module, "train", train)
-    # Seed by seed: what a cut comparison has are pairs.
+    # Seed by seed: an interrupted experiment has complete pairs.
     assert RunFolder(run_folder(out, SCHEMES[0], 0)).finished
     assert RunFolder(run_folder(out, SCHEMES[1], 0)).finished
     times = {path: path.stat().st_mtime_ns for path in out.rglob("seed-0/*.*")}
@@ -75,7 +75,7 @@ def test_resume_trains_only_what_is_missing(
 
 
 def test_schemes_may_differ_in_any_field(tiny: TrainConfig, tmp_path: Path) -> None:
-    """Runs are told apart by what the schemes set; each gets its own images."""
+    """Runs are told apart by the fields that schemes set; each gets its own images."""
     texts = ("ce:random", "ce:random:lr=0.01", "ce:random:backbone=test_resnet:image-size=40")
     experiment = Experiment(replace(tiny, epochs=1), tuple(map(Scheme.parse, texts)), (0,))
     compare(experiment, tmp_path, lambda text: None)

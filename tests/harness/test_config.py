@@ -1,4 +1,4 @@
-"""The configuration: section 3.1 by default, the same as command line, as file and as object."""
+"""The configuration: section 3.1 by default; command line, file and object agree."""
 
 import argparse
 import json

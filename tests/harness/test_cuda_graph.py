@@ -1,6 +1,6 @@
-"""The graphed step: which batches are replayed, which are eager, each trained on exactly once.
+"""The graphed step: batches that are replayed or eager, each trained on exactly once.
 
-A stand-in for CUDA records a step as the function and tensors that replaying calls again.
+A stand-in for CUDA records a step as a function and its tensors; a replay calls the function again.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 class Recorder:
-    """In place of ``cuda_graph.Cuda``."""
+    """A stand-in for ``cuda_graph.Cuda``."""
 
     def __init__(self) -> None:
         self.eager: list[int] = []

@@ -27,7 +27,7 @@ SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
 
 
 def synthetic(counts: list[int], patients: np.ndarray | None, n_test: int = 0) -> Dataset:
-    """A dataset whose images hold nothing but their number, ``counts`` of each class."""
+    """A dataset of ``counts`` images of each class; the pixels of an image are its number."""
     labels = np.repeat(np.arange(len(counts)), counts)
     n = len(labels)
     images = ImageSet(
@@ -58,7 +58,7 @@ def parts(task: Task) -> dict[str, set[int]]:
 
 
 def check_parts(dataset: Dataset, task: Task) -> None:
-    """Parts are disjoint, consistent with the whole, and hold every class."""
+    """Check that parts are disjoint, consistent with the dataset, and hold every class."""
     rows = parts(task)
     assert not rows["train"] & rows["validation"]
     assert not rows["train"] & rows["test"]

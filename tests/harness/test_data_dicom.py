@@ -1,4 +1,4 @@
-"""DICOM: windows, tables, MONOCHROME1, colour, patients; what cannot be read says why."""
+"""DICOM: windows, tables, MONOCHROME1, colour, patients, and reasons why files cannot be read."""
 
 import re
 import sys
@@ -64,7 +64,7 @@ def test_monochrome1_is_inverted(tmp_path: Path) -> None:
 
 
 def test_the_window_is_that_of_the_header_after_rescaling(tmp_path: Path) -> None:
-    """A lung window on a CT: the ends are black and white, whatever else the image holds."""
+    """A lung window on a CT: its ends are black and white, whatever the image's range."""
     stored = RAMP.astype(np.int16) * 8
     path = write_dicom(
         tmp_path / "a.dcm",
@@ -94,7 +94,7 @@ def notes_of(path: Path) -> str:
 
 
 def test_an_intercept_without_a_slope_counts(tmp_path: Path) -> None:
-    """Hounsfield units of a CT whose writer left a slope of 1 out."""
+    """Hounsfield units of a CT whose writer left out a slope of 1."""
     window = {"WindowCenter": -872, "WindowWidth": 256}
     path = write_dicom(tmp_path / "a.dcm", RAMP, RescaleIntercept=-1000, **window)
     assert np.abs(read(path) - RAMP).max() <= 1
@@ -279,7 +279,7 @@ def test_a_header_without_transfer_syntax_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("claim", [None, pydicom.uid.ExplicitVRLittleEndian])
 def test_compressed_pixels_are_not_read_as_they_lie(tmp_path: Path, claim: str | None) -> None:
-    """Noise is longer compressed than not, so that there are enough bytes for an image."""
+    """Compressed noise is longer than the pixels, so that there are enough bytes for an image."""
     noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE), dtype=np.uint8)
     path = write_dicom(tmp_path / "a.dcm", noise, 8)
     header = pydicom.dcmread(path)

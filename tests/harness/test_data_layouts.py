@@ -40,7 +40,7 @@ def counts(dataset: Dataset) -> dict[tuple[str, str], int]:
 
 
 def patient_of(dataset: Dataset) -> dict[str, int]:
-    """The patient's number by the bare file name."""
+    """The number of the patient by file name."""
     assert dataset.patients is not None
     return {
         Path(file).name: int(patient)
@@ -172,7 +172,7 @@ def test_a_class_that_is_a_link_to_nothing_is_named(tmp_path: Path) -> None:
 def test_what_cannot_be_opened_beside_the_data_is_named_and_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A spreadsheet that is open elsewhere, a folder of somebody else."""
+    """Such as a spreadsheet that is open elsewhere, or a folder of another user."""
     for label in "ab":
         write_images(tmp_path / "train" / label, *(f"{i}.png" for i in range(5)))
     write_images(tmp_path / "locked", "a.png")
@@ -190,7 +190,7 @@ def test_what_cannot_be_opened_beside_the_data_is_named_and_no_error(
 
 
 def test_control_characters_of_names_are_escaped_in_notes_and_bytes_kept() -> None:
-    """The icon of a folder on a Mac has such a name; a terminal would obey the others."""
+    """A folder's icon on a Mac has such a name; a terminal would obey other control characters."""
     names = ["Icon\r", "two\nlines", "\x1b[31m", "\x7f\x9b31m", "caf\udce9", "naïve"]
     assert counted({"were left out": names, "": []}) == (
         r"6 were left out: Icon\r, two\nlines, \x1b[31m, \x7f\x9b31m, caf" + "\udce9, naïve",
@@ -276,7 +276,7 @@ def make_chest_2(root: Path, validation: bool = True) -> None:
 def test_chest_2_as_kaggle_delivers_it(tmp_path: Path) -> None:
     root = tmp_path / "chest_xray"
     make_chest_2(root)
-    make_chest_2(root / "chest_xray")  # the archive holds itself once more
+    make_chest_2(root / "chest_xray")  # the archive holds a copy of itself
     write_images(root / "__MACOSX/train/NORMAL", "._IM-0115-0001.png")
     (root / "train/.DS_Store").write_bytes(b"\0")
     (root / "train/NORMAL/.DS_Store").write_bytes(b"\0")
@@ -369,7 +369,7 @@ def test_a_manifest_says_more_than_names_do(tmp_path: Path) -> None:
 
 
 def make_tree_with_manifest(root: Path, manifest: str) -> Path:
-    """Four images a class to train on, two to test on, and a manifest."""
+    """Four training and two test images per class, and a manifest."""
     for part, count in (("train", 4), ("test", 2)):
         for label in "ab":
             write_images(root / part / label, *(f"{i}.png" for i in range(count)))
@@ -682,7 +682,7 @@ def test_an_unknown_tile_class_is_an_error(tmp_path: Path) -> None:
 
 
 def test_the_papers_split_of_osteosarcoma_is_four_fifths_of_each_class_by_image() -> None:
-    """Table 9 to the image, from the class totals: what ``split_by="image"`` makes by default."""
+    """``split_by="image"`` gives the counts of Table 9 from the class totals, by default."""
     counts = paper.data_set("osteosarcoma").counts
     for label, tested in counts["test"].items():
         assert tested == round(TrainConfig().test_fraction * (counts["train"][label] + tested))

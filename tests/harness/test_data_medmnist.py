@@ -1,4 +1,4 @@
-"""MedMNIST files: any size, grey and RGB, in their own parts; refused where they do not fit."""
+"""MedMNIST files: any size, grey and RGB, with their own parts; files that do not fit."""
 
 import sys
 import zipfile
@@ -179,7 +179,7 @@ def test_a_damaged_file_is_named_and_leaves_nothing(tmp_path: Path, cache: Path)
 
 
 def fake_package(folder: Path) -> ModuleType:
-    """The part of the package medmnist that is used: it writes its file into its folder."""
+    """A stand-in for the package medmnist, which writes its file into its folder."""
 
     class PneumoniaMNIST:
         available_sizes = (28, 64, 128, 224)

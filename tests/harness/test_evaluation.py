@@ -1,4 +1,4 @@
-"""What a finished run leaves of its mistakes, and what it predicts in several batches."""
+"""The mistakes that a finished run keeps, and predictions in several batches."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ from quick import MakeTree, Run, tiny_flags
 
 
 def grey(count: int, side: int) -> ImageSet:
-    """Images of class 0, each of one grey value: its number."""
+    """Images of class 0; all pixels of an image are its number."""
     values = np.arange(count, dtype=np.uint8)[:, None, None, None]
     pixels = np.broadcast_to(values, (count, 1, side, side))
     files = tuple(f"{number}.png" for number in range(count))

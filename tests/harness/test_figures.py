@@ -1,4 +1,4 @@
-"""The figures: the numbers that they show, and that they can be drawn from whatever runs left."""
+"""The figures: the numbers that they show, and that they can be drawn from any runs."""
 
 from __future__ import annotations
 

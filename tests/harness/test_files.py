@@ -1,4 +1,4 @@
-"""Listing images: by suffix, else by content; links followed; all that is left out is named."""
+"""Listing images: by suffix, else by content; links are followed; left-out files are named."""
 
 import os
 from io import BytesIO
@@ -13,7 +13,7 @@ from PIL import Image, features
 
 
 def names_of(folder: Path) -> tuple[list[str], dict[str, list[str]]]:
-    """The images and what is left out, by names below the folder."""
+    """The images and the left-out files, by names below the folder."""
 
     def below(path: object) -> str:
         return str(path).removeprefix(f"{folder}{os.sep}").replace(os.sep, "/")
@@ -111,7 +111,7 @@ def test_links_to_folders_and_files_are_followed(tmp_path: Path) -> None:
     link(tmp_path / "class/unmounted", tmp_path / "nowhere")
     link(tmp_path / "class/itself", tmp_path / "class/itself")
     images, left_out = names_of(tmp_path / "class")
-    # a link to nothing is an image that cannot be read, not one that is not there
+    # a broken link is an image that cannot be read, not a missing one
     assert images == ["c.png", "d.png", "e.png", "more/b.png", "more/deep/a.png"]
     assert left_out == {NOWHERE: ["itself", "unmounted"]}
 

@@ -113,7 +113,7 @@ def test_broken_files_say_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 @pytest.mark.parametrize("top", [1023, 4095, 65535])
 def test_deep_greys_keep_their_contrast(tmp_path: Path, suffix: str, top: int) -> None:
-    """Ten or twelve bits in sixteen: neither clipped at 255 nor nearly black."""
+    """Ten or twelve bits in sixteen are neither clipped at 255 nor nearly black."""
     ramp = np.linspace(0, top, 256).round().astype(np.uint16).reshape(16, 16)
     Image.fromarray(ramp).save(tmp_path / f"deep.{suffix}")
     pixels = read_image(tmp_path / f"deep.{suffix}", 16).pixels
@@ -144,7 +144,7 @@ def tiff(
     planes: bool = False,
     more: dict[int, tuple[int, ...]] | None = None,
 ) -> bytes:
-    """Return an image [H, W] or [H, W, C] as a TIFF of one strip, of any kind whatever."""
+    """Return an image [H, W] or [H, W, C] as a TIFF of one strip, with any tags."""
     height, width = values.shape[:2]
     samples = values.shape[2] if values.ndim == 3 else 1
     stored = values.astype(values.dtype.newbyteorder(order))
@@ -186,7 +186,7 @@ def decode(content: bytes, size: int = 16) -> Picture:
 
 
 def readings(*contents: bytes) -> Iterator[Picture | Unreadable]:
-    """Yield what is read of each, or why nothing is."""
+    """Yield the image that is read from each file, or why it cannot be read."""
     for content in contents:
         try:
             yield decode(content)
@@ -206,7 +206,7 @@ KINDS = [("u1", 1), ("i1", SIGNED), ("u2", 1), ("i2", SIGNED), ("u4", 1), ("i4",
 def test_a_tiff_of_any_samples_is_read_right_or_refused_by_name(
     kind: str, sample_format: int, photometric: int, order: str, deflate: bool
 ) -> None:
-    """Half of an integer's range or more, so that a wrong sign or order of bytes shows."""
+    """The samples span at least half of the type's range: a wrong sign or byte order shows."""
     ramp = GREY / 255.0
     if sample_format != FLOAT:
         limits = np.iinfo(kind)
@@ -412,7 +412,7 @@ def test_what_is_transparent_everywhere_is_read_and_what_is_opaque_not_noted(
 def test_damaged_or_large_metadata_of_a_png_cost_no_pixels(chunk: tuple[bytes, bytes]) -> None:
     picture = decode_image(png(STEPS, 8, 0, chunk), 8)
     np.testing.assert_array_equal(picture.pixels[0, 0], range(8))
-    assert len(picture.notes) == 1 or chunk[0] == b"iCCP"  # Pillow 10 passes over it itself
+    assert len(picture.notes) == 1 or chunk[0] == b"iCCP"  # Pillow 10 ignores it itself
 
 
 def test_a_wrong_checksum_of_metadata_costs_no_pixels_and_one_of_pixels_does() -> None:

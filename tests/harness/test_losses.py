@@ -1,4 +1,4 @@
-"""The training losses: each against its equation written out, and any other by its name."""
+"""The training losses: each against its equation written out; losses of the library by name."""
 
 import itertools
 import math

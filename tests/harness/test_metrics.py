@@ -1,4 +1,4 @@
-"""classification_metrics against a count by loops, and at its edges."""
+"""classification_metrics against a count by loops, and in edge cases."""
 
 from __future__ import annotations
 

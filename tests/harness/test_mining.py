@@ -1,4 +1,4 @@
-"""mine_groups: what a grouping must be, whether it finds what is there, and what it refuses."""
+"""mine_groups: properties of every grouping, clusters that it must find, and wrong arguments."""
 
 import warnings
 
@@ -40,7 +40,7 @@ def labelled_features(draw):
 
 
 def clouds(rng, centres, n, scale=0.1):
-    """n samples round each of the centres [k, D], and which centre each is from."""
+    """n samples around each of the centres [k, D], and the number of each sample's centre."""
     centres = np.asarray(centres, dtype=np.float64)
     which = np.repeat(np.arange(len(centres)), n)
     return centres[which] + scale * rng.standard_normal((len(which), centres.shape[1])), which

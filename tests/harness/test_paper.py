@@ -1,4 +1,4 @@
-"""The paper's tables as data: every digit that other digits of the paper can vouch for."""
+"""The paper's tables as data: every digit that follows from other digits of the paper."""
 
 from __future__ import annotations
 

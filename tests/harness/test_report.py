@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import shutil
 import warnings
 import xml.etree.ElementTree as ElementTree
@@ -12,7 +13,8 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from bstriplet.config import Scheme
+from bstriplet import cli
+from bstriplet.config import Scheme, given_options
 from bstriplet.errors import UserError
 from bstriplet.report import figures
 from bstriplet.report import page as report
@@ -43,7 +45,7 @@ def compare_folder(finished, tmp_path):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """Leave out the drawing, seconds each, where a test reads only the text of a report."""
+    """Skip the drawing, which takes seconds each, in tests that read only a report's text."""
     monkeypatch.setattr(report, "pictures", lambda comparison: [])
 
 
@@ -193,7 +195,7 @@ def test_a_network_without_cross_entropy_of_its_own_is_compared_with_no_other():
 
 @pytest.mark.usefixtures("no_pictures")
 def test_each_of_two_networks_is_judged_by_its_own_cross_entropy_everywhere(tmp_path):
-    """In the report, in the tables and in a table of the paper: the same two pairs."""
+    """The report, the tables and a table of the paper have the same two pairs."""
     networks = ["peleenet", "shufflenet_v2"]
     texts = [f"{s}:backbone={n}" for s in ("ce:random", "ce+bst:mined") for n in networks]
     folder = write_comparison(tmp_path / "compare", texts, [0, 1, 2])
@@ -335,11 +337,18 @@ def test_a_damaged_file_is_named(compare_folder, name, content, words):
         report.write_report(compare_folder)
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", '{"schemes": 3, "seeds": [0]}'])
+def test_a_damaged_list_of_runs_is_no_reason_to_delete_the_runs(compare_folder, content):
+    (compare_folder / "compare.json").write_text(content)
+    with pytest.raises(UserError, match=r"compare\.json cannot be used .*; restore it$"):
+        report.write_report(compare_folder)
+
+
 @pytest.mark.parametrize("name", ["predictions.csv", "embeddings.npz", "mistakes.npz"])
 def test_a_file_that_was_cut_is_named(compare_folder, name):
     path = compare_folder / "runs" / "ce-random" / "seed-0" / name
     content = path.read_bytes()
-    # predictions.csv ends with a whole row then, so that only the rows' number tells
+    # predictions.csv then ends with a complete row: only the number of rows shows the cut
     path.write_bytes(content[: content.rindex(b"\n", 0, len(content) // 2) + 1])
     with pytest.raises(UserError, match=f"{name} cannot be used"):
         report.write_report(compare_folder)
@@ -393,7 +402,7 @@ def test_the_report_stands_alone_and_holds_every_part(compare_folder):
     assert page.open == []
     assert "script" not in page.tags
     assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
-    # accuracy 1; ROC 2; calibration 2; the others a panel a scheme
+    # accuracy 1; ROC 2; calibration 2; the others one panel per scheme
     assert len(page.alternatives) == 1 + 2 + 2 + 4 * 2
     assert all(page.alternatives)
     text = " ".join(" ".join(page.texts).split())
@@ -427,6 +436,14 @@ def test_a_single_run_has_a_report(finished, tmp_path):
     assert "against CE (RS)" not in text
 
 
+def test_the_command_of_a_report_has_options_that_are_switched_on_and_off(tmp_path):
+    write_run(tmp_path / "run", Scheme("ce", "random", channels_last=False, amp=True), 0)
+    command = report._command(read_runs.read_comparison(tmp_path / "run"))
+    assert command.endswith("--amp --no-channels-last")
+    options = cli._parser().parse_args([*shlex.split(command)[1:], "--out", "again"])
+    assert given_options(options) == {"backbone": "mlp", "amp": True, "channels_last": False}
+
+
 def test_a_report_is_replaced_whole_and_leaves_no_other_file(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "pictures", lambda shown: [figures.confusion_matrices(shown)])
     run = write_run(tmp_path / "run", CE, 0)
@@ -451,7 +468,7 @@ def test_text_from_outside_is_escaped(tmp_path, monkeypatch):
 
 
 def test_names_that_no_page_can_hold_are_shown_as_escapes(tmp_path, monkeypatch):
-    """Bytes that are not UTF-8, a control character; whatever a user has set for other figures."""
+    """Bytes that are not UTF-8 and a control character, with a user's own settings of figures."""
     chosen = figures.confusion_matrices, figures.embeddings, figures.misclassified
     monkeypatch.setattr(report, "pictures", lambda shown: [draw(shown) for draw in chosen])
     names = ("肺炎", "norm\udce9", "bell\a")

@@ -1,4 +1,4 @@
-"""The reproduction of the paper's tables and figures: which runs, shared how, drawn from what."""
+"""The reproduction of the paper's tables and figures: its runs, how targets share and draw them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from bstriplet.config import Scheme, TrainConfig
 from bstriplet.errors import UserError
 from bstriplet.report import page as report
 from bstriplet.report import reproduce
+from bstriplet.training.run_folder import locked_folder
 from digit_runs import write_comparison, write_run
 from quick import TINY, Run, snapshot, tiny_flags
 from scipy import stats
@@ -25,7 +26,7 @@ SMALL = reproduce.SMALL
 
 
 def as_small(folder: Path, **changes: object) -> Path:
-    """Let the runs of a compare folder say that they trained the paper's small network."""
+    """Change the runs of a compare folder to runs of the paper's small network."""
     for path in folder.glob("runs/*/*/config.json"):
         config = json.loads(path.read_text()) | {"backbone": SMALL} | changes
         path.write_text(json.dumps(config))
@@ -99,7 +100,7 @@ def test_options_take_the_place_of_settings_and_schemes_that_become_one_are_run_
 
 
 def test_a_table_is_drawn_from_compare_folders(finished, tmp_path, bstriplet: Run):
-    # As if the seeds had been shared between two machines.
+    # As after two machines trained half of the seeds each.
     halves = [tmp_path / "a", tmp_path / "b"]
     for half in halves:
         shutil.copytree(finished, half)
@@ -328,6 +329,13 @@ def test_what_is_missing_is_trained_once_and_shared(tmp_path, bstriplet: Run):
     other = bstriplet("reproduce", "table3", "--seeds", 1, *flags, "--lr", 0.01)
     assert other.status == 2
     assert "another configuration: lr (0.01 here, 0.001 there)" in other.err
+
+
+def test_a_folder_in_use_is_refused_before_images_are_read(tmp_path, bstriplet: Run):
+    with locked_folder(tmp_path / "out"):
+        outcome = bstriplet("reproduce", "table3", "--data", "no", "--out", tmp_path / "out")
+    assert outcome.status == 2
+    assert "another process is writing" in outcome.err
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A run cut at any moment and continued equals one that was not, to the bit."""
+"""A run that is killed at any moment and continued equals an uninterrupted one bit for bit."""
 
 import json
 import multiprocessing
@@ -31,7 +31,7 @@ from quick import Run, snapshot, tiny_flags
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 MINED = {"loss": "ce+bst", "batches": "mined"}
-# Each part of a run that has a state of its own, between them.
+# Together, these recipes use every part of a run that has a state of its own.
 RECIPES: dict[str, dict[str, Any]] = {
     "section 3.1": MINED,
     "ema, cosine, amp": MINED | {
@@ -46,7 +46,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """What a run left, without the times that it took."""
+    """The files of a run, without the times that it took."""
 
     def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [
@@ -86,7 +86,7 @@ def flat(value: Any) -> Any:
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing in the package may catch it."""
+    """A stand-in for a kill: nothing in the package may catch it."""
 
 
 def test_a_kill_before_any_write_loses_nothing(
@@ -155,7 +155,7 @@ def lines_in(log: Path) -> int:
 
 @dataclass(frozen=True)
 class Background:
-    """Trains a run in processes that are forked from one with the imports behind it."""
+    """Trains a run in processes that are forked from one that has imported everything."""
 
     config: TrainConfig
     task: Task
@@ -196,11 +196,24 @@ def background(
 
 
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
-    for name in (".last.pt.k3x8", ".metrics.json.9", ".mine.txt", "last.pt"):
+    half = ("last.pt", "metrics.json", "bad_batch.pt", "compare.json", "reproduce.json")
+    for name in (*(f".{name}.k3x8" for name in half), ".mine.txt", "last.pt"):
         (tmp_path / name).write_text("half")
     with run_folder.locked_folder(tmp_path):
         left = {path.name for path in tmp_path.iterdir()}
     assert left - {run_folder.LOCK_FILE} == {".mine.txt", "last.pt"}
+
+
+@pytest.mark.parametrize("name", ["environment", "config", "compare", "reproduce"])
+def test_a_command_that_is_killed_while_it_writes_its_first_file_starts_again(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / f".{name}.json.k3x8").write_text("half")
+    (tmp_path / run_folder.LOCK_FILE).touch()
+    run_folder.check_new(tmp_path, resume=True)
+    (tmp_path / f".{name}.txt").write_text("mine")
+    with pytest.raises(UserError, match="another --out"):
+        run_folder.check_new(tmp_path, resume=True)
 
 
 def test_kill_9_at_20_random_moments_loses_nothing(
@@ -244,7 +257,7 @@ def test_a_second_process_is_refused_and_the_first_unharmed(
 
 
 def heed_interrupts() -> None:
-    """Undo what a shell does to the commands that it runs in the background."""
+    """Let SIGINT stop the process; a shell makes commands in the background ignore it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -301,7 +314,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, bstriplet: Run) -> None
 def test_a_failed_write_is_one_clear_line_and_the_run_continues(
     tmp_path: Path, bstriplet: Run, monkeypatch: pytest.MonkeyPatch, fails_at: int
 ) -> None:
-    """Each write of a run in turn meets a full disk; the run then goes on as if it had not."""
+    """Each write of a run in turn meets a full disk; the run then continues as without it."""
     out = tmp_path / "run"
     sync: Callable[[int], None] = os.fsync
     calls = 0
@@ -325,7 +338,7 @@ def test_a_failed_write_is_one_clear_line_and_the_run_continues(
 def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_continues(
     tiny: TrainConfig, tmp_path: Path
 ) -> None:
-    """On a disk of its own that has room for one checkpoint and not for the next beside it."""
+    """The disk has room for one checkpoint, but not for the next one beside it."""
     config = replace(tiny, **MINED, epochs=3)
     task = split_dataset(load_dataset(config.data, config.image_size), config)
     whole = RunFolder(tmp_path / "whole")

@@ -25,7 +25,7 @@ seeds = st.integers(0, 2**31)
 
 @st.composite
 def samplers(draw, max_replicas=1):
-    """A function rank -> sampler, with options among all that are allowed, and its group ids."""
+    """A function rank -> sampler with any allowed options, and its group ids."""
     num_replicas = draw(st.integers(1, max_replicas))
     sizes = draw(group_sizes.filter(lambda s: sum(s) >= 2 * num_replicas))
     ids = draw(st.permutations(range(-3, len(sizes) - 3)))
@@ -73,7 +73,7 @@ def assert_rounded(count, exact):
 
 
 def assert_keeps_shares(counts, shares):
-    """Each batch has each share rounded down or up; running totals are less than one sample off."""
+    """Check each batch for shares rounded down or up, and totals less than one sample off."""
     total = [0] * len(shares)
     for number, row in enumerate(counts.tolist(), start=1):
         for group, (count, share) in enumerate(zip(row, shares, strict=True)):
@@ -349,7 +349,7 @@ def test_an_older_pass_that_is_read_on_does_not_move_the_place():
 
 @pytest.mark.parametrize("unsharded", [False, True])
 def test_a_pass_that_goes_on_when_its_own_epoch_is_named_keeps_the_place(unsharded):
-    # Some trainers name the epoch when workers have read ahead in it.
+    # Some trainers call set_epoch after workers have read ahead in that epoch.
     sampler, whole = of_sizes([40, 60], 10), epochs_of(of_sizes([40, 60], 10), 2)
     drawn = iter(sampler.unsharded() if unsharded else sampler)
     assert [next(drawn) for _ in range(2)] == whole[0][:2]

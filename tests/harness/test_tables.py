@@ -1,4 +1,4 @@
-"""CSV files as people have them, and the names in them: one form, or the difference is shown."""
+"""CSV files of common delimiters and encodings, and the names in them, in several spellings."""
 
 import csv
 import io
@@ -25,7 +25,7 @@ def listed(listing: Listing) -> list[tuple[str, str, str]]:
 
 
 def read(folder: Path, content: str | bytes, *files: str | bytes) -> Listing:
-    """The listing of a CSV file beside which these files lie."""
+    """The listing of a CSV file with these files beside it."""
     for name in files:
         if os.name == "nt" and isinstance(name, bytes):
             pytest.skip("names of files are Unicode here")
@@ -88,7 +88,7 @@ def test_bytes_that_cp1252_lacks_are_read_as_latin_1(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("encoding", ["gbk", "cp1252"])
 def test_cells_of_another_encoding_than_the_rest_are_noted(tmp_path: Path, encoding: str) -> None:
-    """Some words of GBK and of cp1252 are UTF-8 of other letters, which says little of a table."""
+    """Some words in GBK and cp1252 are also valid UTF-8, which proves little about a table."""
     words = {"gbk": ("联通", "正常"), "cp1252": ("Ã©", "café")}[encoding]
     rows = "".join(f"{row}.png,{word}\n" for row, word in enumerate(words))
     (note,) = read(tmp_path, f"path,label\n{rows}".encode(encoding)).notes
@@ -103,7 +103,7 @@ def test_last_cells_that_are_left_out_are_empty(tmp_path: Path) -> None:
 
 
 def test_names_of_files_that_are_not_utf_8_are_found(tmp_path: Path) -> None:
-    """In the table of a list of files as well as in one of an old code page."""
+    """They may come from a list of files or from a table in an old code page."""
     files = b"\xe9/0.png", "肺\udcff.png".encode("utf-8", "surrogateescape")
     for number, content in enumerate(
         [b"path,label\n%s,a\n%s,b\n" % files, b"path,label\n\xe9/0.png,a\nx.png,b\n"]
@@ -221,7 +221,7 @@ def test_one_file_in_two_spellings_is_one_file(tmp_path: Path) -> None:
 
 
 def test_one_file_in_two_cases_is_one_file(tmp_path: Path) -> None:
-    """A file system that does not tell case has both names; here, a second link does."""
+    """On a file system that ignores case, both names exist; here, a second link makes them."""
     (tmp_path / "img.png").touch()
     if not (tmp_path / "IMG.png").exists():
         os.link(tmp_path / "img.png", tmp_path / "IMG.png")

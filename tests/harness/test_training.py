@@ -1,4 +1,4 @@
-"""The training loop: reproducible, the recipe's schedule and stop, the right model evaluated."""
+"""The training loop: reproducibility, the recipe's schedule and stop, and the evaluated model."""
 
 import csv
 import json
@@ -55,7 +55,7 @@ def log_of(run: RunFolder, *, timed: bool = False) -> list[dict[str, Any]]:
 
 
 def keras_wait(losses: list[float], delta: float) -> int:
-    """Keras' EarlyStopping, as its documentation tells it."""
+    """Keras' EarlyStopping, as in its documentation."""
     best, wait = math.inf, 0
     for loss in losses:
         wait += 1
@@ -209,7 +209,7 @@ def test_the_same_run_twice_is_the_same_to_the_bit(tiny: TrainConfig, tmp_path: 
 
 
 def test_schemes_start_from_the_same_weights_and_split(tiny: TrainConfig, tmp_path: Path) -> None:
-    """With a rate of nearly nothing, the trained weights are the initial ones."""
+    """With a learning rate near 0, the trained weights are nearly the initial ones."""
     weights, data = [], []
     for loss in BUILT_IN:
         for batches in BATCHES:
@@ -236,7 +236,7 @@ def test_seeds_start_from_different_weights(tiny: TrainConfig, tmp_path: Path) -
 
 
 def test_schedule_and_stop_follow_the_recipe(tiny: TrainConfig, tmp_path: Path) -> None:
-    """The logged rates and the last epoch are those that Keras' callbacks give for the losses."""
+    """Keras' callbacks give the logged learning rates and the last epoch from the same losses."""
     config = replace(
         tiny, epochs=120, lr=0.1, lr_patience=2, lr_floor=4e-3, stop_patience=12, stop_delta=0.01
     )
@@ -368,7 +368,7 @@ def test_only_the_first_bad_batch_counts(tiny: TrainConfig) -> None:
 def test_how_it_runs_changes_little(
     tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, bool]
 ) -> None:
-    """The compiler is replaced by one that only traces: what is tested is what it is given."""
+    """A compiler that only traces replaces torch's; the test is about the call."""
     traced = partial(torch.compile, backend="eager")
     monkeypatch.setattr(torch, "compile", traced)
     config = replace(tiny, epochs=1, loss="ce+bst", batch_size=40)

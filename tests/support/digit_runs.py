@@ -1,7 +1,7 @@
 """Run folders with real contents, made in a moment: small networks of scikit-learn on its digits.
 
-They stand in for training runs where only what a run leaves on disk matters. Schemes differ in
-width and step size of the network, so that their results differ as results do.
+They stand in for training runs in tests that need only the files of a run. The network of each
+scheme has its own width and step size, so that results differ.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STEPS = {"random": 0.02, "mined": 0.015}
 def write_comparison(
     folder: Path, schemes: list[str], seeds: list[int], classes: tuple[str, ...] = ("0", "1", "2")
 ) -> Path:
-    """A compare folder with every run finished."""
+    """Write a compare folder with every run finished; return it."""
     folder.mkdir(parents=True)
     config = TrainConfig(backbone="mlp").to_dict()
     asked = {"schemes": schemes, "seeds": seeds, "config": config}
@@ -41,7 +41,7 @@ def write_comparison(
 def write_run(
     folder: Path, scheme: Scheme, seed: int, classes: tuple[str, ...] = ("0", "1", "2")
 ) -> Path:
-    """A finished run: a network on the first len(classes) digits, 8 training images a class."""
+    """Write a finished run: the first len(classes) digits, 8 training images per class."""
     folder.mkdir(parents=True)
     digits = load_digits()
     kept = digits.target < len(classes)

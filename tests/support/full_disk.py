@@ -2,8 +2,8 @@
 
 python full_disk.py DISK COPY BYTES OPTION...    DISK: an empty folder that a disk is mounted on
 
-The options are those of ``bstriplet train``. A checkpoint is written every epoch; the run is
-copied to COPY before the disk, which is this process's own, goes. Run it in a mount namespace.
+The options are those of ``bstriplet train``. A checkpoint is written every epoch. At the end the
+run is copied to COPY, because the disk ends with this process. Run it in a mount namespace.
 """
 
 import shutil
@@ -11,11 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-NO_DISK = 77  # the exit status where no disk can be mounted
+NO_DISK = 77  # the exit status if no disk can be mounted
 
 
 def main(disk: Path, copy: Path, size: str, options: list[str]) -> int:
-    """Return 0 where the first two attempts were refused alike and the third went through."""
+    """Return 0 if the first two attempts fail alike and the third succeeds."""
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         return NO_DISK

@@ -1,4 +1,4 @@
-"""What each trainer draws under the lines of docs/trainers.md: the batches of three epochs on every process.
+"""What each trainer draws under the lines of docs/trainers.md: three epochs on every process.
 
 Run by torchrun, with the name of a function, it writes what that returns into RANK.json.
 """

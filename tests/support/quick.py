@@ -1,11 +1,11 @@
-"""A quick configuration and what commands leave, for the harness tests and their fixtures."""
+"""A quick configuration and the outcome of commands, for the harness tests and their fixtures."""
 
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-# timm's own test model: a small EfficientNet, some milliseconds a step.
+# timm's own test model: a small EfficientNet, some milliseconds per step.
 TINY = {
     "backbone": "test_efficientnet",
     "image_size": 32,
@@ -19,7 +19,7 @@ TINY = {
 
 
 def tiny_flags(**changes: object) -> list[str]:
-    """Return ``TINY``, with changes, as it is typed."""
+    """Return ``TINY`` with ``changes`` as command-line options."""
     return [
         word
         for name, value in (TINY | changes).items()
@@ -29,7 +29,7 @@ def tiny_flags(**changes: object) -> list[str]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command left: its exit status and what it printed."""
+    """The exit status of a command and the text that it printed."""
 
     status: int
     out: str

@@ -1,1 +1,1 @@
-"""Images as people have them: found, decoded once, split."""
+"""Data sets: image files are found, decoded once and split."""

@@ -1,4 +1,4 @@
-"""Images decoded once, into a memory-mapped array that is keyed by their content."""
+"""A cache of decoded images: memory-mapped arrays, keyed by the content of the files."""
 
 import hashlib
 import json
@@ -27,8 +27,8 @@ from bstriplet.errors import UserError, one_line
 CACHE_VARIABLE = "BSTRIPLET_CACHE"
 CACHE_VERSION = 2  # part of the key: raise it when the same file would decode to other pixels
 
-# A file's hash is remembered if the file had rested for so long when it was read: file systems
-# count time in steps, within which a file can change again and look the same.
+# A file's hash is remembered only if the file did not change for this long before it was read. File
+# systems count time in steps, and two changes within one step look the same.
 SETTLED_NS = 2_000_000_000
 
 _IMAGES = "images"
@@ -37,10 +37,10 @@ _SIGNATURE = ("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino")
 
 
 class Item(NamedTuple):
-    """One image as its source gives it: pixels uint8 [C, size, size], or why there are none.
+    """One image of a source: pixels uint8 [C, size, size], or why it cannot be read.
 
-    digest: hash of its content. patient: what the file itself says of the patient, else empty.
-    notes: what is odd about it. area: pixels in its file; 0 where they are not limited.
+    digest: hash of its content. patient: pseudonym of the patient that the file names, else empty.
+    notes: remarks on how it was read. area: pixels in its file; 0 where they are not limited.
     """
 
     pixels: Pixels | Unreadable
@@ -62,7 +62,7 @@ class Decoded:
     broken: reason by position in the list.
     digests: hash of each image's content; empty for a file that cannot be opened.
     patients: pseudonym by position, where the files themselves name patients (DICOM).
-    notes: what is odd, with the positions of the images of which it is true.
+    notes: remarks on how images were read, each with the positions of its images.
     key: hash of all contents and of how they were decoded.
     """
 
@@ -76,16 +76,17 @@ class Decoded:
 
 @dataclass
 class _Limits:
-    """The limits of pixels under which images decode to the same.
+    """The values of ``max_pixels`` for which the cached images are valid.
 
-    read: pixels of the largest file that was read. refused: of the smallest that was not, or 0.
+    read: pixels of the largest file that was read.
+    refused: pixels of the smallest file that was too large; 0 if there is none.
     """
 
     read: int = 0
     refused: int = 0
 
     def add(self, item: Item) -> None:
-        """Count an image in."""
+        """Take one more image into account."""
         self.read = max(self.read, item.area)
         if isinstance(item.pixels, TooLarge):
             self.refused = min(self.refused or item.pixels.area, item.pixels.area)
@@ -97,7 +98,7 @@ class _Limits:
 
 
 class _Changed(Exception):
-    """A file is not what it was a moment ago."""
+    """A file changed after it was hashed."""
 
 
 def cache_folder() -> Path:
@@ -115,8 +116,8 @@ def decode(
 
     ``channels``: 1, 3, or None for 1 where every image is grey, else 3. A file of more than
     ``max_pixels`` is broken; 0 allows any. The cache lies in ``$BSTRIPLET_CACHE``, else below
-    ``$XDG_CACHE_HOME`` or ``~/.cache``; it may be deleted. What is cached is what was hashed: a
-    file that changes or vanishes in between is looked at once more.
+    ``$XDG_CACHE_HOME`` or ``~/.cache``; it may be deleted. If a file changes or vanishes between
+    hashing and decoding, both are done once more.
     """
     for last_try in (False, True):
         digests = file_digests(paths)
@@ -141,14 +142,14 @@ def cached(
 ) -> Decoded:
     """Return ``count`` images from the cache, filled by ``read`` where it does not have them.
 
-    ``content`` names what ``read`` yields: the same content is the same pixels. ``max_pixels`` is
-    what ``read`` refuses to exceed. What was decoded under another limit is taken where this one
-    would refuse the same images; else the limit is a part of the key.
+    ``content`` identifies the images that ``read`` yields: equal content means equal pixels.
+    ``read`` refuses files of more than ``max_pixels``. Images decoded under another limit are used
+    if ``max_pixels`` would refuse the same files; otherwise the limit becomes part of the key.
     """
     identity: list[object] = [CACHE_VERSION, size, channels, list(content)]
     decoded, same_under = _cached(identity, count, size, channels, read)
     if max_pixels not in same_under:
-        key = decoded.key  # the same, whichever limit came first on this machine
+        key = decoded.key  # does not depend on which limit came first on this machine
         decoded, _ = _cached([*identity, max_pixels], count, size, channels, read)
         decoded = replace(decoded, key=key)
     return decoded
@@ -157,7 +158,7 @@ def cached(
 def _cached(
     identity: Sequence[object], count: int, size: int, channels: int | None, read: Read
 ) -> tuple[Decoded, "_Limits"]:
-    """Return the images of one entry of the cache, and the limits under which it is right."""
+    """Return the images of one entry of the cache, and the limits for which they are valid."""
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     folder = cache_folder() / _IMAGES / key
     try:
@@ -172,7 +173,7 @@ def _cached(
 
 
 def _load(folder: Path, count: int) -> tuple[Decoded, "_Limits"]:
-    """Return what a folder of the cache holds; one that is not whole is a :class:`UserError`."""
+    """Return the images and limits in a cache folder; a damaged folder is a :class:`UserError`."""
     try:
         pixels = np.load(folder / "pixels.npy", mmap_mode="r")
         about = json.loads((folder / "about.json").read_text())
@@ -191,11 +192,11 @@ def _load(folder: Path, count: int) -> tuple[Decoded, "_Limits"]:
 
 
 def _fill(folder: Path, count: int, size: int, channels: int | None, read: Read) -> None:
-    """Decode into a new folder beside ``folder`` and move it there when it is whole."""
+    """Decode into a temporary folder and rename it to ``folder`` when it is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
     try:
-        # Grey until a colour image turns up, which in a set of colour images is the first.
+        # Images are written as grey until one has colours: in a colour set, that is the first.
         about = _write(building / "pixels.npy", (count, channels or 1, size, size), read(channels))
         if about is None:
             about = _write(building / "pixels.npy", (count, 3, size, size), read(3))
@@ -212,9 +213,10 @@ def _fill(folder: Path, count: int, size: int, channels: int | None, read: Read)
 def _write(
     file: Path, shape: tuple[int, int, int, int], items: Iterator[Item]
 ) -> dict[str, object] | None:
-    """Write all pixels to ``file``; return what else is known, or None at one of more channels.
+    """Write all pixels to ``file`` and return the other fields; None if an image has more channels.
 
-    Plain writes, because a full disk is an error to them; to a memory map it is the end.
+    Pixels are written, not memory-mapped: a full disk raises an error in a write, but kills a
+    process with a memory map.
     """
     broken: dict[int, str] = {}
     patients: dict[int, str] = {}
@@ -251,7 +253,7 @@ def _write(
 
 
 def _reader(paths: Sequence[Path], digests: Sequence[str], size: int, max_pixels: int) -> Read:
-    """Return what decodes the files, in parallel."""
+    """Return a function that decodes the files in parallel."""
     sources = list(zip(paths, digests, strict=True))
 
     def read(channels: int | None) -> Iterator[Item]:
@@ -262,7 +264,7 @@ def _reader(paths: Sequence[Path], digests: Sequence[str], size: int, max_pixels
 
 
 def _read_file(source: tuple[Path, str], size: int, channels: int | None, max_pixels: int) -> Item:
-    """Return one file's image; raise if its content is not that of the digest."""
+    """Return one file's image; raise if the digest is not that of its content."""
     path, digest = source
     try:
         content = images.read_content(path)
@@ -288,8 +290,8 @@ def _read_file(source: tuple[Path, str], size: int, channels: int | None, max_pi
 def file_digests(paths: Sequence[Path]) -> list[str]:
     """Return the SHA-256 of each file's content; empty for one that cannot be opened.
 
-    Hashes are remembered with size, inode and times of change (a file's ctime cannot be set), so
-    that a set of any size is read once and afterwards only looked at.
+    Hashes are remembered with size, inode and times of the file; its ctime cannot be forged. So
+    each file is read once; later only its status is checked.
     """
     if not paths:
         return []
@@ -330,7 +332,7 @@ def _hash_file(path: Path) -> str:
 
 
 def _signature(path: Path) -> tuple[int, ...] | None:
-    """Return what changes when the file changes; None where there is no such file."""
+    """Return status fields that change when the file changes; None if there is no such file."""
     try:
         status = os.stat(path)
     except OSError:
@@ -339,8 +341,8 @@ def _signature(path: Path) -> tuple[int, ...] | None:
 
 
 def _index_file(paths: Sequence[Path]) -> Path:
-    """Return where hashes of these files are remembered: one file for each data folder."""
-    folders = {os.path.dirname(path) for path in paths}  # far fewer than files
+    """Return the file that remembers hashes of these files: one file for each data folder."""
+    folders = {os.path.dirname(path) for path in paths}  # far fewer folders than files
     folders = {*map(os.path.abspath, folders)}
     try:
         common = os.path.commonpath(folders)
@@ -350,20 +352,20 @@ def _index_file(paths: Sequence[Path]) -> Path:
 
 
 def _load_index(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return signature and digest by path; nothing where there is no index that can be read."""
+    """Return signature and digest by path; empty if there is no readable index."""
     try:
         with np.load(file) as index:
             names = os.fsdecode(index["names"].tobytes()).split("\0")
             signatures = map(tuple, index["signatures"].tolist())
             digests = index["digests"].tolist()
-    except Exception:  # whatever damaged bytes lead to: it is remade
+    except Exception:  # damaged bytes may raise anything; the index is made anew
         return {}
     found = zip(signatures, (digest.decode() for digest in digests), strict=True)
     return dict(zip(names, found, strict=True))
 
 
 def _save_index(file: Path, known: dict[str, tuple[tuple[int, ...], str]]) -> None:
-    """Write the index atomically; one that cannot be written only costs time."""
+    """Write the index atomically; a failure is ignored, because it only costs time."""
     names: npt.NDArray[np.uint8] = np.frombuffer(os.fsencode("\0".join(known)), dtype=np.uint8)
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)

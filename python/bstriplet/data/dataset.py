@@ -46,7 +46,7 @@ _TEST_STREAM, _SUBSET_STREAM, _VALIDATION_STREAM, _FOLD_STREAM = range(4)
 class ImageSet:
     """Labelled images, or a part of them.
 
-    pixels: uint8 [M, C, H, W], C = 1 (grey) or 3 (RGB), perhaps on disk, shared by all parts.
+    pixels: uint8 [M, C, H, W], C = 1 (grey) or 3 (RGB), shared by all parts, perhaps a memory map.
     rows: int64 [N], the rows of ``pixels`` in this part.
     labels: int64 [N], indices of classes.
     files: N names, relative to the data folder.
@@ -69,8 +69,8 @@ class ImageSet:
     def batch(self, positions: Sequence[int] | Ints) -> tuple[torch.Tensor, torch.Tensor]:
         """Return pixels uint8 [B, C, H, W] and labels int64 [B] at ``positions``."""
         chosen = np.asarray(positions, dtype=np.int64)
-        # take always makes a plain C-ordered array. Indexing can carry over odd strides of axes of
-        # length 1, from which torch infers another memory layout, and sums in another order.
+        # np.take always makes a plain C-ordered array. Indexing can keep odd strides of axes of
+        # length 1; torch would infer another memory layout from them and sum in another order.
         images = torch.from_numpy(np.take(self.pixels, self.rows[chosen], axis=0))
         return images, torch.from_numpy(self.labels[chosen])
 
@@ -79,14 +79,14 @@ class ImageSet:
 class Dataset:
     """All images of a task before they are split.
 
-    parts: [N], "train", "validation" or "test" for each image; all "train" where nothing is said.
-    digests: N hashes of content: equal where two images are copies.
-    patients: int64 [N], equal where two images show one patient; None where nothing says so.
-    folds: int64 [N], the fold of each image from 0, where the data give them.
+    parts: [N], "train", "validation" or "test" for each image; all "train" without given parts.
+    digests: N hashes of content; copies of an image have the same hash.
+    patients: int64 [N], a number for each patient; None where patients are unknown.
+    folds: int64 [N], the fold of each image from 0; None where the data give no folds.
     broken: files that were left out, with the reason.
-    layout: what the data were recognised as.
-    counts: images found beside those of the paper's table, for its sets.
-    notes: what a reader should know of the data.
+    layout: the layout that was recognised.
+    counts: for sets of the paper, the images found and the images in the paper's table.
+    notes: remarks on the data for the reader of a report.
     key: hash of the images' content.
     """
 
@@ -105,7 +105,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Task:
-    """What a run trains, validates and tests on; ``notes`` say what a reader should know of it."""
+    """Images split into training, validation and test part; ``notes`` are remarks on them."""
 
     classes: tuple[str, ...]
     train: ImageSet
@@ -220,8 +220,8 @@ def load_test_images(
 ) -> tuple[ImageSet, tuple[str, ...]]:
     """Return the images of ``data`` to test on (its test part, else all) and notes on them.
 
-    ``data`` is what :func:`load_dataset` takes, or a folder CLASS/*. ``classes`` are those that the
-    model knows; an image of another class is an error.
+    ``data`` is what :func:`load_dataset` takes, or a folder CLASS/*. ``classes`` are the classes of
+    the model; an image of another class is an error.
     """
     if _is_medmnist(data):
         decoded, names, labels, parts = read_medmnist(_medmnist_file(data), image_size, channels)
@@ -241,11 +241,12 @@ def load_test_images(
 def split_dataset(dataset: Dataset, config: TrainConfig) -> Task:
     """Return training, validation and test images for ``config.seed``.
 
-    Every class is in each part. Where patients are known, no patient is on both sides of a split
-    that is made here, unless ``split_by="image"`` asks for that or a class has too few of them;
-    then images are split, and a note says so. Parts that the data define are kept. With ``folds``,
-    they are not: all images are dealt into folds, one of which tests. ``validation="test"`` takes
-    validation images from the test set and leaves them in it, as the paper does.
+    Parts that the data define are kept. A missing part is held out of another one, so that every
+    class is in both. Where patients are known, all images of a patient stay on one side of such a
+    split. It is by image instead if a class has too few patients, which a note says, or with
+    ``split_by="image"``. With ``folds``, the data's own parts are ignored: all images are dealt
+    into folds, and one fold is the test part. ``validation="test"`` takes validation images from
+    the test part and leaves them in it, as the paper does.
     """
     splitter = _Splitter(dataset, config)
     everything = np.arange(len(dataset.images))
@@ -283,7 +284,7 @@ def split_dataset(dataset: Dataset, config: TrainConfig) -> Task:
 
 
 class _Splitter:
-    """Seeded choices over one dataset, with notes on what could not be done as asked."""
+    """Seeded splits of one dataset, with notes on splits that could not be made as asked."""
 
     def __init__(self, dataset: Dataset, config: TrainConfig) -> None:
         self.dataset = dataset
@@ -292,7 +293,10 @@ class _Splitter:
         self.notes: list[str] = []
 
     def split(self, source: Ints, fraction: float, what: str, stream: int) -> tuple[Ints, Ints]:
-        """Return ``source`` without, and the held-out ``fraction`` of each class, both sorted."""
+        """Return the kept and the held-out images of ``source``, both sorted.
+
+        ``fraction`` is the share of each class to hold out; ``what`` names the held-out part.
+        """
         labels = self.dataset.images.labels[source]
         self._require(labels, 2, f"hold {what} images out of")
         generator = np.random.default_rng([self.seed, stream])
@@ -306,7 +310,7 @@ class _Splitter:
         return source[~held_out], source[held_out]
 
     def fold(self, config: TrainConfig) -> tuple[Ints, Ints]:
-        """Return all images but those of the fold that tests, and those, both sorted."""
+        """Return the images outside and inside the test fold, both sorted."""
         repeat, by_seed = divmod(self.seed, config.folds)
         number = config.fold - 1 if config.fold else by_seed
         labels = self.dataset.images.labels
@@ -417,7 +421,7 @@ def _read(
     skip_broken: bool,
     max_pixels: int,
 ) -> tuple[ImageSet, tuple[str, ...], Decoded]:
-    """Return the readable images of a listing, the broken files, and what was decoded."""
+    """Return the readable images of a listing, its broken files, and all decoded files."""
     index = {one_form(name): number for number, name in enumerate(classes)}
     names = [listing.name(entry.path) for entry in listing.entries]
     for entry in listing.entries:
@@ -440,13 +444,13 @@ def _read(
 
 
 def _as_first_written(names: Iterable[str]) -> list[str]:
-    """Return names of patients or folds as each was written first, where only case differs."""
+    """Return names of patients or folds, each in the spelling that came first."""
     first: dict[str, str] = {}
     return [first.setdefault(same_person(name), name) for name in names]
 
 
 def _numbered(patients: Sequence[str], files: Sequence[str]) -> Ints:
-    """Return a number for each patient; an image of an unknown one is a patient of its own."""
+    """Return the number of each image's patient; an image without one is its own patient."""
     identities = [
         ("patient", patient) if patient else ("file", file)
         for patient, file in zip(patients, files, strict=True)
@@ -472,7 +476,7 @@ def count_broken(broken: Sequence[str], total: int) -> str:
 
 
 def _reading_notes(listing: Listing, broken: tuple[str, ...], decoded: Decoded) -> tuple[str, ...]:
-    """Return notes on what was left out or read otherwise than it lies, all of it by name."""
+    """Return notes on left-out files and on images that were read with a remark, all by name."""
     names = [listing.name(entry.path) for entry in listing.entries]
     odd = {
         f"images {note}": [names[i] for i in positions] for note, positions in decoded.notes.items()
@@ -481,7 +485,7 @@ def _reading_notes(listing: Listing, broken: tuple[str, ...], decoded: Decoded) 
 
 
 def _unknown_patients_note(patients: Sequence[str], files: Sequence[str]) -> tuple[str, ...]:
-    """Return the note on images whose patient is unknown, where others' are known."""
+    """Return a note on images without a patient, if other images have one."""
     unknown = [file for file, patient in zip(files, patients, strict=True) if not patient]
     if not 0 < len(unknown) < len(files):
         return ()
@@ -492,7 +496,7 @@ def _unknown_patients_note(patients: Sequence[str], files: Sequence[str]) -> tup
 
 
 def _shared_patients_note(patients: Sequence[str], parts: Strings) -> tuple[str, ...]:
-    """Return the note on patients whom the data's own parts put on both sides."""
+    """Return a note on patients with images in the data's test part and in another part."""
     parts_of = defaultdict(set)
     for patient, part in zip(patients, parts, strict=True):
         if patient:
@@ -509,7 +513,7 @@ def _shared_patients_note(patients: Sequence[str], parts: Strings) -> tuple[str,
 def _contradictions_note(
     digests: Sequence[str], images: ImageSet, classes: Sequence[str]
 ) -> tuple[str, ...]:
-    """Return the note on images that occur under several classes."""
+    """Return a note on copies of one image that have different classes."""
     originals: dict[str, int] = {}
     pairs = []
     for position, digest in enumerate(digests):
@@ -523,18 +527,18 @@ def _contradictions_note(
 
 
 def _untested_note(dataset: Dataset, test: Ints) -> tuple[str, ...]:
-    """Return a note if classes have no test image: measures that need one are undefined."""
+    """Return a note on classes without a test image, for which some metrics are undefined."""
     missing = set(range(len(dataset.classes))) - set(dataset.images.labels[test].tolist())
     names = ", ".join(dataset.classes[label] for label in sorted(missing))
     return (f"no test image of class {names}",) if missing else ()
 
 
 def _copies_note(dataset: Dataset, rows_of: dict[str, Ints]) -> tuple[str, ...]:
-    """Return a note for each two parts of which one holds copies of images of the other."""
+    """Return a note for each pair of parts that hold copies of the same images."""
     notes = []
     for here, there in ((TEST, TRAIN), (VALIDATION, TRAIN), (TEST, VALIDATION)):
         original = {dataset.digests[row]: row for row in rows_of[there]}
-        shared = set(rows_of[there].tolist())  # a validation set that is a part of the test set
+        shared = set(rows_of[there].tolist())  # validation images may also be test images
         files = dataset.images.files
         copies = [
             f"{files[row]} = {files[original[digest]]}"

@@ -1,4 +1,4 @@
-"""What is known of a data set before anything is trained on it."""
+"""The description of a data set that ``bstriplet data`` prints."""
 
 import numpy as np
 
@@ -9,10 +9,10 @@ Rows = list[list[object]]
 
 
 def describe(dataset: Dataset, task: Task) -> str:
-    """Return what the data were recognised as, and the images of each class in each part.
+    """Return the recognised layout, the number of images of each class in each part, and notes.
 
-    Where the set is one of the paper's, its counts stand beside those of the table; the notes are
-    those that a run would write down.
+    For a set of the paper, the counts of the paper's table are printed too. The notes are those
+    that a run would write.
     """
     images = dataset.images
     n_copies = len(images) - len(set(dataset.digests))
@@ -38,7 +38,7 @@ def describe(dataset: Dataset, task: Task) -> str:
 
 
 def _beside_the_paper(counts: tuple[Count, ...]) -> Rows:
-    """Return the rows of found and printed counts."""
+    """Return the rows of found counts and the paper's counts."""
     return [
         [counts[0].table, "found", "paper", "difference"],
         *([f"{c.part} {c.label}", c.found, c.paper, f"{c.found - c.paper:+,}"] for c in counts),

@@ -1,4 +1,4 @@
-"""DICOM images as a radiologist's screen shows them, read by pydicom where that is installed."""
+"""DICOM images as a radiologist's screen shows them; reading them needs pydicom."""
 
 import hashlib
 import math
@@ -24,17 +24,17 @@ _COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")  # pydicom 
 
 
 def read_dicom(content: bytes, max_pixels: int, note: Note) -> tuple[Image.Image, int]:
-    """Return a DICOM image of one frame as 8-bit grey ("L") or RGB, and the pixels in the file.
+    """Return a DICOM image of one frame as 8-bit grey ("L") or RGB, and its number of pixels.
 
-    Greys: rescale slope and intercept (or the modality table), then the VOI table or the window of
-    the header, the first where there are several; the ends of the window become 0 and 255. Without
-    a window that can be used, the image's own range does, in which padding does not count. Padding
-    is black. MONOCHROME1 and an inverse presentation are inverted: bright is always dense.
+    Greys are mapped by rescale slope and intercept (or the modality table), then by the first VOI
+    table or window of the header; the ends of the window become 0 and 255. Without a usable window,
+    the smallest and largest value of the image become 0 and 255; padding does not count. Padding is
+    black. MONOCHROME1 and inverse presentations are inverted: bright is always dense.
 
     Raises:
         UserError: pydicom is not installed.
-        Unreadable: the pixels are damaged, of several frames or of a kind that has no meaning here,
-            or their compression needs another package.
+        Unreadable: the pixels are damaged, of several frames or of an unsupported kind, or their
+            compression needs another package.
         TooLarge: there are more than ``max_pixels``.
     """
     pydicom = _pydicom()
@@ -58,12 +58,12 @@ def read_dicom(content: bytes, max_pixels: int, note: Note) -> tuple[Image.Image
         note(NO_KIND.format(kind))
     header.PhotometricInterpretation = kind
     bits, highest = header.get("BitsStored"), header.get("HighBit")
-    if None not in (bits, highest) and highest != bits - 1:  # pydicom takes the lowest bits
+    if None not in (bits, highest) and highest != bits - 1:  # pydicom would take the lowest bits
         raise Unreadable(f"DICOM of {bits} bits below bit {highest}; one of these is wrong")
     stored = header.pixel_array
     if kind == "PALETTE COLOR":
         colours = apply_color_lut(stored, header)
-        # Some palettes say 16 bits and use 8.
+        # Some palettes declare 16 bits and use 8.
         top = np.iinfo(colours.dtype).max if colours.max() > 255 else 255
         return Image.fromarray(stretch(colours, 0, top)), area
     if stored.ndim == 3:
@@ -82,28 +82,28 @@ def read_dicom(content: bytes, max_pixels: int, note: Note) -> tuple[Image.Image
 
 
 def read_patient(content: bytes, note: Note) -> str:
-    """Return a pseudonym of the header's patient ID; empty where there is none that can be read.
+    """Return a pseudonym of the header's patient ID; empty if there is no readable ID.
 
-    The ID itself, a person's data, is written nowhere.
+    The ID itself is personal data and is written nowhere.
     """
     header = _pydicom().dcmread(BytesIO(content), stop_before_pixels=True, force=True)
     try:
         identity = str(header.get("PatientID") or "").strip()
-    except Exception:  # damaged elements fail in many ways; their values are not to be told
+    except Exception:  # damaged elements fail in many ways; the message may quote the ID
         note(NO_PATIENT)
         return ""
     return "dicom-" + hashlib.sha256(identity.encode()).hexdigest()[:12] if identity else ""
 
 
 def _keyword(header: Any, name: str) -> str:
-    """Return a defined term of the standard in capitals; empty where there is none."""
+    """Return the defined term of an element in capitals; empty if the element is absent."""
     return str(header.get(name) or "").strip().upper()
 
 
 def _check_length_of_pixels(header: Any) -> None:
-    """Raise if the pixels are compressed, as their open length tells, and the header denies it.
+    """Raise if the pixels are compressed although the header says that they are not.
 
-    pydicom would show the compressed bytes as noise.
+    Only compressed pixels have an undefined length. pydicom would show them as noise.
     """
     from pydicom import uid
 
@@ -115,7 +115,7 @@ def _check_length_of_pixels(header: Any) -> None:
 
 
 def _syntax_read(header: Any) -> Any:
-    """Return the uncompressed transfer syntax as which a header that names none was read."""
+    """Return the transfer syntax in which pydicom read a header that names none."""
     from pydicom import uid
 
     implicit, little = header.original_encoding
@@ -125,7 +125,7 @@ def _syntax_read(header: Any) -> Any:
 
 
 def _take_from_groups(header: Any) -> None:
-    """Put what enhanced images say of their one frame where all others say it."""
+    """Copy the elements that an enhanced image gives for its frame to the top of the header."""
     for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
         for group in header.get(groups) or ():
             for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
@@ -134,12 +134,12 @@ def _take_from_groups(header: Any) -> None:
 
 
 def _padding(stored: npt.NDArray[Any], header: Any, note: Note) -> npt.NDArray[np.bool_]:
-    """Return where the image is padding: at a value, or between two (part 3, C.7.5.1.1.2)."""
+    """Return a mask of the padding: pixels of one value or of a range (part 3, C.7.5.1.1.2)."""
     try:
         values = [header.get(f"PixelPadding{name}") for name in ("Value", "RangeLimit")]
-        # A writer may have taken a signed value for an unsigned one; the bits are the same.
+        # A writer may have stored a signed value as an unsigned one; the bits are the same.
         ends = [np.int64(int(value)).astype(stored.dtype) for value in values if value is not None]
-    except Exception as error:  # damaged ones fail in many ways, and only choose what is black
+    except Exception as error:  # damaged elements fail in many ways; the image is still usable
         note(NO_PADDING.format(one_line(error)))
         ends = []
     if not ends:
@@ -183,7 +183,7 @@ def _windowed(
     for shown_by in (_by_table, _by_window):
         try:
             shown = shown_by(values, header)
-        except Exception as error:  # damaged ones fail in many ways, and only choose what is shown
+        except Exception as error:  # damaged elements fail in many ways; the next way is tried
             note(NO_WINDOW.format(one_line(error)))
         else:
             if shown is not None:

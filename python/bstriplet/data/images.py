@@ -1,4 +1,4 @@
-"""One image file as 8-bit pixels, whatever its kind; many of them in parallel."""
+"""Image files of any kind, read as 8-bit pixels: one file, or many in parallel."""
 
 import os
 from collections import deque
@@ -16,7 +16,7 @@ from bstriplet.data.pixels import Pixels, Unreadable, resize
 from bstriplet.data.raster import libraries_at_work, read_raster
 from bstriplet.errors import UserError, one_line
 
-IN_FLIGHT = 512  # files that are read ahead, which bounds memory
+IN_FLIGHT = 512  # files that are read ahead; bounds the memory
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 class Picture(NamedTuple):
     """An image that was read.
 
-    pixels: uint8 [C, size, size]. notes: what is odd about it. area: pixels in the file.
+    pixels: uint8 [C, size, size]. notes: remarks on how it was read. area: pixels in the file.
     """
 
     pixels: Pixels
@@ -36,7 +36,7 @@ class Picture(NamedTuple):
 def read_image(
     path: Path, size: int, channels: int | None = None, max_pixels: int = MAX_PIXELS
 ) -> Picture:
-    """Return one image file as :func:`decode_image` does; :class:`Unreadable` says why not."""
+    """Return one image file, decoded by :func:`decode_image`, or raise :class:`Unreadable`."""
     return decode_image(read_content(path), size, channels, max_pixels)
 
 
@@ -59,9 +59,9 @@ def decode_image(
     more than ``max_pixels`` is refused; 0 allows any.
 
     DICOM images are windowed as their header says (:func:`bstriplet.data.dicom.read_dicom`); all
-    others are read by :func:`bstriplet.data.raster.read_raster`. Of an animation or a stack, the
-    first image is taken. Only what decides the pixels makes an image unreadable; all else is passed
-    over and said in ``notes``.
+    others are read by :func:`bstriplet.data.raster.read_raster`. The first image of an animation or
+    a stack is taken. An image is unreadable only if its pixels are; other faults are named in
+    ``notes``.
     """
     notes: list[str] = []
     try:
@@ -82,7 +82,7 @@ def decode_image(
 def read_all(
     paths: Sequence[Path], size: int, channels: int, max_pixels: int
 ) -> Iterator[Picture | Unreadable]:
-    """Yield each image as :func:`read_image` returns it, or why not; in order, in parallel."""
+    """Yield each image, or the :class:`Unreadable` of its file, in order; read in parallel."""
     read = partial(_read_or_reason, size=size, channels=channels, max_pixels=max_pixels)
     yield from in_parallel(read, paths, len(paths), "reading images")
 
@@ -92,7 +92,7 @@ def in_parallel(
 ) -> Iterator[Result]:
     """Yield ``function(item)`` in order from a pool of threads, under a progress bar.
 
-    At most ``IN_FLIGHT`` of ``items`` are taken ahead of what has been yielded.
+    At most ``IN_FLIGHT`` of ``items`` are taken ahead of the last yielded one.
     """
     pending: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(os.cpu_count())
@@ -113,7 +113,7 @@ def in_parallel(
 def _read_or_reason(
     path: Path, size: int, channels: int | None, max_pixels: int
 ) -> Picture | Unreadable:
-    """Return the image, or why it cannot be read."""
+    """Return the image, or the :class:`Unreadable` that reading it raised."""
     try:
         return read_image(path, size, channels, max_pixels)
     except Unreadable as reason:

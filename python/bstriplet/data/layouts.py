@@ -1,4 +1,4 @@
-"""How data lie on the disk: sets of the paper as they are downloaded, class trees, CSV files."""
+"""Layouts of data on disk: sets of the paper as they are downloaded, class trees, CSV files."""
 
 import os
 import re
@@ -44,7 +44,7 @@ _SPELLINGS = {
     "testing": TEST,
 }
 
-# Names of the columns of a CSV file; the first is the one to write.
+# Names of the columns of a CSV file, the preferred one first.
 _COLUMNS = {
     "path": ("path", "file", "filename", "image"),
     "label": ("label", "class"),
@@ -63,14 +63,14 @@ _OSTEOSARCOMA_CLASSES = {
 
 # File names of Chest-2: Kaggle's (person12_bacteria_34.jpeg, IM-0115-0001.jpeg,
 # NORMAL2-IM-0012-0001.jpeg) and those of later Mendeley versions (BACTERIA-1008087-0001.jpeg).
-# Pneumonia of bacteria and of viruses may be numbered separately, which cannot be told: one number
-# is one patient here, so that no patient is on two sides of a split.
+# Bacterial and viral pneumonia may be numbered separately; the names do not tell. One number is one
+# patient here, so that no patient can be on two sides of a split.
 _CHEST2_PATIENT = re.compile(
     r"(person\d+)_|((?:NORMAL2-)?IM-\d+)-|(?:NORMAL|BACTERIA|VIRUS)-(\d+)-", re.IGNORECASE
 )
 _OSTEOSARCOMA_PATIENT = re.compile(r"(case-\d+|p\d+)-")
 
-# Reasons to leave out, beside those of `files`.
+# Reasons to leave files out, beside those of `image_files`.
 BESIDE = "images beside the class folders were left out"
 NOT_OPENED = "files or folders beside the images that cannot be opened were left out"
 NO_PART = "folders of images beside those of the parts were left out"
@@ -82,7 +82,7 @@ _CHEST2_VALIDATION = 16
 
 
 class Entry(NamedTuple):
-    """One image of a set; ``patient`` and ``fold`` are empty where nothing says them."""
+    """One image of a set; ``patient`` and ``fold`` are empty where they are unknown."""
 
     path: Path
     label: str
@@ -95,8 +95,9 @@ class Entry(NamedTuple):
 class PaperSet:
     """A data set of the paper as it is downloaded.
 
-    name: that of :func:`bstriplet.paper.data_set`. layout: how the data are called, and from where.
-    column: the column of the paper's table for a class folder.
+    name: the argument of :func:`bstriplet.paper.data_set`.
+    layout: title and source of the data.
+    column: name of a class folder -> its column in the paper's table.
     """
 
     name: str
@@ -105,12 +106,12 @@ class PaperSet:
 
     @property
     def printed(self) -> paper.DataSet:
-        """What the paper prints of it."""
+        """The set as the paper describes it."""
         return paper.data_set(self.name)
 
     @property
     def table(self) -> str:
-        """The table that counts its images."""
+        """The name of the paper's table of image counts."""
         return f"Table {self.printed.counts_table}"
 
 
@@ -130,9 +131,9 @@ CHEST1 = PaperSet(
 CHEST2 = PaperSet(
     "chest2", "Chest-2 (Kaggle paultimothymooney/chest-xray-pneumonia)", _chest_column
 )
-# Public notebooks read RashData/Train/Train_2_Cases and RashData/Validation/Validation_2_Cases, a
-# public classifier of these images calls one class Lyme_Positive. No more could be checked, and
-# the class folders may have any two names, of which one or both say Lyme.
+# Public notebooks read RashData/Train/Train_2_Cases and RashData/Validation/Validation_2_Cases; a
+# public classifier of these images calls one class Lyme_Positive. No other names are known. The two
+# class folders may therefore have any names, as long as one of them or both contain "Lyme".
 RASH = PaperSet("rash", "rash (Kaggle sshikamaru/lyme-disease-rashes)", _rash_column)
 OSTEOSARCOMA = PaperSet(
     "osteosarcoma", "osteosarcoma (TCIA Osteosarcoma-Tumor-Assessment)", lambda label: label
@@ -142,7 +143,7 @@ PAPER_SETS = {known.name: known for known in (CHEST1, CHEST2, RASH, OSTEOSARCOMA
 
 @dataclass(frozen=True)
 class Count:
-    """Images of a class in a part (or ``"all"``) beside what the paper's table counts."""
+    """Images of a class in a part (or ``"all"``): the number found and the paper's number."""
 
     table: str
     part: str
@@ -156,10 +157,10 @@ class Listing:
     """The images of a set before any of them is read.
 
     root: the folder that file names are relative to.
-    known: the set of the paper that it is, or None.
-    counts: found beside the paper's; empty for other sets.
-    notes: what a reader should know.
-    left_out: paths of what lies there and is not taken, by the reason.
+    known: the set of the paper; None for other data.
+    counts: numbers of images, found and in the paper; empty for other data.
+    notes: remarks for the reader of a report.
+    left_out: paths of files and folders that are not used, by reason.
     """
 
     root: Path
@@ -171,21 +172,21 @@ class Listing:
     left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def name(self, path: Path) -> str:
-        """Return the path relative to the root, in POSIX spelling, where it lies below it."""
+        """Return ``path`` relative to the root, with forward slashes; in full if it is outside."""
         return utf8(_relative(path, self.root))
 
     @property
     def left_out_notes(self) -> tuple[str, ...]:
-        """What is left out, counted and named."""
+        """Notes that count and name the left-out files."""
         return counted(
             {reason: [self.name(Path(p)) for p in paths] for reason, paths in self.left_out.items()}
         )
 
 
 def _relative(path: Path, root: Path) -> str:
-    """Return ``path`` from ``root`` on, in POSIX spelling; all of it where it lies elsewhere.
+    """Return ``path`` relative to ``root``, with forward slashes; in full if it is outside.
 
-    By string: for 100,000 files, pathlib would take longer than all else.
+    Works on strings: for 100,000 files, pathlib would take longer than all other steps.
     """
     return str(path).removeprefix(f"{root}{os.sep}").replace(os.sep, "/")
 
@@ -193,11 +194,11 @@ def _relative(path: Path, root: Path) -> str:
 def recognise(data: str) -> Listing:
     """Return the images of a folder or a CSV file, for training.
 
-    A folder is one of the paper's sets as Kaggle, Mendeley or TCIA deliver it (the rash images: as
-    notebooks on Kaggle read them), or any tree train/CLASS/*, with test/CLASS/* and val/CLASS/*
-    where there are such (in any case; Training, Testing, Valid, Validation too). A manifest.csv in
-    it with columns file and patient names patients. CSV files may be as spreadsheets write them
-    (:func:`bstriplet.data.tables.read_table`).
+    A folder is a set of the paper as Kaggle, Mendeley or TCIA deliver it (the rash images as
+    notebooks on Kaggle read them), or a tree train/CLASS/*. The tree may also have test/CLASS/* and
+    val/CLASS/*. Case does not matter; Training, Testing, Valid and Validation are read too. A file
+    manifest.csv with columns file and patient gives the patients. A CSV file may have any common
+    delimiter and encoding (:func:`bstriplet.data.tables.read_table`).
     """
     if is_csv(data):
         return _checked(_read_csv(Path(data)))
@@ -206,9 +207,9 @@ def recognise(data: str) -> Listing:
 
 
 def recognise_test(data: str) -> Listing:
-    """Return the images to test a finished model on: those of the test part, where there is one.
+    """Return the images to test a finished model on: the test part, else all images.
 
-    Else all: of a CSV file, of the osteosarcoma set, or of a folder CLASS/*.
+    ``data`` is what :func:`recognise` takes, or a folder CLASS/*.
     """
     if is_csv(data):
         listing = _read_csv(Path(data))
@@ -225,7 +226,7 @@ def is_csv(data: str) -> bool:
 
 
 def _existing_folder(data: str) -> Path:
-    """Return ``data`` as a path after checking that it is a folder with something in it."""
+    """Return ``data`` as a path after checking that it is a folder and not empty."""
     root = Path(data)
     if not os.path.exists(root):
         raise UserError(f"data folder {root} does not exist; give an existing one with --data")
@@ -237,7 +238,7 @@ def _existing_folder(data: str) -> Path:
 
 
 def _checked(listing: Listing) -> Listing:
-    """Return the listing if a model can be trained on it."""
+    """Return the listing if a model can be trained on it; raise otherwise."""
     trained = {entry.label for entry in listing.entries if entry.part == TRAIN}
     if len(trained) < 2:
         only = f"one class only, {next(iter(trained))!r}" if trained else "no images for training"
@@ -252,12 +253,12 @@ def _checked(listing: Listing) -> Listing:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """Return the folders in ``folder``, without hidden ones and those of the system."""
+    """Return the folders in ``folder``, without hidden and system folders."""
     return [path for path in entries_of(folder) if path.is_dir() and not why_left_out(path.name)]
 
 
 def _parts(folder: Path) -> dict[str, Path]:
-    """Return the folders of the parts that lie in ``folder``, however they are spelled."""
+    """Return the folder of each part in ``folder``, in any of the spellings."""
     found: dict[str, Path] = {}
     for path in _folders(folder):
         part = _SPELLINGS.get(path.name.lower())
@@ -269,7 +270,10 @@ def _parts(folder: Path) -> dict[str, Path]:
 
 
 def _unwrap(folder: Path, is_root: Callable[[Path], bool]) -> Path | None:
-    """Return ``folder``, or the one at most three levels below it that archives wrap in others."""
+    """Return the first folder that ``is_root`` accepts; None if there is none.
+
+    Archives wrap data in folders that hold one folder each: up to three of them are opened.
+    """
     inner = folder
     for _ in range(4):
         if is_root(inner):
@@ -305,7 +309,7 @@ def _tree(folder: Path) -> Listing:
         patients = _chest2_patients(entries, root) | patients
         entries, of_validation = _without_kaggles_validation(entries)
         notes += of_validation
-    if known is RASH and TEST not in parts:  # what is delivered as Validation tests in the paper
+    if known is RASH and TEST not in parts:  # the paper tests on the images in Validation
         entries = [e._replace(part=TEST) if e.part == VALIDATION else e for e in entries]
     listed = tuple(
         entry._replace(patient=patients.get(_relative(entry.path, root), "")) for entry in entries
@@ -315,7 +319,7 @@ def _tree(folder: Path) -> Listing:
 
 
 def _known_set(classes: Sequence[str], entries: Sequence[Entry]) -> PaperSet | None:
-    """Return the set of the paper that has such classes, or None."""
+    """Return the set of the paper that has these classes, or None."""
     keys = set(map(letters, classes))
     if keys == {"normal", "pneumonia", "covid19"}:
         return CHEST1
@@ -328,7 +332,7 @@ def _known_set(classes: Sequence[str], entries: Sequence[Entry]) -> PaperSet | N
 
 
 def _tests(folder: Path) -> Listing:
-    """Return the images of a tree CLASS/*, or of the parts of a larger one."""
+    """Return the images of test/CLASS/*, else those of a tree train/CLASS/*, else of CLASS/*."""
     root = _unwrap(folder, lambda inner: bool(_parts(inner)))
     parts = _parts(root) if root else {}
     if TEST not in parts and TRAIN in parts:
@@ -347,9 +351,9 @@ def _two_cases(folder: Path) -> Path:
 
 
 def _note_the_rest(folder: Path, inner: Path, used: Sequence[Path], left_out: LeftOut) -> None:
-    """Add images beside the way from ``folder`` to ``inner``, and in ``inner`` beside ``used``.
+    """Add unused images to ``left_out``: in ``inner`` and on the way from ``folder`` down to it.
 
-    Without ``used``, ``inner`` holds class folders, all of which are used.
+    ``used`` are the folders in ``inner`` that are used; if empty, all its folders are.
     """
     used = used or _folders(inner)
     way = [above for above in (inner, *inner.parents) if above.is_relative_to(folder)]
@@ -359,14 +363,14 @@ def _note_the_rest(folder: Path, inner: Path, used: Sequence[Path], left_out: Le
                 continue
             try:
                 reason, name = _what_is_beside(path)
-            except UserError:  # it is no part of the data, and need not be read
+            except UserError:  # not a part of the data, so that it need not be readable
                 reason, name = NOT_OPENED, str(path)
             if reason:
                 left_out[reason].append(name)
 
 
 def _what_is_beside(path: Path) -> tuple[str, str]:
-    """Return why a file or folder beside the data is left out, and its name; "" for no image."""
+    """Return why a file or folder beside the data is left out, and its name; "" without images."""
     if not path.is_dir():
         reason = why_no_image(str(path)) or BESIDE
         return (reason if reason in (BESIDE, NOWHERE) else ""), str(path)
@@ -378,7 +382,7 @@ def _what_is_beside(path: Path) -> tuple[str, str]:
 
 
 def _class_folders(folder: Path, part: str, left_out: LeftOut) -> Iterator[Entry]:
-    """Yield the images of each class folder in ``folder``; one without images is an error."""
+    """Yield the images of each class folder in ``folder``; an empty class folder is an error."""
     names = _folders(folder)
     if not names:
         raise UserError(f"{folder} has no class folders; lay images out as {folder.name}/CLASS/*")
@@ -424,7 +428,7 @@ def _without_kaggles_validation(entries: list[Entry]) -> tuple[list[Entry], list
 
 
 def _osteosarcoma(folder: Path) -> Listing | None:
-    """Return the osteosarcoma tiles by the table beside them; None if ``folder`` is another set."""
+    """Return the tiles that the osteosarcoma table lists; None if ``folder`` is another set."""
 
     def holds_tiles(inner: Path) -> bool:
         return os.path.isfile(inner / _OSTEOSARCOMA_TABLE) or any(
@@ -490,7 +494,7 @@ def _osteosarcoma(folder: Path) -> Listing | None:
 
 
 def _dashed(name: str) -> str:
-    """Return a name in lower case with a dash for whatever separates its words."""
+    """Return a name in lower case, without .jpg, its words joined by dashes."""
     return re.sub("[^a-z0-9]+", "-", name.lower().removesuffix(".jpg")).strip("-")
 
 
@@ -498,7 +502,7 @@ def _dashed(name: str) -> str:
 
 
 def _count_parts(entries: Iterable[Entry], known: PaperSet) -> tuple[Count, ...]:
-    """Return the images of each class and part beside those of the paper."""
+    """Return the number of images of each class and part, found and in the paper."""
     found = Counter((entry.part, known.column(entry.label)) for entry in entries)
     return tuple(
         Count(known.table, part, label, found[part, label], printed[label])
@@ -508,7 +512,7 @@ def _count_parts(entries: Iterable[Entry], known: PaperSet) -> tuple[Count, ...]
 
 
 def _differences(counts: Sequence[Count]) -> tuple[str, ...]:
-    """Return a note on the counts that are not the paper's."""
+    """Return a note on counts that differ from the paper's."""
     differing = [count for count in counts if count.found != count.paper]
     if not differing:
         return ()
@@ -534,7 +538,7 @@ def _read_csv(file: Path) -> Listing:
             found = f"split {split!r} is not" if split else "no split; write"
             raise UserError(f"{where}: {found} one of {', '.join(_SPELLINGS)}")
         path = finder.find(where, row["path"])
-        # Where case does not count, as on macOS, two spellings lead to one file.
+        # Where file names ignore case, as on macOS, two spellings may name one file.
         twins = seen[one_form(os.path.normpath(path)).casefold()]
         for other, its_line in twins:
             if _same_file(path, other):
@@ -558,7 +562,7 @@ def _read_csv(file: Path) -> Listing:
 
 
 def _same_file(one: Path, other: Path) -> bool:
-    """Whether two paths lead to one file, or would if it were there."""
+    """Whether two paths name one file, which need not exist."""
     try:
         return os.path.samefile(one, other)
     except OSError:
@@ -566,7 +570,7 @@ def _same_file(one: Path, other: Path) -> bool:
 
 
 def _manifest_patients(root: Path, entries: Sequence[Entry]) -> tuple[dict[str, str], list[str]]:
-    """Return the patient of each image that manifest.csv names, by its name there, and notes."""
+    """Return the patients that manifest.csv gives, by the name of the image, and notes."""
     file = root / "manifest.csv"
     if not file.exists():
         return {}, []

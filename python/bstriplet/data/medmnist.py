@@ -1,4 +1,4 @@
-"""MedMNIST files: labelled arrays in one .npz, from the disk or through the package medmnist."""
+"""MedMNIST files: labelled arrays in one .npz, from disk or downloaded by the package medmnist."""
 
 import hashlib
 import importlib
@@ -23,12 +23,12 @@ from bstriplet.errors import NO_ARRAYS, UserError, one_line
 # The parts of a file, in the order of PARTS.
 _NAMES = ("train", "val", "test")
 
-# The files hold numbers alone; of the set that the paper uses, the meaning is known.
+# The files hold class numbers without names. These are the names of the set that the paper uses.
 _CLASSES = {"pneumoniamnist": ("normal", "pneumonia")}
 
 
 def download(data: str) -> Path:
-    """Return the file of ``medmnist:NAME[:SIZE]``, downloaded by the package where it is absent."""
+    """Return the file of ``medmnist:NAME[:SIZE]``; the package downloads it if it is absent."""
     name, _, size = data.removeprefix(MEDMNIST).partition(":")
     try:
         package = importlib.import_module("medmnist")
@@ -46,7 +46,7 @@ def download(data: str) -> Path:
         raise UserError(f"--data {data}: no images of size {size!r}; there are {', '.join(sizes)}")
     try:
         images = kind(split="train", download=True, size=int(size or 28), mmap_mode="r")
-    except Exception as error:  # the package raises RuntimeError, a network anything
+    except Exception as error:  # the package raises RuntimeError, the network anything
         raise UserError(f"--data {data}: cannot download it: {one_line(error)}") from error
     suffix = f"_{size}" if size and size != "28" else ""
     return Path(images.root) / f"{name}{suffix}.npz"
@@ -57,8 +57,8 @@ def read_medmnist(
 ) -> tuple[Decoded, tuple[str, ...], npt.NDArray[np.int64], list[str]]:
     """Return the images of a file, through the cache; class names, labels [N] and parts [N].
 
-    Images are streamed one by one: a file may be larger than memory. Sets of several labels an
-    image (ChestMNIST) and of volumes are refused.
+    Images are streamed one by one: a file may be larger than memory. A file of several labels per
+    image (ChestMNIST) or of volumes is an error.
     """
     if not os.path.isfile(path):
         raise UserError(f"data file {path} does not exist; give an existing one with --data")
@@ -85,7 +85,7 @@ def read_medmnist(
 
 
 def _open_array(archive: zipfile.ZipFile, name: str) -> tuple[IO[bytes], tuple[int, ...]]:
-    """Return an array of the archive as a stream that stands at its first value, and its shape."""
+    """Return an array of the archive as a stream, positioned at its first value, and its shape."""
     stream = archive.open(f"{name}.npy")
     version = np.lib.format.read_magic(stream)
     read_header: Any = (
@@ -124,7 +124,7 @@ def _labels(archive: zipfile.ZipFile, name: str, count: int) -> npt.NDArray[np.i
 
 
 def _reader(path: Path, size: int) -> Read:
-    """Return what yields all images of the file, resized where they are of another size."""
+    """Return a function that yields all images of the file, resized to ``size``."""
 
     def read(channels: int | None) -> Iterator[Item]:
         def one(source: tuple[bytes, tuple[int, ...]]) -> Item:

@@ -1,4 +1,4 @@
-"""Names of files, classes and patients: compared in one form, and told apart."""
+"""Names of files, classes and patients: forms for comparison, and errors for look-alikes."""
 
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -7,18 +7,18 @@ from functools import cached_property
 from bstriplet.errors import UserError
 from bstriplet.text import printable, utf8
 
-# How pandas, R and Excel write that there is no value: these in any case, those below only in this
-# one, for NAT and Na may be classes (so may "none").
+# Cells without a value, as pandas, R and Excel write them: these in any case, those below only in
+# the case shown, because NAT and Na may be classes. "none" is not listed: it may be a class.
 _NOTHING = frozenset(
     {"nan", "-nan", "n/a", "<na>", "#n/a", "#na", "null"}
     | {"#value!", "#ref!", "#name?", "#div/0!", "#num!", "#null!"}
 )
 _NOTHING_AS_IT_STANDS = frozenset(("", "NA", "NaT"))
-# Letters of Cyrillic and Greek that look like these of Latin.
+# Cyrillic and Greek letters, and the Latin letters that they look like.
 _LOOKING_LATIN = str.maketrans(
     "АВЕЅІЈКМНОРСТУХасеіјорухѕΑΒΕΖΗΙΚΜΝΟΡΤΥΧο", "ABESIJKMHOPCTYXaceijopyxsABEZHIKMNOPTYXo"
 )
-# What word processors write for a hyphen and for quotes, and the selectors of a character's look.
+# Hyphens and quotes of word processors, and Unicode's variation selectors.
 _PLAIN_SIGNS = str.maketrans(
     dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-")
     | dict.fromkeys("\u2018\u2019\u02bc", "'")
@@ -37,27 +37,28 @@ def _composed(name: str) -> str:
 
 
 def letters(name: str) -> str:
-    """Return a name without case, spaces and signs: "Non-Lyme Disease" is "nonlymedisease"."""
+    """Return the letters and digits of a name in lower case: "Non-Lyme" gives "nonlyme"."""
     return "".join(letter for letter in _composed(name).casefold() if letter.isalnum())
 
 
 def same_person(patient: str) -> str:
-    """Return the form in which patients are compared: as names, and without case."""
+    """Return the form in which patients are compared: that of names, without case."""
     return one_form(patient).casefold()
 
 
 def says_nothing(value: str) -> bool:
-    """Whether a cell says that there is no value, as pandas, R or Excel write it."""
+    """Whether a cell means "no value" in pandas, R or Excel."""
     value = value.strip()
     return value.casefold() in _NOTHING or value in _NOTHING_AS_IT_STANDS
 
 
 def _looks(name: str) -> tuple[str, str]:
-    """Return two forms: names that a reader takes for the same have one in common.
+    """Return two forms of a name; names that look alike share one of them.
 
-    Such names differ in case, in width, in characters that are not seen, in the sign for a hyphen
-    or a quote, or in letters of other scripts that look like Latin ones. The second form has Latin
-    letters for these; the first has not, for their other case may look like no Latin letter.
+    Names look alike if they differ only in case, in width, in invisible characters, in the sign for
+    a hyphen or a quote, or in letters of other scripts that look Latin. The second form has Latin
+    letters in place of those. The first form keeps them: in their other case, they may not look
+    Latin.
     """
 
     def look(spelled: str) -> str:
@@ -75,15 +76,15 @@ def quoted(name: str, other: str) -> str:
 
 
 def check_apart(classes: Mapping[str, object]) -> None:
-    """Raise if two classes, given with where each stands, look like one."""
+    """Raise if two classes look alike; ``classes`` maps each name to the place it was found."""
     seen: dict[str, str] = {}
     for name, where in classes.items():
         for look in _looks(name):
             if (other := seen.setdefault(look, name)) != name:
                 raise UserError(
                     f"classes {quoted(other, name)} ({printable(str(classes[other]))}) and "
-                    f"{quoted(name, other)} ({printable(str(where))}) look alike; write the one as "
-                    "the other, or give them names that differ in more than this"
+                    f"{quoted(name, other)} ({printable(str(where))}) look alike; write both the "
+                    "same, or give them names that are easy to tell apart"
                 )
 
 
@@ -102,7 +103,7 @@ def _form(name: str) -> str:
 
 
 class Spellings:
-    """Names that exist, to be found by another spelling."""
+    """Existing names, which can be found by another spelling."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = frozenset(names)
@@ -116,7 +117,7 @@ class Spellings:
         return self._by(lambda name: _form(name).casefold())
 
     def _by(self, form: Callable[[str], str]) -> dict[str, str | None]:
-        """Return the name of each form; None where several have it."""
+        """Return the name of each form; None where several names have the same form."""
         found: dict[str, str | None] = {}
         for name in self._names:
             key = form(name)
@@ -124,9 +125,9 @@ class Spellings:
         return found
 
     def find(self, name: str) -> str | None:
-        """Return the name as it exists: as it is, or the only one that is equal in one form."""
+        """Return the existing name equal to ``name``, else the only one of the same form."""
         return name if name in self._names else self._by_form.get(_form(name))
 
     def in_other_case(self, name: str) -> str | None:
-        """Return the only name that differs from this one in case alone."""
+        """Return the only existing name that differs from ``name`` in case alone."""
         return self._by_letters.get(_form(name).casefold())

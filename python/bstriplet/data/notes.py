@@ -1,16 +1,16 @@
-"""What was left out or read otherwise than it lies: counted and named."""
+"""Notes that count and name files which were left out or read with a remark."""
 
 from collections.abc import Callable, Mapping, Sequence
 
 from bstriplet.text import visible
 
-Note = Callable[[str], None]  # told, while an image is read, what is odd about it
+Note = Callable[[str], None]  # receives remarks on an image while it is read
 
-ON_SCREEN = 600  # characters of a note on the screen; what is written to disk has all of it
+ON_SCREEN = 600  # characters of a note on the screen; files on disk have the whole note
 
 
 def counted(names: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """Return a note for each kind of thing: ``"2 hidden files were left out: a, b"``."""
+    """Return one note for each key of ``names``: ``"2 hidden files were left out: a, b"``."""
     return tuple(
         f"{len(named)} {what}: {visible(', '.join(named))}"
         for what, named in names.items()
@@ -19,12 +19,12 @@ def counted(names: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
 
 
 def first(names: Sequence[str]) -> str:
-    """Return the first three names, and that there are more."""
+    """Return the first three names, with ``", ..."`` if there are more."""
     return visible(", ".join(names[:3])) + (", ..." if len(names) > 3 else "")
 
 
 def on_screen(note: str) -> str:
-    """Return a note that names very many files cut short."""
+    """Return ``note``, cut to about ``ON_SCREEN`` characters."""
     if len(note) <= ON_SCREEN:
         return note
     return f"{note[:ON_SCREEN].rpartition(', ')[0] or note[:ON_SCREEN]}, ... (all in the report)"

@@ -1,4 +1,4 @@
-"""Pixels as networks take them, 8 bits each, and why an image has none."""
+"""8-bit pixels for networks, and the errors of images that cannot be read."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ Pixels = npt.NDArray[np.uint8]
 
 
 class Unreadable(Exception):
-    """Why one image cannot be read, in a few words."""
+    """An image cannot be read; the message says why in a few words."""
 
 
 class TooLarge(Unreadable):
-    """An image of more pixels than ``--max-pixels`` allows; ``area`` is how many it has."""
+    """An image has more pixels than ``--max-pixels`` allows; ``area`` is their number."""
 
     def __init__(self, width: int, height: int, limit: int) -> None:
         self.area = width * height
@@ -40,9 +40,9 @@ def stretch(values: npt.NDArray[Any], low: float, high: float) -> Pixels:
 def stretch_own_range(
     values: npt.NDArray[Any], counted: npt.NDArray[np.bool_] | None = None
 ) -> Pixels:
-    """Return ``values`` as uint8, their smallest as 0 and their largest as 255; all equal: 0.
+    """Return ``values`` as uint8: the smallest becomes 0, the largest 255; equal ones become 0.
 
-    ``counted`` marks the pixels that decide the range; None or none marked: all.
+    ``counted`` marks the pixels that decide the range. If it is None or marks none, all decide.
     """
     values = np.asarray(values, dtype=np.float64)
     if not np.isfinite(values).all():

@@ -21,12 +21,12 @@ from bstriplet.data.notes import Note
 from bstriplet.data.pixels import Unreadable, check_area, stretch_own_range
 from bstriplet.errors import one_line
 
-SEVERAL = "hold several images or frames, of which the first is taken"
-NOT_TURNED = "have EXIF data that cannot be read and are taken as they lie, not turned"
+SEVERAL = "hold several images or frames; the first is taken"
+NOT_TURNED = "have EXIF data that cannot be read and were not turned"
 NO_METADATA = "have metadata that cannot be read; the pixels can"
 ON_WHITE = "are transparent in part and were laid on white"
 OPAQUE = "are transparent everywhere and were read as if they were opaque"
-UPPER_BITS = "have colours of more than 8 bits, of which the upper 8 were taken"
+UPPER_BITS = "have colours of more than 8 bits; the upper 8 were taken"
 MORE_CHANNELS = "have channels beside red, green and blue, which were left out"
 
 _TURNS = {
@@ -43,16 +43,17 @@ _ONE_CHANNEL = (0, 1, 3)  # greys and palettes
 _SIGNED = 2
 _PLANES = 2
 _REDUCED_COPY = 1
-_IMAGE_DEPTH = 32997  # the tag of a volume, whose slices are one image to Pillow
+_IMAGE_DEPTH = 32997  # the tag of a volume; Pillow counts its slices as one image
 _KIND = (Base.BitsPerSample, Base.SampleFormat, Base.PhotometricInterpretation, Base.Compression)
-_STEPS = {"L;2": 85, "L;4": 17}  # between the greys of a PNG of 2 or 4 bits
+_STEPS = {"L;2": 85, "L;4": 17}  # steps between the greys of a PNG of 2 or 4 bits
 _DEEP_COLOUR = re.compile("(RGB|RGBA|RGBa|RGBX|LA);16[BLN]")  # Pillow's names of 16-bit samples
 _PNG = b"\x89PNG\r\n\x1a\n"
-_PNG_NEEDED = (b"tRNS", b"eXIf")  # what may be left out but decides what is seen
+_PNG_NEEDED = (b"tRNS", b"eXIf")  # optional chunks that change the picture
 _JPEG = b"\xff\xd8\xff"
 _SCANS = (b"\xda", b"", b"\xff")  # the marker of pixels, the end of the file, padding
 _COMMENT = b"\xfe"
-# How application data begin that decide colours or turns, and from what length decoders heed them.
+# Application data that change colours or rotation: their first bytes, and the least length at which
+# decoders use them.
 _JPEG_NEEDED = {
     b"\xe0": (b"JFIF\0", 14),
     b"\xe1": (b"Exif\0\0", 6),
@@ -61,16 +62,16 @@ _JPEG_NEEDED = {
 
 _lock = threading.Lock()
 _n_reading = 0
-_altered = ExitStack()  # how to restore the globals of Pillow and warnings
-_heard = threading.local()  # .note: what this thread tells of the image that it reads
+_altered = ExitStack()  # restores the globals of Pillow and warnings
+_heard = threading.local()  # .note: the Note of the image that this thread reads
 
 
 def read_raster(content: bytes, max_pixels: int, note: Note) -> tuple[Image.Image, int]:
-    """Return an image as "L" or "RGB", turned as its metadata say, and the pixels in the file.
+    """Return an image as "L" or "RGB", turned as its metadata say, and its number of pixels.
 
-    More than 8 bits a sample are scaled from the image's own smallest and largest value to 0 and
-    255: files do not say how many of their bits are used. Transparent pixels are laid on white.
-    Metadata that cannot be read are passed over and noted.
+    Samples of more than 8 bits are scaled: the image's smallest value becomes 0 and its largest
+    255, because files do not say how many bits they use. Transparent pixels are laid on white.
+    Metadata that cannot be read are ignored and noted.
 
     Raises:
         Unreadable: the pixels are damaged or of a kind whose meaning is not known.
@@ -98,7 +99,8 @@ def read_raster(content: bytes, max_pixels: int, note: Note) -> tuple[Image.Imag
 def libraries_at_work(note: Note) -> Iterator[None]:
     """Turn warnings of Pillow and pydicom into notes; lift Pillow's own limit of pixels.
 
-    Both are global: they are altered while any thread is within, and restored by the last.
+    Both settings are global: the first thread to enter changes them, the last to leave restores
+    them.
     """
     global _n_reading, _altered
     with _lock:
@@ -122,7 +124,7 @@ def libraries_at_work(note: Note) -> Iterator[None]:
 
 
 def _tell(show: Any) -> Any:
-    """Return what notes a warning in a thread that reads an image, and else shows it."""
+    """Return a ``showwarning`` that notes the warnings of threads that read an image."""
 
     def tell(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         if note := getattr(_heard, "note", None):
@@ -162,14 +164,14 @@ def _read(content: bytes, max_pixels: int, note: Note) -> tuple[Image.Image, int
 def _has_more_frames(opened: ImageFile.ImageFile) -> bool:
     try:
         return bool(getattr(opened, "is_animated", False))
-    except Exception:  # there is a second one, damaged in whatever way; the first may be whole
+    except Exception:  # a second frame exists but is damaged; the first may be whole
         return True
 
 
 def _is_cut_to_8_bits(opened: ImageFile.ImageFile, content: bytes) -> bool:
-    """Whether Pillow gives 8 bits of colours of more, which it does by the range that they may use.
+    """Whether Pillow reduces the colours of this file from more than 8 bits to 8.
 
-    Those of PNG and TIFF are read whole: :func:`_deep_colour`.
+    It does so in PPM and JPEG 2000. :func:`_deep_colour` reads all bits of PNG and TIFF.
     """
     if not opened.mode.startswith(("RGB", "LA")):
         return False
@@ -182,7 +184,7 @@ def _is_cut_to_8_bits(opened: ImageFile.ImageFile, content: bytes) -> bool:
 
 
 def _orientation(opened: ImageFile.ImageFile, note: Note) -> Image.Transpose | None:
-    """Return how the image is to be turned; whatever is wrong in its EXIF data is noted."""
+    """Return the turn that the EXIF data ask for; unreadable EXIF data are noted."""
     try:
         return _TURNS.get(opened.getexif().get(Base.Orientation, 1))
     except Exception:  # each tag fails in its own way on damaged bytes
@@ -191,13 +193,13 @@ def _orientation(opened: ImageFile.ImageFile, note: Note) -> Image.Transpose | N
 
 
 def _raw_mode(opened: ImageFile.ImageFile) -> str:
-    """Return Pillow's name of how the samples lie in the file; empty where it has none."""
+    """Return Pillow's raw mode, the order of samples in the file; empty if it has none."""
     args = opened.tile[0][3] if opened.tile else ""
     return str(args[0] if isinstance(args, tuple) and args else args)
 
 
 def _with_raw_mode(opened: ImageFile.ImageFile, raw: str) -> Image.Image:
-    """Return the image, not loaded yet, with its samples taken to lie as ``raw`` says."""
+    """Set the raw mode of an image that is not loaded yet; return the image."""
     tiles: list[Any] = []  # named tuples since Pillow 11, tuples before
     for tile in opened.tile:
         args = (raw, *tile[3][1:]) if isinstance(tile[3], tuple) else raw
@@ -233,7 +235,7 @@ def _deep_grey(opened: ImageFile.ImageFile) -> tuple[Image.Image, Image.Image | 
         seen = values != clear
     grey = stretch_own_range(values, seen)
     if _tag(opened, Base.PhotometricInterpretation) == _WHITE_IS_ZERO:
-        grey = 255 - grey  # Pillow does so for 8 bits and fewer
+        grey = 255 - grey  # Pillow inverts only images of 8 bits and fewer
     return Image.fromarray(grey), None if seen is None else _as_alpha(seen)
 
 
@@ -242,12 +244,11 @@ def _deep_colour(
 ) -> tuple[Image.Image, Image.Image | None]:
     """Return colours, or greys with alpha, of 16 bits, and their alpha.
 
-    Pillow gives the upper bytes. The lower ones are what it gives if the bytes are taken to lie in
-    the other order.
+    Pillow gives the upper bytes. A second reading in the opposite byte order gives the lower bytes.
     """
     with Image.open(BytesIO(content)) as again:
         _prepare(again, note)
-        if raw == "LA;16B":  # of a PNG: grey and alpha, in which Pillow has no other order
+        if raw == "LA;16B":  # a PNG of grey and alpha: Pillow has no opposite byte order for it
             quarters = np.asarray(_with_raw_mode(again, "RGBA")).astype(np.uint16)
             values, alpha = np.moveaxis(quarters[..., ::2] * 256 + quarters[..., 1::2], -1, 0)
         else:
@@ -275,7 +276,7 @@ def _as_alpha(seen: npt.NDArray[np.bool_]) -> Image.Image:
 
 
 def _on_white(image: Image.Image, alpha: Image.Image, note: Note) -> Image.Image:
-    """Return the image on white, where its alpha says more than that all is seen or nothing."""
+    """Return the image laid on white; unchanged if it is opaque or transparent everywhere."""
     least, most = alpha.getextrema()
     if least == 255:
         return image
@@ -290,7 +291,7 @@ def _on_white(image: Image.Image, alpha: Image.Image, note: Note) -> Image.Image
 
 
 def _tag(opened: ImageFile.ImageFile, tag: int) -> Any:
-    """Return the first value of a TIFF tag; None where there is none, or no TIFF."""
+    """Return the first value of a TIFF tag; None without the tag, or for other formats."""
     value = opened.tag_v2.get(tag) if _is_tiff(opened) else None
     return value[0] if isinstance(value, tuple) and value else value
 
@@ -301,9 +302,10 @@ def _is_tiff(opened: ImageFile.ImageFile) -> TypeGuard[TiffImagePlugin.TiffImage
 
 
 def _prepare(opened: ImageFile.ImageFile, note: Note) -> str:
-    """Return how samples lie in the file, after making an image ready to be loaded.
+    """Make an image ready to be loaded, and return its raw mode.
 
-    Refuses TIFFs that Pillow would read wrongly.
+    Raises:
+        Unreadable: a TIFF that Pillow would read wrongly.
     """
     raw = _raw_mode(opened)
     if not _is_tiff(opened):
@@ -333,7 +335,7 @@ def _prepare(opened: ImageFile.ImageFile, note: Note) -> str:
             raise Unreadable("TIFF of subsampled colours without compression; save it as RGB")
     elif raw in ("I;16BS", "I;32BS", "F;32BF"):
         _with_raw_mode(opened, raw.replace("B", "N"))  # libtiff gives the bytes of this machine
-    with suppress(Exception):  # no need of these metadata, which loading would read
+    with suppress(Exception):  # loading would read these metadata, which are not needed
         exif = opened.getexif()
         for directory in set(IFD) & set(exif):
             del exif[directory]
@@ -341,7 +343,7 @@ def _prepare(opened: ImageFile.ImageFile, note: Note) -> str:
 
 
 def _why_not_identified(content: bytes) -> str:
-    """Return that it is no image, or of what kind it is that Pillow does not know."""
+    """Return why Pillow does not identify ``content``: not an image, damaged, or which kind."""
     if not begins_as_image(content):
         return "not an image"
     if not content.startswith(tuple(TiffImagePlugin.PREFIXES)):
@@ -352,7 +354,7 @@ def _why_not_identified(content: bytes) -> str:
         stream.seek(tags.next)
         tags.load(stream)
         kind = ", ".join(f"{tag.name} {tags.get(tag, 'not given')}" for tag in _KIND)
-    except Exception:  # whatever damaged bytes lead to
+    except Exception:  # damaged bytes may raise anything
         return "a damaged TIFF"
     return f"a TIFF of unusual kind ({kind}); save it as 8- or 16-bit grey, or 8-bit RGB"
 
@@ -361,14 +363,14 @@ def _why_not_identified(content: bytes) -> str:
 
 
 def _without_metadata(content: bytes, note: Note) -> bytes:
-    """Return a PNG or JPEG without what does not decide its pixels; any other as it is."""
+    """Return a PNG or JPEG without metadata that do not change its pixels; others unchanged."""
     if content.startswith(_PNG):
         return _bare_png(content, note)
     return _bare_jpeg(content) if content.startswith(_JPEG) else content
 
 
 def _bare_png(content: bytes, note: Note) -> bytes:
-    """Return a PNG with nothing but its first image, and how it is turned where that is whole."""
+    """Return a PNG with its first image alone, and with its EXIF data if these are whole."""
     kept, at = [_PNG], len(_PNG)
     while at + 12 <= len(content):
         end = at + 12 + int.from_bytes(content[at : at + 4], "big")

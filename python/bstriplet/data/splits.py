@@ -1,4 +1,4 @@
-"""Which samples are held out: by class, by group, in folds. Labels and groups in, masks out."""
+"""Splits by class, by group and in folds: labels and groups in, masks or folds out."""
 
 import warnings
 
@@ -28,7 +28,7 @@ def hold_out_groups(
 ) -> Mask | None:
     """Return a mask of whole groups, nearly ``fraction`` of each class.
 
-    None where that leaves some class without samples on a side.
+    None if some class would have no samples on one side.
     """
     dealt = _deal(labels, groups, round(1 / fraction), generator)
     if dealt is None:
@@ -54,9 +54,9 @@ def folds(labels: Ints, count: int, generator: np.random.Generator) -> Ints:
 def group_folds(
     labels: Ints, groups: Ints, count: int, generator: np.random.Generator
 ) -> Ints | None:
-    """Return the fold of each sample as :func:`folds` does, no group in two of them.
+    """Return the fold of each sample as :func:`folds` does, each group in one fold.
 
-    None where some class would be missing in a fold or outside it.
+    None if some class would be missing in a fold or outside it.
     """
     dealt = _deal(labels, groups, count, generator)
     if dealt is None or not all(

@@ -1,4 +1,4 @@
-"""Tables as people have them: CSV of any common delimiter and encoding, and the files it names."""
+"""CSV files of any common delimiter and encoding, and the image files that they name."""
 
 import codecs
 import csv
@@ -15,7 +15,7 @@ from bstriplet.errors import UserError, one_line
 from bstriplet.text import decode, on_disk, printable
 
 DELIMITERS = (",", ";", "\t")
-# UTF-32 first: its mark begins as that of UTF-16 does.
+# UTF-32 first: its mark begins with that of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -24,12 +24,12 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _EXCEL_DELIMITER = re.compile('"?sep=([^\\w\\s"]|\t)"?[ \t]*(?=[\r\n]|$)', re.IGNORECASE)
-_BYTES = re.compile("[\udc80-\udcff]")  # those that are not UTF-8, see `names`
+_BYTES = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, see `bstriplet.text`
 _WINDOWS_DRIVE = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 
 class Row(NamedTuple):
-    """A row: where it stands, and its values by key; a column that is absent has none."""
+    """A row: its file and line, and its values by key; an absent column has no value."""
 
     where: str
     values: dict[str, str]
@@ -37,7 +37,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """What a file holds; ``notes`` say what a reader should know of how it was read."""
+    """The rows of a file; ``notes`` are remarks on how it was read."""
 
     file: Path
     encoding: str
@@ -48,7 +48,7 @@ class Table:
 def read_table(
     file: Path, columns: Mapping[str, tuple[str, ...]], optional: frozenset[str] = frozenset()
 ) -> Table:
-    """Return the rows of a CSV file by the keys of ``columns``, without the empty rows.
+    """Return the rows of a CSV file, without empty rows; values by the keys of ``columns``.
 
     ``columns`` gives the spellings of each column, the preferred one first; case and signs do not
     matter. The delimiter is the one of ``, ; tab`` that yields most of these columns. A column that
@@ -56,8 +56,8 @@ def read_table(
     empty.
 
     Raises:
-        UserError: the file cannot be read, has no such column or has it twice, a row has too few
-            cells or more than the header, or no value; the message names the line.
+        UserError: the file cannot be read, a column is missing or occurs twice, or a row has too
+            few cells, more cells than the header, or no value. The message names the line.
     """
     try:
         text, encoding = _decoded(file.read_bytes())
@@ -81,11 +81,11 @@ def read_table(
 
 
 def _decoded(content: bytes) -> tuple[str, str]:
-    """Return text and encoding: that of the byte order mark, or the first one that fits."""
+    """Return text and encoding: the encoding of the byte order mark, else the first that fits."""
     for mark, encoding in _MARKS:
         if content.startswith(mark):
             return content.decode(encoding), encoding
-    # Names of columns begin with ASCII letters, of which UTF-16 makes every other byte zero.
+    # Names of columns begin with ASCII letters; in UTF-16, every other byte of them is zero.
     if content[1:4:2] == b"\0\0":
         return content.decode("utf-16-le"), "utf-16-le"
     if content[:3:2] == b"\0\0":
@@ -93,7 +93,7 @@ def _decoded(content: bytes) -> tuple[str, str]:
     text = decode(content)
     beyond_ascii = re.search("[^\0-\x7f\udc80-\udcff]", text)
     if beyond_ascii or not _BYTES.search(text):
-        return text, "utf-8"  # bytes that do not fit are taken for those of file names
+        return text, "utf-8"  # bytes that do not fit are kept: they may belong to file names
     try:
         return content.decode("cp1252"), "cp1252"
     except UnicodeDecodeError:
@@ -101,7 +101,7 @@ def _decoded(content: bytes) -> tuple[str, str]:
 
 
 def _with_delimiter(text: str, columns: Mapping[str, tuple[str, ...]]) -> tuple[str, str]:
-    """Return text and delimiter: the one that Excel's first line gives, else the one that fits."""
+    """Return text and delimiter: that of Excel's line sep=, else the one that fits best."""
     if given := _EXCEL_DELIMITER.match(text):
         return text[given.end() :], given.group(1)
     spellings = {letters(name) for names in columns.values() for name in names}
@@ -109,7 +109,7 @@ def _with_delimiter(text: str, columns: Mapping[str, tuple[str, ...]]) -> tuple[
     def known(delimiter: str) -> int:
         try:
             _, names = next(_records(text, delimiter), (0, []))
-        except csv.Error:  # quoted cells, with something else between them
+        except csv.Error:  # quoted cells with another delimiter between them
             return -1
         return sum(letters(name) in spellings for name in names)
 
@@ -117,9 +117,9 @@ def _with_delimiter(text: str, columns: Mapping[str, tuple[str, ...]]) -> tuple[
 
 
 def _records(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield line and cells of every row that has a value.
+    """Yield line number and cells of every row that has a value.
 
-    Strict: a quote that is not closed would swallow the rows below it.
+    The reader is strict, because an unclosed quote would otherwise swallow the rows below it.
     """
     lines = io.StringIO(text, newline="")
     reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
@@ -137,7 +137,7 @@ def _places(
     columns: Mapping[str, tuple[str, ...]],
     optional: frozenset[str],
 ) -> tuple[dict[str, int], list[str]]:
-    """Return the place of each column that is there, and notes."""
+    """Return the position of each column that is present, and notes."""
     found = [letters(name) for name in names]
     places, notes = {}, []
     for key, spellings in columns.items():
@@ -161,7 +161,7 @@ def _places(
 
 
 def _note_on_bytes(file: Path, rows: Sequence[Row]) -> Iterator[str]:
-    """Yield the note on cells that are not UTF-8 in a table that is, but for these."""
+    """Yield a note on cells that are not UTF-8, for a table that is UTF-8 otherwise."""
     odd = [
         f"{where.removeprefix(f'{file}, ')}: {printable(value)}"
         for where, values in rows
@@ -183,8 +183,8 @@ def _rows(
     optional: frozenset[str],
 ) -> Iterator[Row]:
     width = max((place + 1 for place, name in enumerate(names) if name.strip()), default=0)
-    # Spreadsheets leave the last empty cells out. Where all columns are optional, a row has to be
-    # whole: nothing else tells it from a line that is no row.
+    # Spreadsheets leave out the last empty cells. Where all columns are optional, a row must have
+    # all cells: nothing else distinguishes it from a stray line.
     needed = max((place + 1 for key, place in places.items() if key not in optional), default=width)
     for line, cells in records:
         where = f"{file}, line {line}"
@@ -209,7 +209,7 @@ def _rows(
 
 
 class Finder:
-    """Finds the files that a table names, however it spells them."""
+    """Finds the files that a table names, in any spelling."""
 
     def __init__(self, table: Table) -> None:
         self._root = table.file.parent
@@ -217,21 +217,21 @@ class Finder:
         self._folders: dict[Path, Spellings] = {}
 
     def find(self, where: str, written: str) -> Path:
-        """Return the file of a cell; relative paths are from the table's folder on.
+        """Return the file that a cell names; relative paths start in the table's folder.
 
-        Where no file has the name as written, backslashes separate folders and any Unicode form
-        will do. Where still nothing is found, the path is returned as written.
+        If no file has the name as written, backslashes separate folders and the Unicode form does
+        not matter. If there is still no file, the path is returned with slashes for backslashes.
 
         Raises:
-            UserError: the path has a drive of Windows here, or another case than the file.
+            UserError: the path has a Windows drive on another system, or only its case is wrong.
         """
         path = self._root / on_disk(written)
         if os.path.exists(path):
             return path
         if os.name != "nt" and _WINDOWS_DRIVE.match(written):
             raise UserError(
-                f"{where}: {written} is a path of Windows; write paths from the folder of the "
-                "table on"
+                f"{where}: {written} is a path of Windows; write paths relative to the folder of "
+                "the table"
             )
         path = self._root / on_disk(written.replace("\\", "/"))
         found = self._search(path, Spellings.find) or self._by_bytes(written)
@@ -242,14 +242,14 @@ class Finder:
         return path
 
     def _by_bytes(self, written: str) -> Path | None:
-        """Return the file whose name has the very bytes of a table that is not Unicode."""
+        """Return the file whose name has the bytes of the cell, for a table that is not Unicode."""
         if self._encoding not in ("cp1252", "latin-1") or os.name == "nt":
             return None
         path = self._root / os.fsdecode(written.replace("\\", "/").encode(self._encoding))
         return path if os.path.exists(path) else None
 
     def _search(self, path: Path, find: Callable[[Spellings, str], str | None]) -> Path | None:
-        """Return the path that exists, each part of it found by ``find`` where need be."""
+        """Return an existing path for ``path``; ``find`` replaces the parts that do not exist."""
         if os.path.exists(path):
             return path
         parent = self._search(path.parent, find) if path.parent != path else None

@@ -1,4 +1,4 @@
-"""A classification model of timm, giving the embedding and the logits made from it."""
+"""A classification model of timm that returns its embedding with the logits."""
 
 from functools import cache
 from typing import Any, NamedTuple
@@ -11,17 +11,17 @@ from bstriplet.errors import UserError, one_line, unknown_name
 
 
 class Output(NamedTuple):
-    """logits [N, classes] and embeddings [N, D], what metric losses are of."""
+    """logits [N, classes], and embeddings [N, D] for the metric loss."""
 
     logits: Tensor
     embeddings: Tensor
 
 
 def check_backbone(name: str, image_size: int | None = None) -> None:
-    """Raise an error with the nearest name if timm has no model called ``name``.
+    """Raise if timm has no model called ``name``; the error suggests the nearest name.
 
-    With ``image_size``, also where no run can be what it says: the name asks for pretrained
-    weights; the model fails on such images; its logits are not linear in an embedding.
+    With ``image_size``, raise also if a run cannot use the model: the name asks for pretrained
+    weights, the model fails on images of this size, or its logits are not linear in an embedding.
     """
     if not timm.is_model(name):
         raise unknown_name(
@@ -50,13 +50,13 @@ def check_backbone(name: str, image_size: int | None = None) -> None:
 
 @cache
 def _check_logits(backbone: str, image_size: int) -> None:
-    """Raise unless a :class:`Classifier` gives the model's own logits, in training and after."""
+    """Raise unless a :class:`Classifier` gives the model's own logits, training or evaluating."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         model = Classifier(backbone, num_classes=2, channels=3)
         model.backbone.get_classifier().reset_parameters()  # some models start with zeros
         model.standardise_with(torch.full((3,), 128.0), torch.full((3,), 64.0))
         images = torch.randint(0, 256, (2, 3, image_size, image_size), dtype=torch.uint8)
-        state = torch.get_rng_state()  # both passes drop the same features
+        state = torch.get_rng_state()  # restored, so that both passes drop the same features
         for training in (True, False):
             model.train(training)
             try:
@@ -71,13 +71,13 @@ def _check_logits(backbone: str, image_size: int) -> None:
                 ) from error
             if not torch.allclose(logits, own, rtol=1e-3, atol=1e-3, equal_nan=True):
                 raise UserError(
-                    f"--backbone: the logits of {backbone} are not its linear classifier's of one "
-                    "embedding; choose another"
+                    f"--backbone: the logits of {backbone} are not its linear classifier's output "
+                    "for one embedding; choose another"
                 )
 
 
 def check_embedding(backbone: str, embedding: str, image_size: int) -> None:
-    """Raise unless the model has the embedding: its forward's shapes alone are worked out."""
+    """Raise unless the model has the embedding; computes only the shapes of a forward pass."""
     with torch.random.fork_rng(devices=[]):
         model = Classifier(backbone, num_classes=2, channels=1, embedding=embedding).to("meta")
     model(torch.zeros(2, 1, image_size, image_size, dtype=torch.uint8, device="meta"))
@@ -89,12 +89,12 @@ class Classifier(nn.Module):
     The statistics are buffers: a state dict is all that is needed to classify new images.
 
     Args:
-        backbone: a name of timm's.
-        num_classes: how many logits.
+        backbone: name of a timm model.
+        num_classes: number of logits.
         channels: of the images, 1 or 3.
-        embedding: "classifier", what the classifier takes in, or "pooled", the mean of the last
-            feature map over its pixels.
-        channels_last: the layout in memory.
+        embedding: "classifier", the input of the linear classifier, or "pooled", the mean of the
+            last feature map over its pixels.
+        channels_last: whether images and filters have their channels last in memory.
     """
 
     backbone: Any  # timm's methods are not part of nn.Module
@@ -141,7 +141,7 @@ class Classifier(nn.Module):
         return self.backbone.get_classifier().in_features
 
     def standardised(self, images: Tensor) -> Tensor:
-        """images uint8 [N, C, H, W] -> what the backbone takes in, float32 [N, C, H, W]."""
+        """images uint8 [N, C, H, W] -> input of the backbone, float32 [N, C, H, W]."""
         channels = len(self.mean)
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != channels:
             raise ValueError(
@@ -162,7 +162,7 @@ class Classifier(nn.Module):
         if features.ndim != 4 or features.shape[1] != self.embedding_size:
             name = self.backbone.pretrained_cfg["architecture"]
             raise UserError(
-                f"--embedding pooled: the features of {name} are no map of [N, D, H, W]; use "
+                f"--embedding pooled: the features of {name} are no map [N, D, H, W]; use "
                 "classifier"
             )
         return features.mean(dim=(2, 3))

@@ -1,8 +1,7 @@
 """PeleeNet (Wang, Li, Ling, arXiv 1804.06882) as a timm model.
 
-Where a map of odd size is halved by pooling, the size is rounded up, as in the arXiv paper's
-detector (its maps are 19 and 10 wide) and as the strided convolutions beside the pooling do: any
-image size works.
+Pooling halves a map of odd size with rounding up, like the strided convolutions beside it and like
+the arXiv paper's detector (its maps are 19 and 10 wide). So any image size works.
 """
 
 from typing import Any

@@ -1,9 +1,9 @@
 """ShuffleNet-V2 (Ma et al., arXiv 1807.11164) as timm models, in five widths.
 
 ``shufflenet_v2`` is the network of the BSTriplet paper's Table 1, 4.02 M parameters with the batch
-norms' statistics. That is no width of arXiv 1807.11164 but what a public Keras implementation makes
-of 1.0x: each branch of a unit has all channels of the stage instead of half of them, so that the
-stages are twice as wide (232, 464, 928), while the last convolution keeps its 1,024 channels.
+norms' statistics. arXiv 1807.11164 has no such width. It is 1.0x in a public Keras implementation,
+where each branch of a unit has all channels of the stage instead of half of them. The stages are
+then twice as wide (232, 464, 928); the last convolution keeps its 1,024 channels.
 
 ``shufflenet_v2_x0_5``, ``shufflenet_v2_x1_0``, ``shufflenet_v2_x1_5`` and ``shufflenet_v2_x2_0``
 are those of arXiv 1807.11164, Table 5. With ``pretrained=True`` they load torchvision's ImageNet

@@ -1,6 +1,6 @@
-"""What timm asks of a model, written once for networks of a stem, stages, a convolution and a head.
+"""timm's model interface, for networks of a stem, stages, a final convolution and a head.
 
-ShuffleNet-V2 and PeleeNet differ in their stem and in what a stage is made of; the rest is here.
+ShuffleNet-V2 and PeleeNet share this module; they differ in their stems and stages alone.
 """
 
 import math
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class Feature:
-    """A feature map: the module it comes from, its channels, the input's size over its own."""
+    """A feature map: its module, its channels, and the input's size divided by the map's size."""
 
     module: str
     channels: int
@@ -45,7 +45,7 @@ class StagedNet(nn.Module):
 
     Args:
         cfg: builds the trunk for a number of input channels and a ``drop_path_rate``.
-        num_classes: of the classifier; 0 for none, the model then returns the embedding.
+        num_classes: number of logits; 0 for no classifier, the model then returns the embedding.
         in_chans: channels of the images.
         global_pool: timm's name of the pooling; ``""`` for none.
         drop_rate: dropout of the embedding, in front of the classifier.
@@ -54,8 +54,8 @@ class StagedNet(nn.Module):
             always add theirs.
         bn_momentum: the share of a batch in the running statistics of every batch norm.
         bn_eps: added to the variance in every batch norm.
-        device: where the weights are made; torch's default device if None.
-        dtype: of the weights; float32 if None.
+        device: device of the weights; torch's default device if None.
+        dtype: dtype of the weights; float32 if None.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class StagedNet(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new classifier, with a new pooling if one is named, in the place of the old."""
+        """Replace the classifier, and the pooling too if ``global_pool`` is given."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
         self.head_hidden_size = self._pooled_size()
@@ -159,10 +159,10 @@ class StagedNet(nn.Module):
 
         Args:
             x: images [N, in_chans, H, W].
-            indices: which maps: their positions, or the number of last ones; None for all.
-            norm: no map has a norm of its own here; accepted for timm's sake.
-            stop_early: do not compute beyond the last map asked for, and return it as the first.
-            output_fmt: ``"NCHW"``, the only layout there is.
+            indices: positions of the maps, or the number of last maps; None for all maps.
+            norm: has no effect, because the maps have no norm of their own; timm passes it.
+            stop_early: stop after the last map of ``indices``, and return it as the feature map.
+            output_fmt: ``"NCHW"``, the only layout supported.
             intermediates_only: return the maps alone.
         """
         if output_fmt != "NCHW":
@@ -190,10 +190,10 @@ class StagedNet(nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Drop what the maps of ``indices`` do not need; return their positions.
+        """Remove the modules that the maps of ``indices`` do not need; return their positions.
 
-        Stages behind the last of them go, and the final convolution with them; the head goes with
-        ``prune_head``, or where a stage went. ``prune_norm`` has nothing to prune here.
+        The stages after the last map are removed. Final convolution and head are removed too with
+        ``prune_head``, or if a stage was. ``prune_norm`` has no effect.
         """
         taken = _positions(indices, len(self.feature_info))
         last = self.feature_info[max(taken)]
@@ -269,7 +269,7 @@ def drop_path_rates(last: float, units: Sequence[int]) -> list[list[float]]:
 
 
 def drop_path(rate: float) -> list[nn.Module]:
-    """Return what ends a branch whose features are dropped at ``rate``; nothing at 0."""
+    """Return the modules that end a branch whose features are dropped at ``rate``; none at 0."""
     return [DropPath(rate)] if rate else []
 
 
@@ -285,8 +285,8 @@ def _positions(indices: int | Sequence[int] | None, count: int) -> list[int]:
     chosen = range(-indices, 0) if isinstance(indices, int) else indices
     if not chosen or any(not -count <= position < count for position in chosen):
         raise ValueError(
-            f"indices={indices}: there are {count} feature maps; give how many of the last ones, "
-            f"or positions from {-count} to {count - 1}"
+            f"indices={indices}: there are {count} feature maps; give the number of last maps, or "
+            f"positions from {-count} to {count - 1}"
         )
     return [position % count for position in chosen]
 

@@ -1,7 +1,7 @@
-"""The paper's tables 1-10 as printed, and what its numbers say about each other.
+"""The paper's tables 1-10 as printed, and the contradictions between their numbers.
 
-The CSV files beside this module hold the printed digits and nothing else: no number is mended.
-`inconsistencies` names those that contradict one another.
+The CSV files beside this module hold the printed digits and nothing else: no number is corrected.
+`inconsistencies` lists the numbers that contradict each other.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ COLUMNS = MappingProxyType(
     }
 )
 TABLES = range(1, 11)
-# Tables and figures that runs of the harness give anew.
+# Tables and figures that ``bstriplet reproduce`` draws.
 REPRODUCIBLE = (
     *(f"table{number}" for number in (3, 4, 6, 8, 10)),
     *(f"figure{number}" for number in (5, 6, 7, 8, 9, 11, 13, 15)),
@@ -74,7 +74,7 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Table:
-    """A printed table: `header`, and `rows` of cells of text, the first of them a row's name."""
+    """A printed table: `header`, and `rows` of text cells, the first of which names the row."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -119,7 +119,7 @@ def data_set(name: str) -> DataSet:
 
 
 def printed_metrics(number: int, backbone: str, loss: str, batches: str = "") -> dict[str, Decimal]:
-    """What table 3, 4, 6, 8 or 10 prints for a backbone and a loss, by the harness' names.
+    """The numbers of table 3, 4, 6, 8 or 10 for a backbone and a loss.
 
     Args:
         number: of the table.
@@ -128,7 +128,7 @@ def printed_metrics(number: int, backbone: str, loss: str, batches: str = "") ->
         batches: "random" or "mined"; only Table 3 tells them apart.
 
     Returns:
-        Printed numbers by name of the metric, per cent but for `auc`; none where the table has
+        Printed numbers by name of the metric, in per cent except for `auc`; empty if the table has
         no such row.
     """
     if number == 3:
@@ -140,12 +140,15 @@ def printed_metrics(number: int, backbone: str, loss: str, batches: str = "") ->
 
 
 def inconsistencies() -> list[str]:
-    """Where printed numbers contradict each other, a sentence each, in the order of the tables.
+    """The contradictions between printed numbers, one sentence each.
 
-    Checked are the sums of Tables 2, 5, 7 and 9; whether Tables 3 and 4 agree; whether accuracies
-    and, for two classes, sensitivities and specificities are quotients of the printed counts;
-    whether some confusion matrix has the printed numbers of a row all at once; and whether the
-    means that the text gives (means.csv) are those of the tables.
+    They come from these checks, in this order:
+
+    - Tables 2, 5, 7 and 9 have the right sums.
+    - Tables 3 and 4 agree.
+    - Accuracies and, for two classes, sensitivities and specificities are quotients of the printed
+      counts, and some confusion matrix has all printed numbers of a row at once.
+    - The means in the text (means.csv) are those of the tables.
     """
     return [*_wrong_sums(), *_table3_against_4(), *_impossible_rows(), *_wrong_means()]
 
@@ -222,7 +225,7 @@ def _column_mean(number: int, metric: str, name: str) -> Decimal:
 
 
 def _impossible(printed: Mapping[str, Decimal], sizes: Sequence[int]) -> str:
-    """Why no classifier of test classes of these sizes has the printed numbers, or ""."""
+    """Why no classifier can have the printed numbers on classes of these sizes, or ""."""
     right = _numerators(printed["accuracy"], sum(sizes))
     if not right.size:
         return f"ACC {printed['accuracy']} is no share of {sum(sizes)} images"
@@ -257,9 +260,9 @@ def _impossible_pair(
 def _some_matrix(printed: Mapping[str, Decimal], sizes: NDArray[np.int64], right: int) -> bool:
     """Whether some 3 x 3 confusion matrix with `right` on its diagonal has the printed means.
 
-    Rows are given by the misses of each class and columns by its false alarms. A matrix of
-    non-negative counts with an empty diagonal has these sums where no class has more of both
-    than there are errors.
+    Off the diagonal, the sum of a row is the misses of a class, and the sum of a column its false
+    alarms. Non-negative counts with these sums exist if, for each class, misses and false alarms
+    together are not more than all errors.
     """
     errors = int(sizes.sum()) - right
     everything = np.indices((errors + 1, errors + 1)).reshape(2, -1)
@@ -273,11 +276,11 @@ def _some_matrix(printed: Mapping[str, Decimal], sizes: NDArray[np.int64], right
 
 
 def _numerators(printed: Decimal, whole: int) -> NDArray[np.int64]:
-    """The counts whose share of `whole` is printed so."""
+    """The counts whose share of `whole` rounds to the printed number."""
     counts = np.arange(whole + 1)
     return counts[_printed_as(printed, 100 * counts / whole)]
 
 
 def _printed_as(printed: Decimal, percent: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Where a number rounds to the two printed digits."""
+    """Whether each number rounds to the printed one, which has two digits."""
     return np.abs(percent - float(printed)) <= 0.005 + ROUNDING

@@ -1,1 +1,1 @@
-"""Pages and figures from what runs have left on disk."""
+"""Pages and figures from runs on disk."""

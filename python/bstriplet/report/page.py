@@ -43,18 +43,19 @@ FEW_SEEDS = 5
 def write_summary(directory: Path | str) -> str:
     """Summarise the finished runs of a compare folder.
 
-    Writes summary.csv (a row a run), summary_by_scheme.csv (means, standard deviations and the
-    paired test) and per_class.csv (a row a run and class) into it, each atomically; fractions of 1.
+    Writes three files into it, each atomically: summary.csv (one row per run),
+    summary_by_scheme.csv (means, standard deviations and the paired test) and per_class.csv (one
+    row per run and class). Their numbers are fractions of 1.
 
     Args:
         directory: the compare folder, finished or not.
 
     Returns:
-        The table of mean ± sd over seeds, the verdict on each scheme against the first one that
-        is plain cross entropy, and the runs that are missing, as text for a terminal.
+        The table of mean ± sd over seeds, the verdict on each scheme against its baseline, and the
+        missing runs, as text for a terminal.
 
     Raises:
-        UserError: the folder is none, cannot be written, or holds a damaged file.
+        UserError: the folder is no compare folder, cannot be written, or holds a damaged file.
     """
     comparison = read_comparison(directory)
     write_text(comparison.folder / "summary.csv", runs_csv(comparison))
@@ -67,9 +68,9 @@ def write_summary(directory: Path | str) -> str:
 def write_report(directory: Path | str) -> Path:
     """Draw the figures of a compare folder or of a run folder, and write its report.html.
 
-    figures/ receives each figure as PNG, SVG and CSV. The report is one file that needs nothing
-    else, neither network nor script. Runs that have not finished are named in it; a folder
-    without a finished run gets a report of what there is.
+    figures/ receives each figure as PNG, SVG and CSV. The report is one file that needs no other
+    file, no network and no script. It names the unfinished runs; a folder without a finished run
+    gets a report too.
 
     Args:
         directory: a compare folder (compare.json) or a run folder (config.json).
@@ -98,8 +99,8 @@ def write_reproduction(drawn: Sequence[Reproduction], command: str, out: Path) -
     """Write report.html with tables and figures of the paper that were drawn from runs.
 
     Args:
-        drawn: what to show, in this order.
-        command: how it was made, as typed.
+        drawn: the tables and figures, in the order of the page.
+        command: the typed command that made them.
         out: an existing folder.
 
     Returns:
@@ -243,7 +244,7 @@ def _per_class(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def _of_class(runs: Sequence[Run], label: str, name: str) -> list[Any]:
-    """The values that runs have of a quantity of one class, where it is defined."""
+    """The defined values of a quantity of one class, over runs."""
     rows = [dict(zip(run.classes, run.metrics["per_class"], strict=True)) for run in runs]
     values = [found[label][name] for found in rows if label in found]
     return [value for value in values if value is not None]
@@ -260,7 +261,7 @@ def _run_row(run: Run) -> dict[str, Any]:
 
 
 def _notes(comparison: Comparison, summaries: Sequence[SchemeSummary]) -> list[str]:
-    """What a careful reader should hold against the numbers."""
+    """Reservations that a reader of the numbers should know."""
     notes = []
     fewest = min(summary.n_runs for summary in summaries)
     if fewest < FEW_SEEDS:
@@ -271,10 +272,10 @@ def _notes(comparison: Comparison, summaries: Sequence[SchemeSummary]) -> list[s
     tests = [summary.paired for summary in summaries if summary.paired]
     if tests:
         notes.append(
-            "The test is a two-sided paired t test of accuracy over seeds, judged at 5 %. Seeds "
-            "are no new patients: the verdict is about these images, not about others. What could "
-            "have been told is the true difference that this test finds at 5 %, before any "
-            "adjustment, in 80 % of such experiments, given the spread of these differences."
+            "The test is a two-sided paired t test of accuracy over seeds, judged at 5 %. More "
+            "seeds are not more patients: the verdict holds for these images, not for others. The "
+            "true difference given with a verdict is the one that this test finds at 5 %, before "
+            "any adjustment, in 80 % of such experiments, given the spread of these differences."
         )
     if len(tests) > 1:
         notes.append(
@@ -289,11 +290,11 @@ def _notes(comparison: Comparison, summaries: Sequence[SchemeSummary]) -> list[s
     absent = _absent_classes(comparison.finished)
     if absent:
         notes.append(
-            f"Without test images in some run: {', '.join(absent)}. Their sensitivity and AUC are "
-            "undefined and left out of the means."
+            f"Classes without test images in some run: {', '.join(absent)}. Their sensitivity and "
+            "AUC are undefined there and left out of the means."
         )
     if comparison.finished and not any(run.mistakes for run in comparison.finished):
-        notes.append("No run has kept images that it gets wrong: there is no sheet of mistakes.")
+        notes.append("No run has kept misclassified images: there is no sheet of mistakes.")
     notes.append(
         "Accuracy is the share of images classified right. Eq. 9 of the paper, as printed, also "
         "counts true negatives and would exceed 1 for more than two classes."
@@ -309,7 +310,7 @@ def _absent_classes(runs: Iterable[Run]) -> list[str]:
 
 
 def _command(comparison: Comparison) -> str:
-    """The command that makes these runs: each option that is not as it is by default."""
+    """The command that makes these runs, with every option that differs from its default."""
     if not comparison.runs:
         return ""
     config = comparison.runs[0].config
@@ -321,8 +322,12 @@ def _command(comparison: Comparison) -> str:
         words, varied = ["bstriplet", "train"], set()
     for name, default in defaults.items():
         value = config[name]
-        if value != default and name not in varied:
-            words += [flag(name)] if value is True else [flag(name), str(value)]
+        if value == default or name in varied:
+            continue
+        if isinstance(value, bool):
+            words.append(flag(name) if value else flag(name).replace("--", "--no-", 1))
+        else:
+            words += [flag(name), str(value)]
     return shlex.join(words)
 
 
@@ -346,7 +351,7 @@ def _range(low: int, high: int) -> str:
 
 
 def _without_counts(environment: dict[str, Any]) -> dict[str, Any]:
-    """The environment without what the table of images shows."""
+    """The environment without the image counts, which have a table of their own."""
     data = {name: value for name, value in environment.get("data", {}).items() if name != "images"}
     return environment | ({"data": data} if data else {})
 

@@ -1,7 +1,7 @@
-"""The paper's tables and figures from runs of one's own: `TARGETS` says what each one needs.
+"""The paper's tables and figures from the user's own runs; `TARGETS` lists the runs of each.
 
-Runs lie in OUT/runs, a folder for each scheme and seed, and are shared by all targets that name
-them; a run that is there is not trained again, one that was cut is continued.
+Runs lie in OUT/runs, one folder per scheme and seed. Targets with the same runs share them. A
+finished run is not trained again; an interrupted one is continued.
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ from bstriplet.study.paper_table import Row, csv_text, markdown, table_rows
 from bstriplet.study.read_runs import Comparison, Run, read_runs, refuse_doubles
 from bstriplet.study.statistics import summarise_schemes, verdicts
 from bstriplet.text import printable
-from bstriplet.training.run_folder import check_new, locked_folder
+from bstriplet.training.run_folder import REPRODUCE, check_free, check_new, locked_folder
 
-STATE = "reproduce.json"
 SMALL = "mobilenetv3_small_100"
 FEW_SEEDS = 5
-# What a run must agree in with a target, besides its loss and its batches.
+# Fields in which a run must agree with a target, besides its loss and its batches.
 SETTLED = ("backbone", "batch_size", "epochs", "augment")
 SETTLED_IF_MINED = ("groups_per_class", "group_share")
-# What may differ from the paper without changing what is reproduced.
+# Fields that may differ from the paper's without a note.
 FREE = frozenset(("data", "device", "seed", "skip_broken"))
 
 
@@ -42,10 +41,10 @@ FREE = frozenset(("data", "device", "seed", "skip_broken"))
 class Target:
     """A table or figure of the paper: the runs that it needs, and how it is drawn from them.
 
-    `schemes` set every field in which the paper departs from the recipe of section 3.1; those
-    named in `telling` are what tells two of them apart, besides loss and batches. A target is a
-    printed table, by `table`, or a picture, by `draw`. The others are tested against `reference`, a
-    scheme as shown, where that is not cross entropy.
+    `schemes` set every field in which the paper departs from the recipe of section 3.1. `telling`
+    names the fields, besides loss and batches, that tell the schemes apart. A target is the table
+    of number `table`, or a picture that `draw` returns. `reference` is the scheme, as shown, that
+    the others are tested against; None for cross entropy.
     """
 
     title: str
@@ -57,18 +56,18 @@ class Target:
     reference: Scheme | None = None
 
     def shown(self, scheme: Scheme) -> Scheme:
-        """A scheme with those settings alone that tell it from others."""
+        """The scheme with only the settings that tell it from the others."""
         return scheme.without(*(scheme.others.keys() - set(self.telling)))
 
     def given(self, options: Mapping[str, Any]) -> Target:
-        """The target with options in the place of its own settings."""
+        """The target without its own settings of these options, which replace them."""
         schemes = dict.fromkeys(scheme.without(*options) for scheme in self.schemes)
         return replace(self, schemes=tuple(schemes))
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """A target drawn from runs: rows of its table or its picture, and what to know of them."""
+    """A target drawn from runs: the rows of its table or its picture, verdicts and notes."""
 
     name: str
     target: Target
@@ -106,7 +105,7 @@ def _schemes(
 ) -> tuple[Scheme, ...]:
     """Each loss on each network: CE+BST on mined batches, the others on random ones.
 
-    `every` are settings of all of them, `mined` of CE+BST alone.
+    `every` are settings of all schemes, `mined` those of CE+BST alone.
     """
     return tuple(
         Scheme(
@@ -128,7 +127,7 @@ _FOUR_SCHEMES = tuple(
 )
 # Section 3.5: three groups in each of two classes, six images from each.
 _CHEST2 = _schemes(_NETWORKS, _LOSSES, mined={"groups_per_class": 3, "group_share": "equal"})
-# The two sets of few images are augmented, seven copies of each.
+# The two small sets are augmented, with seven copies of each image.
 _RASH = _schemes(_NETWORKS, _LOSSES, every={"augment": "copies"})
 _OSTEOSARCOMA = _schemes((SMALL,), _LOSSES, every={"augment": "copies"})
 
@@ -230,7 +229,7 @@ ALL = "all"
 
 
 def targets_named(names: Sequence[str], options: Mapping[str, Any]) -> dict[str, Target]:
-    """The targets of these names ("all" for every one), with options in place of settings.
+    """The targets of these names ("all" for every target); `options` replace their settings.
 
     Raises:
         UserError: no target has that name.
@@ -249,19 +248,21 @@ def train_targets(
     out: Path,
     say: Callable[[str], None],
 ) -> None:
-    """Train those runs of these targets that `out` does not have yet, on the data of `config`.
+    """Train the runs of these targets that `out` does not have yet, on the data of `config`.
 
     Raises:
-        UserError: `out` holds something else, or runs of another configuration.
+        UserError: another process writes to `out`, or it holds other files or runs of another
+            configuration.
     """
     schemes = dict.fromkeys(
         _distinct(scheme, config) for target in targets.values() for scheme in target.schemes
     )
     experiment = Experiment(config, tuple(schemes), tuple(range(n_seeds)))
-    if not os.path.exists(out / STATE):
+    check_free(out)
+    if not os.path.exists(out / REPRODUCE):
         check_new(out, resume=True)
     elif difference := describe_difference(
-        config, TrainConfig.from_dict(read_json(out / STATE)["config"])
+        config, TrainConfig.from_dict(read_json(out / REPRODUCE)["config"])
     ):
         raise UserError(
             f"{out} was started with another configuration: {difference}; leave those options as "
@@ -274,25 +275,26 @@ def train_targets(
             of_it = ", ".join(key for key, target in targets.items() if target.data_set == name)
             say(f"note: {of_it}: {_of_other_images(name, config.data, classes)}")
     with locked_folder(out):
-        if not (out / STATE).exists():
-            write_json(out / STATE, {"config": config.to_dict()})
+        if not (out / REPRODUCE).exists():
+            write_json(out / REPRODUCE, {"config": config.to_dict()})
         train_missing(runs, out, say)
 
 
 def draw_targets(
     targets: Mapping[str, Target], config: TrainConfig | None, folders: Sequence[Path], out: Path
 ) -> list[Reproduction]:
-    """Draw these targets from the finished runs of some folders, and write them into `out`.
+    """Draw these targets from the finished runs of `folders`, and write them into `out`.
 
     Args:
         targets: by name.
-        config: what the runs must have besides a target's settings; None takes runs of any
-            number of epochs and the recipe's defaults.
+        config: the fields that runs must have where a target sets none. None stands for the
+            recipe's defaults and any number of epochs.
         folders: each holds runs/*/*: an earlier `out`, or a compare folder.
         out: receives NAME.md and NAME.csv of a table, NAME.png, .svg and .csv of a figure.
 
     Raises:
-        UserError: a file is damaged, two runs are the same, or `out` cannot be written.
+        UserError: a file is damaged, two runs have the same scheme and seed, or `out` cannot be
+            written.
     """
     runs = [run for folder in folders for run in read_runs(folder)]
     if not runs:
@@ -308,7 +310,7 @@ def draw_targets(
 
 
 def _distinct(scheme: Scheme, config: TrainConfig) -> Scheme:
-    """A scheme without settings that are as in the configuration: the same run, the same name."""
+    """The scheme without settings that equal the configuration's: each run then has one name."""
     unusual = {n: value for n, value in scheme.others.items() if getattr(config, n) != value}
     return Scheme(scheme.loss, scheme.batches, **dict(sorted(unusual.items())))
 
@@ -316,6 +318,7 @@ def _distinct(scheme: Scheme, config: TrainConfig) -> Scheme:
 def draw(
     name: str, target: Target, config: TrainConfig | None, runs: Sequence[Run], out: Path
 ) -> Reproduction:
+    """Draw one target from those of `runs` that have its schemes; see :func:`draw_targets`."""
     chosen = []
     for scheme in target.schemes:
         wanted = _wanted(scheme, config)
@@ -344,7 +347,7 @@ def draw(
 
 
 def _refuse_other_classes(name: str, runs: Sequence[Run]) -> None:
-    """Raise if runs that one table or figure is drawn from do not have the same classes."""
+    """Raise if the runs of one table or figure do not have the same classes."""
     for run in runs:
         if run.classes != runs[0].classes:
             raise UserError(
@@ -354,7 +357,7 @@ def _refuse_other_classes(name: str, runs: Sequence[Run]) -> None:
 
 
 def _wanted(scheme: Scheme, config: TrainConfig | None) -> dict[str, Any]:
-    """The fields that a run of a scheme has, by name."""
+    """The fields that a run of the scheme must have, by name."""
     names = [*SETTLED, *(SETTLED_IF_MINED if scheme.batches == "mined" else ())]
     if config is None:
         names.remove("epochs")
@@ -368,7 +371,7 @@ def _has(run: Run, wanted: Mapping[str, Any]) -> bool:
 
 
 def _notes(target: Target, comparison: Comparison) -> list[str]:
-    """What a careful reader should hold against a comparison of these runs with the paper's."""
+    """Reservations that a reader who compares these runs with the paper should know."""
     notes = [*comparison.gaps()] if comparison.seeds else ["No run has been made for it yet."]
     if not comparison.finished:
         return notes
@@ -385,7 +388,8 @@ def _notes(target: Target, comparison: Comparison) -> list[str]:
         fewest = min(len(comparison.finished_of(scheme)) for scheme in comparison.schemes)
         if fewest < FEW_SEEDS:
             notes.append(
-                f"A scheme has as few finished seeds as {fewest}: little can be told apart."
+                f"The least number of finished seeds of a scheme is {fewest}: too few to tell "
+                "small differences apart."
             )
         notes += [
             f"The paper contradicts itself. {sentence}."
@@ -396,7 +400,7 @@ def _notes(target: Target, comparison: Comparison) -> list[str]:
 
 
 def data_notes(name: str, comparison: Comparison) -> list[str]:
-    """How the images of some runs differ from those that the paper counts."""
+    """Notes on the differences between the images of these runs and the paper's counts."""
     expected = paper.data_set(name)
     found = comparison.finished[0].environment.get("data", {}).get("images", {})
     if not found:
@@ -407,7 +411,7 @@ def data_notes(name: str, comparison: Comparison) -> list[str]:
         return [_of_other_images(name, data, labels)]
     held_out = found.get("validation", {})
     if comparison.finished[0].config["validation"] == "test":
-        held_out = {}  # they are among the test images
+        held_out = {}  # the validation images are among the test images
     notes = []
     for part, counts in expected.counts.items():
         more = held_out if part == "train" else {}
@@ -441,7 +445,7 @@ def _of_other_images(name: str, data: str, labels: Sequence[str]) -> str:
 
 
 def _departures(target: Target, comparison: Comparison) -> list[str]:
-    """Options of these runs that are neither as by default nor what a scheme is about."""
+    """Options of these runs that differ from the defaults and that no scheme sets."""
     varied = {name for scheme in target.schemes for name in scheme}
     departures = []
     for name in field_types():

@@ -1,1 +1,1 @@
-"""Many runs: planned, read back, summarised, tested."""
+"""Experiments of many runs: trained, read back, summarised and tested."""

@@ -1,8 +1,8 @@
-"""Schemes x seeds: the runs of a comparison, one after the other.
+"""Experiments: the runs of schemes x seeds, one after the other.
 
 A scheme may set any field of the configuration, so that the grid of a sweep and the networks of
-Table 6 are comparisons too: :class:`Experiment` lists them, :func:`compare` runs what is
-missing.
+Table 6 are experiments too. :class:`Experiment` lists the runs; :func:`compare` trains those that
+are missing.
 """
 
 import os
@@ -16,17 +16,17 @@ from bstriplet.data.dataset import Dataset, Task, load_for, split_dataset
 from bstriplet.data.notes import on_screen
 from bstriplet.errors import UserError
 from bstriplet.storage import read_json, write_json
-from bstriplet.study.read_runs import COMPARE, scheme_label
+from bstriplet.study.read_runs import scheme_label
 from bstriplet.training.loop import check_models, train
-from bstriplet.training.run_folder import RunFolder, locked_folder
+from bstriplet.training.run_folder import COMPARE, RunFolder, locked_folder
 
-# The fields that scheme and seed decide in every run.
+# Fields that the scheme and the seed of each run set.
 VARIED = ("loss", "batches", "seed")
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a comparison runs: each scheme with each seed, all else as in ``config``."""
+    """The runs to train: each scheme with each seed, all other fields as in ``config``."""
 
     config: TrainConfig
     schemes: tuple[Scheme, ...]
@@ -49,7 +49,7 @@ class Experiment:
         }
 
     def runs(self) -> list[tuple[Scheme, TrainConfig]]:
-        """Return the runs, seed by seed, so that a cut comparison has whole pairs."""
+        """Return the runs, seed by seed: an interrupted experiment then has complete pairs."""
         return [
             (scheme, replace(self.config, **scheme, seed=seed))
             for seed in self.seeds
@@ -77,17 +77,17 @@ class PreparedRun(NamedTuple):
 
 
 def run_folder(compare_folder: Path, scheme: Scheme, seed: int) -> Path:
-    """Return where a comparison keeps one of its runs."""
+    """Return the run folder of a scheme and a seed in a compare folder."""
     return compare_folder / "runs" / scheme.slug / f"seed-{seed}"
 
 
 def started(folder: Path) -> bool:
-    """Whether ``folder`` holds a comparison that can be continued."""
+    """Whether ``folder`` holds an experiment that can be continued."""
     return os.path.exists(folder / COMPARE)
 
 
 def read_experiment(folder: Path) -> Experiment:
-    """Return the experiment of a started comparison."""
+    """Return the experiment that was started in ``folder``."""
     try:
         return Experiment.from_dict(read_json(folder / COMPARE))
     except (KeyError, TypeError) as error:
@@ -97,7 +97,7 @@ def read_experiment(folder: Path) -> Experiment:
 
 
 def compare(experiment: Experiment, folder: Path, say: Callable[[str], None]) -> None:
-    """Train the runs of ``experiment`` that ``folder`` lacks; ``say`` is told of each."""
+    """Train the runs of ``experiment`` that ``folder`` lacks; ``say`` gets a line on each."""
     runs = prepare(experiment, say)
     with locked_folder(folder):
         if not started(folder):
@@ -106,10 +106,10 @@ def compare(experiment: Experiment, folder: Path, say: Callable[[str], None]) ->
 
 
 def prepare(experiment: Experiment, say: Callable[[str], None]) -> list[PreparedRun]:
-    """Return the runs of ``experiment`` with their images, or raise if something is wrong with one.
+    """Return the runs of ``experiment`` with their images; raise if one of them cannot start.
 
     Images are read once for all runs. One seed gives all schemes the same split, the same initial
-    weights and, for the same kind of batches, the same batches: schemes are compared in pairs.
+    weights and, for the same kind of batches, the same batches: runs of one seed are pairs.
     """
     runs = experiment.runs()
     for scheme in experiment.schemes:
@@ -122,7 +122,7 @@ def prepare(experiment: Experiment, say: Callable[[str], None]) -> list[Prepared
 
 
 def train_missing(runs: Sequence[PreparedRun], folder: Path, say: Callable[[str], None]) -> None:
-    """Train those runs that ``folder``, which is locked, does not have yet."""
+    """Train the runs that ``folder`` does not have yet; the caller holds its lock."""
     for number, (scheme, config, task) in enumerate(runs, start=1):
         metrics = train(config, task, RunFolder(run_folder(folder, scheme, config.seed)))
         say(
@@ -132,7 +132,7 @@ def train_missing(runs: Sequence[PreparedRun], folder: Path, say: Callable[[str]
 
 
 class Tasks:
-    """The images of each run: read once, and split once for all runs that share them."""
+    """The task of each run: data are read once, and split once for all runs that share a split."""
 
     def __init__(self) -> None:
         self._datasets: dict[tuple[Any, ...], Dataset] = {}

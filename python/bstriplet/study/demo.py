@@ -1,4 +1,4 @@
-"""The comparison of ``make demo``: few images a class, the setting that the paper is about."""
+"""The experiment of ``make demo``: few images per class, the setting of the paper."""
 
 from bstriplet.config import DIGITS, Scheme, TrainConfig
 from bstriplet.study.compare import Experiment
@@ -8,12 +8,12 @@ SEEDS = (0, 1, 2, 3, 4)
 
 
 def demo_experiment(data: str) -> Experiment:
-    """Return a comparison on ``data`` ("digits" or a folder) that takes minutes on two cores.
+    """Return an experiment on ``data`` ("digits" or a folder) that takes minutes on two cores.
 
-    20 images a class train and validate. There is no early stop: with a few steps an epoch, the
+    20 images per class train and validate. There is no early stop: with a few steps per epoch, the
     running statistics of batch normalisation lag so far behind that the first validation losses
     say little. Digits test on half of the set, 900 images; a folder on its own test images. Two
-    classes make an epoch of one step, hence the more epochs for a folder.
+    classes make an epoch of one step, so a folder gets more epochs.
     """
     epochs = 40 if data == DIGITS else 80
     config = TrainConfig(

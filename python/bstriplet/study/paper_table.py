@@ -1,4 +1,4 @@
-"""A results table of the paper anew: our mean ± sd over seeds, the printed number in brackets."""
+"""A results table of the paper from runs: mean ± sd over seeds, the printed number in brackets."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ HEADER = (
     "Detectable",
 )
 NOTE = (
-    "Mean ± standard deviation over seeds; in brackets the paper's printed number, one run. "
-    "ACC - CE: points of accuracy against cross entropy of the same model on random batches, seed "
-    "by seed; p of the paired t test with Holm's adjustment for all tests of the table; the "
-    "interval is not adjusted. Detectable: the true difference, in points, that the test finds at "
-    "5 % in 80 % of experiments with so many seeds that vary so."
+    "Mean ± standard deviation over seeds; in brackets the paper's printed number, from one run. "
+    "ACC - CE: accuracy minus that of cross entropy with the same model on random batches, in "
+    "points, paired by seed. p: paired t test with Holm's adjustment for all tests of the table; "
+    "the interval is not adjusted. Detectable: the true difference, in points, that the test finds "
+    "at 5 % in 80 % of experiments with as many seeds and as large a spread."
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: a scheme, what its runs gave, and what the paper prints (per cent, but for auc)."""
+    """One row: a scheme, the results of its runs, and the paper's (in per cent, except for auc)."""
 
     model: str
     summary: SchemeSummary
@@ -80,7 +80,7 @@ class Row:
 
 
 def table_rows(comparison: Comparison, number: int, backbones: Mapping[Scheme, str]) -> list[Row]:
-    """The rows of table `number` of the paper, a scheme of the comparison on its network each."""
+    """The rows of table `number` of the paper, one per scheme; `backbones` are their networks."""
     rows = []
     for summary in summarise_schemes(comparison):
         scheme, backbone = summary.scheme, backbones[summary.scheme]
@@ -96,7 +96,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def csv_text(rows: Sequence[Row]) -> str:
-    """The rows as CSV, all numbers as fractions of 1; empty is undefined or not printed."""
+    """The rows as CSV, all numbers as fractions of 1; undefined or unprinted numbers are empty."""
     tested = ("n", "difference", "low", "high", "p", "p_holm", "detectable", "verdict")
     header = ["model", "loss", "batches", "runs"]
     for name in METRICS:

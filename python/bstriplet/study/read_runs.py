@@ -1,4 +1,4 @@
-"""Reading what runs have left on disk: one run folder, or the runs of a comparison."""
+"""Reading runs from disk: one run folder, or the runs of a compare folder."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from bstriplet.loss_registry import BUILT_IN
 from bstriplet.storage import read_json
 from bstriplet.text import decode, printable
 from bstriplet.training.run_folder import (
+    COMPARE,
     CONFIG_FILE,
     EMBEDDINGS_FILE,
     ENVIRONMENT_FILE,
@@ -35,7 +36,6 @@ from bstriplet.training.run_folder import (
 BATCH_NAMES = {"random": "RS", "mined": "DM"}
 SETTING_NAMES = {"metric_weight": "λ", "margin": "m", "backbone": "", "batch_size": "N_b"}
 PROBABILITY = "prob_"
-COMPARE = "compare.json"
 
 
 def scheme_label(scheme: Scheme) -> str:
@@ -56,7 +56,7 @@ def _value_name(name: str, value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Of N test images and C classes: `labels` [N] int64, `probabilities` [N, C] float64."""
+    """Predictions for N test images: `labels` [N] int64, `probabilities` [N, C] float64."""
 
     labels: NDArray[np.int64]
     probabilities: NDArray[np.float64]
@@ -71,7 +71,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Of the training images: `vectors` [N, D] float32, `labels` [N] int64, C `classes`."""
+    """Embeddings of N training images: `vectors` [N, D] float32, `labels` [N] int64."""
 
     vectors: NDArray[np.float32]
     labels: NDArray[np.int64]
@@ -80,7 +80,7 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder. `metrics` is empty until the run has finished; `log` has a dict an epoch."""
+    """One run folder. `metrics` is empty until the run has finished; `log` has a dict per epoch."""
 
     folder: Path
     scheme: Scheme
@@ -97,7 +97,7 @@ class Run:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The classes of a finished run, in one form."""
+        """The classes of a finished run, in the form of `one_form`."""
         return tuple(one_form(row["class"]) for row in self.metrics["per_class"])
 
     @cached_property
@@ -128,7 +128,7 @@ class Run:
     def mistakes(self) -> dict[str, NDArray[np.uint8]]:
         """Pixels [C, H, W] of the most confidently wrong test images, by file name.
 
-        None where the file has been removed, for the sake of room or of privacy.
+        Empty if mistakes.npz was removed, to save space or for privacy.
         """
         path = self.folder / MISTAKES_FILE
         if not path.is_file():
@@ -158,9 +158,9 @@ class Run:
 class Comparison:
     """The runs of some schemes and seeds; a single run is a comparison of one.
 
-    `runs` holds those that have a folder, scheme by scheme and seed by seed; `shared` the fields of
-    the configuration that are the same in all of them, where no scheme sets them. `reference` is
-    what all schemes are compared with, where that is not plain cross entropy.
+    `runs` holds the runs that have a folder, ordered by scheme, then by seed. `shared` is the
+    configuration of the runs, as far as no scheme sets a field. `reference` is the scheme that all
+    others are compared with; None for plain cross entropy.
     """
 
     folder: Path
@@ -180,12 +180,12 @@ class Comparison:
         return [run for run in self.finished if run.scheme == scheme]
 
     def baseline_of(self, scheme: Scheme) -> Scheme | None:
-        """What a scheme is compared with: the reference, or the cross entropy most like it.
+        """The scheme to compare `scheme` with: the reference, else the nearest cross entropy.
 
-        Of the same network on the same data, the first of those that differ from it in the fewest
-        settings (loss and batches apart); None where there is none.
+        That is plain cross entropy of the same network on the same data. Of several, the one that
+        differs in the fewest other settings (loss and batches aside) is taken, the first if they
+        are equal; None if there is none.
         """
-
         if self.reference:
             return self.reference
 
@@ -201,7 +201,7 @@ class Comparison:
         return min(candidates, key=lambda other: len(differing(other)), default=None)
 
     def network_of(self, scheme: Scheme) -> str:
-        """The network that a scheme trains, as the paper writes it; "" where nothing says it."""
+        """The network that a scheme trains, as the paper writes it; "" if it is not known."""
         name = self._field(scheme, "backbone") or ""
         return paper.BACKBONES.get(name, name)
 
@@ -209,7 +209,7 @@ class Comparison:
         return scheme.get(name, self.shared.get(name))
 
     def gaps(self) -> list[str]:
-        """A sentence for each run that was asked for and has not finished."""
+        """One sentence for each run that was asked for and has not finished."""
         found = {(run.scheme, run.seed): run for run in self.runs}
         sentences = []
         for scheme in self.schemes:
@@ -257,7 +257,7 @@ def _read_run(folder: Path) -> Run:
 
 
 def _environment(path: Path) -> dict[str, Any]:
-    """Return what environment.json holds, where there is one."""
+    """Return the content of environment.json; empty without the file."""
     environment = _object_if_there(path)
     data = environment.get("data", {})
     images = data.get("images", {}) if isinstance(data, dict) else None
@@ -267,7 +267,7 @@ def _environment(path: Path) -> dict[str, Any]:
 
 
 def _metrics(path: Path) -> dict[str, Any]:
-    """Return what metrics.json holds, where there is one."""
+    """Return the content of metrics.json; empty without the file."""
     metrics = _object_if_there(path)
     try:
         if metrics:
@@ -285,7 +285,7 @@ def _read_comparison(folder: Path) -> Comparison:
         seeds = tuple(int(seed) for seed in asked["seeds"])
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(path, error) from error
-    # What a run is stands in its own config.json; the names of the folders are only names.
+    # Runs are recognised by their own config.json; the names of the folders do not matter.
     found = read_runs(folder)
     names = sorted({name for scheme in schemes for name in scheme})
     shared = asked.get("config", {})
@@ -324,7 +324,7 @@ def refuse_doubles(runs: Sequence[Run]) -> None:
 
 
 def _read_log(path: Path) -> tuple[dict[str, Any], ...]:
-    """The epochs logged so far; a last line that a kill cut in two is left out."""
+    """The epochs logged so far; an incomplete last line, cut off by a kill, is left out."""
     if not path.is_file():
         return ()
     try:
@@ -353,4 +353,6 @@ def _object_if_there(path: Path) -> dict[str, Any]:
 
 
 def _damaged(path: Path, reason: object) -> UserError:
-    return UserError(f"{path} cannot be used ({reason}); delete its folder and run it again")
+    # The folder of compare.json holds all runs, which are not to be deleted.
+    advice = "restore it" if path.name == COMPARE else "delete its folder and run it again"
+    return UserError(f"{path} cannot be used ({reason}); {advice}")

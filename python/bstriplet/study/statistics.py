@@ -22,11 +22,11 @@ from bstriplet.training.metrics import METRICS
 LEVEL = 0.05
 POWER = 0.8
 TERMINAL_WIDTH = 88
-# Equal accuracies are quotients of integers; what is below this is the last bit of a float.
+# Differences below this are rounding: accuracies are quotients of integers.
 ROUNDING = 1e-12
 
 Pair = TypeVar("Pair", int, tuple[str, int])
-"""What a run of one scheme and a run of another share: a seed, or a network and a seed."""
+"""The key that the two runs of a pair share: a seed, or a network and a seed."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Spread:
 class PairedTest:
     """Accuracy of a scheme minus the baseline's, seed by seed, as fractions of 1.
 
-    `low` and `high` bound the 95 % confidence interval of the mean difference, `p` is that of the
-    two-sided paired t test and `p_holm` the same after Holm's adjustment for all schemes that are
-    compared with a baseline; `detectable` is the true difference that the test would find with a
-    power of 80 %. All five are None where the test has nothing to judge by: fewer than two shared
-    seeds, or differences that are all the same.
+    `low` and `high` bound the 95 % confidence interval of the mean difference. `p` is the p-value
+    of the two-sided paired t test; `p_holm` has Holm's adjustment for all schemes that are compared
+    with a baseline. `detectable` is the true difference that the test finds with a power of 80 %.
+    All five are None if no test is possible: with fewer than two shared seeds, or if all
+    differences are the same.
     """
 
     n: int
@@ -82,7 +82,7 @@ class SchemeSummary:
 
 
 def summarise_schemes(comparison: Comparison) -> list[SchemeSummary]:
-    """Summaries of the finished runs, a scheme each, in the order of the comparison."""
+    """Summaries of the finished runs, one per scheme, in the order of the comparison."""
     pairs = {
         scheme: baseline
         for scheme in comparison.schemes
@@ -107,7 +107,7 @@ def summarise_schemes(comparison: Comparison) -> list[SchemeSummary]:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean and sample standard deviation of some values, of none as well."""
+    """Mean and sample standard deviation of values; `values` may be empty."""
     if not values:
         return Spread(0, None, None)
     sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
@@ -115,7 +115,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def verdict_sentence(summary: SchemeSummary) -> str:
-    """What the paired test of a scheme that is no baseline says, in a sentence for people."""
+    """The result of the paired test of a scheme, which is not a baseline itself, in a sentence."""
     test, one = summary.paired, summary.label
     if summary.baseline is None:
         return (
@@ -133,7 +133,7 @@ def verdict_sentence(summary: SchemeSummary) -> str:
     if test.p is None or test.p_holm is None or test.low is None or test.high is None:
         return (
             f"{one} is not told apart from {other}: {by} on each of {test.n} paired seeds; "
-            "without any spread there is nothing to test by."
+            "a test needs differences that vary."
         )
     adjusted = f", adjusted p {p_value(test.p_holm)}" if test.p_holm > test.p else ""
     evidence = (
@@ -146,17 +146,17 @@ def verdict_sentence(summary: SchemeSummary) -> str:
 
 
 def power_sentence(test: PairedTest) -> str:
-    """Which true difference the seeds of a test could have told, in a sentence for people."""
+    """The power of a test, in a sentence."""
     if test.detectable is None:
-        return "Without any spread there is nothing to judge the power of the test by."
+        return "The power of the test is not known: it needs differences that vary."
     return (
-        f"With {test.n} seeds that vary so, a true difference of "
+        f"With {test.n} seeds and this spread, a true difference of "
         f"{100 * test.detectable:.1f} points is found in {100 * POWER:.0f} % of experiments."
     )
 
 
 def text_table(comparison: Comparison) -> str:
-    """The table of a comparison, its verdicts and what is missing, as plain text."""
+    """The table of a comparison, its verdicts and its missing runs, as plain text."""
     summaries = summarise_schemes(comparison)
     header = ("Scheme", "Seeds", "ACC (%)", "SEN (%)", "SPE (%)", "AUC")
     rows = [
@@ -186,7 +186,7 @@ def text_table(comparison: Comparison) -> str:
 
 
 def metrics_note(comparison: Comparison) -> str:
-    """What the columns are: of the positive class, or means over classes."""
+    """A sentence on the columns: values of the positive class, or means over the classes."""
     if not comparison.finished:
         return "No run has finished yet."
     positive = comparison.finished[0].metrics["positive"]
@@ -208,7 +208,7 @@ def verdicts(comparison: Comparison, summaries: Sequence[SchemeSummary]) -> list
 
 
 def runs_csv(comparison: Comparison) -> str:
-    """A row a run, unfinished ones too. Metrics are fractions of 1; empty means undefined."""
+    """One row per run, finished or not. Metrics are fractions of 1; empty means undefined."""
     header = ("scheme", "loss", "batches", "seed", "finished", *METRICS, "best_epoch", "epochs")
     return to_csv(
         header,
@@ -228,7 +228,7 @@ def runs_csv(comparison: Comparison) -> str:
 
 
 def per_class_csv(comparison: Comparison) -> str:
-    """A row a finished run and class. Metrics are fractions of 1; empty means undefined."""
+    """One row per finished run and class. Metrics are fractions of 1; empty means undefined."""
     quantities = ("support", "precision", "sensitivity", "f1", "specificity", "auc")
     return to_csv(
         ("scheme", "seed", "class", *quantities),
@@ -241,7 +241,7 @@ def per_class_csv(comparison: Comparison) -> str:
 
 
 def schemes_csv(summaries: Sequence[SchemeSummary]) -> str:
-    """A row a scheme: means, standard deviations and the paired test, as fractions of 1."""
+    """One row per scheme: means, standard deviations and the paired test, as fractions of 1."""
     tested = ("difference", "low", "high", "p", "p_holm", "verdict", "detectable")
     header = ["scheme", "loss", "batches", "runs"]
     header += [f"{name}_{part}" for name in METRICS for part in ("mean", "sd")]
@@ -306,7 +306,7 @@ def _accuracies(comparison: Comparison, scheme: Scheme) -> dict[int, float]:
 
 
 def paired_test(ours: Mapping[Pair, float], theirs: Mapping[Pair, float]) -> PairedTest:
-    """The two-sided paired t test of values by seed, or by what else pairs them, where both are."""
+    """The two-sided paired t test of two sets of values, over the keys (seeds) in both."""
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         return PairedTest(0, None)

@@ -1,4 +1,4 @@
-"""Grids over λ and m: a comparison whose schemes differ in ``metric_weight`` and ``margin``."""
+"""Sweeps: experiments whose schemes differ in ``metric_weight`` (λ) and ``margin`` (m)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HEADER = ("metric_weight", "margin", "seeds", "accuracy_mean", "accuracy_sd")
 
 @dataclass(frozen=True)
 class Cell:
-    """Test accuracy over the seeds of one λ (``weight``) and one m; None where none is varied."""
+    """Test accuracy over seeds at one λ (``weight``) and one m, which is None if not varied."""
 
     weight: float
     margin: float | None
@@ -33,9 +33,9 @@ class Cell:
 def sweep_schemes(
     loss: str, batches: str, weights: Sequence[float], margins: Sequence[float]
 ) -> tuple[Scheme, ...]:
-    """Return the grid of ``weights`` x ``margins``; a weight of 0 is plain cross entropy, once.
+    """Return the grid of ``weights`` x ``margins``.
 
-    It is then the baseline that all others are tested against.
+    A weight of 0 adds a single scheme, plain cross entropy: the baseline of all others.
     """
     if margins and loss != "ce+bst":
         raise UserError(f"--margins: the margin is that of ce+bst, not of {loss}; leave it out")
@@ -63,10 +63,10 @@ def cells(comparison: Comparison) -> list[Cell]:
 
 
 def write_tables(folder: Path) -> str:
-    """Write sweep.csv (a row a cell) and sweep.md (λ by m) into a sweep's folder; return sweep.md.
+    """Write sweep.csv (one row per cell) and sweep.md (λ by m) into ``folder``; return sweep.md.
 
     Raises:
-        UserError: the folder is none, cannot be written, or holds a damaged file.
+        UserError: ``folder`` is no compare folder, cannot be written, or holds a damaged file.
     """
     found = cells(read_comparison(folder))
     table = to_csv(HEADER, [cell.row for cell in found])

@@ -15,7 +15,7 @@ COPIES = 8  # the original, three rotations, two flips, two translations
 
 
 def n_copies(augment: str) -> int:
-    """Return how many images of the training set stand for one original."""
+    """Return the number of training images that are made from one original."""
     return COPIES if augment == "copies" else 1
 
 
@@ -44,8 +44,8 @@ class Augmentation:
 
         Args:
             images: uint8 [B, C, size, size] on the device.
-            copies: for each image, which copy it is to be.
-            numbers: what the random moves are a function of: seed, epoch, batch.
+            copies: the number of the copy for each image.
+            numbers: seed, epoch and batch, which decide the random moves.
         """
         if self.augment == "none":
             return images

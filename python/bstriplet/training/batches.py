@@ -1,4 +1,4 @@
-"""Training batches: drawn at random or from the groups of section 2.3, moved, on the device."""
+"""Training batches: drawn at random or from the groups of section 2.3, augmented, on the device."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -19,8 +19,8 @@ from bstriplet.training.augmentation import Augmentation, n_copies
 class RandomBatchSampler(Sampler[list[int]]):
     """Batches of ``batch_size`` positions in a random order; every position once an epoch.
 
-    A rest of one joins the batch before it: neither batch normalisation nor a loss over pairs is
-    defined for a single image. The order depends on the seed and the epoch alone.
+    A single left-over position joins the last batch: batch normalisation and losses over pairs need
+    two images. The order depends on the seed and the epoch alone.
     """
 
     def __init__(self, n_images: int, batch_size: int, seed: int) -> None:
@@ -47,17 +47,17 @@ class RandomBatchSampler(Sampler[list[int]]):
 def make_validation_batches(config: TrainConfig, n_images: int) -> list[list[int]]:
     """Return batches of all validation images, the same in every epoch.
 
-    A metric loss depends on the batch, and some grow with it: training and validation losses can
-    be compared only where both are of batches of the same size, drawn at random.
+    They have the size of the training batches and are drawn at random, because some metric losses
+    grow with the batch: only then can training and validation losses be compared.
     """
     return list(RandomBatchSampler(n_images, config.batch_size, config.seed))
 
 
 def make_sampler(config: TrainConfig, images: ImageSet) -> RandomBatchSampler | GroupBatchSampler:
-    """Return the batches of ``images`` that ``config`` names; mined groups come from pixels.
+    """Return the sampler of batches that ``config`` names; groups are mined from pixels.
 
-    Where copies stand for an image, position p is copy p % copies of image p // copies, and in the
-    group of its original.
+    Position p of the sampler is copy p % copies of image p // copies. All copies of an image are in
+    the group of the image.
     """
     copies = n_copies(config.augment)
     if config.batches == "random":
@@ -89,7 +89,7 @@ class Batch(NamedTuple):
 
 
 class Feed:
-    """The batches of each epoch, a function of the seed, the epoch and the batch's number."""
+    """The batches of each epoch; a batch is a function of the seed, the epoch and its number."""
 
     def __init__(self, config: TrainConfig, images: ImageSet, device: torch.device) -> None:
         self.seed = config.seed
@@ -112,7 +112,7 @@ class Feed:
 
 
 class ResidentImages:
-    """A set of images in the memory of a GPU: a batch is gathered there."""
+    """A set of images in GPU memory, where batches are gathered."""
 
     def __init__(self, images: ImageSet, device: torch.device) -> None:
         parts = [
@@ -128,7 +128,7 @@ class ResidentImages:
 
 
 def fits(images: ImageSet, device: torch.device) -> bool:
-    """Whether ``device`` is a GPU of which the images take half the free memory at most."""
+    """Whether ``device`` is a GPU and the images take at most half of its free memory."""
     if device.type != "cuda":
         return False
     size = len(images) * images.pixels[0].nbytes

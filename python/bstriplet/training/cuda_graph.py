@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph: one launch where a small batch's step has hundreds."""
+"""A training step as one CUDA graph: one launch instead of hundreds."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +11,13 @@ from bstriplet.errors import UserError, one_line
 
 Step = Callable[[Tensor, Tensor], None]
 
-# Eager steps before the capture: libraries choose algorithms, the optimiser makes its state.
+# Eager steps before the capture. In them, libraries choose algorithms and the optimiser creates its
+# state.
 WARM_UP = 3
 
 
 class Cuda:
-    """What capturing needs of torch.cuda: a stream of its own, and the capture."""
+    """The calls of torch.cuda that :class:`GraphedStep` makes."""
 
     def __init__(self) -> None:
         self.stream = torch.cuda.Stream()
@@ -29,7 +30,7 @@ class Cuda:
         torch.cuda.current_stream().wait_stream(self.stream)
 
     def capture(self, step: Step, images: Tensor, labels: Tensor) -> Callable[[], None]:
-        """Record a step without running it; return what runs it on the same tensors."""
+        """Record a step without running it; return a function that runs it on these tensors."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.stream):
             step(images, labels)
@@ -39,9 +40,10 @@ class Cuda:
 class GraphedStep:
     """``step(images, labels)``, replayed for batches of ``batch_size`` and eager for all others.
 
-    The step must keep what it accumulates in tensors, in place, and must not wait for the device.
-    Each batch is trained on once: the first ones eagerly, and capturing runs nothing. A graph holds
-    the learning rate as a constant, so it is captured anew where a scheduler has changed it.
+    The step must keep its state in tensors that it updates in place, and must not wait for the
+    device. The first ``WARM_UP`` batches are trained on eagerly; capturing runs nothing, so each
+    batch is trained on once. A graph holds the learning rate as a constant: each change of the
+    learning rate needs a new capture.
     """
 
     def __init__(

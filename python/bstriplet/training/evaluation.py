@@ -1,4 +1,4 @@
-"""A trained model at work: embeddings, test results, and predictions for new images."""
+"""A trained model in use: embeddings, test results, and predictions for new images."""
 
 import csv
 import io
@@ -45,14 +45,13 @@ from bstriplet.training.run_folder import (
 )
 
 BATCH = 256
-# What is kept of the test images that a model gets wrong: the most confident ones, this large.
-MISTAKES_KEPT = 24
-THUMBNAIL = 128
+MISTAKES_KEPT = 24  # wrongly classified test images in mistakes.npz, the most confident ones
+THUMBNAIL = 128  # pixels of their longest side
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model with what is needed to use it."""
+    """A trained model with its classes, configuration and device."""
 
     model: Classifier
     classes: tuple[str, ...]
@@ -75,12 +74,13 @@ def choose_device(name: str) -> torch.device:
 
 
 def load_trained(run: RunFolder) -> TrainedModel:
-    """Return the evaluated model of a run, that of its lowest validation loss."""
+    """Return the evaluated model of a run: that of the lowest validation loss."""
     config = run.config()
     checkpoint = run.load(BEST_FILE, config)
     classes = tuple(checkpoint["classes"])
     channels = len(checkpoint["model"]["mean"])
-    device = choose_device(config.device)
+    # A run trained on a GPU can be used without one.
+    device = choose_device("cpu" if config.device == "cpu" else "auto")
     with torch.random.fork_rng(devices=[]):  # keeps the caller's random state
         model = Classifier(
             config.backbone,
@@ -141,8 +141,8 @@ def mistakes_npz(images: ImageSet, scores: npt.NDArray[np.float64]) -> bytes:
     """Return the most confident wrong predictions as an .npz: ``files`` and ``pixels``.
 
     ``pixels`` is uint8 [K, C, H, W] with K at most ``MISTAKES_KEPT`` and no side longer than
-    ``THUMBNAIL``, the most confident first. With them a report shows mistakes wherever it is
-    built; predictions.csv has the classes.
+    ``THUMBNAIL``; the most confident mistake comes first. A report needs only this file to show
+    mistakes, not the images themselves; predictions.csv has the classes.
     """
     predicted = scores.argmax(axis=1)
     wrong = np.flatnonzero(predicted != images.labels)
@@ -163,10 +163,10 @@ def evaluate_run(
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return the metrics of a run's model, and notes on the images, such as those left out.
 
-    The images are the run's own test set, or the test images of ``data``, see
-    :func:`bstriplet.data.dataset.load_test_images`. The run's own must be those it began with: of
-    others, the model may have been trained on some. ``max_pixels``: of an image file; None: as the
-    run.
+    Without ``data``, the images are the run's own test set. It must be unchanged: the model may
+    have been trained on some images of another split. With ``data``, they are the test images of
+    :func:`bstriplet.data.dataset.load_test_images`. ``max_pixels`` limits the pixels of an image
+    file; None keeps the run's limit.
     """
     trained = load_trained(run)
     config = _with_limit(trained.config, max_pixels)
@@ -197,8 +197,9 @@ def predict_files(
     """Return a CSV of class probabilities for image files and folders, and notes on them.
 
     Columns: ``file``, ``predicted``, and ``prob_CLASS`` for each class. An image that cannot be
-    read is an error, or with ``skip_broken`` it is left out and named in the notes. So is whatever
-    lies in the folders and is no image. ``max_pixels``: of an image file; None: as the run.
+    read is an error; with ``skip_broken`` it is left out and named in the notes. Files in the
+    folders that are not images are left out and named too. ``max_pixels`` limits the pixels of an
+    image file; None keeps the run's limit.
     """
     trained = load_trained(run)
     config = _with_limit(trained.config, max_pixels)
@@ -245,7 +246,7 @@ def predictions_csv(
 def _pixel_hashes(images: ImageSet) -> npt.NDArray[np.bytes_]:
     """Return a hash of each image as the model sees it, eight bytes as hexadecimal digits.
 
-    Images of one content in two formats are alike, and so are blank ones.
+    Files of two formats that hold the same pixels have the same hash; so have all blank images.
     """
     hashes = []
     for start in range(0, len(images), BATCH):
@@ -255,7 +256,7 @@ def _pixel_hashes(images: ImageSet) -> npt.NDArray[np.bytes_]:
 
 
 def _seen_note(run: RunFolder, images: ImageSet) -> tuple[str, ...]:
-    """Return a note on those of other images that the run trained or validated on, if any."""
+    """Return a note on the ``images`` that the run trained or validated on, if there are any."""
     path = run.path / EMBEDDINGS_FILE
     try:
         with np.load(path, allow_pickle=False) as stored:
@@ -269,12 +270,12 @@ def _seen_note(run: RunFolder, images: ImageSet) -> tuple[str, ...]:
 
 
 def _with_limit(config: TrainConfig, max_pixels: int | None) -> TrainConfig:
-    """Return the configuration of a run with another limit of pixels, where one is given."""
+    """Return ``config`` with the limit ``max_pixels``, unless that is None."""
     return config if max_pixels is None else replace(config, max_pixels=max_pixels)
 
 
 def _expand(paths: Sequence[Path]) -> tuple[list[Path], dict[str, list[str]]]:
-    """Return the image files that paths on the command line mean, and what is left out."""
+    """Return the image files at ``paths`` and below their folders, and the names left out."""
     files: list[Path] = []
     left_out: dict[str, list[str]] = defaultdict(list)
     for path in paths:
@@ -295,9 +296,10 @@ def _expand(paths: Sequence[Path]) -> tuple[list[Path], dict[str, list[str]]]:
 def _in_batches(
     read: Iterator[tuple[Path, Picture | Unreadable]], broken: list[str], odd: dict[str, list[str]]
 ) -> Iterator[tuple[list[str], Pixels]]:
-    """Yield names and pixels [B, C, H, W], ``BATCH`` at a time; add the others to ``broken``.
+    """Yield names and pixels [B, C, H, W], at most ``BATCH`` at a time.
 
-    What the pictures' notes say goes to ``odd``, with the names of the files.
+    Unreadable files are added to ``broken``; the other pictures' notes to ``odd``, with the names
+    of the files.
     """
     names: list[str] = []
     pixels: list[Pixels] = []

@@ -44,7 +44,7 @@ class Learner:
 
     @property
     def evaluated(self) -> Classifier:
-        """The model that is validated and kept: of averaged weights where there are such."""
+        """The model that is validated and kept; with ``ema``, the one of averaged weights."""
         return self.ema.module if self.ema else self.model
 
     def schedule(self, training_loss: float) -> None:
@@ -90,7 +90,7 @@ def make_optimiser(
 
 
 def make_scheduler(config: TrainConfig, optimiser: Optimizer) -> ReduceLROnPlateau | LambdaLR:
-    """Return the schedule of the learning rate, an epoch a step."""
+    """Return the schedule of the learning rate, which takes one step per epoch."""
     if config.schedule == "cosine":
         return LambdaLR(optimiser, lambda epoch: cosine_factor(config, epoch))
     return ReduceLROnPlateau(
@@ -104,10 +104,10 @@ def make_scheduler(config: TrainConfig, optimiser: Optimizer) -> ReduceLROnPlate
 
 
 def cosine_factor(config: TrainConfig, epoch: int) -> float:
-    """Return the learning rate of an epoch, counted from 0, over ``lr``.
+    """Return the learning rate of ``epoch``, counted from 0, divided by ``lr``.
 
-    It rises in equal steps in the warm-up epochs, then falls along half a cosine from ``lr`` to
-    ``lr_floor``, which the epoch after the last would have.
+    The learning rate rises in equal steps in the warm-up epochs. It then falls along half a cosine
+    from ``lr`` to ``lr_floor``; the epoch after the last one would have ``lr_floor``.
     """
     warm_up, floor = config.warmup_epochs, config.lr_floor / config.lr
     if epoch < warm_up:
@@ -117,7 +117,10 @@ def cosine_factor(config: TrainConfig, epoch: int) -> float:
 
 
 def amp_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """Return what the network computes in: bfloat16 with ``amp``, float16 on a GPU without it."""
+    """Return the dtype that the network computes in.
+
+    float32 without ``amp``; bfloat16 with it, or float16 on a GPU that has no bfloat16.
+    """
     if not config.amp:
         return torch.float32
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -128,7 +131,8 @@ def amp_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 def grey_level_statistics(images: ImageSet) -> tuple[torch.Tensor, torch.Tensor]:
     """Return mean and standard deviation of each channel, float32 [C], over all pixels.
 
-    Counts of the 256 levels give them exactly, a few images at a time. A constant channel gets 1.
+    Both are exact: they are computed from counts of the 256 levels. The standard deviation of a
+    constant channel is given as 1.
     """
     channels = images.pixels.shape[1]
     counts = np.zeros((channels, 256))

@@ -42,13 +42,13 @@ def check_models(config: TrainConfig) -> None:
 
 
 def train(config: TrainConfig, task: Task, run: RunFolder) -> Row:
-    """Train a run to its end, from its last checkpoint where it has one, and return its metrics.
+    """Train a run to its end and return its metrics; a run with a checkpoint continues from it.
 
-    A finished run is left as it is, and a folder that another process writes to is refused. The
+    A finished run is not trained again. A folder that another process writes to is an error. The
     evaluated model is that of the epoch with the lowest validation loss: the test set has no part
-    in the choice. Every random number is a function of ``config.seed`` and the epoch, so that a
-    run cut anywhere and continued is, on a CPU with the same number of threads, equal bit for bit
-    to one that was not.
+    in the choice. Every random number is a function of ``config.seed`` and the epoch. On a CPU with
+    the same number of threads, an interrupted and continued run therefore equals an uninterrupted
+    one bit for bit.
     """
     with locked_folder(run.path):
         run.check_config(config)
@@ -113,9 +113,9 @@ def _train(config: TrainConfig, task: Task, run: RunFolder, device: torch.device
 
 
 def train_epoch(batches: Iterable[Batch], step: Step, learner: Learner, tally: Tally) -> None:
-    """Take a step a batch; on a CPU, no further ones after a loss that is not finite.
+    """Take one step per batch; on a CPU, stop after the first loss that is not finite.
 
-    On a GPU the epoch is finished: to look at each loss would be to wait for each step.
+    On a GPU the epoch runs to its end: reading each loss would wait for each step.
     """
     tally.reset()
     learner.model.train()
@@ -151,7 +151,7 @@ def describe_environment(device: torch.device, task: Task) -> Row:
 
 
 def _bar(config: TrainConfig, progress: Progress) -> tqdm:
-    """Return the bar of a run; it is not drawn where standard error is no terminal."""
+    """Return the progress bar of a run; it is drawn only where standard error is a terminal."""
     return tqdm(
         desc=f"{config.loss}:{config.batches}, seed {config.seed}",
         initial=len(progress.history),
@@ -165,9 +165,9 @@ def _bar(config: TrainConfig, progress: Progress) -> tqdm:
 def _require_finite(
     part: str, epoch: int, tally: Tally, batches: Iterable[Batch], images: ImageSet, run: RunFolder
 ) -> None:
-    """Stop a run at a loss that is NaN or infinite, which no later epoch could mend.
+    """Raise if a loss was NaN or infinite: later epochs could not recover from it.
 
-    The first batch with such a loss is drawn from ``batches`` once more, and saved.
+    The first batch with such a loss is drawn from ``batches`` again and saved.
     """
     if tally.first_bad is None:
         return

@@ -15,9 +15,9 @@ from bstriplet.models.classifier import Output
 
 
 class LossTerms(NamedTuple):
-    """Scalars of one batch: the loss that is minimised, and its parts (metric None where absent).
+    """Scalar losses of one batch: the minimised total, cross entropy and the metric loss.
 
-    ``metric`` is what stands beside cross entropy, before lambda.
+    ``metric`` is not weighted by lambda; it is None for cross entropy alone.
     """
 
     total: Tensor
@@ -57,14 +57,14 @@ class TrainingLoss(nn.Module):
 
 
 def check_loss(loss: str) -> None:
-    """Raise unless ``loss`` can be used: one that is not built in is tried on random embeddings."""
+    """Raise unless ``loss`` works; a library's loss is tried on random embeddings."""
     if loss in BUILT_IN:
         return
     embeddings = torch.randn(16, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
     criterion = _library_loss(loss, num_classes=2, embedding_size=8)
     try:
         criterion(embeddings, torch.arange(16) % 2).backward()
-    except Exception as error:  # whatever a library's loss raises where labels are not enough
+    except Exception as error:  # a library's loss may raise anything if labels are not enough
         raise UserError(
             f"--loss {loss}: it does not work from embeddings and labels ({one_line(error)}); "
             "choose another"
@@ -72,7 +72,7 @@ def check_loss(loss: str) -> None:
 
 
 def _metric_loss(config: TrainConfig, num_classes: int, embedding_size: int) -> Any:
-    """Return the loss beside cross entropy; None where there is none."""
+    """Return the metric loss; None for cross entropy alone."""
     if built_in := BUILT_IN.get(config.loss):
         return built_in.metric and built_in.metric(config.margin)
     return _library_loss(config.loss, num_classes, embedding_size)
@@ -81,7 +81,8 @@ def _metric_loss(config: TrainConfig, num_classes: int, embedding_size: int) -> 
 def _library_loss(loss: str, num_classes: int, embedding_size: int) -> Any:
     """Return a loss of pytorch-metric-learning, ``ce+Name`` or ``ce+Name(key=value, ...)``.
 
-    It gets the sizes that it requires; all else is as given in the name, or as by default.
+    It receives the sizes that its constructor requires. Other options are those given in the name,
+    else the library's defaults.
     """
     from pytorch_metric_learning import losses
 
@@ -103,7 +104,7 @@ def _library_loss(loss: str, num_classes: int, embedding_size: int) -> Any:
             "--loss", name, names, advice="Names are the losses of pytorch-metric-learning"
         )
     kind = library[name]
-    # Some classes hand *args on to the class above, which says what it requires.
+    # Some classes pass *args on to a base class, which names the required parameters.
     signatures = (inspect.signature(ancestor.__init__).parameters for ancestor in kind.__mro__)
     parameters = next(found for found in signatures if "args" not in found)
     required = {name for name, item in parameters.items() if item.default is item.empty}
@@ -114,5 +115,5 @@ def _library_loss(loss: str, num_classes: int, embedding_size: int) -> Any:
     }
     try:
         return kind(**{key: sizes[key] for key in required & set(sizes)} | options)
-    except Exception as error:  # whatever its constructor makes of the options
+    except Exception as error:  # the constructor may raise anything for wrong options
         raise UserError(f"--loss {loss}: {one_line(error)}") from error

@@ -31,10 +31,10 @@ METRICS = ("accuracy", "sensitivity", "specificity", "auc")
 
 @dataclass(frozen=True)
 class Reliability:
-    """How often predictions of each confidence are right, in the bins that hold any.
+    """Accuracy of the predictions in each bin of confidence; empty bins are left out.
 
     Confidence is the probability of the predicted class. `confidence` and `accuracy` are float64
-    [B], the means of each bin; `count` int64 [B], its predictions.
+    [B], the means of each bin; `count` is int64 [B], the number of its predictions.
     """
 
     confidence: NDArray[np.float64]
@@ -43,7 +43,7 @@ class Reliability:
 
     @property
     def error(self) -> float:
-        """The expected calibration error: the mean |accuracy - confidence|, by predictions."""
+        """The expected calibration error: |accuracy - confidence|, averaged over predictions."""
         return float(np.average(np.abs(self.accuracy - self.confidence), weights=self.count))
 
 
@@ -53,18 +53,18 @@ def classification_metrics(
     classes: Sequence[str],
     positive: str | None = None,
 ) -> dict[str, Any]:
-    """Every number that is reported of one run's predictions, ready for JSON.
+    """All metrics of one run's predictions, ready for JSON.
 
     Args:
         labels: [N] integers in 0..C-1, the true classes.
         probabilities: [N, C] floats, each row a softmax output; the largest entry is the
             prediction.
         classes: the C class names, in the order of the columns.
-        positive: of two classes, the one that is the disease. Default: `positive_class(classes)`.
+        positive: for two classes, the name of the disease. Default: `positive_class(classes)`.
 
     Returns:
-        A dict of Python numbers, strings, lists and None (a quantity that these labels leave
-        undefined, such as the AUC of a class without test images; never NaN):
+        A dict of Python numbers, strings, lists and None. None, never NaN, stands for a quantity
+        that is undefined, such as the AUC of a class without test images.
 
         - `accuracy`: Σ TP_i / N, the accuracy of the paper's tables (Eq. 9 as printed exceeds 1).
         - `sensitivity`, `specificity`, `auc`: for two classes those of `positive`; for more, the
@@ -72,7 +72,7 @@ def classification_metrics(
           the quantity is defined.
         - `positive`: the positive class, None for three classes or more.
         - `ece`: expected calibration error of the predicted class, see `reliability`.
-        - `per_class`: one dict a class, in order: `class`, `support`, `sensitivity` (recall),
+        - `per_class`: one dict per class, in order: `class`, `support`, `sensitivity` (recall),
           `specificity`, `precision`, `f1`, `auc` (that class against all others).
         - `confusion_matrix`: C x C counts; rows are true classes, columns predicted ones.
         - `n_images`: N.
@@ -125,10 +125,11 @@ def reliability(labels: ArrayLike, probabilities: ArrayLike) -> Reliability:
 
 
 def positive_class(classes: Sequence[str]) -> str:
-    """The class of two that means disease: the one whose name does not say that there is none.
+    """The disease, of two classes: the one whose name does not mean health.
 
-    A name says so if one of its words is in `HEALTHY_WORDS` or begins with "non" ("Normal",
-    "no finding", "Non-Lyme Disease"). Where that singles out neither class, the last one is taken.
+    A name means health if one of its words is in `HEALTHY_WORDS` or begins with "non" ("Normal",
+    "no finding", "Non-Lyme Disease"). If both names mean health, or neither does, the second class
+    is taken.
 
     Args:
         classes: the two class names.
@@ -157,7 +158,7 @@ def _checked(
     if scores.shape != (len(true), len(names)):
         raise ValueError(
             f"probabilities has shape {scores.shape}; it must be [{len(true)}, {len(names)}]: "
-            "a row an image of labels, a column a class"
+            "one row per image, one column per class"
         )
     if true.min() < 0 or true.max() >= len(names):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""How far a run has come: its epochs, its best weights, when it stops, what it goes on from."""
+"""The progress of a run: its epochs, its best weights, when it stops, and its checkpoints."""
 
 import math
 import time
@@ -11,8 +11,8 @@ from bstriplet.config import TrainConfig
 from bstriplet.training.learner import Learner
 from bstriplet.training.run_folder import BEST_FILE, LAST_FILE, RunFolder, save_checkpoint
 
-# Writing checkpoints takes at most about this share of the time. What a kill loses is trained
-# again to the same numbers, so how often they are written changes no result.
+# Writing checkpoints takes at most about this share of the time. Epochs that a kill loses are
+# trained again to the same numbers, so the interval between checkpoints changes no result.
 CHECKPOINT_SHARE = 0.1
 
 Row = dict[str, Any]
@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 @dataclass
 class Progress:
-    """A row an epoch, and the weights of the best epoch so far."""
+    """One row per epoch, and the weights of the best epoch so far."""
 
     history: list[Row] = field(default_factory=list)
     best_weights: dict[str, Tensor] = field(default_factory=dict)
@@ -45,10 +45,10 @@ class Progress:
 
 
 def epochs_without_improvement(losses: list[float], delta: float) -> int:
-    """Return for how many last epochs the loss has not fallen by more than ``delta``.
+    """Return the number of epochs since the loss last improved.
 
-    The fall is counted from the last loss that was itself such an improvement, as Keras'
-    EarlyStopping does: many small steps that add up are an improvement.
+    A loss improves if it is more than ``delta`` below the last improved loss, as in Keras'
+    EarlyStopping: small steps add up to an improvement.
     """
     reference, since = math.inf, 0
     for loss in losses:
@@ -69,7 +69,7 @@ class Checkpoints:
         self._saved_at, self._save_seconds = time.perf_counter(), 0.0
 
     def restore(self) -> Progress | None:
-        """Take up the run at its last checkpoint; None where it has none."""
+        """Load ``last.pt`` into the learner and return the progress; None without a checkpoint."""
         if not (self._run.path / LAST_FILE).exists():
             return None
         checkpoint = self._run.load(LAST_FILE, self._learner.config)
@@ -77,7 +77,7 @@ class Checkpoints:
         return Progress(checkpoint["history"], checkpoint["best_weights"])
 
     def save(self, progress: Progress) -> None:
-        """Write what the run goes on from, if that is due or the run is at its end."""
+        """Write ``last.pt`` if a checkpoint is due or the run is finished."""
         started = time.perf_counter()
         due = started - self._saved_at > self._save_seconds / CHECKPOINT_SHARE
         if due or progress.finished(self._learner.config):
@@ -91,6 +91,6 @@ class Checkpoints:
             self._save_seconds = self._saved_at - started
 
     def save_best(self, progress: Progress) -> None:
-        """Write the weights of the best epoch."""
+        """Write ``best.pt``, the weights of the best epoch."""
         best = {"epoch": progress.best_epoch, "model": progress.best_weights}
         save_checkpoint(self._run.path / BEST_FILE, self._identity | best)

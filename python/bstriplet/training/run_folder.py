@@ -27,9 +27,12 @@ EMBEDDINGS_FILE = "embeddings.npz"
 MISTAKES_FILE = "mistakes.npz"
 METRICS_FILE = "metrics.json"
 BAD_BATCH_FILE = "bad_batch.pt"
+# The first files of other folders with runs in them: those of an experiment and of a reproduction.
+COMPARE = "compare.json"
+REPRODUCE = "reproduce.json"
 
-# What the holder of a folder writes. A process that was killed may have left half of one of them,
-# under another name.
+# Files that only the holder of the lock writes. A killed process may leave a half-written one under
+# its temporary name.
 _HELD_FILES = (
     ENVIRONMENT_FILE,
     CONFIG_FILE,
@@ -40,16 +43,23 @@ _HELD_FILES = (
     MISTAKES_FILE,
     EMBEDDINGS_FILE,
     METRICS_FILE,
+    BAD_BATCH_FILE,
+    COMPARE,
+    REPRODUCE,
 )
 
-# What a run that is killed before it has written its configuration may leave behind.
-_FIRST_FILES = (LOCK_FILE, ENVIRONMENT_FILE, f".{ENVIRONMENT_FILE}.", f".{CONFIG_FILE}.")
+# Files that a command may leave if it is killed before it has written its configuration.
+_FIRST_FILES = (
+    LOCK_FILE,
+    ENVIRONMENT_FILE,
+    *(f".{name}." for name in (ENVIRONMENT_FILE, CONFIG_FILE, COMPARE, REPRODUCE)),
+)
 
 
 def check_new(path: Path, *, resume: bool = False) -> None:
-    """Raise unless ``path`` is absent or a folder in which nothing has been begun.
+    """Raise unless ``path`` is absent or a folder in which nothing was started.
 
-    resume: whether the command would have gone on with what it had left there itself.
+    resume: whether the command was asked to continue; the message depends on it.
     """
     # os.path: Path.exists raises for a name that is too long, or in a folder that is not readable.
     if os.path.exists(path) and not os.path.isdir(path):
@@ -69,7 +79,7 @@ def check_new(path: Path, *, resume: bool = False) -> None:
 
 
 def check_free(path: Path) -> None:
-    """Raise if another process holds the folder: better before the images are read than after."""
+    """Raise if another process holds the folder; for a check before the images are read."""
     if os.path.exists(path / LOCK_FILE):
         with locked_folder(path):
             pass
@@ -77,9 +87,10 @@ def check_free(path: Path) -> None:
 
 @contextmanager
 def locked_folder(path: Path) -> Iterator[None]:
-    """Make the folder if need be and hold it: a second writer gets an error instead of a mixture.
+    """Create the folder if needed and lock it: a second writer gets an error.
 
-    The lock goes with the process, however it ends; what a killed one left half-written is removed.
+    The lock ends with the process, even if that is killed. Files that a killed process left
+    half-written are removed.
     """
     lock = FileLock(path / LOCK_FILE, timeout=0)
     try:
@@ -108,14 +119,14 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Return a checkpoint on the CPU, reading tensors and plain values only, never code."""
+    """Return a checkpoint on the CPU; only tensors and plain values are read, never code."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(
             f"checkpoint {path} does not exist; train the run to its end first (--resume)"
         ) from error
-    except Exception as error:  # torch.load raises whatever the damaged bytes lead it to
+    except Exception as error:  # torch.load raises many kinds of error on damaged bytes
         raise UserError(
             f"checkpoint {path} is damaged ({one_line(error)[:120]}); restore it, or train the "
             "run again into another folder"
@@ -129,11 +140,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 class RunFolder:
     """The files of one training run.
 
-    ``config.json`` and ``environment.json`` say what was asked for and where it ran; ``log.jsonl``
-    has a line an epoch; ``last.pt`` continues the run and ``best.pt`` is the evaluated model;
-    ``predictions.csv`` and ``mistakes.npz`` (test set), ``embeddings.npz`` (training set, and
-    hashes of all images it has seen) and, last of all, ``metrics.json`` are its results.
-    ``bad_batch.pt`` is left by a run that stopped at a loss that is not finite.
+    - ``config.json``: the configuration.
+    - ``environment.json``: versions, hardware and images.
+    - ``log.jsonl``: one line per epoch.
+    - ``last.pt``: the checkpoint from which the run continues.
+    - ``best.pt``: the evaluated model.
+    - ``predictions.csv``, ``mistakes.npz``: results on the test images.
+    - ``embeddings.npz``: embeddings of the training images; hashes of training and validation
+      images.
+    - ``metrics.json``: metrics on the test images, written last.
+    - ``bad_batch.pt``: only if a loss was not finite, the batch at which the run stopped.
     """
 
     path: Path
@@ -168,9 +184,9 @@ class RunFolder:
             )
 
     def check_images(self, fingerprint: str, otherwise: str) -> None:
-        """Raise if images, labels or parts are not those the run began with.
+        """Raise if images, labels or parts are not those that the run began with.
 
-        fingerprint: that of the task. otherwise: what can be done instead of restoring them.
+        fingerprint: ``Task.fingerprint``. otherwise: the advice beside restoring the images.
         """
         environment = self.path / ENVIRONMENT_FILE
         try:
@@ -198,7 +214,7 @@ class RunFolder:
         return checkpoint
 
     def write_log(self, history: list[dict[str, Any]]) -> None:
-        """Write the log anew, without lines of an epoch that a kill cut off."""
+        """Rewrite the log from ``history``: a line that a kill cut off disappears."""
         lines = "".join(json.dumps(row) + "\n" for row in history)
         write_text(self.path / LOG_FILE, lines)
 

@@ -1,4 +1,4 @@
-"""Random numbers that a run draws again: seeds, and torch's reproducible modes."""
+"""Reproducible random numbers: seeds, and torch's deterministic mode."""
 
 import random
 from collections.abc import Iterator
@@ -18,9 +18,9 @@ def seed_everything(*numbers: int) -> None:
 
 @contextmanager
 def reproducible(device: torch.device) -> Iterator[None]:
-    """Let torch compute the same bits each time.
+    """Make torch compute the same bits each time.
 
-    Its modes and the global random states are left as they were, for a process that goes on.
+    On exit, torch's modes and the global random states are restored.
     """
     modes = (
         torch.are_deterministic_algorithms_enabled(),

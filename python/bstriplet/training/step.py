@@ -1,4 +1,4 @@
-"""One training step, eager or as a CUDA graph, and what an epoch of steps adds up to."""
+"""One training step, eager or as a CUDA graph, and the means over an epoch of steps."""
 
 import torch
 from torch import Tensor
@@ -40,8 +40,8 @@ class TrainingStep:
 class Tally:
     """Means over the images of an epoch, and its first batch whose loss is not finite.
 
-    All is kept on the device and in place: adding neither waits for a GPU nor breaks a CUDA graph,
-    reading waits.
+    The sums stay on the device and are updated in place: adding a batch never waits for a GPU and
+    can be part of a CUDA graph. Reading a mean waits for the GPU.
     """
 
     def __init__(self, config: TrainConfig, task: Task, device: torch.device) -> None:
@@ -80,7 +80,7 @@ class Tally:
 
     @property
     def n_images(self) -> int:
-        """How many images were added."""
+        """Number of images added."""
         return int(self._sums[4])
 
     def _mean(self, position: int) -> float:
@@ -88,22 +88,22 @@ class Tally:
 
     @property
     def loss(self) -> float:
-        """The loss that is minimised."""
+        """Mean of the minimised loss."""
         return self._mean(0)
 
     @property
     def ce(self) -> float:
-        """Its cross entropy."""
+        """Mean cross entropy."""
         return self._mean(1)
 
     @property
     def metric(self) -> float | None:
-        """Its metric loss, before lambda; None where there is none."""
+        """Mean metric loss, not weighted by lambda; None for cross entropy alone."""
         return self._mean(2) if self._has_metric else None
 
     @property
     def accuracy(self) -> float:
-        """The share of right answers."""
+        """Share of images classified right."""
         return self._mean(3)
 
 

@@ -1,4 +1,4 @@
-"""The figures of a report: a function each, from runs to a `Picture` and its numbers."""
+"""The figures of a report: one function per figure turns runs into a `Picture`."""
 
 from bstriplet.report.figures.accuracy import accuracies
 from bstriplet.report.figures.batch_size import batch_sizes

@@ -12,7 +12,7 @@ from bstriplet.study.read_runs import Comparison, scheme_label
 
 
 def accuracies(comparison: Comparison) -> Picture:
-    """Test accuracy of each run, a line through the runs of one seed; none for a single run."""
+    """Test accuracy of each run, with a line per seed; without panels for a single run."""
     schemes = [scheme for scheme in comparison.schemes if comparison.finished_of(scheme)]
     table = {
         scheme: {run.seed: run.metrics["accuracy"] for run in comparison.finished_of(scheme)}
@@ -44,8 +44,8 @@ def accuracies(comparison: Comparison) -> Picture:
         name="accuracy",
         title="Accuracy",
         caption=(
-            "A dot is one run; a thin line joins the runs of one seed, which share the split and "
-            "the initial weights: the pairs of the test. The bar is the mean."
+            "A dot is one run. A thin line joins the runs of one seed, which share the split and "
+            "the initial weights; these are the pairs of the test. The bar is the mean."
         ),
         panels=(Panel("Test accuracy, every run", draw),) if shown else (),
         size=(max(4.2, 2.9 + 0.08 * longest), 1.1 + 0.45 * len(schemes)),

@@ -47,8 +47,8 @@ def batch_sizes(comparison: Comparison) -> Picture:
         name="batch_size",
         title="Accuracy over batch size",
         caption=(
-            "A thin line is one seed. Of the paper's curve, the text gives the two points drawn "
-            f"as diamonds.{_judgement(comparison)}"
+            "A thin line is one seed. The diamonds are the two points of the paper's curve that "
+            f"its text gives.{_judgement(comparison)}"
         ),
         panels=(Panel("Accuracy over batch size", draw),) if found else (),
         size=(4.8, 3.4),
@@ -62,7 +62,7 @@ def batch_sizes(comparison: Comparison) -> Picture:
 
 
 def _judgement(comparison: Comparison) -> str:
-    """What the paired tests against the reference say of all sizes, or "" without it."""
+    """A sentence on the paired tests of all sizes against the reference; "" without one."""
     if comparison.reference is None:
         return ""
     size_of = {scheme: scheme["batch_size"] for scheme in comparison.schemes}

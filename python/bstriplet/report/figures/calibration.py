@@ -1,4 +1,4 @@
-"""Reliability diagram: how often predictions of a confidence are right."""
+"""Reliability diagram: accuracy of the predictions by confidence."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from bstriplet.training.metrics import Reliability, reliability
 
 
 def calibration(comparison: Comparison) -> Picture:
-    """Accuracy by confidence of each scheme, all seeds together, and how confidence is spread.
+    """Accuracy by confidence of each scheme over all seeds, and the distribution of confidence.
 
-    A pair of panels a network.
+    One pair of panels per network.
     """
     pooled = {
         scheme: _pooled(runs)
@@ -94,8 +94,8 @@ def calibration(comparison: Comparison) -> Picture:
         title="Calibration",
         caption=(
             "Test images of all seeds together, in bins of confidence; a larger dot is a bin of "
-            "more images. On the dotted line, confidence is as good as its word; below it, the "
-            "network is too sure. ECE is the mean distance from that line, ± its sd over seeds."
+            "more images. On the dotted line, accuracy equals confidence; below it, the network is "
+            "too sure. ECE is the mean distance from that line, ± its sd over seeds."
         ),
         panels=tuple(panel for network in networks for panel in panels(network)),
         size=(4.2, 3.8 + LEGEND_LINE * max(networks.values(), default=0)),

@@ -24,7 +24,7 @@ from bstriplet.study.read_runs import Comparison, Predictions, scheme_label
 
 
 def confusion_matrices(comparison: Comparison) -> Picture:
-    """Confusion matrices summed over seeds, as in Fig. 9: a panel a scheme."""
+    """Confusion matrices summed over seeds, as in Fig. 9: one panel per scheme."""
     panels, rows = [], []
     for scheme in comparison.schemes:
         runs = comparison.finished_of(scheme)
@@ -45,8 +45,8 @@ def confusion_matrices(comparison: Comparison) -> Picture:
         name="confusion_matrix",
         title="Confusion matrices",
         caption=(
-            "Test images, summed over seeds. The number is the count; the colour, and the "
-            "percentage where there is room, is its share of the true class."
+            "Test images, summed over seeds. The number is the count. The colour is its share of "
+            "the true class; small matrices also print the share in per cent."
         ),
         panels=tuple(panels),
         size=(4.2, 4.0),
@@ -68,7 +68,7 @@ def _confusion_panel(
     shares: NDArray[np.float64],
     n_runs: int,
 ) -> Panel:
-    # From nothing to the scheme's strong tone: what shows through is the page, light or dark.
+    # From transparent to the scheme's strong tone: the page, light or dark, shows through.
     ramp = ListedColormap([(*to_rgb(strong), alpha) for alpha in np.linspace(0, 1, 256)])
 
     def draw(axes: Axes) -> None:

@@ -15,7 +15,7 @@ from bstriplet.study.read_runs import Comparison, Run, scheme_label
 
 
 def embeddings(comparison: Comparison) -> Picture:
-    """Embeddings on their first two principal components, as in Fig. 6: a panel a scheme."""
+    """Embeddings on their first two principal components, as in Fig. 6: one panel per scheme."""
     panels, rows = [], []
     for run in _first_runs(comparison):
         found = run.embeddings
@@ -31,9 +31,9 @@ def embeddings(comparison: Comparison) -> Picture:
         name="embeddings",
         title="Embeddings",
         caption=(
-            "Training images, as in the paper's Fig. 6: L2-normalised embeddings, which is what "
-            "cosine similarity sees, on the first two principal components of each scheme by "
-            "itself. One seed. Axes of different panels are not the same directions."
+            "Embeddings of the training images of one seed, as in the paper's Fig. 6. They are "
+            "L2-normalised, as in the cosine similarity, and projected on the first two principal "
+            "components of each scheme. Axes of different panels are different directions."
         ),
         panels=tuple(panels),
         size=(4.2, 4.4),
@@ -61,7 +61,7 @@ def principal_plane(vectors: NDArray[np.floating]) -> tuple[NDArray[np.float64],
 
 
 def _first_runs(comparison: Comparison) -> list[Run]:
-    """A finished run a scheme: of the first seed that all have finished, else of each its first."""
+    """One finished run per scheme: of the first seed that all have finished, else its first."""
     by_scheme = [comparison.finished_of(scheme) for scheme in comparison.schemes]
     by_scheme = [runs for runs in by_scheme if runs]
     finished = [{run.seed for run in runs} for runs in by_scheme]

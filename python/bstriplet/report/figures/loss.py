@@ -15,7 +15,7 @@ from bstriplet.study.read_runs import Comparison, Run, scheme_label
 
 
 def loss_curves(comparison: Comparison) -> Picture:
-    """Training and validation loss by epoch, as in Figs. 7 and 8: a panel a scheme."""
+    """Training and validation loss by epoch, as in Figs. 7 and 8: one panel per scheme."""
     logged = {
         scheme: [run for run in comparison.runs if run.scheme == scheme and run.log]
         for scheme in comparison.schemes
@@ -58,9 +58,9 @@ def loss_curves(comparison: Comparison) -> Picture:
         name="loss_curves",
         title="Loss curves",
         caption=(
-            "The thick line is the mean over seeds, as far as every seed has run; thin lines are "
-            "the seeds. The loss of a combined scheme holds both of its terms, so compare gap "
-            "and shape between panels rather than height."
+            "The thick line is the mean over seeds, up to the last epoch that all seeds have; thin "
+            "lines are single seeds. The loss of a combined scheme is the sum of two terms, so "
+            "compare gap and shape between panels rather than height."
         ),
         panels=tuple(panel(scheme, runs) for scheme, runs in logged.items() if runs),
         size=(4.2, 3.2),

@@ -1,4 +1,4 @@
-"""A contact sheet of the test images that a scheme gets wrong and is most sure of."""
+"""A contact sheet of the most confident mistakes of each scheme on the test images."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ CAPTION_HEIGHT = 0.36  # of an image's
 
 @dataclass(frozen=True)
 class Mistake:
-    """A test image that runs get wrong.
+    """A test image that runs misclassify: `wrong` of the `tested` runs.
 
-    `confidence` is the mean probability of the predicted class over the `wrong` of `tested` runs
-    that are wrong about it, `predicted` what most of them say.
+    `predicted` is the class that most of these runs predict. `confidence` is their mean probability
+    of the class that they predict.
     """
 
     file: str
@@ -34,12 +34,12 @@ class Mistake:
 
     @property
     def weight(self) -> float:
-        """Confidence in wrong answers, averaged over all runs that were tested on the image."""
+        """Confidence of the wrong runs, averaged over all runs that were tested on the image."""
         return self.confidence * self.wrong / self.tested
 
 
 def misclassified(comparison: Comparison) -> Picture:
-    """The most confident mistakes of each scheme over its seeds: a panel a scheme."""
+    """The most confident mistakes of each scheme over its seeds: one panel per scheme."""
     panels, rows = [], []
     for scheme in comparison.schemes:
         runs = comparison.finished_of(scheme)
@@ -64,9 +64,9 @@ def misclassified(comparison: Comparison) -> Picture:
         name="misclassified",
         title="Most confident mistakes",
         caption=(
-            "Test images by confidence in a wrong answer, averaged over the seeds: what the image "
-            "is, what it was taken for, and how many seeds say so. The CSV names every "
-            "misclassified image."
+            "The test images with the most confident wrong answers, averaged over seeds: the true "
+            "class, the predicted class, and the number of seeds that are wrong. The CSV names "
+            "every misclassified image."
         ),
         panels=tuple(panels),
         size=(4.2, 4.2 / COLUMNS * ROWS * (1 + CAPTION_HEIGHT) + 0.3),

@@ -1,8 +1,8 @@
 """A figure as panels and numbers, and its drawing as PNG and SVG.
 
 A `Picture` is drawn twice from one description: all panels together for figures/NAME.png and
-.svg, and each panel by itself for the report, where they stand side by side on a desk and one
-below the other on a phone.
+.svg, and each panel by itself for the report. The report shows them side by side on a wide screen
+and one below the other on a phone.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ def _render(panels: Sequence[Panel], size: tuple[float, float], form: str) -> by
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     with matplotlib.rc_context(), warnings.catch_warnings():
-        # A user's own settings may ask for what is not there, such as LaTeX.
+        # A user's own settings may need programs that are not installed, such as LaTeX.
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
-        # A box stands for it in the PNG; the SVG and the CSV hold the name.
+        # The PNG has a box for a missing glyph; the SVG and the CSV hold the name.
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
         FigureCanvasAgg(figure)

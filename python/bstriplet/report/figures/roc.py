@@ -20,7 +20,8 @@ RATES = np.linspace(0, 1, 201) ** 2  # dense where good classifiers differ
 def roc_curves(comparison: Comparison) -> Picture:
     """ROC curves of all schemes, mean over seeds with a band of one sd, as in Fig. 11.
 
-    Of one network, the whole curves and their corner; of several, a panel a network.
+    For one network, one panel of the whole curves and one of their corner; for several, one panel
+    per network.
     """
     curves = {
         scheme: [
@@ -76,9 +77,9 @@ def roc_curves(comparison: Comparison) -> Picture:
         name="roc",
         title="ROC",
         caption=(
-            "Test images. The line is the mean over seeds and the band one standard deviation; "
-            "pale is random batches, strong mined ones. For three classes or more, the mean of the "
-            "one-against-rest curves of the classes."
+            "Test images. The line is the mean over seeds and the band one standard deviation. "
+            "Pale colours are random batches, strong colours mined ones. For three classes or "
+            "more, a curve is the mean of the one-against-rest curves."
         ),
         panels=tuple(panels),
         size=(4.2, 3.8 + LEGEND_LINE * most),
@@ -95,8 +96,9 @@ def roc_curves(comparison: Comparison) -> Picture:
 def roc(predictions: Predictions, positive: str | None) -> NDArray[np.float64] | None:
     """True positive rate at each false positive rate of `RATES`.
 
-    Of the positive class or, where `positive` is None, the mean over the classes that have both
-    members and others among the labels. None where no class has.
+    The rate is that of the positive class or, if `positive` is None, the mean over the classes.
+    Classes of which the labels have no members, or nothing else, are left out; None if no class is
+    left.
     """
     curves = []
     for index, name in enumerate(predictions.classes):

@@ -15,10 +15,10 @@ from bstriplet.loss_registry import BUILT_IN
 from bstriplet.text import printable
 
 INK, MUTED, GRID, PAPER = "#1f2430", "#5c6370", "#d9dde3", "#ffffff"
-# A hue a loss, a tone a way to draw batches: (random, mined). Blue against orange, and pale
-# against strong, stay apart in all common colour blindness and in grey print. The losses of the
-# registry have the first ones in its order; then come other losses, and a loss once more with
-# other settings.
+# One hue per loss, with a tone for each way to draw batches: (random, mined). Blue and orange, and
+# pale and strong, differ in all common forms of colour blindness and in grey print. The losses of
+# the registry have the first hues, in its order. The rest are for other losses, and for further
+# settings of a loss.
 _HUES = (
     ("#6aa5d8", "#1f5fa8"),
     ("#b08bd0", "#6b3fa0"),
@@ -32,7 +32,7 @@ _HUES = (
 )
 LOSS_HUES = dict(zip(BUILT_IN, _HUES, strict=False))
 MORE_HUES = _HUES[len(BUILT_IN) :]
-# (random, mined); the second and third where hues have run out.
+# (random, mined); the second and third pair are for schemes beyond the last hue.
 LINES: tuple[tuple[Any, Any], ...] = (
     ("--", "-"),
     (":", "-."),
@@ -68,7 +68,7 @@ CLASS_COLOURS = (
     "#56b4e9", "#8c6bb1", "#8a8f98", "#a6761d", "#66a61e",
 )  # fmt: skip
 CLASS_MARKERS = "o^sDvP<X>"
-# Those that are installed draw what the first one lacks: names of classes in any script.
+# Fonts for characters that the first one lacks, if installed: classes have names in any script.
 _FONTS = (
     "DejaVu Sans",
     *("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei"),
@@ -126,8 +126,8 @@ class Look:
 def looks(schemes: Sequence[Scheme]) -> dict[Scheme, Look]:
     """The look of each scheme of a comparison in all its pictures.
 
-    No two schemes of one network look alike, up to 24 settings of one loss. Networks share their
-    looks: where curves would be drawn over each other, each has a panel of its own.
+    No two schemes of one network look alike, up to 24 settings of one loss. Schemes of different
+    networks may: where curves would overlap, each network has a panel of its own.
     """
     settings_of: dict[tuple[str, str], list[Any]] = defaultdict(list)
     hue_of = {(loss, 0): (hue, LINES[0]) for loss, hue in LOSS_HUES.items()}
@@ -148,12 +148,12 @@ def looks(schemes: Sequence[Scheme]) -> dict[Scheme, Look]:
 
 
 def legend_below(axes: Axes) -> None:
-    """Name the curves below the axes, a line each of `LEGEND_LINE` inches: none lies under it."""
+    """Put the legend below the axes, where it covers no curve; an entry takes `LEGEND_LINE`."""
     axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.16), borderaxespad=0)
 
 
 def short_name(name: str) -> str:
-    """A class name that fits a tick or a legend; legends leave out what begins with "_"."""
+    """A class name that fits a tick or a legend; legends would leave out a name like "_a"."""
     name = printable(name)
     short = name if len(name) <= 18 else f"{name[:17]}…"
     return f" {short}" if short.startswith("_") else short

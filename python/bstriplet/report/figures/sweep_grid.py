@@ -14,9 +14,9 @@ from bstriplet.study.sweep import HEADER, cells
 
 
 def sweep(comparison: Comparison) -> Picture:
-    """Accuracy by λ, a line an m, and as a map where both are varied; none for other comparisons.
+    """Accuracy by λ, one line per m, and a map if both are varied.
 
-    Plain cross entropy is drawn across as what the grid is held against.
+    Plain cross entropy is a horizontal line. There are no panels for other comparisons.
     """
     found = [cell for cell in cells(comparison) if cell.accuracy.n]
     weights = sorted({cell.weight for cell in found if cell.weight})
