@@ -10,7 +10,7 @@ from bstriplet import cli
 from bstriplet.config import TrainConfig
 from bstriplet.report import page
 from PIL import Image
-from quick import TINY, MakeTree, Outcome, Run
+from quick import TINY, Command, MakeTree, Outcome
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture
-def bstriplet(capsys: pytest.CaptureFixture[str]) -> Run:
+def bstriplet(capsys: pytest.CaptureFixture[str]) -> Command:
     """Run the command line in this process."""
 
     def run(*arguments: object) -> Outcome:

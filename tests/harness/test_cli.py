@@ -28,7 +28,7 @@ from bstriplet.study.read_runs import read_comparison
 from bstriplet.training.loop import train
 from bstriplet.training.run_folder import RunFolder, load_checkpoint, save_checkpoint
 from PIL import Image
-from quick import TINY, MakeTree, Outcome, Run, snapshot, tiny_flags
+from quick import TINY, Command, MakeTree, Outcome, snapshot, tiny_flags
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -146,7 +146,7 @@ def too_few(root: Path) -> tuple[str, ...]:
 def test_bad_data(
     tmp_path: Path,
     make_tree: MakeTree,
-    bstriplet: Run,
+    bstriplet: Command,
     earlier: Path,
     command: str,
     spoil: Callable[[Path], tuple[str, ...]],
@@ -161,7 +161,7 @@ def test_bad_data(
 
 
 def test_broken_images_are_skipped_by_choice_named_and_counted(
-    tmp_path: Path, make_tree: MakeTree, bstriplet: Run
+    tmp_path: Path, make_tree: MakeTree, bstriplet: Command
 ) -> None:
     root = make_tree()
     truncated(root)
@@ -178,7 +178,7 @@ def test_broken_images_are_skipped_by_choice_named_and_counted(
     assert "note: 2 images that cannot be read were left out" in again.err
 
 
-def test_data_are_surveyed(make_tree: MakeTree, bstriplet: Run) -> None:
+def test_data_are_surveyed(make_tree: MakeTree, bstriplet: Command) -> None:
     root = make_tree()
     (root / "test/class_0/0.png").write_bytes((root / "train/class_0/7.png").read_bytes())
     outcome = bstriplet("data", root, "--image-size", 32, "--validation-fraction", 0.25)
@@ -198,7 +198,7 @@ def test_data_are_surveyed(make_tree: MakeTree, bstriplet: Run) -> None:
 
 
 def test_a_survey_counts_patients_copies_and_broken_images(
-    make_tree: MakeTree, bstriplet: Run
+    make_tree: MakeTree, bstriplet: Command
 ) -> None:
     root = make_tree(train=6, test=2, colour=True)
     for number in (1, 2):
@@ -227,7 +227,7 @@ def test_a_survey_counts_patients_copies_and_broken_images(
 
 
 def test_a_survey_sets_the_papers_counts_beside_those_found(
-    tmp_path: Path, make_tree: MakeTree, bstriplet: Run
+    tmp_path: Path, make_tree: MakeTree, bstriplet: Command
 ) -> None:
     root = make_tree(classes=3)
     for part in ("train", "test"):
@@ -245,7 +245,7 @@ def test_a_survey_sets_the_papers_counts_beside_those_found(
 # --- output folders, names and options ----------------------------------------------------------
 
 
-def test_an_existing_run_folder_is_not_touched(bstriplet: Run, earlier: Path) -> None:
+def test_an_existing_run_folder_is_not_touched(bstriplet: Command, earlier: Path) -> None:
     before = snapshot(earlier)
     for command in ("train", "compare"):
         outcome = bstriplet(command, *tiny_flags(), "--out", earlier / "run")
@@ -256,7 +256,7 @@ def test_an_existing_run_folder_is_not_touched(bstriplet: Run, earlier: Path) ->
 @pytest.mark.parametrize("where", ["file", "below_a_file", "/proc/bstriplet/run"])
 @pytest.mark.parametrize("command", ["train", "compare", "demo"])
 def test_an_unwritable_output_folder(
-    tmp_path: Path, bstriplet: Run, command: str, where: str
+    tmp_path: Path, bstriplet: Command, command: str, where: str
 ) -> None:
     (tmp_path / "file").write_text("precious")
     out = {"file": tmp_path / "file", "below_a_file": tmp_path / "file/run"}.get(where, Path(where))
@@ -287,7 +287,9 @@ def one_clear_line_at_the_end(outcome: Outcome, *words: object) -> None:
         (["--folds", "3", "--fold", "4"], ["--folds 3 --fold 4", "one of them"]),
     ],
 )
-def test_bad_options(tmp_path: Path, bstriplet: Run, flags: list[str], words: list[str]) -> None:
+def test_bad_options(
+    tmp_path: Path, bstriplet: Command, flags: list[str], words: list[str]
+) -> None:
     out = tmp_path / "run"
     one_clear_line(bstriplet("train", *tiny_flags(), *flags, "--out", out), *words)
     assert not out.exists()
@@ -305,14 +307,14 @@ def test_bad_options(tmp_path: Path, bstriplet: Run, flags: list[str], words: li
     ],
 )
 def test_bad_comparisons(
-    tmp_path: Path, bstriplet: Run, flags: list[str], words: list[str]
+    tmp_path: Path, bstriplet: Command, flags: list[str], words: list[str]
 ) -> None:
     out = tmp_path / "compare"
     one_clear_line(bstriplet("compare", *tiny_flags(), "--out", out, *flags), *words)
     assert not out.exists()
 
 
-def test_no_command_and_an_unknown_one(bstriplet: Run) -> None:
+def test_no_command_and_an_unknown_one(bstriplet: Command) -> None:
     one_clear_line(bstriplet(), "COMMAND", "--help")
     one_clear_line(bstriplet("trian"), "trian", "train", "--help")
 
@@ -339,7 +341,7 @@ def unfinished(run: Path) -> Path:
 
 
 @pytest.mark.parametrize("spoil", ["cut", "noise", "empty", "other", "pickle"])
-def test_a_corrupted_checkpoint(run_copy: Path, bstriplet: Run, spoil: str) -> None:
+def test_a_corrupted_checkpoint(run_copy: Path, bstriplet: Command, spoil: str) -> None:
     unfinished(run_copy)
     for name in ("last.pt", "best.pt"):
         whole = (run_copy / name).read_bytes()
@@ -361,7 +363,7 @@ def test_a_corrupted_checkpoint(run_copy: Path, bstriplet: Run, spoil: str) -> N
     assert snapshot(run_copy) == before
 
 
-def test_a_checkpoint_from_another_configuration(run_copy: Path, bstriplet: Run) -> None:
+def test_a_checkpoint_from_another_configuration(run_copy: Path, bstriplet: Command) -> None:
     unfinished(run_copy)
     for name in ("last.pt", "best.pt"):
         checkpoint = load_checkpoint(run_copy / name)
@@ -374,7 +376,7 @@ def test_a_checkpoint_from_another_configuration(run_copy: Path, bstriplet: Run)
     assert snapshot(run_copy) == before
 
 
-def test_resuming_with_other_options_is_refused(run_copy: Path, bstriplet: Run) -> None:
+def test_resuming_with_other_options_is_refused(run_copy: Path, bstriplet: Command) -> None:
     before = snapshot(run_copy)
     outcome = bstriplet("train", "--out", run_copy, "--resume", "--margin", "0.5", "--seed", "1")
     one_clear_line(outcome, run_copy, "margin (0.5 here, 0.9 there)", "seed (1 here, 0 there)")
@@ -382,7 +384,7 @@ def test_resuming_with_other_options_is_refused(run_copy: Path, bstriplet: Run) 
 
 
 def test_resuming_on_changed_images_is_refused(
-    tmp_path: Path, make_tree: MakeTree, bstriplet: Run
+    tmp_path: Path, make_tree: MakeTree, bstriplet: Command
 ) -> None:
     root, out = make_tree(), tmp_path / "run"
     assert bstriplet("train", *TREE_FLAGS, "--data", root, "--out", out).status == 0
@@ -395,7 +397,9 @@ def test_resuming_on_changed_images_is_refused(
 @pytest.mark.parametrize(
     "content", ["{}", '{"data": []}', '{"data": null}', "[]", '{"data": {"notes": []}}']
 )
-def test_a_run_that_lost_what_it_began_with(run_copy: Path, bstriplet: Run, content: str) -> None:
+def test_a_run_that_lost_what_it_began_with(
+    run_copy: Path, bstriplet: Command, content: str
+) -> None:
     (run_copy / "environment.json").write_text(content)
     words = (run_copy / "environment.json", "which images", "restore it")
     one_clear_line(bstriplet("train", "--out", run_copy, "--resume"), *words)
@@ -403,13 +407,13 @@ def test_a_run_that_lost_what_it_began_with(run_copy: Path, bstriplet: Run, cont
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"marginn": 1}', b"\xff"])
-def test_a_damaged_config(run_copy: Path, bstriplet: Run, content: bytes) -> None:
+def test_a_damaged_config(run_copy: Path, bstriplet: Command, content: bytes) -> None:
     (run_copy / "config.json").write_bytes(content)
     one_clear_line(bstriplet("train", "--out", run_copy, "--resume"))
     one_clear_line(bstriplet("evaluate", "--run", run_copy))
 
 
-def test_a_folder_of_other_things_is_not_resumed_into(tmp_path: Path, bstriplet: Run) -> None:
+def test_a_folder_of_other_things_is_not_resumed_into(tmp_path: Path, bstriplet: Command) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/holiday.txt").write_text("sun")
     before = snapshot(tmp_path)
@@ -422,12 +426,12 @@ def test_a_folder_of_other_things_is_not_resumed_into(tmp_path: Path, bstriplet:
 
 
 @pytest.mark.parametrize("command", [["evaluate"], ["predict", "image.png"]])
-def test_no_run_no_model(tmp_path: Path, bstriplet: Run, command: list[str]) -> None:
+def test_no_run_no_model(tmp_path: Path, bstriplet: Command, command: list[str]) -> None:
     one_clear_line(bstriplet(*command, "--run", tmp_path / "no"), tmp_path / "no", "not exist")
     one_clear_line(bstriplet(*command, "--run", tmp_path), tmp_path, "not a run folder")
 
 
-def test_evaluate_gives_the_metrics_of_the_run(bstriplet: Run, earlier: Path) -> None:
+def test_evaluate_gives_the_metrics_of_the_run(bstriplet: Command, earlier: Path) -> None:
     metrics = json.loads((earlier / "run/metrics.json").read_text())
     outcome = bstriplet("evaluate", "--run", earlier / "run")
     assert outcome.status == 0
@@ -437,7 +441,7 @@ def test_evaluate_gives_the_metrics_of_the_run(bstriplet: Run, earlier: Path) ->
 
 
 def test_a_run_on_a_gpu_is_evaluated_without_one(
-    run_copy: Path, bstriplet: Run, monkeypatch: pytest.MonkeyPatch
+    run_copy: Path, bstriplet: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_cpu = bstriplet("evaluate", "--run", run_copy)
     config = json.loads((run_copy / "config.json").read_text()) | {"device": "cuda"}
@@ -450,7 +454,7 @@ def test_a_run_on_a_gpu_is_evaluated_without_one(
 
 
 @pytest.fixture
-def tree_run(tmp_path: Path, make_tree: MakeTree, bstriplet: Run) -> tuple[Path, Path]:
+def tree_run(tmp_path: Path, make_tree: MakeTree, bstriplet: Command) -> tuple[Path, Path]:
     """A run on a tree, and the tree."""
     root = make_tree(train=10, test=6)
     out = tmp_path / "run"
@@ -458,7 +462,7 @@ def tree_run(tmp_path: Path, make_tree: MakeTree, bstriplet: Run) -> tuple[Path,
     return out, root
 
 
-def test_evaluate_on_a_folder(tree_run: tuple[Path, Path], bstriplet: Run) -> None:
+def test_evaluate_on_a_folder(tree_run: tuple[Path, Path], bstriplet: Command) -> None:
     run, root = tree_run
     own = bstriplet("evaluate", "--run", run)
     assert own.status == 0
@@ -470,7 +474,7 @@ def test_evaluate_on_a_folder(tree_run: tuple[Path, Path], bstriplet: Run) -> No
 
 
 def test_a_run_is_evaluated_on_the_test_set_it_began_with_or_told_of_the_change(
-    tmp_path: Path, make_tree: MakeTree, bstriplet: Run
+    tmp_path: Path, make_tree: MakeTree, bstriplet: Command
 ) -> None:
     root, out = make_tree(train=10), tmp_path / "run"  # no test: one image more deals anew
     (root / "train/class_0/notes.txt").write_text("seen by two readers")
@@ -493,7 +497,7 @@ def test_a_run_is_evaluated_on_the_test_set_it_began_with_or_told_of_the_change(
 
 
 def test_predict_gives_the_probabilities_of_the_run(
-    tree_run: tuple[Path, Path], bstriplet: Run, tmp_path: Path
+    tree_run: tuple[Path, Path], bstriplet: Command, tmp_path: Path
 ) -> None:
     run, root = tree_run
     table = tmp_path / "out.csv"
@@ -516,7 +520,7 @@ def test_predict_gives_the_probabilities_of_the_run(
 
 
 def test_predict_takes_colour_for_a_grey_model(
-    tree_run: tuple[Path, Path], bstriplet: Run, tmp_path: Path
+    tree_run: tuple[Path, Path], bstriplet: Command, tmp_path: Path
 ) -> None:
     run, root = tree_run
     with Image.open(root / "test/class_1/2.png") as image:
@@ -529,7 +533,7 @@ def test_predict_takes_colour_for_a_grey_model(
 
 
 def test_predict_names_broken_and_missing_images(
-    tree_run: tuple[Path, Path], bstriplet: Run, tmp_path: Path
+    tree_run: tuple[Path, Path], bstriplet: Command, tmp_path: Path
 ) -> None:
     run, root = tree_run
     bad = root / "test/class_0/0.png"
@@ -554,7 +558,7 @@ def test_predict_names_broken_and_missing_images(
 
 
 def test_predict_and_evaluate_say_what_they_left_out_or_read_otherwise(
-    tree_run: tuple[Path, Path], bstriplet: Run
+    tree_run: tuple[Path, Path], bstriplet: Command
 ) -> None:
     run, root = tree_run
     folder = root / "test/class_0"
@@ -575,7 +579,7 @@ def test_predict_and_evaluate_say_what_they_left_out_or_read_otherwise(
 
 
 def test_train_says_what_is_left_out_and_keeps_all_of_it_on_disk(
-    tmp_path: Path, make_tree: MakeTree, bstriplet: Run
+    tmp_path: Path, make_tree: MakeTree, bstriplet: Command
 ) -> None:
     root = make_tree(train=10, test=6)
     names = [f"a_rather_long_name_of_a_text_{number}.txt" for number in range(30)]
@@ -596,7 +600,7 @@ def test_train_says_what_is_left_out_and_keeps_all_of_it_on_disk(
 
 
 def test_predict_tries_its_output_before_it_reads_an_image(
-    earlier: Path, tmp_path: Path, bstriplet: Run
+    earlier: Path, tmp_path: Path, bstriplet: Command
 ) -> None:
     broken = tmp_path / "broken.png"
     broken.write_text("no image")
@@ -611,7 +615,7 @@ def test_predict_tries_its_output_before_it_reads_an_image(
 
 
 def test_predict_writes_where_a_link_leads(
-    tree_run: tuple[Path, Path], tmp_path: Path, bstriplet: Run
+    tree_run: tuple[Path, Path], tmp_path: Path, bstriplet: Command
 ) -> None:
     run, root = tree_run
     link, table = tmp_path / "link.csv", tmp_path / "table.csv"
@@ -626,7 +630,7 @@ def test_predict_writes_where_a_link_leads(
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
 def test_predict_writes_into_a_pipe(
-    tree_run: tuple[Path, Path], tmp_path: Path, bstriplet: Run
+    tree_run: tuple[Path, Path], tmp_path: Path, bstriplet: Command
 ) -> None:
     run, root = tree_run
     pipe = tmp_path / "pipe"
@@ -645,12 +649,14 @@ def test_predict_writes_into_a_pipe(
             reader.kill()
 
 
-def test_a_name_does_not_command_the_terminal(tmp_path: Path, bstriplet: Run) -> None:
+def test_a_name_does_not_command_the_terminal(tmp_path: Path, bstriplet: Command) -> None:
     outcome = bstriplet("data", tmp_path / "red\x1b[31m")
     one_clear_line(outcome, r"red\x1b[31m does not exist")
 
 
-def test_a_path_that_the_system_refuses_is_one_clear_line(earlier: Path, bstriplet: Run) -> None:
+def test_a_path_that_the_system_refuses_is_one_clear_line(
+    earlier: Path, bstriplet: Command
+) -> None:
     name = "x" * 300  # no file system takes it
     for command in (
         ("data", name),
@@ -851,7 +857,7 @@ def test_results_are_on_disk_before_anything_is_printed(
 
 
 def test_main_runs_in_a_thread_and_leaves_the_process_as_it_was(
-    tmp_path: Path, bstriplet: Run
+    tmp_path: Path, bstriplet: Command
 ) -> None:
     def state() -> tuple[object, ...]:
         return (
@@ -885,7 +891,7 @@ def test_main_runs_in_a_thread_and_leaves_the_process_as_it_was(
 
 
 def test_class_names_with_commas_and_quotes_survive(
-    tmp_path: Path, make_tree: MakeTree, bstriplet: Run
+    tmp_path: Path, make_tree: MakeTree, bstriplet: Command
 ) -> None:
     root = make_tree()
     for part in ("train", "test"):

@@ -12,12 +12,12 @@ from bstriplet.study.compare import Experiment, compare, read_experiment, run_fo
 from bstriplet.study.demo import demo_experiment
 from bstriplet.study.read_runs import read_comparison
 from bstriplet.training.run_folder import RunFolder
-from quick import MakeTree, Run, snapshot, tiny_flags
+from quick import Command, MakeTree, snapshot, tiny_flags
 
 SCHEMES = (Scheme("ce", "random"), Scheme("ce+bst", "mined"))
 
 
-def test_a_comparison_leaves_runs_table_and_report(tmp_path: Path, bstriplet: Run) -> None:
+def test_a_comparison_leaves_runs_table_and_report(tmp_path: Path, bstriplet: Command) -> None:
     out = tmp_path / "compare"
     outcome = bstriplet("compare", *tiny_flags(epochs=2), "--seeds", 0, 1, "--out", out)
     assert outcome.status == 0
@@ -101,7 +101,7 @@ def test_schemes_may_differ_in_any_field(tiny: TrainConfig, tmp_path: Path) -> N
     ],
 )
 def test_another_plan_is_not_mixed_in(
-    tmp_path: Path, bstriplet: Run, changes: list[str], message: str
+    tmp_path: Path, bstriplet: Command, changes: list[str], message: str
 ) -> None:
     out = tmp_path / "compare"
     assert bstriplet("compare", *tiny_flags(epochs=2), "--seeds", 0, "--out", out).status == 0
@@ -120,7 +120,7 @@ def test_plans_survive_the_file(tiny: TrainConfig, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_pictures")
 def test_the_demo_works_when_typed_again(
-    tmp_path: Path, bstriplet: Run, monkeypatch: pytest.MonkeyPatch, make_tree: MakeTree
+    tmp_path: Path, bstriplet: Command, monkeypatch: pytest.MonkeyPatch, make_tree: MakeTree
 ) -> None:
     def small(data: str) -> Experiment:
         experiment = demo_experiment(data)

@@ -11,7 +11,7 @@ from bstriplet.training import evaluation
 from bstriplet.training.evaluation import MISTAKES_KEPT, mistakes_npz, predict_files
 from bstriplet.training.run_folder import RunFolder
 from PIL import Image
-from quick import MakeTree, Run, tiny_flags
+from quick import Command, MakeTree, tiny_flags
 
 
 def grey(count: int, side: int) -> ImageSet:
@@ -39,7 +39,7 @@ def test_mistakes_are_shown_small(side: int, shown: int) -> None:
 
 
 def test_no_image_is_lost_between_batches(
-    make_tree: MakeTree, tmp_path: Path, bstriplet: Run, monkeypatch: pytest.MonkeyPatch
+    make_tree: MakeTree, tmp_path: Path, bstriplet: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, run = make_tree(), tmp_path / "run"
     flags = tiny_flags(train_per_class=0, epochs=1)
@@ -62,7 +62,7 @@ def test_no_image_is_lost_between_batches(
 
 
 def test_images_that_the_run_has_seen_are_counted(
-    make_tree: MakeTree, tmp_path: Path, bstriplet: Run, monkeypatch: pytest.MonkeyPatch
+    make_tree: MakeTree, tmp_path: Path, bstriplet: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, run = make_tree(train=10), tmp_path / "run"
     flags = tiny_flags(train_per_class=0, epochs=1)

@@ -18,7 +18,7 @@ from bstriplet.report import page as report
 from bstriplet.report import reproduce
 from bstriplet.training.run_folder import locked_folder
 from digit_runs import write_comparison, write_run
-from quick import TINY, Run, snapshot, tiny_flags
+from quick import TINY, Command, snapshot, tiny_flags
 from scipy import stats
 
 FOUR = ["ce:random", "ce:mined", "ce+bst:random", "ce+bst:mined"]
@@ -99,7 +99,7 @@ def test_options_take_the_place_of_settings_and_schemes_that_become_one_are_run_
 # -- from runs that are there
 
 
-def test_a_table_is_drawn_from_compare_folders(finished, tmp_path, bstriplet: Run):
+def test_a_table_is_drawn_from_compare_folders(finished, tmp_path, bstriplet: Command):
     # As after two machines trained half of the seeds each.
     halves = [tmp_path / "a", tmp_path / "b"]
     for half in halves:
@@ -232,7 +232,7 @@ def test_a_command_that_no_page_can_hold_is_shown_with_escapes(finished, tmp_pat
     assert r"--out norm\xe9" in page.read_text(encoding="utf-8")
 
 
-def test_from_takes_no_training_options(finished, tmp_path, bstriplet: Run):
+def test_from_takes_no_training_options(finished, tmp_path, bstriplet: Command):
     outcome = bstriplet(
         "reproduce", "table3", "--from", finished, "--out", tmp_path / "out", "--epochs", 3
     )
@@ -305,7 +305,7 @@ def test_class_folders_of_the_rash_set_are_those_of_the_paper_and_digits_are_not
 # -- training
 
 
-def test_what_is_missing_is_trained_once_and_shared(tmp_path, bstriplet: Run):
+def test_what_is_missing_is_trained_once_and_shared(tmp_path, bstriplet: Command):
     out = tmp_path / "out"
     flags = ["--data", "digits", *tiny_flags(epochs=1), "--out", out]
     first = bstriplet("reproduce", "figure6", "--seeds", 1, *flags)
@@ -331,7 +331,7 @@ def test_what_is_missing_is_trained_once_and_shared(tmp_path, bstriplet: Run):
     assert "another configuration: lr (0.01 here, 0.001 there)" in other.err
 
 
-def test_a_folder_in_use_is_refused_before_images_are_read(tmp_path, bstriplet: Run):
+def test_a_folder_in_use_is_refused_before_images_are_read(tmp_path, bstriplet: Command):
     with locked_folder(tmp_path / "out"):
         outcome = bstriplet("reproduce", "table3", "--data", "no", "--out", tmp_path / "out")
     assert outcome.status == 2
@@ -347,7 +347,7 @@ def test_a_folder_in_use_is_refused_before_images_are_read(tmp_path, bstriplet: 
     ],
 )
 def test_mistakes_at_the_command_line_are_named(
-    arguments, words, bstriplet: Run, tmp_path, monkeypatch
+    arguments, words, bstriplet: Command, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     outcome = bstriplet("reproduce", *arguments)

@@ -26,7 +26,7 @@ from bstriplet.errors import UserError
 from bstriplet.training import progress, run_folder
 from bstriplet.training.loop import train
 from bstriplet.training.run_folder import RunFolder, load_checkpoint
-from quick import Run, snapshot, tiny_flags
+from quick import Command, snapshot, tiny_flags
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -239,7 +239,7 @@ def test_kill_9_at_20_random_moments_loses_nothing(
 
 
 def test_a_second_process_is_refused_and_the_first_unharmed(
-    tmp_path: Path, background: Callable[..., Background], bstriplet: Run
+    tmp_path: Path, background: Callable[..., Background], bstriplet: Command
 ) -> None:
     first = background(epochs=25)
     with first.process() as process:
@@ -263,7 +263,7 @@ def heed_interrupts() -> None:
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_says_how_to_continue_and_continues(
-    tmp_path: Path, bstriplet: Run, stop: signal.Signals
+    tmp_path: Path, bstriplet: Command, stop: signal.Signals
 ) -> None:
     out = tmp_path / "run"
     command = ["train", *tiny_flags(epochs=400), "--stop-patience", "400", "--out", str(out)]
@@ -299,7 +299,7 @@ def test_a_stopped_run_says_how_to_continue_and_continues(
     assert len((out / "log.jsonl").read_text().splitlines()) == done + 1
 
 
-def test_a_finished_run_is_left_as_it_is(tmp_path: Path, bstriplet: Run) -> None:
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path, bstriplet: Command) -> None:
     out = tmp_path / "run"
     assert bstriplet("train", *tiny_flags(epochs=1), "--out", out).status == 0
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.*") if path.suffix != ".html"}
@@ -312,7 +312,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, bstriplet: Run) -> None
 
 @pytest.mark.parametrize("fails_at", range(1, 16))
 def test_a_failed_write_is_one_clear_line_and_the_run_continues(
-    tmp_path: Path, bstriplet: Run, monkeypatch: pytest.MonkeyPatch, fails_at: int
+    tmp_path: Path, bstriplet: Command, monkeypatch: pytest.MonkeyPatch, fails_at: int
 ) -> None:
     """Each write of a run in turn meets a full disk; the run then continues as without it."""
     out = tmp_path / "run"

@@ -11,7 +11,7 @@ from bstriplet.report import figures
 from bstriplet.study.read_runs import read_comparison
 from bstriplet.study.sweep import sweep_schemes, write_tables
 from digit_runs import write_comparison
-from quick import Run, tiny_flags
+from quick import Command, tiny_flags
 
 
 def test_the_grid_has_each_pair_once_and_cross_entropy_for_weight_0() -> None:
@@ -29,7 +29,7 @@ def test_the_grid_has_each_pair_once_and_cross_entropy_for_weight_0() -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_sweep_runs_resumes_and_leaves_its_tables(tmp_path: Path, bstriplet: Run) -> None:
+def test_a_sweep_runs_resumes_and_leaves_its_tables(tmp_path: Path, bstriplet: Command) -> None:
     out = tmp_path / "sweep"
     grid = ["--metric-weights", 0, 2, "--margins", 0.5, 0.9, "--seeds", 0, "--batches", "mined"]
     outcome = bstriplet("sweep", *tiny_flags(epochs=1), *grid, "--out", out)
@@ -58,7 +58,7 @@ def test_a_sweep_runs_resumes_and_leaves_its_tables(tmp_path: Path, bstriplet: R
         (["--loss", "ce+bts"], ["--loss", "did you mean 'ce+bst'"]),
     ],
 )
-def test_bad_grids(tmp_path: Path, bstriplet: Run, flags: list[str], words: list[str]) -> None:
+def test_bad_grids(tmp_path: Path, bstriplet: Command, flags: list[str], words: list[str]) -> None:
     outcome = bstriplet("sweep", *tiny_flags(), "--out", tmp_path / "sweep", *flags)
     assert outcome.status == 2
     assert outcome.err.count("\n") == 1

@@ -36,7 +36,7 @@ class Outcome:
     err: str
 
 
-Run = Callable[..., Outcome]
+Command = Callable[..., Outcome]
 MakeTree = Callable[..., Path]
 
 
