@@ -13,7 +13,6 @@ import torch
 from kept import kept
 
 triton = pytest.importorskip("triton")
-pytestmark = pytest.mark.xdist_group("triton_compile")
 ROOT = Path(__file__).parents[2]
 
 
