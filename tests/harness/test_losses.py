@@ -1,7 +1,5 @@
 """The training losses: each against its equation written out; losses of the library by name."""
 
-import itertools
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from bstriplet.models.classifier import Output
 from bstriplet.training.loop import train
 from bstriplet.training.losses import TrainingLoss, check_loss
 from bstriplet.training.run_folder import LAST_FILE, RunFolder, load_checkpoint
+from metric_losses import lifted_structure_loss, triplet_loss
 from torch import Tensor
 from torch.nn import functional
 
@@ -26,30 +25,6 @@ def batch(seed: int = 0) -> tuple[Output, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     logits, embeddings = torch.randn(9, 3, generator=generator), torch.randn(9, 5)
     return Output(logits, embeddings), torch.arange(9) % 3
-
-
-def triplet_loss(embeddings: Tensor, labels: Tensor) -> Tensor:
-    """Eq. 1 for each triplet in turn."""
-    s = functional.cosine_similarity(embeddings[:, None], embeddings[None], dim=2)
-    triplets = itertools.permutations(range(len(labels)), 3)
-    losses = [
-        (1 - s[a, p] + s[a, n]).relu()
-        for a, p, n in triplets
-        if labels[a] == labels[p] and labels[a] != labels[n]
-    ]
-    return torch.stack(losses).mean()
-
-
-def lifted_structure_loss(embeddings: Tensor, labels: Tensor) -> Tensor:
-    """The generalised form, anchor by anchor."""
-    unit = functional.normalize(embeddings)
-    losses = []
-    for i in range(len(labels)):
-        d = [math.dist(unit[i].tolist(), other.tolist()) for other in unit]
-        own = sum(math.exp(d[j]) for j in range(len(d)) if labels[j] == labels[i] and j != i)
-        other = sum(math.exp(1 - d[j]) for j in range(len(d)) if labels[j] != labels[i])
-        losses.append(max(0, math.log(own) + math.log(other)))
-    return torch.tensor(sum(losses) / len(losses))
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,6 @@ from bstriplet.training.step import Tally
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning.losses import GeneralizedLiftedStructureLoss
-from test_losses import triplet_loss
 from torch.nn import functional
 
 from bstriplet_kernels import BSTripletLoss

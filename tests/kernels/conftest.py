@@ -25,13 +25,8 @@ settings.load_profile("kernels")
 
 
 def pytest_collection_modifyitems(items):
-    """Children of a minute come first, then groups: no worker waits for another's at the end."""
-    items.sort(
-        key=lambda item: (
-            "test_in_the_interpreter" not in item.name,
-            item.get_closest_marker("xdist_group") is None,
-        )
-    )
+    """Children of a minute come first: no worker waits for another's at the end."""
+    items.sort(key=lambda item: "test_in_the_interpreter" not in item.name)
 
 
 @pytest.fixture(params=available_impls())

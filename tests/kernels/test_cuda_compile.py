@@ -13,8 +13,6 @@ import pytest
 import setuptools
 from kept import kept, version_of
 
-pytestmark = pytest.mark.xdist_group("cuda_compile")
-
 ROOT = Path(__file__).parents[2]
 CHIPS = ("sm_80", "sm_90", "sm_100")
 KERNELS = 12  # four dtypes, in clusters of 16 and of eight and plain

@@ -49,10 +49,7 @@ def has_compiler():
     return subprocess.run(command, input=PROBE, text=True, capture_output=True).returncode == 0
 
 
-pytestmark = [
-    pytest.mark.skipif(not has_compiler(), reason="needs g++ 12 or later on Linux"),
-    pytest.mark.xdist_group("cuda_on_host"),
-]
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="needs g++ 12 or later on Linux")
 
 
 class StridedRows(ctypes.Structure):

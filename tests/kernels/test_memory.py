@@ -1,6 +1,5 @@
 """`Cost.extra_memory` is what is allocated, by every schedule that runs without a GPU."""
 
-import functools
 import importlib.util
 import json
 import os
@@ -14,7 +13,6 @@ from allocations import Case
 
 from bstriplet_kernels.paths import native
 
-pytestmark = pytest.mark.xdist_group("memory")
 SUPPORT = Path(__file__).parents[1] / "support"
 FACTOR = 1.35  # a gradient of half precision that is not counted makes 1.5
 CASES = [
@@ -111,32 +109,6 @@ def allocator(tmp_path_factory):
     return library
 
 
-@pytest.fixture(scope="module")
-def measured(allocator):
-    """[explained, allocated] of each case of a schedule; one child for all but Triton's."""
-
-    @functools.cache
-    def run(interpreted):
-        chosen = {
-            schedule: cases
-            for schedule, cases in SCHEDULES.items()
-            if missing(schedule) is None and (schedule == "triton") == interpreted
-        }
-        environment = {"LD_PRELOAD": str(allocator), "TRITON_INTERPRET": str(int(interpreted))}
-        ran = subprocess.run(
-            [sys.executable, SUPPORT / "allocations.py"],
-            input=json.dumps(chosen),
-            env=os.environ | environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert ran.returncode == 0, ran.stderr[-4000:]
-        return json.loads(ran.stdout)
-
-    return lambda schedule: run(schedule == "triton")[schedule]
-
-
 def missing(schedule):
     """What the schedule lacks here, else None."""
     if schedule == "triton":
@@ -144,15 +116,27 @@ def missing(schedule):
     return native.missing() if schedule.endswith("native") else None
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_extra_memory_is_what_is_allocated(schedule, measured):
-    if missing(schedule) is not None:
-        pytest.skip(missing(schedule))
+@pytest.mark.parametrize("schedules", [[*SCHEDULES][:-1], ["triton"]], ids=["cpu", "triton"])
+def test_extra_memory_is_what_is_allocated(schedules, allocator):
+    """In one child for the schedules of a CPU, and one with Triton's interpreter."""
+    chosen = {name: SCHEDULES[name] for name in schedules if missing(name) is None}
+    if not chosen:
+        pytest.skip(missing(schedules[0]))
+    interpreted = str(int("triton" in chosen))
+    ran = subprocess.run(
+        [sys.executable, SUPPORT / "allocations.py"],
+        input=json.dumps(chosen),
+        env=os.environ | {"LD_PRELOAD": str(allocator), "TRITON_INTERPRET": interpreted},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    found = json.loads(ran.stdout)
     wrong = [
         f"{explained:,} explained, {allocated:,} allocated: {schedule} of {case}"
-        for case, (explained, allocated) in zip(
-            SCHEDULES[schedule], measured(schedule), strict=True
-        )
+        for schedule, cases in chosen.items()
+        for case, (explained, allocated) in zip(cases, found[schedule], strict=True)
         if not allocated / FACTOR <= explained <= allocated * FACTOR
     ]
     assert not wrong, "\n" + "\n".join(wrong)
