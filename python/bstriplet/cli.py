@@ -562,8 +562,10 @@ def _data(options: argparse.Namespace) -> None:
 
 def _metrics(metrics: dict[str, Any]) -> list[str]:
     """Return one line for each metric of the paper's tables, in per cent except for AUC."""
+    from bstriplet.training.metrics import METRICS
+
     lines = []
-    for name in ("accuracy", "sensitivity", "specificity", "auc"):
+    for name in METRICS:
         value = metrics[name]
         if value is None:
             shown = "undefined"

@@ -738,6 +738,14 @@ def test_a_csv_file_gives_patients_parts_and_folds(tmp_path: Path) -> None:
     assert images.files == ("images/6.png", "images/7.png")
 
 
+def test_folds_are_sorted_as_numbers(tmp_path: Path) -> None:
+    folds = ("10", "9", "b", "2", "a", "10", "1", "2")
+    rows = [f"{row},{fold}" for row, fold in zip(ROWS, folds, strict=True)]
+    dataset = load_dataset(make_csv(tmp_path, "path,label,fold", *rows), 16)
+    expected = [3, 2, 5, 1, 4, 3, 0, 1]
+    np.testing.assert_array_equal(dataset.folds, expected)  # type: ignore[arg-type]
+
+
 def test_what_is_odd_about_a_csv_file_is_noted_to_train_and_to_test(tmp_path: Path) -> None:
     data = make_csv(tmp_path, "path,label,class", *(f"{row},x" for row in ROWS))
     expected = ("list.csv: the label was read from column label, not from class",)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -460,13 +461,18 @@ def _numbered(patients: Sequence[str], files: Sequence[str]) -> Ints:
 
 
 def _given_folds(folds: Sequence[str], files: Sequence[str]) -> Ints | None:
-    """Return the data's own folds, numbered from 0 in sorted order; None where there are none."""
+    """Return the data's own folds, numbered from 0; None where there are none.
+
+    Folds are sorted as numbers, and names after them: fold 2 comes before fold 10.
+    """
     if not any(folds):
         return None
     for fold, file in zip(folds, files, strict=True):
         if not fold:
             raise UserError(f"{file} has no fold, others have; fill the column or remove it")
-    return np.unique(folds, return_inverse=True)[1].astype(np.int64)
+    names = sorted(set(folds), key=lambda name: (int(name) if name.isdecimal() else math.inf, name))
+    numbers = {name: number for number, name in enumerate(names)}
+    return np.array([numbers[fold] for fold in folds], dtype=np.int64)
 
 
 def count_broken(broken: Sequence[str], total: int) -> str:

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, Template
 
 from bstriplet.config import TrainConfig, flag
 from bstriplet.report.figures import DARK, Picture, looks, pictures
-from bstriplet.report.reproduce import Reproduction
+from bstriplet.report.reproduce import FEW_SEEDS, Reproduction
 from bstriplet.storage import cannot_write, write_text
 from bstriplet.study.paper_table import HEADER
 from bstriplet.study.paper_table import NOTE as TABLE_NOTE
@@ -37,7 +37,6 @@ from bstriplet.text import printable
 from bstriplet.training.metrics import METRICS
 
 REPORT = "report.html"
-FEW_SEEDS = 5
 
 
 def write_summary(directory: Path | str) -> str:

@@ -29,7 +29,7 @@ from bstriplet.text import printable
 from bstriplet.training.run_folder import REPRODUCE, check_free, check_new, locked_folder
 
 SMALL = "mobilenetv3_small_100"
-FEW_SEEDS = 5
+FEW_SEEDS = 5  # fewer seeds than this get a note
 # Fields in which a run must agree with a target, besides its loss and its batches.
 SETTLED = ("backbone", "batch_size", "epochs", "augment")
 SETTLED_IF_MINED = ("groups_per_class", "group_share")
