@@ -30,6 +30,7 @@ from bstriplet.training.run_folder import LAST_FILE, RunFolder, load_checkpoint
 from bstriplet.training.step import Tally
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from metric_losses import triplet_loss
 from pytorch_metric_learning.losses import GeneralizedLiftedStructureLoss
 from torch.nn import functional
 
