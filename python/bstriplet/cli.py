@@ -439,7 +439,7 @@ def _plan(
 
 def _demo(options: argparse.Namespace) -> None:
     from bstriplet.compare import read_plan, started
-    from bstriplet.demo import demo_plan
+    from bstriplet.demo import demo_plan, linear_model
     from bstriplet.runs import check_free, check_new
 
     plan = demo_plan(options.data)
@@ -457,7 +457,8 @@ def _demo(options: argparse.Namespace) -> None:
         f"{len(plan.seeds)} seeds, at most {plan.config.epochs} epochs, {plan.config.image_size} x "
         f"{plan.config.image_size} pixels, {plan.config.backbone}"
     )
-    _print(*_run_plan(plan, folder))
+    table, page = _run_plan(plan, folder)
+    _print(table, linear_model(plan), page)
 
 
 def _run_plan(plan: Any, folder: Path) -> list[str]:
