@@ -446,7 +446,7 @@ def _experiment(
 
 def _demo(options: argparse.Namespace) -> None:
     from bstriplet.study.compare import read_experiment, started
-    from bstriplet.study.demo import demo_experiment
+    from bstriplet.study.demo import demo_experiment, linear_model
     from bstriplet.training.run_folder import check_free, check_new
 
     experiment = demo_experiment(options.data)
@@ -465,7 +465,8 @@ def _demo(options: argparse.Namespace) -> None:
         f"{len(experiment.seeds)} seeds, at most {config.epochs} epochs, {config.image_size} x "
         f"{config.image_size} pixels, {config.backbone}"
     )
-    _print(*_run_experiment(experiment, folder))
+    table, report = _run_experiment(experiment, folder)
+    _print(table, linear_model(experiment), report)
 
 
 def _run_experiment(experiment: Any, folder: Path) -> list[str]:

@@ -176,8 +176,9 @@ class TrainConfig:
         "batches",
         "none",
         "copies: each training image also rotated, flipped and moved by 5 pixels, the seven copies "
-        "of section 3.5; online: rotated, flipped and moved at random, anew in each epoch",
-        choices=("none", "copies", "online"),
+        "of section 3.5; online: rotated, flipped and moved at random, anew in each epoch; shifts: "
+        "only moved, at random",
+        choices=("none", "copies", "online", "shifts"),
     )
     epochs: int = _option("recipe", 400, "epochs at most", minimum=1)
     optimiser: str = _option(

@@ -66,6 +66,21 @@ def test_online_moves_are_seeded_and_are_a_symmetry_and_a_translation() -> None:
     assert {-5, 5} < {way[2] for way in seen} | {way[3] for way in seen}
 
 
+def test_shifts_are_seeded_and_neither_flip_nor_rotate() -> None:
+    images = some_images(200, size=12)
+    augment = Augmentation("shifts", 12, CPU)
+    first = augment(images, [0] * 200, (0, 1, 2))
+    assert torch.equal(first, augment(images, [0] * 200, (0, 1, 2)))
+    assert not torch.equal(first, augment(images, [0] * 200, (0, 1, 3)))
+    seen = set()
+    for before, after in zip(images.numpy(), first.numpy(), strict=True):
+        shifts = product(range(-5, 6), repeat=2)
+        ways = [shift for shift in shifts if np.array_equal(moved(before, *shift), after)]
+        assert len(ways) == 1
+        seen |= set(ways)
+    assert {down for down, _ in seen} == {right for _, right in seen} == set(range(-5, 6))
+
+
 def test_an_epoch_has_each_copy_once(tiny: TrainConfig) -> None:
     config = replace(tiny, augment="copies", image_size=8)
     images = split_dataset(load_dataset("digits", 8), config).train

@@ -4,12 +4,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from bstriplet.config import Scheme, TrainConfig
+from bstriplet.data.dataset import ImageSet, Task
 from bstriplet.report import page
 from bstriplet.study import compare as compare_module
 from bstriplet.study.compare import Experiment, compare, read_experiment, run_folder
-from bstriplet.study.demo import demo_experiment
+from bstriplet.study.demo import demo_experiment, linear_model
 from bstriplet.study.read_runs import read_comparison
 from bstriplet.training.run_folder import RunFolder
 from quick import Command, MakeTree, snapshot, tiny_flags
@@ -126,7 +128,7 @@ def test_the_demo_works_when_typed_again(
         experiment = demo_experiment(data)
         config = replace(
             experiment.config, backbone="test_efficientnet", epochs=1, image_size=32,
-            train_per_class=4, batch_size=24, validation_fraction=0.34,
+            train_per_class=4, batch_size=24, validation_fraction=0.34, warmup_epochs=0,
         )  # fmt: skip
         return replace(experiment, config=config, seeds=(0,))
 
@@ -134,7 +136,9 @@ def test_the_demo_works_when_typed_again(
     out = tmp_path / "demo"
     first = bstriplet("demo", "--out", out)
     assert first.status == 0
-    assert first.out.splitlines()[-1] == f"report: {out / 'digits' / 'report.html'}"
+    linear, report = first.out.splitlines()[-2:]
+    assert linear == linear_model(small("digits"))
+    assert report == f"report: {out / 'digits' / 'report.html'}"
     second = bstriplet("demo", "--out", out)
     assert (second.status, second.out) == (0, first.out)
     tree = bstriplet("demo", "--out", out, "--data", make_tree(train=6, test=3))
@@ -149,8 +153,30 @@ def test_the_demo_compares_pairs_in_a_small_sample(data: str) -> None:
     assert len(experiment.seeds) >= 3
     assert experiment.schemes == SCHEMES
     assert 10 <= experiment.config.train_per_class <= 20
-    assert experiment.config.backbone == "mobilenetv3_small_100"
+    assert experiment.config.backbone == "test_resnet"
+    assert experiment.config.augment == "shifts"  # a flip or a rotation makes another digit
     configs = {
         replace(config, loss="ce", batches="random", seed=0) for _, config in experiment.runs()
     }
     assert configs == {experiment.config}
+
+
+def test_the_demo_names_the_mean_accuracy_of_a_linear_model_over_seeds(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pixels of 0 and 255 that say the class, in seed 1 but for one of its four test images."""
+
+    def image_set(pixels: list[int], labels: list[int]) -> ImageSet:
+        rows = np.arange(len(pixels))[::-1]  # a set's images need not be in the order of pixels
+        images = np.array(pixels, dtype=np.uint8).reshape(-1, 1, 1, 1)
+        return ImageSet(images, rows, np.array(labels)[::-1], ("",) * len(pixels))
+
+    def task(config: TrainConfig) -> Task:
+        train = image_set([0, 255] * 8, [0, 1] * 8)
+        swapped = image_set([255, 0], [0, 1])  # of no influence: only training images count
+        test = image_set([0, 255, 0, 255], [0, 1, 0, 1 - config.seed])
+        return Task(("a", "b"), train, swapped, test, (), "")
+
+    monkeypatch.setattr("bstriplet.study.demo.Tasks.of", lambda _, config: task(config))
+    line = linear_model(Experiment(tiny, SCHEMES, (0, 1)))
+    assert line.endswith("test accuracy 87.50%")

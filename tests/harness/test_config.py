@@ -40,7 +40,7 @@ configurations = st.builds(
     seed=st.integers(0, 2**31 - 1),
     amp=st.booleans(),
     channels_last=st.booleans(),
-    augment=st.sampled_from(["none", "copies", "online"]),
+    augment=st.sampled_from(["none", "copies", "online", "shifts"]),
     optimiser=st.sampled_from(["adam", "adamw", "sgd"]),
     ema=st.floats(0, 0.999),
 )

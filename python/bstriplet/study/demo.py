@@ -1,7 +1,14 @@
 """The experiment of ``make demo``: few images per class, the setting of the paper."""
 
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+
 from bstriplet.config import DIGITS, Scheme, TrainConfig
-from bstriplet.study.compare import Experiment
+from bstriplet.data.dataset import ImageSet
+from bstriplet.study.compare import Experiment, Tasks
 
 SCHEMES = (Scheme("ce", "random"), Scheme("ce+bst", "mined"))
 SEEDS = (0, 1, 2, 3, 4)
@@ -10,18 +17,52 @@ SEEDS = (0, 1, 2, 3, 4)
 def demo_experiment(data: str) -> Experiment:
     """Return an experiment on ``data`` ("digits" or a folder) that takes minutes on two cores.
 
-    20 images per class train and validate. There is no early stop: with a few steps per epoch, the
-    running statistics of batch normalisation lag so far behind that the first validation losses
-    say little. Digits test on half of the set, 900 images; a folder on its own test images. Two
-    classes make an epoch of one step, so a folder gets more epochs.
+    20 images per class train and validate. Half of the digits test, 898 images; a folder tests on
+    its own test images. The network is timm's tiny ResNet, 0.4 M parameters: MobileNet-V3-Small
+    stays below a linear model on so few digits of 32 pixels. Images are shifted, not flipped or
+    rotated, which would turn some digits into others. There is no early stop: the learning rate
+    falls until the last epoch.
+
+    A folder gets more epochs, because an epoch of two classes is one step. It gets no averaged
+    weights, which would lag behind in such epochs; on digits, with five steps, they steady the
+    validation loss.
     """
-    epochs = 40 if data == DIGITS else 80
+    special: dict[str, Any] = {"image_size": 64, "epochs": 120}
+    if data == DIGITS:
+        special = {"image_size": 32, "epochs": 60, "lr": 3e-3, "ema": 0.95}
     config = TrainConfig(
         data=data,
-        image_size=64,
         train_per_class=20,
         test_fraction=0.5,
-        epochs=epochs,
-        stop_patience=epochs,
+        backbone="test_resnet",
+        augment="shifts",
+        optimiser="adamw",
+        weight_decay=0.05,
+        schedule="cosine",
+        warmup_epochs=5,
+        stop_patience=special["epochs"],
+        **special,
     )
     return Experiment(config, SCHEMES, SEEDS)
+
+
+def linear_model(experiment: Experiment) -> str:
+    """Return a line with the mean test accuracy of logistic regression on pixels, over the seeds.
+
+    It is fitted to the training images of each seed: what a trained network should beat.
+    """
+    tasks = Tasks()
+    accuracies = []
+    for seed in experiment.seeds:
+        task = tasks.of(replace(experiment.config, seed=seed))
+        model = LogisticRegression(max_iter=1000).fit(_flat(task.train), task.train.labels)
+        accuracies.append(model.score(_flat(task.test), task.test.labels))
+    return (
+        "a linear model (logistic regression) on the same pixels: test accuracy "
+        f"{np.mean(accuracies):.2%}"
+    )
+
+
+def _flat(images: ImageSet) -> np.ndarray:
+    """Return the pixels of the images, float32 [N, C * H * W] from 0 to 1."""
+    return images.pixels[images.rows].reshape(len(images), -1).astype(np.float32) / 255

@@ -26,7 +26,8 @@ class Augmentation:
     flipped left to right or upside down (4, 5), or moved by 5 pixels to the right or down (6, 7).
     ``"online"``: each image is rotated and flipped in one of the 8 possible ways, and moved by -5
     to 5 pixels each way, at random. Pixels that come in from outside repeat those of the edge.
-    ``"none"`` changes nothing.
+    ``"shifts"``: each is only moved, for images that a flip or a rotation would make another class
+    of, as digits. ``"none"`` changes nothing.
     """
 
     def __init__(self, augment: str, size: int, device: torch.device) -> None:
@@ -53,7 +54,8 @@ class Augmentation:
             source = self.copies[torch.tensor(copies).to(self.device)]
         else:
             draw = np.random.default_rng(numbers)
-            way = torch.from_numpy(draw.integers(len(self.symmetries), size=len(images)))
+            ways = 1 if self.augment == "shifts" else len(self.symmetries)
+            way = torch.from_numpy(draw.integers(ways, size=len(images)))
             down, right = draw.integers(-SHIFT, SHIFT, (2, len(images)), endpoint=True)
             source = self.symmetries[way.to(self.device)].gather(1, self._shifts(down, right))
         source = source[:, None].expand(-1, images.shape[1], -1)
