@@ -96,6 +96,7 @@ def test_all_that_are_late_share_one_grace(tmp_path, monkeypatch):
             return super().result()
 
     monkeypatch.setattr(gpu_steps, "Process", Watched)
+    monkeypatch.setattr(gpu_steps, "_GRACE_S", 0.3)
     monkeypatch.setattr(gpu_steps, "_LEAST_S", 0.0)
     late = (python(label, "import time; time.sleep(60)") for label in "abc")
     outcomes = run_steps("first", (Step("slow", 0.1, 0.2, tuple(late)),), 60.0, tmp_path)

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import multiprocessing
 import os
 import re
 import subprocess
@@ -303,7 +304,10 @@ def _is_spent(connection, log, device):
     os._exit(_SPENT)
 
 
-def test_a_process_that_hangs_or_dies_is_reported_and_replaced():
+def test_a_process_that_hangs_or_dies_is_reported_and_replaced(monkeypatch):
+    forked = multiprocessing.get_context("forkserver")  # from one that has imported torch
+    forked.set_forkserver_preload(["torch", "bench.worker"])
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: forked)
     job = Job("test", CASE, ("x",), {}, QUICK)
     for target, lost in (
         (_is_spent, Lost("hoarder", "out of memory")),

@@ -20,6 +20,7 @@ from typing import Any
 import full_disk
 import pytest
 import torch
+from bstriplet import cli
 from bstriplet.config import TrainConfig
 from bstriplet.data.dataset import Task, load_dataset, split_dataset
 from bstriplet.errors import UserError
@@ -153,6 +154,13 @@ def lines_in(log: Path) -> int:
     return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
+def forked(function: Callable[..., Any], *arguments: Any) -> BaseProcess:
+    """A process for a call, to be forked from one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bstriplet.training.loop"])
+    return context.Process(target=function, args=arguments)
+
+
 @dataclass(frozen=True)
 class Background:
     """Trains a run in processes that are forked from one that has imported everything."""
@@ -164,9 +172,7 @@ class Background:
     @contextmanager
     def process(self) -> Iterator[BaseProcess]:
         """A process that trains the run, killed at the end."""
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["bstriplet.training.loop"])
-        process = context.Process(target=train, args=(self.config, self.task, self.run))
+        process = forked(train, self.config, self.task, self.run)
         process.start()
         try:
             yield process
@@ -256,9 +262,11 @@ def test_a_second_process_is_refused_and_the_first_unharmed(
     assert first.run.finished
 
 
-def heed_interrupts() -> None:
-    """Let SIGINT stop the process; a shell makes commands in the background ignore it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def command_line(arguments: list[str], error: Path) -> None:
+    """Run the command line; a shell would make it ignore SIGINT in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with error.open("w") as sys.stderr:
+        sys.exit(cli.main(arguments))
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
@@ -267,21 +275,19 @@ def test_a_stopped_run_says_how_to_continue_and_continues(
 ) -> None:
     out = tmp_path / "run"
     command = ["train", *tiny_flags(epochs=400), "--stop-patience", "400", "--out", str(out)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bstriplet", *command],
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heed_interrupts,
-    )
+    process = forked(command_line, command, tmp_path / "error")
+    process.start()
     try:
         deadline = time.monotonic() + 120
         while not (out / "last.pt").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-        process.send_signal(stop)
-        _, err = process.communicate(timeout=60)
+        assert process.pid
+        os.kill(process.pid, stop)
+        process.join(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 128 + stop
+    assert process.exitcode == 128 + stop
+    err = (tmp_path / "error").read_text()
     assert re.fullmatch(r"bstriplet: interrupted; continue with: bstriplet train .*--resume\n", err)
     assert err.split("bstriplet train ")[1].split() == [*command[1:], "--resume"]
     assert not (out / "metrics.json").exists()
