@@ -2,7 +2,9 @@
 
 import csv
 import re
+from collections import defaultdict
 from pathlib import Path
+from statistics import mean
 
 import torch
 from ranks import on_ranks
@@ -91,12 +93,25 @@ def test_the_lines_for_several_processes_train_as_one():
     on_ranks(train_as_the_readme_does)
 
 
-def test_the_demo_s_table_is_that_of_its_files():
-    path = ROOT / "studies/results/demo/summary_by_scheme.csv"
-    text = (ROOT / "README.md").read_text("utf-8")
-    with path.open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
+def rows_of(name):
+    """The rows of a file of studies/results."""
+    with (ROOT / "studies/results" / name).open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def words():
+    """The README with each space, and each end of a line, as one space."""
+    return " ".join((ROOT / "README.md").read_text("utf-8").split())
+
+
+def test_the_demo_s_numbers_are_those_of_its_files():
+    text, rows = words(), rows_of("demo/summary_by_scheme.csv")
     assert len(rows) == 2
+    difference, low, high = (100 * float(rows[1][name]) for name in ("difference", "low", "high"))
+    assert f"{difference:+.2f} points, 95 % confidence interval {low:+.2f} to {high:+.2f}" in text
+    assert f"p = {float(rows[1]['p']):.3f}. " in text
+    linear = [float(row["accuracy"]) for row in rows_of("demo/linear.csv")]
+    assert f"A linear model on the same pixels reaches {100 * sum(linear) / 5:.2f} %." in text
     for row in rows:
         cells = [row["scheme"], row["runs"]]
         for name, scale, digits in (
@@ -105,3 +120,32 @@ def test_the_demo_s_table_is_that_of_its_files():
             mean, sd = (scale * float(row[f"{name}_{part}"]) for part in ("mean", "sd"))
             cells.append(f"{mean:.{digits}f} ± {sd:.{digits}f}")
         assert f"| {' | '.join(cells)} |" in text
+
+
+def test_what_is_said_of_chest_x_rays_is_what_the_runs_show():
+    of_scheme = defaultdict(list)
+    for row in rows_of("table3/runs.csv"):
+        of_scheme[row["scheme"]].append(row)
+    assert {len(rows) for rows in of_scheme.values()} == {10}
+
+    def mean_square(scheme, pairs):
+        return mean(float(row[f"mean_square_{pairs}"]) for row in of_scheme[scheme])
+
+    (before, after), (apart, further) = (
+        [round(mean_square(scheme, pairs), 2) for scheme in ("ce:random", "ce+bst:random")]
+        for pairs in ("within", "between")
+    )
+    assert f"rises from {before} to {after} within classes" in words()
+    assert f"falls from {apart} to {further} between them" in words()
+
+
+def test_what_is_said_of_four_networks_is_what_the_runs_show():
+    accuracy = {
+        (row["scheme"].startswith("ce+bst"), row["backbone"], row["seed"]): float(row["accuracy"])
+        for row in rows_of("table6/runs.csv")
+        if row["scheme"].startswith(("ce:", "ce+bst"))
+    }
+    pairs = [key[1:] for key in accuracy if key[0]]
+    gain = mean(accuracy[(True, *pair)] - accuracy[(False, *pair)] for pair in pairs)
+    assert f"{100 * gain:.1f} points ahead of CE](studies/results/table6" in words()
+    assert f"({len(pairs)} pairs," in words()

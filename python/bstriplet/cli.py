@@ -466,7 +466,7 @@ def _demo(options: argparse.Namespace) -> None:
         f"{config.image_size} pixels, {config.backbone}"
     )
     table, report = _run_experiment(experiment, folder)
-    _print(table, linear_model(experiment), report)
+    _print(table, linear_model(experiment, folder), report)
 
 
 def _run_experiment(experiment: Any, folder: Path) -> list[str]:

@@ -137,7 +137,8 @@ def test_the_demo_works_when_typed_again(
     first = bstriplet("demo", "--out", out)
     assert first.status == 0
     linear, report = first.out.splitlines()[-2:]
-    assert linear == linear_model(small("digits"))
+    assert linear == linear_model(small("digits"), tmp_path)
+    assert (out / "digits/linear.csv").read_text() == (tmp_path / "linear.csv").read_text()
     assert report == f"report: {out / 'digits' / 'report.html'}"
     second = bstriplet("demo", "--out", out)
     assert (second.status, second.out) == (0, first.out)
@@ -162,7 +163,7 @@ def test_the_demo_compares_pairs_in_a_small_sample(data: str) -> None:
 
 
 def test_the_demo_names_the_mean_accuracy_of_a_linear_model_over_seeds(
-    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pixels of 0 and 255 that say the class, in seed 1 but for one of its four test images."""
 
@@ -178,5 +179,6 @@ def test_the_demo_names_the_mean_accuracy_of_a_linear_model_over_seeds(
         return Task(("a", "b"), train, swapped, test, (), "")
 
     monkeypatch.setattr("bstriplet.study.demo.Tasks.of", lambda _, config: task(config))
-    line = linear_model(Experiment(tiny, SCHEMES, (0, 1)))
+    line = linear_model(Experiment(tiny, SCHEMES, (0, 1)), tmp_path)
     assert line.endswith("test accuracy 87.50%")
+    assert (tmp_path / "linear.csv").read_text() == "seed,accuracy\n0,1.0\n1,0.75\n"

@@ -1,6 +1,7 @@
 """The experiment of ``make demo``: few images per class, the setting of the paper."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,9 @@ from sklearn.linear_model import LogisticRegression
 
 from bstriplet.config import DIGITS, Scheme, TrainConfig
 from bstriplet.data.dataset import ImageSet
+from bstriplet.storage import write_text
 from bstriplet.study.compare import Experiment, Tasks
+from bstriplet.study.statistics import to_csv
 
 SCHEMES = (Scheme("ce", "random"), Scheme("ce+bst", "mined"))
 SEEDS = (0, 1, 2, 3, 4)
@@ -46,10 +49,11 @@ def demo_experiment(data: str) -> Experiment:
     return Experiment(config, SCHEMES, SEEDS)
 
 
-def linear_model(experiment: Experiment) -> str:
+def linear_model(experiment: Experiment, folder: Path) -> str:
     """Return a line with the mean test accuracy of logistic regression on pixels, over the seeds.
 
-    It is fitted to the training images of each seed: what a trained network should beat.
+    It is fitted to the training images of each seed: what a trained network should beat. The
+    accuracies, one per seed, go into ``linear.csv`` in ``folder``.
     """
     tasks = Tasks()
     accuracies = []
@@ -57,6 +61,8 @@ def linear_model(experiment: Experiment) -> str:
         task = tasks.of(replace(experiment.config, seed=seed))
         model = LogisticRegression(max_iter=1000).fit(_flat(task.train), task.train.labels)
         accuracies.append(model.score(_flat(task.test), task.test.labels))
+    rows = zip(experiment.seeds, accuracies, strict=True)
+    write_text(folder / "linear.csv", to_csv(("seed", "accuracy"), list(rows)))
     return (
         "a linear model (logistic regression) on the same pixels: test accuracy "
         f"{np.mean(accuracies):.2%}"
