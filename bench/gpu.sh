@@ -15,11 +15,12 @@ export CUBLAS_WORKSPACE_CONFIG=:4096:8
 
 # Every row names the commit, and what differs from it: in a copy without .git, the files themselves.
 if [ -z "${BENCH_COMMIT:-}" ]; then
-    files=$(find bench bstriplet_kernels csrc -name '*.py' -o -path 'csrc/*' -type f | LC_ALL=C sort |
+    files=$(find bench bstriplet_kernels csrc python studies -name '*.py' -o -path 'csrc/*' -type f | LC_ALL=C sort |
         xargs cat | sha1sum)
     if ! BENCH_COMMIT=$(git rev-parse --quiet --short=10 --verify HEAD 2> /dev/null); then
         BENCH_COMMIT=files-${files:0:10}
-    elif ! git diff --quiet HEAD -- bench bstriplet_kernels csrc ':(exclude)bench/results'; then
+    elif ! git diff --quiet HEAD -- bench bstriplet_kernels csrc python studies ':(exclude)bench/results' \
+      ':(exclude)studies/results'; then
         BENCH_COMMIT+=+files-${files:0:10}
     fi
 fi

@@ -22,7 +22,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("torch", "triton", "numpy", "pytorch-metric-learning", "liger-kernel", "timm")
 _LONG_PRODUCT_S = 0.1
-_MEASURED_PATHS = ("bench", "bstriplet_kernels", "csrc", ":(exclude)bench/results")
+_MEASURED_PATHS = (
+    *("bench", "bstriplet_kernels", "csrc", "python", "studies"),
+    *(":(exclude)bench/results", ":(exclude)studies/results"),
+)
 
 
 class Limits(NamedTuple):

@@ -3,9 +3,10 @@
 python bench/triton_resources.py            print the table and write results/compile/…csv
 python bench/triton_resources.py --check    fail on a spill or a misfit; write nothing
 
-With --check the configurations must be those of the file, none of its rows may be at fault, and
-what takes most by the file is compiled anew and printed: of each kernel one configuration on Hopper
-and one on one of the other architectures in turn, of `loss_and_gradient` on Hopper one a dtype.
+With --check the configurations must be those of the file and none of its rows may be at fault. What
+takes most by the file is compiled anew and printed: of each kernel one configuration on Hopper and
+one on one of the other architectures in turn, of `loss_and_gradient` on Hopper one per dtype. These
+must be the file's rows, where Triton is the one that made the file (`MADE_BY`).
 
 A row is a configuration that a launcher asks for; of second moments and class sums only the widest.
 `step_barriers` are in one step of the innermost loop that multiplies (NVIDIA only). Spills are
@@ -46,6 +47,8 @@ from bstriplet_kernels.paths.triton import blocks, pair_kernels, pairs, small, s
 from bstriplet_kernels.spec import Rows
 
 RESULTS = Path(__file__).parent / "results" / "compile" / "triton_resources.csv"
+MADE_BY = "3.8.0"
+"""The version of Triton that the file's rows are of."""
 PRODUCT = r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\.\S*?(m\d+n\d+k\d+|kind::\w+)\S*"
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TRITON_NAMES = {
@@ -554,6 +557,14 @@ def main() -> int:
     if not check:
         RESULTS.write_text(text.getvalue())
     found = faults([*committed, *rows])
+    if check and triton.__version__ == MADE_BY:
+        row_of = {_identity(row): row for row in committed}
+        found += [
+            f"{_identity(row)} is not as in the file, which has {row_of[_identity(row)]}: {row}"
+            for row in rows
+            if {k: str(v) for k, v in row.items()}
+            != {k: str(v) for k, v in row_of[_identity(row)].items()}
+        ]
     print(*found, f"{len(rows)} compiled, {len(found)} at fault", sep="\n", file=sys.stderr)
     return 1 if check and found else 0
 

@@ -29,7 +29,8 @@ from bstriplet.training.batches import Feed
 from bstriplet.training.evaluation import choose_device
 from bstriplet.training.learner import Learner
 from bstriplet.training.seeds import seed_everything
-from bstriplet.training.step import Tally, TrainingStep, uses_cuda_graph
+from bstriplet.training.step import TrainingStep, uses_cuda_graph
+from bstriplet.training.tally import Tally
 from torch.utils.data import DataLoader, TensorDataset
 
 from bench.machine import commit, device_name, device_slug, versions

@@ -270,14 +270,22 @@ class TrainConfig:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
-        """Return the configuration saved by :meth:`to_dict`: all fields, and no other."""
+    def from_dict(cls, values: Any, source: Path) -> "TrainConfig":
+        """Return the configuration saved by :meth:`to_dict`: all fields, and no other.
+
+        ``source`` is the file of ``values``, which an error names.
+        """
         known = field_types()
+        if not isinstance(values, dict):
+            raise UserError(f"{source} holds no configuration; restore it")
         for name in values:
             if name not in known:
-                raise unknown_name("configuration field", name, known)
+                raise unknown_name(f"{source}: configuration field", name, known)
         if missing := [name for name in known if name not in values]:
-            raise UserError(f"configuration field {missing[0]} is missing; restore it")
+            raise UserError(
+                f"{source} has no field {missing[0]}: it is damaged, or another version of "
+                "bstriplet wrote it; restore it, or begin anew in another folder"
+            )
         return cls(**values)
 
 
@@ -291,6 +299,8 @@ class Scheme(Mapping[str, Any]):
     >>> Scheme("ce+bst", "mined", margin=0.5)["margin"]
     0.5
     """
+
+    __slots__ = ("_fields",)
 
     def __init__(self, loss: str, batches: str, **others: Any) -> None:
         self._fields = {"loss": loss, "batches": batches, **others}

@@ -1,7 +1,9 @@
-"""The built-in training losses. A new loss needs an entry here, and nothing else.
+"""The built-in training losses. A loss of embeddings and labels needs an entry here, and no more.
 
 The command line and its help, the label in tables, the colour in figures and the choice of CUDA
-graphs follow from the entry. Heavy packages are imported only when a loss is built.
+graphs follow from the entry. Colours follow from the order of entries: append new ones. Heavy
+packages are imported only when a loss is built. Losses with weights of their own come from
+pytorch-metric-learning, by name.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,12 +19,14 @@ class BuiltInLoss:
     label: its name in tables and figures.
     metric: margin -> the module of the metric loss, called with embeddings [N, D] and labels [N];
         None for cross entropy alone.
+    takes_margin: whether the margin changes it.
     capturable: whether a CUDA graph can capture it, because it never waits for the device.
     in_paper: whether the paper's tables have rows for it.
     """
 
     label: str
     metric: Callable[[float], Any] | None
+    takes_margin: bool = False
     capturable: bool = False
     in_paper: bool = False
 
@@ -63,6 +67,6 @@ BUILT_IN: Mapping[str, BuiltInLoss] = MappingProxyType(
         "ce": BuiltInLoss("CE", None, capturable=True, in_paper=True),
         "ce+triplet": BuiltInLoss("CE+Triplet", _triplet, in_paper=True),
         "ce+ls": BuiltInLoss("CE+LS", _lifted_structure, in_paper=True),
-        "ce+bst": BuiltInLoss("CE+BST", _bst, capturable=True, in_paper=True),
+        "ce+bst": BuiltInLoss("CE+BST", _bst, takes_margin=True, capturable=True, in_paper=True),
     }
 )

@@ -247,8 +247,8 @@ def test_calibration_writes_a_module_that_python_reads(folder, tmp_path, monkeyp
 def test_committed_results_can_be_read():
     for device in table.devices():
         assert table.read_device(device)
-        is_lent = device.name.startswith("cuda")  # for minutes; its page says what is missing
-        assert is_lent or not table.incomplete(device)
+        is_gpu = device.name.startswith("cuda")  # may be incomplete; its page says what is missing
+        assert is_gpu or not table.incomplete(device)
     assert (ROOT / "bench" / "README.md").exists()
 
 

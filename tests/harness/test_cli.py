@@ -178,7 +178,7 @@ def test_broken_images_are_skipped_by_choice_named_and_counted(
     assert "note: 2 images that cannot be read were left out" in again.err
 
 
-def test_data_are_surveyed(make_tree: MakeTree, bstriplet: Command) -> None:
+def test_data_are_described(make_tree: MakeTree, bstriplet: Command) -> None:
     root = make_tree()
     (root / "test/class_0/0.png").write_bytes((root / "train/class_0/7.png").read_bytes())
     outcome = bstriplet("data", root, "--image-size", 32, "--validation-fraction", 0.25)
@@ -197,7 +197,7 @@ def test_data_are_surveyed(make_tree: MakeTree, bstriplet: Command) -> None:
     one_clear_line(refused, "24 of 24 images cannot be read", "--max-pixels 480")
 
 
-def test_a_survey_counts_patients_copies_and_broken_images(
+def test_a_description_counts_patients_copies_and_broken_images(
     make_tree: MakeTree, bstriplet: Command
 ) -> None:
     root = make_tree(train=6, test=2, colour=True)
@@ -226,7 +226,7 @@ def test_a_survey_counts_patients_copies_and_broken_images(
     assert notes[1].startswith("note: 10 images have no patient, others have: ")
 
 
-def test_a_survey_sets_the_papers_counts_beside_those_found(
+def test_a_description_sets_the_papers_counts_beside_those_found(
     tmp_path: Path, make_tree: MakeTree, bstriplet: Command
 ) -> None:
     root = make_tree(classes=3)
@@ -301,6 +301,11 @@ def test_bad_options(
         (["--schemes", "ce+bts:mined"], ["ce+bts:mined", "did you mean 'ce+bst'"]),
         (["--schemes", "ce"], ["scheme 'ce'", "LOSS:BATCHES"]),
         (["--schemes", "ce:mined", "ce:mined"], ["--schemes", "twice"]),
+        (["--schemes", "ce:mined", "ce:mined:lr=0.001"], ["--schemes", "the same run", "twice"]),
+        (
+            ["--schemes", "ce:mined:ema=0.5:lr=1", "ce:mined:lr=1:ema=0.5"],
+            ["--schemes", "the same run", "twice"],
+        ),
         (["--seeds", "1", "1"], ["--seeds", "twice"]),
         (["--seeds", "-1"], ["--seed", "-1"]),
         (["--backbone", "nothing_like_it"], ["--backbone", "timm.list_models()"]),

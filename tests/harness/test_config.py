@@ -66,7 +66,7 @@ def words_of(config: TrainConfig) -> list[str]:
 @given(configurations)
 @settings(derandomize=True, deadline=None)
 def test_file_and_command_line_give_the_configuration_back(config: TrainConfig) -> None:
-    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict())), Path("a")) == config
     assert parsed(words_of(config)) == config
 
 
@@ -149,7 +149,7 @@ def test_an_unknown_name_gets_the_nearest_suggested(name: str, value: str, neare
 
 def test_an_unknown_field_of_a_file_is_an_error() -> None:
     with pytest.raises(UserError, match="did you mean 'margin'"):
-        TrainConfig.from_dict({"margins": 0.9})
+        TrainConfig.from_dict({"margins": 0.9}, Path("some.json"))
 
 
 @given(st.sampled_from(list(BUILT_IN)), st.sampled_from(BATCHES))
@@ -186,6 +186,9 @@ def test_a_scheme_is_a_mapping_that_cannot_be_changed() -> None:
     assert list(scheme) == ["loss", "batches", "margin", "lr"]
     with pytest.raises(TypeError):
         scheme["margin"] = 0.9  # type: ignore[index]
+    with pytest.raises(AttributeError):
+        scheme.margin = 0.9  # type: ignore[attr-defined]
+    assert Scheme("ce", "random", lr=1) == Scheme("ce", "random", lr=1.0)
 
 
 @pytest.mark.parametrize("name", ["ce+triplet", "ce+ls"])
@@ -199,8 +202,8 @@ def test_a_loss_is_entered_in_the_registry_alone(name: str) -> None:
 def test_a_file_that_lacks_a_field_is_an_error() -> None:
     values = TrainConfig().to_dict()
     del values["margin"]
-    with pytest.raises(UserError, match="margin is missing"):
-        TrainConfig.from_dict(values)
+    with pytest.raises(UserError, match=r"some.json has no field margin"):
+        TrainConfig.from_dict(values, Path("some.json"))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from bstriplet.training.batches import Feed
 from bstriplet.training.cuda_graph import WARM_UP, GraphedStep, Step
 from bstriplet.training.learner import Learner
 from bstriplet.training.seeds import seed_everything
-from bstriplet.training.step import Tally, TrainingStep
+from bstriplet.training.step import TrainingStep
+from bstriplet.training.tally import Tally
 
 CPU = torch.device("cpu")
 

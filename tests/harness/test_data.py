@@ -1,6 +1,7 @@
 """Finding and splitting images: every class on every side, no patient on two of them."""
 
 import csv
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,10 @@ from PIL import Image
 from quick import MakeTree
 from sklearn.datasets import load_digits
 
-SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
+# A folder of real image sets; beside the repository unless the variable names another.
+REAL_IMAGES = Path(
+    os.environ.get("BSTRIPLET_REAL_IMAGES", Path(__file__).parents[3] / "shared/data")
+)
 
 
 def synthetic(counts: list[int], patients: np.ndarray | None, n_test: int = 0) -> Dataset:
@@ -536,9 +540,9 @@ def test_test_images_take_the_models_classes_and_channels(make_tree: MakeTree) -
 
 
 def test_real_chest_xrays_are_split_by_patient() -> None:
-    root = SHARED / "chest2_kermany"
+    root = REAL_IMAGES / "chest2_kermany"
     if not root.is_dir():
-        pytest.skip("no ../shared/data/chest2_kermany beside the repository")
+        pytest.skip("BSTRIPLET_REAL_IMAGES names no folder with chest2_kermany")
     dataset = load_dataset(str(root), 32)
     assert dataset.images.pixels.shape == (4109, 1, 32, 32)
     task = split_dataset(dataset, TrainConfig())

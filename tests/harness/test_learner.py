@@ -13,7 +13,8 @@ from bstriplet.training.evaluation import embed, load_trained
 from bstriplet.training.learner import Learner, cosine_factor
 from bstriplet.training.loop import train
 from bstriplet.training.run_folder import LAST_FILE, RunFolder, load_checkpoint
-from bstriplet.training.step import Tally, TrainingStep
+from bstriplet.training.step import TrainingStep
+from bstriplet.training.tally import Tally
 from torch.optim import SGD, Adam, AdamW
 
 CPU = torch.device("cpu")

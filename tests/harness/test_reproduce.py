@@ -210,6 +210,15 @@ def test_a_folder_without_runs_and_a_run_given_twice_are_errors(finished, tmp_pa
         reproduce.draw_targets(targets, None, [finished, finished], tmp_path / "out")
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", '{"config": {"margin": 1}}', "{"])
+def test_a_damaged_state_is_named(tmp_path, bstriplet: Command, content):
+    (tmp_path / "reproduce.json").write_text(content)
+    outcome = bstriplet("reproduce", "table3", "--out", tmp_path, *tiny_flags())
+    assert outcome.status == 2
+    assert str(tmp_path / "reproduce.json") in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
 def test_runs_of_other_classes_are_not_drawn_together(finished, tmp_path):
     other = as_small(write_comparison(tmp_path / "other", FOUR[:1], [7], ("a", "b")))
     targets = reproduce.targets_named(["figure9"], {})

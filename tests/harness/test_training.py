@@ -27,7 +27,7 @@ from bstriplet.training.losses import LossTerms
 from bstriplet.training.metrics import classification_metrics
 from bstriplet.training.progress import epochs_without_improvement
 from bstriplet.training.run_folder import LAST_FILE, RunFolder, load_checkpoint
-from bstriplet.training.step import Tally
+from bstriplet.training.tally import Tally
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from metric_losses import triplet_loss

@@ -38,7 +38,8 @@ def resources(request):
         assert done.returncode == 0, done.stderr
         (folder / "resources.csv").write_text(done.stdout, "utf-8")
 
-    made_of = [Path(__file__), program, *sorted((ROOT / "bstriplet_kernels").rglob("*.py"))]
+    table = ROOT / "bench/results/compile/triton_resources.csv"
+    made_of = [Path(__file__), program, table, *sorted((ROOT / "bstriplet_kernels").rglob("*.py"))]
     made_of += [triton.__version__, torch.__version__, sys.version]
     folder = kept(request, "triton_resources", made_of, compile_all)
     with (folder / "resources.csv").open(encoding="utf-8", newline="") as file:

@@ -26,7 +26,7 @@ from bstriplet.study.paper_table import Row, csv_text, markdown, table_rows
 from bstriplet.study.read_runs import Comparison, Run, read_runs, refuse_doubles
 from bstriplet.study.statistics import summarise_schemes, verdicts
 from bstriplet.text import printable
-from bstriplet.training.run_folder import REPRODUCE, check_free, check_new, locked_folder
+from bstriplet.training.run_folder import REPRODUCE_FILE, check_free, check_new, locked_folder
 
 SMALL = "mobilenetv3_small_100"
 FEW_SEEDS = 5  # fewer seeds than this get a note
@@ -259,11 +259,9 @@ def train_targets(
     )
     experiment = Experiment(config, tuple(schemes), tuple(range(n_seeds)))
     check_free(out)
-    if not os.path.exists(out / REPRODUCE):
+    if not os.path.exists(out / REPRODUCE_FILE):
         check_new(out, resume=True)
-    elif difference := describe_difference(
-        config, TrainConfig.from_dict(read_json(out / REPRODUCE)["config"])
-    ):
+    elif difference := describe_difference(config, _read_config(out / REPRODUCE_FILE)):
         raise UserError(
             f"{out} was started with another configuration: {difference}; leave those options as "
             "they were, or choose another --out"
@@ -275,9 +273,15 @@ def train_targets(
             of_it = ", ".join(key for key, target in targets.items() if target.data_set == name)
             say(f"note: {of_it}: {_of_other_images(name, config.data, classes)}")
     with locked_folder(out):
-        if not (out / REPRODUCE).exists():
-            write_json(out / REPRODUCE, {"config": config.to_dict()})
+        if not (out / REPRODUCE_FILE).exists():
+            write_json(out / REPRODUCE_FILE, {"config": config.to_dict()})
         train_missing(runs, out, say)
+
+
+def _read_config(path: Path) -> TrainConfig:
+    """Return the configuration in reproduce.json."""
+    values = read_json(path)
+    return TrainConfig.from_dict(values.get("config") if isinstance(values, dict) else None, path)
 
 
 def draw_targets(

@@ -18,7 +18,7 @@ from bstriplet.errors import UserError
 from bstriplet.storage import read_json, write_json
 from bstriplet.study.read_runs import scheme_label
 from bstriplet.training.loop import check_models, train
-from bstriplet.training.run_folder import COMPARE, RunFolder, locked_folder
+from bstriplet.training.run_folder import COMPARE_FILE, RunFolder, locked_folder
 
 # Fields that the scheme and the seed of each run set.
 VARIED = ("loss", "batches", "seed")
@@ -33,12 +33,18 @@ class Experiment:
     seeds: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        for name, values in (
-            ("schemes", [scheme.slug for scheme in self.schemes]),
-            ("seeds", [str(seed) for seed in self.seeds]),
-        ):
-            if twice := [value for value in values if values.count(value) > 1]:
-                raise UserError(f"--{name}: {twice[0]} is given twice; give each once")
+        for number, seed in enumerate(self.seeds):
+            if seed in self.seeds[:number]:
+                raise UserError(f"--seeds: {seed} is given twice; give each once")
+        scheme_of: dict[TrainConfig, Scheme] = {}
+        for scheme in self.schemes:
+            config = replace(self.config, **scheme)
+            if config in scheme_of:
+                raise UserError(
+                    f"--schemes: {scheme_of[config]} and {scheme} are the same run, given twice; "
+                    "give each once"
+                )
+            scheme_of[config] = scheme
 
     def to_dict(self) -> dict[str, Any]:
         """Return the experiment as a dict that JSON can hold."""
@@ -57,12 +63,11 @@ class Experiment:
         ]
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Experiment":
-        """Return the experiment saved by :meth:`to_dict`."""
+    def from_dict(cls, values: Mapping[str, Any], source: Path) -> "Experiment":
+        """Return the experiment saved by :meth:`to_dict`; an error names the file ``source``."""
+        varied = {name: getattr(TrainConfig, name) for name in VARIED}
         return cls(
-            config=TrainConfig.from_dict(
-                {n: getattr(TrainConfig, n) for n in VARIED} | values["config"]
-            ),
+            config=TrainConfig.from_dict(varied | values["config"], source),
             schemes=tuple(Scheme.parse(text) for text in values["schemes"]),
             seeds=tuple(values["seeds"]),
         )
@@ -83,16 +88,16 @@ def run_folder(compare_folder: Path, scheme: Scheme, seed: int) -> Path:
 
 def started(folder: Path) -> bool:
     """Whether ``folder`` holds an experiment that can be continued."""
-    return os.path.exists(folder / COMPARE)
+    return os.path.exists(folder / COMPARE_FILE)
 
 
 def read_experiment(folder: Path) -> Experiment:
     """Return the experiment that was started in ``folder``."""
     try:
-        return Experiment.from_dict(read_json(folder / COMPARE))
+        return Experiment.from_dict(read_json(folder / COMPARE_FILE), folder / COMPARE_FILE)
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"{folder / COMPARE} holds no schemes, seeds and configuration; restore it"
+            f"{folder / COMPARE_FILE} holds no schemes, seeds and configuration; restore it"
         ) from error
 
 
@@ -101,7 +106,7 @@ def compare(experiment: Experiment, folder: Path, say: Callable[[str], None]) ->
     runs = prepare(experiment, say)
     with locked_folder(folder):
         if not started(folder):
-            write_json(folder / COMPARE, experiment.to_dict())
+            write_json(folder / COMPARE_FILE, experiment.to_dict())
         train_missing(runs, folder, say)
 
 

@@ -23,7 +23,7 @@ from bstriplet.loss_registry import BUILT_IN
 from bstriplet.storage import read_json
 from bstriplet.text import decode, printable
 from bstriplet.training.run_folder import (
-    COMPARE,
+    COMPARE_FILE,
     CONFIG_FILE,
     EMBEDDINGS_FILE,
     ENVIRONMENT_FILE,
@@ -230,7 +230,7 @@ def read_comparison(directory: Path | str) -> Comparison:
         UserError: the folder is neither, or one of its files is damaged; the message names it.
     """
     folder = Path(directory)
-    if os.path.isfile(folder / COMPARE):
+    if os.path.isfile(folder / COMPARE_FILE):
         return _read_comparison(folder)
     if os.path.isfile(folder / CONFIG_FILE):
         run = _read_run(folder)
@@ -241,10 +241,7 @@ def read_comparison(directory: Path | str) -> Comparison:
 
 
 def _read_run(folder: Path) -> Run:
-    try:
-        config = TrainConfig.from_dict(_object(folder / CONFIG_FILE))
-    except UserError as error:
-        raise _damaged(folder / CONFIG_FILE, error) from error
+    config = TrainConfig.from_dict(read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
     return Run(
         folder=folder,
         scheme=Scheme(config.loss, config.batches),
@@ -278,7 +275,7 @@ def _metrics(path: Path) -> dict[str, Any]:
 
 
 def _read_comparison(folder: Path) -> Comparison:
-    path = folder / COMPARE
+    path = folder / COMPARE_FILE
     asked = _object(path)
     try:
         schemes = tuple(Scheme.parse(text) for text in asked["schemes"])
@@ -354,5 +351,5 @@ def _object_if_there(path: Path) -> dict[str, Any]:
 
 def _damaged(path: Path, reason: object) -> UserError:
     # The folder of compare.json holds all runs, which are not to be deleted.
-    advice = "restore it" if path.name == COMPARE else "delete its folder and run it again"
+    advice = "restore it" if path.name == COMPARE_FILE else "delete its folder and run it again"
     return UserError(f"{path} cannot be used ({reason}); {advice}")

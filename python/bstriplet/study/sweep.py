@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bstriplet.config import Scheme
 from bstriplet.errors import UserError
+from bstriplet.loss_registry import BUILT_IN
 from bstriplet.storage import write_text
 from bstriplet.study.read_runs import Comparison, read_comparison
 from bstriplet.study.statistics import Spread, percent, spread, to_csv
@@ -37,8 +38,9 @@ def sweep_schemes(
 
     A weight of 0 adds a single scheme, plain cross entropy: the baseline of all others.
     """
-    if margins and loss != "ce+bst":
-        raise UserError(f"--margins: the margin is that of ce+bst, not of {loss}; leave it out")
+    if margins and not (loss in BUILT_IN and BUILT_IN[loss].takes_margin):
+        takers = " or ".join(name for name, entry in BUILT_IN.items() if entry.takes_margin)
+        raise UserError(f"--margins: the margin is that of {takers}, not of {loss}; leave it out")
     if loss == "ce":
         raise UserError("--loss: ce has nothing to weigh; give a loss such as ce+bst")
     grid = product([w for w in weights if w], margins or (None,))

@@ -30,7 +30,8 @@ from bstriplet.training.run_folder import (
     save_checkpoint,
 )
 from bstriplet.training.seeds import reproducible, seed_everything
-from bstriplet.training.step import Tally, make_step
+from bstriplet.training.step import make_step
+from bstriplet.training.tally import Tally
 
 
 def check_models(config: TrainConfig) -> None:

@@ -28,8 +28,8 @@ MISTAKES_FILE = "mistakes.npz"
 METRICS_FILE = "metrics.json"
 BAD_BATCH_FILE = "bad_batch.pt"
 # The first files of other folders with runs in them: those of an experiment and of a reproduction.
-COMPARE = "compare.json"
-REPRODUCE = "reproduce.json"
+COMPARE_FILE = "compare.json"
+REPRODUCE_FILE = "reproduce.json"
 
 # Files that only the holder of the lock writes. A killed process may leave a half-written one under
 # its temporary name.
@@ -44,15 +44,15 @@ _HELD_FILES = (
     EMBEDDINGS_FILE,
     METRICS_FILE,
     BAD_BATCH_FILE,
-    COMPARE,
-    REPRODUCE,
+    COMPARE_FILE,
+    REPRODUCE_FILE,
 )
 
 # Files that a command may leave if it is killed before it has written its configuration.
 _FIRST_FILES = (
     LOCK_FILE,
     ENVIRONMENT_FILE,
-    *(f".{name}." for name in (ENVIRONMENT_FILE, CONFIG_FILE, COMPARE, REPRODUCE)),
+    *(f".{name}." for name in (ENVIRONMENT_FILE, CONFIG_FILE, COMPARE_FILE, REPRODUCE_FILE)),
 )
 
 
@@ -170,10 +170,8 @@ class RunFolder:
             raise UserError(f"run folder {self.path} does not exist; give the --out of a run")
         if not self.started:
             raise UserError(f"{self.path} is not a run folder (no config.json); give one")
-        values = read_json(self.path / CONFIG_FILE)
-        if not isinstance(values, dict):
-            raise UserError(f"{self.path / CONFIG_FILE} holds no configuration; restore it")
-        return TrainConfig.from_dict(values)
+        path = self.path / CONFIG_FILE
+        return TrainConfig.from_dict(read_json(path), path)
 
     def check_config(self, config: TrainConfig) -> None:
         """Raise if the run was started with another configuration."""
@@ -205,7 +203,7 @@ class RunFolder:
         """Return checkpoint ``name`` after comparing its configuration with the run's."""
         path = self.path / name
         checkpoint = load_checkpoint(path)
-        difference = describe_difference(config, TrainConfig.from_dict(checkpoint["config"]))
+        difference = describe_difference(config, TrainConfig.from_dict(checkpoint["config"], path))
         if difference:
             raise UserError(
                 f"checkpoint {path} is from another configuration: {difference}; put the run's "
