@@ -10,10 +10,9 @@ import torch
 from bstriplet.study.statistics import paired_test
 from ranks import on_ranks
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
-from bstriplet_kernels import CrossEntropyBSTripletLoss, bstriplet_loss
+from bstriplet_kernels import bstriplet_loss
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,35 +53,30 @@ class Network(nn.Module):
 
 
 def train_as_the_readme_does(rank, world):
-    """Two epochs over 24 images; then both ranks have the same weights, and shared the images."""
+    """An epoch of 24 images; then both ranks have the same weights, and shared the images."""
     torch.manual_seed(0)
     images, labels = torch.randn(24, 4), torch.arange(24) % 2
     images[:12] += 10  # two groups of six in each class: no share has to be lifted
     network = Network()
     names = {
-        "torch": torch,
-        "DataLoader": DataLoader,
-        "DistributedDataParallel": DistributedDataParallel,
-        "CrossEntropyBSTripletLoss": CrossEntropyBSTripletLoss,
         "images": images,
         "labels": labels,
         "data": TensorDataset(images, labels),
         "network": network,
         "optimiser": torch.optim.SGD(network.parameters(), lr=0.1),
-        "epochs": 2,
     }
     exec(block("DistributedDataParallel").replace("batch_size=36", "batch_size=6"), names)
     weights = torch.cat([p.detach().flatten() for p in network.parameters()])
     of_all = [torch.empty_like(weights) for _ in range(world)]
     torch.distributed.all_gather(of_all, weights)
     assert torch.equal(*of_all)
-    assert len(network.seen) == 4
-    seen = [torch.empty(24, 4) for _ in range(world)]
+    assert len(network.seen) == 2
+    seen = [torch.empty(12, 4) for _ in range(world)]
     torch.distributed.all_gather(seen, torch.cat(network.seen))
-    once = torch.cat([part[:12] for part in seen])
+    once = torch.cat(seen)
     assert torch.equal(once.unique(dim=0), images.unique(dim=0))
     # The last step's loss is that of both ranks' rows.
-    own = names["embeddings"].detach(), names["labels"]
+    own = names["embeddings"].detach(), names["targets"]
     rows, targets = torch.empty(2, 6, 3), torch.empty(2, 6, dtype=torch.int64)
     torch.distributed.all_gather(list(rows), own[0])
     torch.distributed.all_gather(list(targets), own[1])
