@@ -15,6 +15,7 @@ from bstriplet.study.statistics import to_csv
 
 SCHEMES = (Scheme("ce", "random"), Scheme("ce+bst", "mined"))
 SEEDS = (0, 1, 2, 3, 4)
+PART = 1024
 
 
 def demo_experiment(data: str) -> Experiment:
@@ -59,8 +60,19 @@ def linear_model(experiment: Experiment, folder: Path) -> str:
     accuracies = []
     for seed in experiment.seeds:
         task = tasks.of(replace(experiment.config, seed=seed))
-        model = LogisticRegression(max_iter=1000).fit(_flat(task.train), task.train.labels)
-        accuracies.append(model.score(_flat(task.test), task.test.labels))
+        everything = range(len(task.train))
+        model = LogisticRegression(max_iter=1000).fit(
+            _flat(task.train, everything), task.train.labels
+        )
+        parts = [  # a part at a time: the test images of a folder may exceed the memory
+            range(start, min(start + PART, len(task.test)))
+            for start in range(0, len(task.test), PART)
+        ]
+        right = [
+            model.predict(_flat(task.test, part)) == task.test.labels[part.start : part.stop]
+            for part in parts
+        ]
+        accuracies.append(float(np.concatenate(right).mean()))
     rows = zip(experiment.seeds, accuracies, strict=True)
     write_text(folder / "linear.csv", to_csv(("seed", "accuracy"), list(rows)))
     return (
@@ -69,6 +81,7 @@ def linear_model(experiment: Experiment, folder: Path) -> str:
     )
 
 
-def _flat(images: ImageSet) -> np.ndarray:
-    """Return the pixels of the images, float32 [N, C * H * W] from 0 to 1."""
-    return images.pixels[images.rows].reshape(len(images), -1).astype(np.float32) / 255
+def _flat(images: ImageSet, positions: range) -> np.ndarray:
+    """Return the pixels at ``positions``, float32 [N, C * H * W] from 0 to 1."""
+    pixels, _ = images.batch(positions)
+    return pixels.flatten(1).numpy().astype(np.float32) / 255
