@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import tracemalloc
 from dataclasses import replace
 from functools import partial
@@ -21,11 +22,11 @@ from bstriplet.models.classifier import Classifier, Output
 from bstriplet.training import loop
 from bstriplet.training.batches import Feed, RandomBatchSampler, make_sampler
 from bstriplet.training.evaluation import embed, load_trained
-from bstriplet.training.learner import grey_level_statistics
+from bstriplet.training.learner import Learner, grey_level_statistics
 from bstriplet.training.loop import check_models, train
 from bstriplet.training.losses import LossTerms
 from bstriplet.training.metrics import classification_metrics
-from bstriplet.training.progress import epochs_without_improvement
+from bstriplet.training.progress import Checkpoints, Progress, epochs_without_improvement
 from bstriplet.training.run_folder import LAST_FILE, RunFolder, load_checkpoint
 from bstriplet.training.tally import Tally
 from hypothesis import given, settings
@@ -347,6 +348,19 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(
     with pytest.raises(UserError, match="validation_loss became nan in epoch 1 "):
         train(tiny, make_task(tiny), run)
     assert torch.load(run.path / "bad_batch.pt", weights_only=True)["part"] == "validation"
+
+
+def test_weights_that_are_not_finite_are_not_kept(tiny: TrainConfig, tmp_path: Path) -> None:
+    task, device = make_task(tiny), torch.device("cpu")
+    learner = Learner(tiny, task, device)
+    name, weights = next(iter(learner.model.named_parameters()))
+    weights.data.view(-1)[0] = math.nan
+    reached = Progress()
+    reached.add({"validation_loss": 1.0}, learner.evaluated)
+    checkpoints = Checkpoints(RunFolder(tmp_path), learner, task.classes)
+    with pytest.raises(UserError, match=f"{re.escape(name)} are not finite in epoch 1 .* --amp"):
+        checkpoints.save_best(reached)
+    assert not (tmp_path / "best.pt").exists()
 
 
 def test_only_the_first_bad_batch_counts(tiny: TrainConfig) -> None:

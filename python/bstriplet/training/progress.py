@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bstriplet.config import TrainConfig
+from bstriplet.errors import UserError
 from bstriplet.training.learner import Learner
 from bstriplet.training.run_folder import BEST_FILE, LAST_FILE, RunFolder, save_checkpoint
 
@@ -91,6 +92,17 @@ class Checkpoints:
             self._save_seconds = self._saved_at - started
 
     def save_best(self, progress: Progress) -> None:
-        """Write ``best.pt``, the weights of the best epoch."""
+        """Write ``best.pt``, the weights of the best epoch; it is an error if one is not finite.
+
+        Losses do not show every such weight: in bfloat16 on a CPU torch leaves the gradient of some
+        filters unwritten, where a filter is larger than its map.
+        """
+        for name, value in progress.best_weights.items():
+            if not value.isfinite().all():
+                raise UserError(
+                    f"the weights {name} are not finite in epoch {progress.best_epoch} of "
+                    f"{self._run.path}, though its losses are; train again into another folder, "
+                    "without --amp or with a lower --lr"
+                )
         best = {"epoch": progress.best_epoch, "model": progress.best_weights}
         save_checkpoint(self._run.path / BEST_FILE, self._identity | best)
