@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from allocations import Case
+from kept import kept, version_of
 
 from bstriplet_kernels.paths import native
 
@@ -100,13 +101,17 @@ SCHEDULES = {
 
 
 @pytest.fixture(scope="module")
-def allocator(tmp_path_factory):
+def allocator(request):
     if sys.platform != "linux" or shutil.which("g++") is None:
         pytest.skip("needs Linux and g++")
-    library = tmp_path_factory.mktemp("allocator") / "counting_allocator.so"
-    source = SUPPORT / "counting_allocator.cpp"
-    subprocess.run(["g++", "-O2", "-fPIC", "-shared", source, "-o", library, "-ldl"], check=True)
-    return library
+    source, flags = SUPPORT / "counting_allocator.cpp", ("-O2", "-fPIC", "-shared")
+
+    def compile_allocator(folder):
+        library = folder / "counting_allocator.so"
+        subprocess.run(["g++", *flags, source, "-o", library, "-ldl"], check=True)
+
+    made_of = [Path(__file__), *version_of("g++"), *flags, source]
+    return kept(request, "allocator", made_of, compile_allocator) / "counting_allocator.so"
 
 
 def missing(schedule):

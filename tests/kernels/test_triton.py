@@ -43,14 +43,16 @@ def schedule(request, monkeypatch):
 
 
 CHOSEN = {
-    "pairs": ["test_triton.py", "test_triton_counts.py"],
-    "moments": ["test_moments_on_gpu.py", "test_moments_on_gpu_counts.py"],
-    "class sums": ["test_class_sums_on_gpu.py"],
-    "operators": [
+    "pairs and operators": [
+        *("test_triton.py", "test_triton_counts.py"),
         *("test_operators.py", "test_tensors.py", "test_tracers.py"),
         "test_properties.py::test_as_exact_as_plain_torch_in_the_same_dtype",
         "test_properties.py::test_reference_embeddings_are_as_exact",
         "test_properties.py::test_nan_and_infinity_are_never_hidden",
+    ],
+    "moments and class sums": [
+        *("test_moments_on_gpu.py", "test_moments_on_gpu_counts.py"),
+        "test_class_sums_on_gpu.py",
     ],
 }
 

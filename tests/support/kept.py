@@ -7,6 +7,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from filelock import FileLock
+
 
 def kept(request, name, made_of, make):
     """The folder that `make(folder)` fills, from an earlier run where there is one.
@@ -24,16 +26,16 @@ def kept(request, name, made_of, make):
         return folder
     parent = request.config.cache.mkdir("compiled")
     folder = parent / f"{name}-{digest.hexdigest()[:32]}"
-    if not folder.is_dir():
-        for old in parent.glob(f"{name}-*"):
-            shutil.rmtree(old, ignore_errors=True)
-        unfinished = Path(tempfile.mkdtemp(dir=parent))
-        try:
-            make(unfinished)
-            if not folder.is_dir():  # another worker may have been faster
+    with FileLock(parent / f"{name}.lock"):  # of two workers one makes it, and one waits
+        if not folder.is_dir():
+            for old in parent.glob(f"{name}-*"):
+                shutil.rmtree(old, ignore_errors=True)
+            unfinished = Path(tempfile.mkdtemp(dir=parent))
+            try:
+                make(unfinished)
                 unfinished.rename(folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <thread>
 
 #include "cuda/cluster_messages.h"
@@ -46,6 +47,37 @@ void enter() {
   makecontext(&context, enter, 0);
   setcontext(&context);
 }
+
+// Stacks of a block's threads, side by side. They are kept for later blocks: to map them anew takes a
+// third of all time. What a kernel leaves there is as good as any number for one that reads too early.
+class Stacks {
+ public:
+  explicit Stacks(size_t threads) : size_(threads * kStack) {
+    const std::lock_guard lock(mutex_);
+    std::vector<char*>& unused = unused_[size_];
+    if (unused.empty()) {
+      void* const mapped =
+          mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (mapped == MAP_FAILED) fail("no memory for stacks");
+      unused.push_back(static_cast<char*>(mapped));
+    }
+    first_ = unused.back();
+    unused.pop_back();
+  }
+  ~Stacks() {
+    const std::lock_guard lock(mutex_);
+    unused_[size_].push_back(first_);
+  }
+  Stacks(const Stacks&) = delete;
+  Stacks& operator=(const Stacks&) = delete;
+  char* operator[](unsigned thread) const { return first_ + thread * kStack; }
+
+ private:
+  inline static std::mutex mutex_;
+  inline static std::map<size_t, std::vector<char*>> unused_;  // by their size
+  size_t size_;
+  char* first_;
+};
 
 // Blocks of a cluster run one after another, from one barrier of the cluster to the next.
 void wait_for_cluster() {
@@ -97,10 +129,9 @@ void run_block(Block& own) {
   turn.unlock();
   own.cluster.barrier.arrive_and_wait();
   turn.lock();
+  const Stacks stacks(own.fibres.size());
   for (Fibre& fibre : own.fibres) {
-    fibre.stack = static_cast<char*>(
-        mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    if (fibre.stack == MAP_FAILED) fail("no memory for a stack");
+    fibre.stack = stacks[fibre.index.x];
     own.ready.push_back(&fibre);
   }
   while (!own.ready.empty()) {
@@ -110,7 +141,6 @@ void run_block(Block& own) {
   }
   for (Fibre& fibre : own.fibres) {
     if (fibre.started) fail("a barrier that not every thread comes to");
-    munmap(fibre.stack, kStack);
   }
   poison_shared_memory();
   own.cluster.barrier.arrive_and_drop();  // a block that has ended is not waited for
