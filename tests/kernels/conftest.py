@@ -3,7 +3,6 @@
 import os
 
 import pytest
-import quick_interpreter
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -12,6 +11,8 @@ from bstriplet_kernels.paths import gpu
 from bstriplet_kernels.paths.triton import blocks, pairs
 
 if gpu.interpreted():
+    import quick_interpreter
+
     quick_interpreter.install()
 
 settings.register_profile(
