@@ -8,7 +8,7 @@ import triton
 
 
 def install():
-    """Save most of the time of kernels of many programs, under the version whose names these are."""
+    """Save most of the time of kernels of many programs, where the version has these names."""
     if not triton.__version__.startswith("3.8."):
         return
     _replace_the_language_once()
