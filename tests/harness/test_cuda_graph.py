@@ -5,6 +5,8 @@ A stand-in for CUDA records a step as a function and its tensors; a replay calls
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from bstriplet.training.batches import Feed
 from bstriplet.training.cuda_graph import WARM_UP, GraphedStep, Step
 from bstriplet.training.learner import Learner
 from bstriplet.training.seeds import seed_everything
-from bstriplet.training.step import TrainingStep
+from bstriplet.training.step import TrainingStep, uses_cuda_graph
 from bstriplet.training.tally import Tally
 
 CPU = torch.device("cpu")
@@ -35,6 +37,26 @@ class Recorder:
     def capture(self, step: Step, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
         self.captures += 1
         return lambda: step(images, labels)
+
+
+@pytest.mark.parametrize(
+    ("loss", "allowed"),
+    [("ce", True), ("ce+bst", True), ("ce+triplet", False), ("ce+SupConLoss", False)],
+)
+def test_on_a_gpu_losses_that_never_wait_are_captured(
+    tiny: TrainConfig, loss: str, allowed: bool
+) -> None:
+    def learner(choice: str, scaled: bool = False) -> Any:
+        config = replace(tiny, loss=loss, cuda_graph=choice)
+        scaler = SimpleNamespace(is_enabled=lambda: scaled)
+        return SimpleNamespace(config=config, device=torch.device("cuda"), scaler=scaler)
+
+    assert uses_cuda_graph(learner("auto")) is allowed
+    assert uses_cuda_graph(learner("on"))
+    assert not uses_cuda_graph(learner("off"))
+    assert not uses_cuda_graph(learner("auto", scaled=True))
+    with pytest.raises(UserError, match="--cuda-graph on: not with --amp"):
+        uses_cuda_graph(learner("on", scaled=True))
 
 
 def test_replayed_and_eager_steps_train_as_eager_ones_alone(tiny: TrainConfig) -> None:
