@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import adjusted_rand_score
 from threadpoolctl import threadpool_info, threadpool_limits
 
-properties = settings(derandomize=True, deadline=None, max_examples=60)
+properties = settings(derandomize=True, deadline=None, max_examples=40)
 
 
 @pytest.fixture(autouse=True)
