@@ -4,8 +4,8 @@ python bench/triton_resources.py            print the table and write results/co
 python bench/triton_resources.py --check    fail on a spill or a misfit; write nothing
 
 With --check the configurations must be those of the file and none of its rows may be at fault. What
-takes most by the file is compiled anew and printed: of each kernel one configuration on Hopper and
-one on one of the other architectures in turn, of `loss_and_gradient` on Hopper one per dtype. These
+takes most on Hopper by the file is compiled anew and printed: of each kernel one configuration, of
+`loss_and_gradient` one per dtype; so is what takes least on one of the other architectures in turn. These
 must be the file's rows, where Triton is the one that made the file (`MADE_BY`).
 
 A row is a configuration that a launcher asks for; of second moments and class sums only the widest.
@@ -489,7 +489,7 @@ def compiled(work: Work) -> list[dict[str, Any]]:
 
 
 def most_demanding(work: Work, rows: list[dict[str, Any]]) -> Work:
-    """What takes most by the file's rows: of each kernel on Hopper and on one other architecture.
+    """What takes most of each kernel on Hopper by the file's rows, and least on one other.
 
     Raises:
         SystemExit: the rows are of other configurations.
@@ -509,7 +509,7 @@ def most_demanding(work: Work, rows: list[dict[str, Any]]) -> Work:
     for _, (name, configuration) in sorted(zip(identities, work, strict=True), key=taken):
         kernel = configuration.kernel
         if name == others[kernels.index(kernel) % len(others)]:
-            chosen[name, kernel, None] = name, configuration
+            chosen.setdefault((name, kernel, None), (name, configuration))
         elif ARCHITECTURES[name].hopper:
             small = kernel == "loss_and_gradient"
             form = (configuration.dtype, configuration.layout) if small else None

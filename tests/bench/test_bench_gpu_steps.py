@@ -61,16 +61,16 @@ time.sleep(60)
 
 def test_a_step_ends_at_its_cap_with_all_its_processes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_steps, "_GRACE_S", 0.3)
-    monkeypatch.setattr(gpu_steps, "_LEAST_S", 2.0)
+    monkeypatch.setattr(gpu_steps, "_LEAST_S", 3.0)
     monkeypatch.setattr(gpu_steps, "_ARCHIVE_S", 0.0)
     steps = (
-        Step("slow", 1, 2, (python("stubborn", STUBBORN), python("quick", "print('a row')"))),
-        Step("next", 1, 5, (python("next", "import time; time.sleep(1); print('its turn')"),)),
+        Step("slow", 1, 3, (python("stubborn", STUBBORN), python("quick", "print('a row')"))),
+        Step("next", 1, 5, (python("next", "import time; time.sleep(2); print('its turn')"),)),
         Step("late", 1, 5, (python("late", "print('never')"),)),
     )
     begin = time.monotonic()
-    outcomes = run_steps("first", steps, 5.0, tmp_path)
-    assert time.monotonic() - begin < 5.0
+    outcomes = run_steps("first", steps, 8.0, tmp_path)
+    assert time.monotonic() - begin < 8.0
     failures = {o.label: o.failure for o in outcomes if o.failure}
     assert failures == {"stubborn": "out of time", "late": "not begun"}
     out = capsys.readouterr().out

@@ -533,16 +533,13 @@ def test_channels_last_is_kept_to_the_end(name: str) -> None:
     assert all(output.is_contiguous(memory_format=torch.channels_last) for _, output in maps)
 
 
-@pytest.mark.parametrize(
-    ("name", "backend"), [("shufflenet_v2_x0_5", "aot_eager"), ("peleenet", "eager")]
-)
-def test_compiles_in_one_graph(name: str, backend: str) -> None:
-    """``aot_eager`` compiles the backward too."""
-    model = create(name, drop_path_rate=0.4).train()
+def test_compiles_in_one_graph() -> None:
+    """The backward too; that PeleeNet is traced whole its export shows."""
+    model = create("shufflenet_v2_x0_5", drop_path_rate=0.4).train()
     x = images(2, 1, 64, 64)
     torch.manual_seed(0)
     expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.manual_seed(0)
     found = torch.autograd.grad(compiled(x).square().sum(), list(model.parameters()))
     for one, other in zip(found, expected, strict=True):
