@@ -1,5 +1,6 @@
 """The backbones: equal to torchvision's and pytorchcv's, and complete timm models."""
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import timm
 import torch
 import torchvision
 from bstriplet.errors import UserError
-from bstriplet.models.classifier import Classifier, check_backbone
+from bstriplet.models.classifier import Classifier, check_backbone, pad_depthwise
 from bstriplet.models.peleenet import DenseLayer
 from bstriplet.models.shufflenet import Unit, interleave
 from hypothesis import given, settings
@@ -607,3 +608,22 @@ def test_the_default_shufflenet_is_table_1s() -> None:
         "shufflenet_v2",
         *(f"shufflenet_v2_{width}" for width in WIDTHS),
     }
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_100", "efficientnet_b1", "shufflenet_v2"])
+def test_padding_first_changes_no_output_and_no_gradient(name: str) -> None:
+    torch.manual_seed(0)
+    plain = Classifier(name, 3, 3)
+    padded = copy.deepcopy(plain)
+    pad_depthwise(padded)
+    assert padded.state_dict().keys() == plain.state_dict().keys()
+    changed = [m for m in padded.modules() if isinstance(m, nn.Conv2d) and m._forward_pre_hooks]
+    assert len(changed) == {"mobilenetv3_small_100": 8, "efficientnet_b1": 12}.get(name, 0)
+    images = torch.randint(0, 256, (4, 3, 40, 40), dtype=torch.uint8)
+    for model in (plain, padded):
+        model.double().standardise_with(torch.full((3,), 128.0), torch.full((3,), 64.0))
+        model.zero_grad()
+        model.eval()  # statistics of four images would magnify the last bits
+        model(images).logits.sum().backward()
+    for one, other in zip(plain.parameters(), padded.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)

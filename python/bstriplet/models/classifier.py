@@ -1,11 +1,12 @@
 """A classification model of timm that returns its embedding with the logits."""
 
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from bstriplet.errors import UserError, one_line, unknown_name
 
@@ -166,3 +167,31 @@ class Classifier(nn.Module):
                 "classifier"
             )
         return features.mean(dim=(2, 3))
+
+
+# Depthwise filters of at least this side are those that `pad_depthwise` is for.
+_WIDE = 5
+
+
+def pad_depthwise(model: nn.Module) -> None:
+    """Let wide depthwise convolutions pad their input first: the same numbers, faster on a CPU.
+
+    oneDNN takes its reference kernel for the gradient of a filter that reaches past its map on both
+    sides, as the 5 x 5 filters of MobileNet-V3 do on maps of 4 x 4 and 2 x 2: at 64 x 64 pixels
+    that is half of a training step.
+    """
+    for module in model.modules():
+        if (
+            isinstance(module, nn.Conv2d)
+            and module.groups == module.in_channels > 1
+            and min(module.kernel_size) >= _WIDE
+            and module.padding_mode == "zeros"
+            and not isinstance(module.padding, str)
+        ):
+            down, right = module.padding
+            module.padding = (0, 0)
+            module.register_forward_pre_hook(partial(_padded, (right, right, down, down)))
+
+
+def _padded(sides: tuple[int, ...], module: nn.Module, arguments: tuple[Tensor]) -> Tensor:
+    return pad(arguments[0], sides)

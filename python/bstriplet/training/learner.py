@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from bstriplet.config import TrainConfig
 from bstriplet.data.dataset import ImageSet, Task
-from bstriplet.models.classifier import Classifier
+from bstriplet.models.classifier import Classifier, pad_depthwise
 from bstriplet.training.losses import TrainingLoss
 
 MOMENTUM = 0.9
@@ -31,6 +31,8 @@ class Learner:
             embedding=config.embedding,
             channels_last=config.channels_last,
         ).to(device)
+        if device.type == "cpu":
+            pad_depthwise(self.model)
         self.model.standardise_with(*grey_level_statistics(task.train))
         class_counts = np.bincount(task.train.labels, minlength=len(task.classes)).tolist()
         criterion = TrainingLoss(config, class_counts, self.model.embedding_size)
