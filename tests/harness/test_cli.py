@@ -868,6 +868,7 @@ def test_main_runs_in_a_thread_and_leaves_the_process_as_it_was(
         return (
             torch.are_deterministic_algorithms_enabled(),
             torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
             torch.get_rng_state().tolist(),
             np.random.get_state()[1].tolist(),  # type: ignore[index]  # noqa: NPY002
             random.getstate(),

@@ -58,11 +58,18 @@ def train(config: TrainConfig, task: Task, run: RunFolder) -> Row:
         if run.finished:
             return read_json(run.path / METRICS_FILE)
         device = choose_device(config.device)
-        with reproducible(device):
-            return _train(config, task, run, device)
+        # In bfloat16 torch leaves the gradient of some filters unwritten on a CPU: NaN shows it.
+        with reproducible(device, fill=config.amp and device.type == "cpu"):
+            return _train(config, task, run, device, observe)
 
 
-def _train(config: TrainConfig, task: Task, run: RunFolder, device: torch.device) -> Row:
+def _train(
+    config: TrainConfig,
+    task: Task,
+    run: RunFolder,
+    device: torch.device,
+    observe: Observe | None,
+) -> Row:
     """Train in a folder that is locked and checked."""
     seed_everything(config.seed, 0)
     learner = Learner(config, task, device)
