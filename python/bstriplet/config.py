@@ -16,6 +16,11 @@ MEDMNIST = "medmnist:"
 OTHER_LOSS = re.compile(r"ce\+[A-Z].*")  # a class of pytorch-metric-learning
 BATCHES = ("random", "mined")
 IMAGE_SIZE = 128
+COPIES = "copies"
+ONLINE = "symmetries+shifts"
+AUGMENT_KINDS = ("symmetries", "flips", "shifts", "rotations", "scales", "brightness")
+_KIND = f"(?:{'|'.join(AUGMENT_KINDS)})"
+_KINDS = re.compile(rf"{_KIND}(\+{_KIND})*")
 MAX_PIXELS = 178_956_970  # Pillow's default limit, beyond which it raises DecompressionBombError
 DIGITS_IMAGE_SIZE = 32
 
@@ -175,10 +180,12 @@ class TrainConfig:
     augment: str = _option(
         "batches",
         "none",
-        "copies: each training image also rotated, flipped and moved by 5 pixels, the seven copies "
-        "of section 3.5; online: rotated, flipped and moved at random, anew in each epoch; shifts: "
-        "only moved, at random",
-        choices=("none", "copies", "online", "shifts"),
+        f"none; {COPIES}: each training image also rotated, flipped and moved by 5 pixels, the "
+        "seven copies of section 3.5; or changed at random, anew in each epoch, by kinds joined by "
+        "+: symmetries (right angles and flips), flips (left to right), shifts (to 5 pixels), "
+        "rotations (to 10 degrees), scales (to 1.1), brightness (to 1.2); online: " + ONLINE,
+        choices=("none", COPIES, "online"),
+        or_like=_KINDS,
     )
     epochs: int = _option("recipe", 400, "epochs at most", minimum=1)
     optimiser: str = _option(
@@ -282,6 +289,9 @@ class TrainConfig:
             if name not in known:
                 raise unknown_name(f"{source}: configuration field", name, known)
         if missing := [name for name in known if name not in values]:
+        kinds = self.augment.split("+")
+        if len(set(kinds)) < len(kinds):
+            raise UserError(f"--augment: {self.augment} is not allowed; give each kind once")
             raise UserError(
                 f"{source} has no field {missing[0]}: it is damaged, or another version of "
                 "bstriplet wrote it; restore it, or begin anew in another folder"

@@ -11,7 +11,7 @@ from bstriplet.config import TrainConfig
 from bstriplet.data.dataset import load_dataset, split_dataset
 from bstriplet.sampler import GroupBatchSampler
 from bstriplet.training import batches
-from bstriplet.training.augmentation import COPIES, Augmentation
+from bstriplet.training.augmentation import N_COPIES, Augmentation
 from bstriplet.training.batches import Feed, make_sampler
 
 CPU = torch.device("cpu")
@@ -32,7 +32,9 @@ def moved(image: np.ndarray, down: int, right: int) -> np.ndarray:
 
 def test_the_seven_copies_of_section_3_5() -> None:
     image = some_images(1)
-    copies = Augmentation("copies", 9, CPU)(image.expand(COPIES, -1, -1, -1), range(COPIES), (0,))
+    copies = Augmentation("copies", 9, CPU)(
+        image.expand(N_COPIES, -1, -1, -1), range(N_COPIES), (0,)
+    )
     one = image[0].numpy()
     expected = [
         one,
@@ -81,11 +83,95 @@ def test_shifts_are_seeded_and_neither_flip_nor_rotate() -> None:
     assert {down for down, _ in seen} == {right for _, right in seen} == set(range(-5, 6))
 
 
+@pytest.mark.parametrize("size", [8, 33, 256, 2048])
+def test_whole_pixels_are_moved_exactly_at_any_size(size: int) -> None:
+    image = some_images(1, channels=1, size=size)
+    copies = Augmentation("copies", size, CPU)(image.expand(3, -1, -1, -1), (1, 4, 6), (0,))
+    one = image[0].numpy()
+    expected = [np.rot90(one, axes=(1, 2)), one[:, :, ::-1], moved(one, 0, 5)]
+    np.testing.assert_array_equal(copies, np.stack(expected))
+
+
+def test_flips_are_left_to_right_in_half_of_the_images() -> None:
+    images = some_images(200)
+    flipped = Augmentation("flips", 9, CPU)(images, [0] * 200, (0, 1, 2))
+    ways = [
+        (torch.equal(after, before), torch.equal(after, before.flip(2)))
+        for before, after in zip(images, flipped, strict=True)
+    ]
+    assert set(ways) == {(True, False), (False, True)}
+    assert 70 < sum(same for same, _ in ways) < 130
+
+
+def blobs(count: int, at: tuple[float, float], size: int = 65) -> torch.Tensor:
+    """Images with one bright spot, its centre at `at` (x, y) in pixels from their centre."""
+    places = torch.arange(size) - size // 2
+    distance = (places - at[0]) ** 2 + (places[:, None] - at[1]) ** 2
+    return (200 * torch.exp(-distance / 8)).round().byte().expand(count, 1, -1, -1)
+
+
+def centres(images: torch.Tensor) -> np.ndarray:
+    """The centre (x, y) of the light of each image, in pixels from its centre."""
+    light = images[:, 0].double()
+    places = torch.arange(light.shape[-1]) - light.shape[-1] // 2
+    total = light.sum(dim=(1, 2))
+    x, y = ((light.sum(dim=axis) * places).sum(dim=1) / total for axis in (1, 2))
+    return torch.stack([x, y], dim=1).numpy()
+
+
+def test_rotations_turn_about_the_centre_by_up_to_ten_degrees() -> None:
+    turned = Augmentation("rotations", 65, CPU)(blobs(300, (20, 0)), [0] * 300, (0, 1, 2))
+    found = centres(turned)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 20, atol=0.1)
+    angles = np.degrees(np.arctan2(found[:, 1], found[:, 0]))
+    assert -10.2 < angles.min() < -9
+    assert 9 < angles.max() < 10.2
+    assert abs(angles.mean()) < 1
+
+
+def test_scales_grow_and_shrink_about_the_centre_by_up_to_a_tenth() -> None:
+    scaled = Augmentation("scales", 65, CPU)(blobs(300, (20, -10)), [0] * 300, (0, 1, 2))
+    found = centres(scaled) / (20, -10)
+    np.testing.assert_allclose(found[:, 0], found[:, 1], atol=0.01)
+    assert 1 / 1.1 - 0.01 < found.min() < 0.93
+    assert 1.08 < found.max() < 1.11
+
+
+def test_brightness_scales_grey_levels_and_ends_at_white() -> None:
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(300, -1, -1, -1)
+    lit = Augmentation("brightness", 16, CPU)(levels, [0] * 300, (0, 1, 2)).flatten(1).double()
+    factors = lit[:, 200] / 200
+    assert 1 / 1.2 - 0.01 < factors.min() < 0.86
+    assert 1.17 < factors.max() < 1.21
+    expected = (factors[:, None] * torch.arange(256)).clamp(max=255)
+    torch.testing.assert_close(lit, expected, rtol=0, atol=1.2)
+
+
+def test_kinds_are_drawn_for_each_image_and_together() -> None:
+    images = blobs(50, (20, 5))
+    kinds = "symmetries+flips+shifts+rotations+scales+brightness"
+    augment = Augmentation(kinds, 65, CPU)
+    first = augment(images, [0] * 50, (3, 1, 4))
+    assert torch.equal(first, augment(images, [0] * 50, (3, 1, 4)))
+    assert first.dtype == torch.uint8
+    assert len(np.unique(first.flatten(1).numpy(), axis=0)) == 50
+    away = np.linalg.norm(centres(first), axis=1)
+    assert 10 < away.min() < away.max() < 32
+
+
+def test_a_shift_moves_the_turned_image_not_its_axes() -> None:
+    """A spot at the centre stays there under rotations and scales: only the shift moves it."""
+    images = blobs(200, (0, 0))
+    found = centres(Augmentation("shifts+rotations+scales", 65, CPU)(images, [0] * 200, (1, 2, 3)))
+    np.testing.assert_allclose(found, found.round(), atol=0.02)
+    assert np.abs(found).max() <= 5.02
+
+
 def test_an_epoch_has_each_copy_once(tiny: TrainConfig) -> None:
     config = replace(tiny, augment="copies", image_size=8)
     images = split_dataset(load_dataset("digits", 8), config).train
     drawn = Counter(position for batch in make_sampler(config, images) for position in batch)
-    assert drawn == Counter(range(COPIES * len(images)))
+    assert drawn == Counter(range(N_COPIES * len(images)))
 
 
 def test_mined_copies_are_in_the_group_of_their_original(
@@ -101,7 +187,9 @@ def test_mined_copies_are_in_the_group_of_their_original(
     images = split_dataset(load_dataset("digits", 8), tiny).train
     for augment in ("none", "copies"):
         make_sampler(replace(tiny, augment=augment, batches="mined", image_size=8), images)
-    np.testing.assert_array_equal(given[1].reshape(-1, COPIES), given[0][:, None].repeat(COPIES, 1))
+    np.testing.assert_array_equal(
+        given[1].reshape(-1, N_COPIES), given[0][:, None].repeat(N_COPIES, 1)
+    )
 
 
 def test_a_feed_gives_the_images_moved_and_the_labels_of_their_originals(tiny: TrainConfig) -> None:
@@ -115,7 +203,7 @@ def test_a_feed_gives_the_images_moved_and_the_labels_of_their_originals(tiny: T
             assert not torch.equal(batch.images, images.batch(batch.positions)[0])
     again = list(feed.epoch(3))
     assert torch.equal(again[-1].images, batch.images)
-    assert sum(len(batch.labels) for batch in again) == COPIES * len(images)
+    assert sum(len(batch.labels) for batch in again) == N_COPIES * len(images)
 
 
 def test_without_augmentation_images_are_as_they_are(tiny: TrainConfig) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from bstriplet import loss_registry
 from bstriplet.config import (
+    AUGMENT_KINDS,
     BATCHES,
     Scheme,
     TrainConfig,
@@ -40,7 +41,12 @@ configurations = st.builds(
     seed=st.integers(0, 2**31 - 1),
     amp=st.booleans(),
     channels_last=st.booleans(),
-    augment=st.sampled_from(["none", "copies", "online", "shifts"]),
+    augment=st.sampled_from(["none", "copies", "online", "shifts"])
+    | st.lists(st.sampled_from(AUGMENT_KINDS), min_size=1, unique=True).map("+".join),
+    select=st.sampled_from(["last", "ce", "accuracy", "loss"]),
+    similarity=st.sampled_from(["square", "signed_square", "linear"]),
+    eq3=st.sampled_from(["corrected", "printed"]),
+    stop_patience=st.integers(0, 50),
     optimiser=st.sampled_from(["adam", "adamw", "sgd"]),
     ema=st.floats(0, 0.999),
 )
@@ -155,6 +161,13 @@ def test_an_unknown_field_of_a_file_is_an_error() -> None:
 @given(st.sampled_from(list(BUILT_IN)), st.sampled_from(BATCHES))
 @settings(derandomize=True)
 def test_schemes_read_as_they_are_written(loss: str, batches: str) -> None:
+        ("augment", "flips+"),
+        ("augment", "flips+copies"),
+        ("augment", "flips+shifts+flips"),
+        ("select", "best"),
+        ("stop_patience", -1),
+        ("similarity", "cosine"),
+        ("eq3", "plus"),
     scheme = Scheme(loss, batches)
     assert Scheme.parse(str(scheme)) == scheme
 

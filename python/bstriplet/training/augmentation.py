@@ -1,83 +1,121 @@
-"""Rotations, flips and translations of training images: section 3.5, or drawn anew in each epoch.
+"""Training images moved and lightened: the copies of section 3.5, or drawn anew in each epoch.
 
-All of them move whole pixels, so each is a gather of pixel positions: exact, uint8 in and out, and
-one operation for a batch in which every image is moved in its own way.
+One affine map an image takes each pixel of the result from a place of the original, all images of a
+batch in one operation. Rotations by right angles, flips and shifts by whole pixels are exact: what
+bilinear interpolation adds to them is far below a grey level, and rounding removes it.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample
+
+from bstriplet.config import COPIES, ONLINE
 
 SHIFT = 5  # pixels
-COPIES = 8  # the original, three rotations, two flips, two translations
+ANGLE = 10.0  # degrees
+SCALE = 1.1
+BRIGHTNESS = 1.2
+N_COPIES = 8  # the original, three rotations, two flips, two translations
+
+_IDENTITY, _FLIPPED, _UPSIDE_DOWN = np.eye(2), np.diag([-1.0, 1.0]), np.diag([1.0, -1.0])
+# Rotations of the image, anticlockwise, as maps of (x, y) with y down: from result to original.
+_QUARTER_TURNS = [
+    np.linalg.matrix_power(np.array([[0.0, -1.0], [1.0, 0.0]]), turns) for turns in range(4)
+]
+_SYMMETRIES = np.stack([*_QUARTER_TURNS, *(_FLIPPED @ turn for turn in _QUARTER_TURNS)])
+
+Floats = NDArray[np.float64]
 
 
 def n_copies(augment: str) -> int:
     """Return the number of training images that are made from one original."""
-    return COPIES if augment == "copies" else 1
+    return N_COPIES if augment == COPIES else 1
 
 
 class Augmentation:
-    """Moves the pixels of batches of square images, uint8 [B, C, size, size].
+    """Moves and lightens batches of square images, uint8 [B, C, size, size].
 
     ``"copies"``: copy k of an image is the original (0), rotated by 90, 180 or 270 degrees (1-3),
     flipped left to right or upside down (4, 5), or moved by 5 pixels to the right or down (6, 7).
-    ``"online"``: each image is rotated and flipped in one of the 8 possible ways, and moved by -5
-    to 5 pixels each way, at random. Pixels that come in from outside repeat those of the edge.
-    ``"shifts"``: each is only moved, for images that a flip or a rotation would make another class
-    of, as digits. ``"none"`` changes nothing.
+    ``"none"`` changes nothing. Else ``augment`` is a kind or several, joined by ``+``, each drawn
+    for each image anew in each epoch:
+
+    - ``symmetries``: one of the 8 rotations by right angles, flipped or not;
+    - ``flips``: left to right, or not;
+    - ``shifts``: by -5 to 5 whole pixels each way;
+    - ``rotations``: by -10 to 10 degrees about the centre;
+    - ``scales``: larger or smaller by a factor of up to 1.1;
+    - ``brightness``: grey levels times 1/1.2 to 1.2, white at most.
+
+    ``"online"`` is ``symmetries+shifts``. Factors are uniform in their logarithm, all else is
+    uniform. Pixels that come in from outside repeat those of the edge.
     """
 
     def __init__(self, augment: str, size: int, device: torch.device) -> None:
-        self.augment = augment
+        self.kinds = frozenset((ONLINE if augment == "online" else augment).split("+"))
         self.size = size
         self.device = device
-        if augment == "none":
-            return
-        moved = self._shifts(np.array([0, SHIFT]), np.array([SHIFT, 0]))
-        self.symmetries = _symmetries(size).to(device)
-        self.copies = torch.cat([self.symmetries[: COPIES - 2], moved])
 
     def __call__(self, images: Tensor, copies: Sequence[int], numbers: tuple[int, ...]) -> Tensor:
-        """Return the images moved.
+        """Return the images moved and lightened.
 
         Args:
             images: uint8 [B, C, size, size] on the device.
             copies: the number of the copy for each image.
             numbers: seed, epoch and batch, which decide the random moves.
         """
-        if self.augment == "none":
+        if "none" in self.kinds:
             return images
-        if self.augment == "copies":
-            source = self.copies[torch.tensor(copies).to(self.device)]
+        if COPIES in self.kinds:
+            maps, shifts = _copies(np.asarray(copies))
+            levels = np.ones(len(images))
         else:
-            draw = np.random.default_rng(numbers)
-            ways = 1 if self.augment == "shifts" else len(self.symmetries)
-            way = torch.from_numpy(draw.integers(ways, size=len(images)))
-            down, right = draw.integers(-SHIFT, SHIFT, (2, len(images)), endpoint=True)
-            source = self.symmetries[way.to(self.device)].gather(1, self._shifts(down, right))
-        source = source[:, None].expand(-1, images.shape[1], -1)
-        return images.flatten(2).gather(2, source).view_as(images)
-
-    def _shifts(self, down: np.ndarray, right: np.ndarray) -> Tensor:
-        """Return for each pixel the one that takes its place, int64 [B, size * size]."""
-        last, places = self.size - 1, torch.arange(self.size, device=self.device)
-        rows, columns = (
-            (places - torch.from_numpy(shift).to(self.device)[:, None]).clamp(0, last)
-            for shift in (down, right)
+            maps, shifts, levels = self._drawn(len(images), np.random.default_rng(numbers))
+        # affine_grid measures from the centre in halves of a side.
+        affine = np.concatenate([maps, maps @ (-2 / self.size * shifts[:, :, None])], axis=2)
+        places = affine_grid(
+            torch.from_numpy(affine).float().to(self.device),
+            list(images.shape),
+            align_corners=False,
         )
-        return (rows[:, :, None] * self.size + columns[:, None, :]).flatten(1)
+        moved = grid_sample(images.float(), places, padding_mode="border", align_corners=False)
+        factors = torch.from_numpy(levels).float().to(self.device)[:, None, None, None]
+        return (moved * factors).round_().clamp_(0, 255).to(torch.uint8)
+
+    def _drawn(self, count: int, draw: np.random.Generator) -> tuple[Floats, Floats, Floats]:
+        """Return maps [B, 2, 2] from result to original, shifts [B, 2] and factors [B]."""
+        maps, shifts = np.broadcast_to(_IDENTITY, (count, 2, 2)), np.zeros((count, 2))
+        levels = np.ones(count)
+        if "symmetries" in self.kinds:
+            maps = _SYMMETRIES[draw.integers(len(_SYMMETRIES), size=count)]
+        if "flips" in self.kinds:
+            maps = np.stack([_IDENTITY, _FLIPPED])[draw.integers(2, size=count)] @ maps
+        if "shifts" in self.kinds:
+            shifts = draw.integers(-SHIFT, SHIFT, (count, 2), endpoint=True).astype(np.float64)
+        if "rotations" in self.kinds:
+            angles = np.radians(draw.uniform(-ANGLE, ANGLE, count))
+            cosines, sines = np.cos(angles), np.sin(angles)
+            maps = maps @ np.stack([cosines, -sines, sines, cosines], axis=1).reshape(-1, 2, 2)
+        if "scales" in self.kinds:
+            maps = maps / _factors(SCALE, count, draw)[:, None, None]
+        if "brightness" in self.kinds:
+            levels = _factors(BRIGHTNESS, count, draw)
+        return maps, shifts, levels
 
 
-def _symmetries(size: int) -> Tensor:
-    """Return the 8 symmetries of a square as sources of each pixel, int64 [8, size * size].
+def _factors(largest: float, count: int, draw: np.random.Generator) -> Floats:
+    """Return factors from ``1 / largest`` to ``largest``."""
+    return np.exp(draw.uniform(-math.log(largest), math.log(largest), count))
 
-    The identity, rotations by 90, 180 and 270 degrees, the flips of columns and of rows, and these
-    two rotated by 90 degrees.
-    """
-    square = torch.arange(size * size).view(size, size)
-    flips = [square.flip(1), square.flip(0)]
-    rotations = [square.rot90(turns) for turns in range(4)]
-    return torch.stack([*rotations, *flips, *(flip.rot90() for flip in flips)]).flatten(1)
+
+def _copies(numbers: NDArray[np.int64]) -> tuple[Floats, Floats]:
+    """Return maps from result to original [B, 2, 2] and shifts [B, 2] of the numbered copies."""
+    maps = np.stack([*_QUARTER_TURNS, _FLIPPED, _UPSIDE_DOWN, _IDENTITY, _IDENTITY])
+    shifts = np.zeros((N_COPIES, 2))
+    shifts[6], shifts[7] = (SHIFT, 0), (0, SHIFT)
+    return maps[numbers], shifts[numbers]
