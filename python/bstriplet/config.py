@@ -153,6 +153,18 @@ class TrainConfig:
         "loss", 0.9, "margin of the BSTriplet loss (m of Eq. 3)", minimum=0, maximum=1
     )
     class_weights: str = _option(
+    similarity: str = _option(
+        "loss",
+        "square",
+        "similarity of the BSTriplet loss, of a cosine s: s^2, s*|s|, or s itself",
+        choices=("square", "signed_square", "linear"),
+    )
+    eq3: str = _option(
+        "loss",
+        "corrected",
+        "sign of the negatives' mean in Eq. 3: corrected (plus), or as printed (minus)",
+        choices=("corrected", "printed"),
+    )
         "loss",
         "none",
         "weights of the classes in cross entropy; balanced: in inverse proportion to their sizes",

@@ -6,10 +6,15 @@ packages are imported only when a loss is built. Losses with weights of their ow
 pytorch-metric-learning, by name.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bstriplet.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -17,21 +22,21 @@ class BuiltInLoss:
     """Cross entropy, alone or with a metric loss beside it (Eq. 7).
 
     label: its name in tables and figures.
-    metric: margin -> the module of the metric loss, called with embeddings [N, D] and labels [N];
-        None for cross entropy alone.
+    metric: configuration of the run -> the module of the metric loss, called with embeddings
+        [N, D] and labels [N]; None for cross entropy alone.
     takes_margin: whether the margin changes it.
     capturable: whether a CUDA graph can capture it, because it never waits for the device.
     in_paper: whether the paper's tables have rows for it.
     """
 
     label: str
-    metric: Callable[[float], Any] | None
+    metric: Callable[[TrainConfig], Any] | None
     takes_margin: bool = False
     capturable: bool = False
     in_paper: bool = False
 
 
-def _triplet(margin: float) -> Any:
+def _triplet(config: TrainConfig) -> Any:
     """Eq. 1, max(0, 1 - s_ap + s_an) on cosine similarities: its mean over all triplets.
 
     The paper draws one triplet per anchor; the mean over all triplets has less noise.
@@ -43,7 +48,7 @@ def _triplet(margin: float) -> Any:
     )
 
 
-def _lifted_structure(margin: float) -> Any:
+def _lifted_structure(config: TrainConfig) -> Any:
     """The lifted structure loss in its improved, generalised form.
 
     Mean over anchors of max(0, log sum exp d_ap + log sum exp (1 - d_an)), with Euclidean distances
@@ -55,11 +60,11 @@ def _lifted_structure(margin: float) -> Any:
     return losses.GeneralizedLiftedStructureLoss()
 
 
-def _bst(margin: float) -> Any:
-    """Eqs. 3 and 4 with ``margin``."""
+def _bst(config: TrainConfig) -> Any:
+    """Eqs. 3 and 4 with the margin, the similarity and the sign of ``config``."""
     from bstriplet_kernels import BSTripletLoss
 
-    return BSTripletLoss(margin=margin)
+    return BSTripletLoss(margin=config.margin, similarity=config.similarity, eq3=config.eq3)
 
 
 BUILT_IN: Mapping[str, BuiltInLoss] = MappingProxyType(

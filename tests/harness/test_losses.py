@@ -46,6 +46,24 @@ def test_the_paper_s_losses_are_their_equations(loss: str, expected: object) -> 
     torch.testing.assert_close(terms.total, ce + 0.3 * terms.metric)
 
 
+@pytest.mark.parametrize("similarity", ["square", "signed_square", "linear"])
+@pytest.mark.parametrize("eq3", ["corrected", "printed"])
+def test_similarity_and_sign_reach_the_loss(similarity: str, eq3: str) -> None:
+    output, labels = batch()
+    config = TrainConfig(loss="ce+bst", margin=0.7, similarity=similarity, eq3=eq3)
+    found = TrainingLoss(config, COUNTS, 5)(output, labels).metric
+    s = functional.normalize(output.embeddings.double())
+    s = s @ s.T
+    phi = {"square": s**2, "signed_square": s * s.abs(), "linear": s}[similarity]
+    same = (labels[:, None] == labels).double()
+    positives, negatives = same - torch.eye(len(labels)), 1 - same
+    means = [(phi * chosen).sum(dim=1) / chosen.sum(dim=1) for chosen in (positives, negatives)]
+    sign = 1 if eq3 == "corrected" else -1
+    expected = (0.7 - means[0] + sign * means[1]).clamp(min=0).mean()
+    assert found is not None
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_cross_entropy_with_class_weights_and_smoothing() -> None:
     output, labels = batch()
     config = TrainConfig(class_weights="balanced", label_smoothing=0.1)

@@ -31,7 +31,7 @@ class TrainingLoss(nn.Module):
     ``criterion(output, labels)`` with labels int64 [N] returns :class:`LossTerms`.
 
     Args:
-        config: ``loss``, ``metric_weight``, ``margin``, ``class_weights``, ``label_smoothing``.
+        config: its fields of the group "loss".
         class_counts: training images of each class.
         embedding_size: D, for losses with parameters of their own, such as ArcFace.
     """
@@ -74,7 +74,7 @@ def check_loss(loss: str) -> None:
 def _metric_loss(config: TrainConfig, num_classes: int, embedding_size: int) -> Any:
     """Return the metric loss; None for cross entropy alone."""
     if built_in := BUILT_IN.get(config.loss):
-        return built_in.metric and built_in.metric(config.margin)
+        return built_in.metric and built_in.metric(config)
     return _library_loss(config.loss, num_classes, embedding_size)
 
 
