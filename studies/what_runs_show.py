@@ -26,8 +26,8 @@ TESTED = ("accuracy", "auc", "specificity", "validation_accuracy")
 
 def row_of(run: Run) -> dict[str, Any]:
     """The row of one finished run."""
-    kept = run.log[run.metrics["best_epoch"] - 1]
-    measures = ("accuracy", "specificity", "auc", "best_epoch")
+    kept = run.log[run.metrics["tested_epoch"] - 1]
+    measures = ("accuracy", "specificity", "auc", "tested_epoch")
     return {
         "scheme": str(run.scheme.without("backbone")),
         "backbone": run.config["backbone"],

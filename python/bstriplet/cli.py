@@ -376,8 +376,8 @@ def _train(options: argparse.Namespace) -> None:
     metrics = train(config, task, run)
     path = page.write_report(run.path)
     _print(
-        f"lowest validation loss: epoch {metrics['best_epoch']} of {metrics['epochs']}; its model "
-        "on the test set:",
+        f"model of epoch {metrics['tested_epoch']} of {metrics['epochs']} (--select "
+        f"{config.select}) on the test set:",
         *_metrics(metrics),
         f"run: {run.path}",
         f"report: {path}",

@@ -235,12 +235,22 @@ class TrainConfig:
     )
     lr_floor: float = _option("recipe", 1e-8, "lowest learning rate", minimum=0)
     stop_patience: int = _option(
-        "recipe", 30, "epochs without a better validation loss before training stops", minimum=1
+        "recipe",
+        30,
+        "epochs without a better validation loss before training stops; 0: it never does",
+        minimum=0,
     )
     stop_delta: float = _option(
         "recipe", 1e-4, "smallest fall of the validation loss that counts as better", minimum=0
     )
     ema: float = _option(
+    select: str = _option(
+        "recipe",
+        "last",
+        "epoch whose model is tested: the last, or that of the best validation images by cross "
+        "entropy (ce), by accuracy, or by the minimised loss, which has the metric term",
+        choices=("last", "ce", "accuracy", "loss"),
+    )
         "recipe",
         0.0,
         "decay per step of averaged weights, which are then validated and kept; 0: none",

@@ -204,7 +204,7 @@ def test_the_same_run_twice_is_the_same_to_the_bit(tiny: TrainConfig, tmp_path: 
     metrics = [train(config, task, run) for run in runs]
     assert metrics[0] == metrics[1]
     assert log_of(runs[0]) == log_of(runs[1])
-    for name in ("predictions.csv", "metrics.json", "config.json", "embeddings.npz", "best.pt"):
+    for name in ("predictions.csv", "metrics.json", "config.json", "embeddings.npz", "model.pt"):
         contents = [(run.path / name).read_bytes() for run in runs]
         assert contents[0] == contents[1], name
 
@@ -239,7 +239,14 @@ def test_seeds_start_from_different_weights(tiny: TrainConfig, tmp_path: Path) -
 def test_schedule_and_stop_follow_the_recipe(tiny: TrainConfig, tmp_path: Path) -> None:
     """Keras' callbacks give the logged learning rates and the last epoch from the same losses."""
     config = replace(
-        tiny, epochs=120, lr=0.1, lr_patience=2, lr_floor=4e-3, stop_patience=12, stop_delta=0.01
+        tiny,
+        epochs=120,
+        lr=0.1,
+        lr_patience=2,
+        lr_floor=4e-3,
+        stop_patience=12,
+        stop_delta=0.01,
+        select="loss",
     )
     run = RunFolder(tmp_path / "run")
     metrics = train(config, make_task(config), run)
@@ -259,27 +266,37 @@ def test_schedule_and_stop_follow_the_recipe(tiny: TrainConfig, tmp_path: Path) 
     assert max(waits[:-1]) < config.stop_patience
     assert len(log) < config.epochs, "the run never stopped early: nothing was tested"
     assert metrics["epochs"] == len(log)
-    assert metrics["best_epoch"] == losses.index(min(losses)) + 1
+    assert metrics["tested_epoch"] == losses.index(min(losses)) + 1
 
 
+@pytest.mark.parametrize("select", ["last", "ce", "accuracy", "loss"])
 @pytest.mark.parametrize("loss", BUILT_IN)
-def test_the_evaluated_model_is_that_of_the_lowest_validation_loss(
-    tiny: TrainConfig, tmp_path: Path, loss: str
+def test_the_tested_model_is_that_of_the_selected_epoch(
+    tiny: TrainConfig, tmp_path: Path, loss: str, select: str
 ) -> None:
-    config = replace(tiny, loss=loss, epochs=6, metric_weight=0.7, margin=0.8)
+    config = replace(tiny, loss=loss, epochs=6, metric_weight=0.7, margin=0.8, select=select)
     task = make_task(config)
     run = RunFolder(tmp_path / "run")
     metrics = train(config, task, run)
     trained = load_trained(run)
     output, labels = embed(trained.model, task.validation, trained.device)
     assert len(labels) <= config.batch_size  # one batch: its loss is that of the set
-    whole = functional.cross_entropy(output.logits, labels)
+    ce = whole = functional.cross_entropy(output.logits, labels)
     if loss != "ce":
-        whole += 0.7 * METRIC_LOSSES[loss](output.embeddings, labels)
+        whole = ce + 0.7 * METRIC_LOSSES[loss](output.embeddings, labels)
     log = log_of(run)
-    best = log[metrics["best_epoch"] - 1]
-    assert best["validation_loss"] == min(row["validation_loss"] for row in log)
-    assert best["validation_loss"] == pytest.approx(whole.item(), rel=1e-5)
+    tested = log[metrics["tested_epoch"] - 1]
+    expected = {
+        "last": log[-1]["epoch"],
+        "ce": min(log, key=lambda row: row["validation_ce"])["epoch"],
+        "accuracy": max(log, key=lambda row: row["validation_accuracy"])["epoch"],
+        "loss": min(log, key=lambda row: row["validation_loss"])["epoch"],
+    }
+    assert tested["epoch"] == expected[select]
+    assert tested["validation_ce"] == pytest.approx(ce.item(), rel=1e-5)
+    assert tested["validation_loss"] == pytest.approx(whole.item(), rel=1e-5)
+    right = (output.logits.argmax(dim=1) == labels).double().mean().item()
+    assert tested["validation_accuracy"] == pytest.approx(right)
     for row in log:
         metric = 0.0 if row["train_metric"] is None else row["train_metric"]
         assert (row["train_metric"] is None) == (loss == "ce")
@@ -355,12 +372,12 @@ def test_weights_that_are_not_finite_are_not_kept(tiny: TrainConfig, tmp_path: P
     learner = Learner(tiny, task, device)
     name, weights = next(iter(learner.model.named_parameters()))
     weights.data.view(-1)[0] = math.nan
-    reached = Progress()
-    reached.add({"validation_loss": 1.0}, learner.evaluated)
+    reached = Progress(tiny)
+    reached.add({"epoch": 1}, learner.evaluated)
     checkpoints = Checkpoints(RunFolder(tmp_path), learner, task.classes)
     with pytest.raises(UserError, match=f"{re.escape(name)} are not finite in epoch 1 .* --amp"):
-        checkpoints.save_best(reached)
-    assert not (tmp_path / "best.pt").exists()
+        checkpoints.save_model(reached)
+    assert not (tmp_path / "model.pt").exists()
 
 
 def test_only_the_first_bad_batch_counts(tiny: TrainConfig) -> None:

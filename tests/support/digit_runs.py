@@ -117,6 +117,6 @@ def write_run(
         classes=np.array(classes),
     )
     metrics = classification_metrics(labels[test], probabilities, classes)
-    finished = {**metrics, "best_epoch": len(log), "epochs": len(log)}
+    finished = {**metrics, "tested_epoch": len(log), "epochs": len(log)}
     (folder / "metrics.json").write_text(json.dumps(finished))
     return folder

@@ -254,7 +254,7 @@ def _run_row(run: Run) -> dict[str, Any]:
         "scheme": scheme_label(run.scheme),
         "seed": run.seed,
         "accuracy": f"{100 * run.metrics['accuracy']:.2f}" if run.finished else "not finished",
-        "best_epoch": run.metrics.get("best_epoch", "-"),
+        "tested_epoch": run.metrics.get("tested_epoch", "-"),
         "epochs": len(run.log),
     }
 

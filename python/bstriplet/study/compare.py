@@ -132,7 +132,7 @@ def train_missing(runs: Sequence[PreparedRun], folder: Path, say: Callable[[str]
         metrics = train(config, task, RunFolder(run_folder(folder, scheme, config.seed)))
         say(
             f"[{number}/{len(runs)}] {scheme_label(scheme)}, seed {config.seed}: test accuracy "
-            f"{metrics['accuracy']:.2%} (epoch {metrics['best_epoch']} of {metrics['epochs']})"
+            f"{metrics['accuracy']:.2%} (epoch {metrics['tested_epoch']} of {metrics['epochs']})"
         )
 
 

@@ -209,7 +209,7 @@ def verdicts(comparison: Comparison, summaries: Sequence[SchemeSummary]) -> list
 
 def runs_csv(comparison: Comparison) -> str:
     """One row per run, finished or not. Metrics are fractions of 1; empty means undefined."""
-    header = ("scheme", "loss", "batches", "seed", "finished", *METRICS, "best_epoch", "epochs")
+    header = ("scheme", "loss", "batches", "seed", "finished", *METRICS, "tested_epoch", "epochs")
     return to_csv(
         header,
         (
@@ -219,7 +219,7 @@ def runs_csv(comparison: Comparison) -> str:
                 run.scheme.batches,
                 run.seed,
                 run.finished,
-                *(run.metrics.get(name) for name in (*METRICS, "best_epoch")),
+                *(run.metrics.get(name) for name in (*METRICS, "tested_epoch")),
                 len(run.log),
             )
             for run in comparison.runs

@@ -36,10 +36,10 @@ from bstriplet.storage import write_atomic, write_json, write_text
 from bstriplet.text import utf8
 from bstriplet.training.metrics import classification_metrics
 from bstriplet.training.run_folder import (
-    BEST_FILE,
     EMBEDDINGS_FILE,
     METRICS_FILE,
     MISTAKES_FILE,
+    MODEL_FILE,
     PREDICTIONS_FILE,
     RunFolder,
 )
@@ -74,9 +74,9 @@ def choose_device(name: str) -> torch.device:
 
 
 def load_trained(run: RunFolder) -> TrainedModel:
-    """Return the evaluated model of a run: that of the lowest validation loss."""
+    """Return the tested model of a run."""
     config = run.config()
-    checkpoint = run.load(BEST_FILE, config)
+    checkpoint = run.load(MODEL_FILE, config)
     classes = tuple(checkpoint["classes"])
     channels = len(checkpoint["model"]["mean"])
     # A run trained on a GPU can be used without one.
@@ -112,7 +112,7 @@ def probabilities(logits: Tensor) -> npt.NDArray[np.float64]:
 
 
 def write_results(
-    run: RunFolder, trained: TrainedModel, task: Task, best_epoch: int, epochs: int
+    run: RunFolder, trained: TrainedModel, task: Task, tested_epoch: int, epochs: int
 ) -> dict[str, Any]:
     """Write predictions, mistakes, training embeddings and, last, metrics; return the metrics."""
     output, _ = embed(trained.model, task.test, trained.device)
@@ -132,7 +132,7 @@ def write_results(
     )
     write_atomic(run.path / EMBEDDINGS_FILE, buffer.getvalue())
     metrics = classification_metrics(task.test.labels, scores, task.classes)
-    metrics |= {"best_epoch": best_epoch, "epochs": epochs}
+    metrics |= {"tested_epoch": tested_epoch, "epochs": epochs}
     write_json(run.path / METRICS_FILE, metrics)
     return metrics
 

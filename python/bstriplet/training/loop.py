@@ -45,9 +45,9 @@ def check_models(config: TrainConfig) -> None:
 def train(config: TrainConfig, task: Task, run: RunFolder) -> Row:
     """Train a run to its end and return its metrics; a run with a checkpoint continues from it.
 
-    A finished run is not trained again. A folder that another process writes to is an error. The
-    evaluated model is that of the epoch with the lowest validation loss: the test set has no part
-    in the choice. Every random number is a function of ``config.seed`` and the epoch. On a CPU with
+    A finished run is not trained again. A folder that another process writes to is an error.
+    ``config.select`` names the epoch whose model is tested: the test set has no part in the choice.
+    Every random number is a function of ``config.seed`` and the epoch. On a CPU with
     the same number of threads, an interrupted and continued run therefore equals an uninterrupted
     one bit for bit.
     """
@@ -80,13 +80,13 @@ def _train(
     checkpoints = Checkpoints(run, learner, task.classes)
     progress = checkpoints.restore()
     if progress is None:
-        progress = Progress()
+        progress = Progress(config)
         write_json(run.path / ENVIRONMENT_FILE, describe_environment(device, task))
         write_json(run.path / CONFIG_FILE, config.to_dict())
     run.write_log(progress.history)
 
     with _bar(config, progress) as bar:
-        while not progress.finished(config):
+        while not progress.finished:
             epoch, started = len(progress.history) + 1, time.perf_counter()
             seed_everything(config.seed, epoch)
             train_epoch(feed.epoch(epoch), step, learner, training)
@@ -112,12 +112,14 @@ def _train(
             run.append_log(row)
             checkpoints.save(progress)
             bar.set_postfix(validation_loss=validation.loss, accuracy=validation.accuracy)
+                "validation_ce": validation.ce,
+                "validation_metric": validation.metric,
             bar.update()
 
-    checkpoints.save_best(progress)
-    learner.evaluated.load_state_dict(progress.best_weights)
+    checkpoints.save_model(progress)
+    learner.evaluated.load_state_dict(progress.tested_weights)
     trained = TrainedModel(learner.evaluated, task.classes, config, device)
-    return write_results(run, trained, task, progress.best_epoch, len(progress.history))
+    return write_results(run, trained, task, progress.tested_epoch, len(progress.history))
 
 
 def train_epoch(batches: Iterable[Batch], step: Step, learner: Learner, tally: Tally) -> None:

@@ -21,7 +21,7 @@ CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"
 LOG_FILE = "log.jsonl"
 LAST_FILE = "last.pt"
-BEST_FILE = "best.pt"
+MODEL_FILE = "model.pt"
 PREDICTIONS_FILE = "predictions.csv"
 EMBEDDINGS_FILE = "embeddings.npz"
 MISTAKES_FILE = "mistakes.npz"
@@ -38,7 +38,7 @@ _HELD_FILES = (
     CONFIG_FILE,
     LOG_FILE,
     LAST_FILE,
-    BEST_FILE,
+    MODEL_FILE,
     PREDICTIONS_FILE,
     MISTAKES_FILE,
     EMBEDDINGS_FILE,
@@ -144,7 +144,7 @@ class RunFolder:
     - ``environment.json``: versions, hardware and images.
     - ``log.jsonl``: one line per epoch.
     - ``last.pt``: the checkpoint from which the run continues.
-    - ``best.pt``: the evaluated model.
+    - ``model.pt``: the tested model.
     - ``predictions.csv``, ``mistakes.npz``: results on the test images.
     - ``embeddings.npz``: embeddings of the training images; hashes of training and validation
       images.
