@@ -18,12 +18,15 @@ from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 from bstriplet.config import (
+    PAPER,
+    STRONG,
     Scheme,
     TrainConfig,
     add_options,
     describe_difference,
     fields_of,
     given_options,
+    with_recipe,
 )
 from bstriplet.data.notes import on_screen
 from bstriplet.errors import UserError, one_line
@@ -213,6 +216,7 @@ def _parser() -> _Parser:
 
     train = commands.add_parser("train", help="train one model")
     _add_output(train)
+    _add_recipe(train, STRONG)
     add_options(train)
     train.set_defaults(run_command=_train)
 
@@ -226,6 +230,7 @@ def _parser() -> _Parser:
         f"(default: {' '.join(DEFAULT_SCHEMES)})",
     )
     _add_seeds(compare)
+    _add_recipe(compare, STRONG)
     add_options(compare, without=("loss", "batches", "seed"))
     compare.set_defaults(run_command=_compare)
 
@@ -249,6 +254,7 @@ def _parser() -> _Parser:
         help="values of m, each with each weight (default: the margin of train)",
     )
     _add_seeds(sweep)
+    _add_recipe(sweep, STRONG)
     sweep.add_argument(
         "--loss", default=argparse.SUPPRESS, help=f"weighted loss (default: {SWEPT_LOSS})"
     )
@@ -278,6 +284,7 @@ def _parser() -> _Parser:
         metavar="FOLDER",
         help="train nothing: draw from the finished runs of these compare folders",
     )
+    _add_recipe(reproduce, PAPER)
     add_options(reproduce, without=("loss", "batches", "seed"))
     reproduce.set_defaults(run_command=_reproduce)
 
@@ -338,6 +345,21 @@ def _add_seeds(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_recipe(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help=f"defaults of the options below: {PAPER}, those of section 3.1, or {STRONG}, under "
+        f"which cross entropy alone trains well (default: {default})",
+    )
+
+
+def _typed(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields that were typed, those of a typed recipe among them."""
+    given = given_options(options)
+    return given if options.recipe is None else with_recipe(options.recipe, given)
+
+
 def _add_run(parser: argparse.ArgumentParser, which: str) -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     parser.add_argument(
@@ -354,8 +376,8 @@ def _add_run(parser: argparse.ArgumentParser, which: str) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    given = given_options(options)
-    config = TrainConfig(**given)
+    given = _typed(options)
+    config = TrainConfig(**with_recipe(STRONG, given))
 
     from bstriplet.data.dataset import load_for, split_dataset
     from bstriplet.report import page
@@ -387,17 +409,13 @@ def _train(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> None:
     schemes = tuple(Scheme.parse(text) for text in options.schemes or ())
     default = tuple(Scheme.parse(text) for text in DEFAULT_SCHEMES)
-    _print(
-        *_run_experiment(
-            _experiment(options, given_options(options), schemes, default), options.out
-        )
-    )
+    _print(*_run_experiment(_experiment(options, _typed(options), schemes, default), options.out))
 
 
 def _sweep(options: argparse.Namespace) -> None:
     from bstriplet.study.sweep import sweep_schemes, write_tables
 
-    given = given_options(options)
+    given = _typed(options)
     typed = options.metric_weights or options.margins or {"loss", "batches"} & given.keys()
     default = sweep_schemes(
         given.pop("loss", SWEPT_LOSS),
@@ -420,7 +438,7 @@ def _experiment(
 
     ``schemes`` are the typed schemes; a new experiment without them has the ``default`` ones.
     """
-    config = TrainConfig(**given)
+    config = TrainConfig(**with_recipe(STRONG, given))
     seeds = tuple(options.seeds or ())
 
     from bstriplet.study.compare import Experiment, read_experiment, started
@@ -481,7 +499,7 @@ def _run_experiment(experiment: Any, folder: Path) -> list[str]:
 
 
 def _reproduce(options: argparse.Namespace) -> None:
-    given = given_options(options)
+    given = _typed(options)
 
     from bstriplet.report import page
     from bstriplet.report.reproduce import draw_targets, targets_named, train_targets

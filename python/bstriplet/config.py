@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_type_hints
 
 from bstriplet.errors import UserError, unknown_name
@@ -15,12 +16,12 @@ DIGITS = "digits"
 MEDMNIST = "medmnist:"
 OTHER_LOSS = re.compile(r"ce\+[A-Z].*")  # a class of pytorch-metric-learning
 BATCHES = ("random", "mined")
-IMAGE_SIZE = 128
 COPIES = "copies"
 ONLINE = "symmetries+shifts"
 AUGMENT_KINDS = ("symmetries", "flips", "shifts", "rotations", "scales", "brightness")
 _KIND = f"(?:{'|'.join(AUGMENT_KINDS)})"
 _KINDS = re.compile(rf"{_KIND}(\+{_KIND})*")
+IMAGE_SIZE = 128
 MAX_PIXELS = 178_956_970  # Pillow's default limit, beyond which it raises DecompressionBombError
 DIGITS_IMAGE_SIZE = 32
 
@@ -152,7 +153,6 @@ class TrainConfig:
     margin: float = _option(
         "loss", 0.9, "margin of the BSTriplet loss (m of Eq. 3)", minimum=0, maximum=1
     )
-    class_weights: str = _option(
     similarity: str = _option(
         "loss",
         "square",
@@ -165,6 +165,7 @@ class TrainConfig:
         "sign of the negatives' mean in Eq. 3: corrected (plus), or as printed (minus)",
         choices=("corrected", "printed"),
     )
+    class_weights: str = _option(
         "loss",
         "none",
         "weights of the classes in cross entropy; balanced: in inverse proportion to their sizes",
@@ -243,7 +244,6 @@ class TrainConfig:
     stop_delta: float = _option(
         "recipe", 1e-4, "smallest fall of the validation loss that counts as better", minimum=0
     )
-    ema: float = _option(
     select: str = _option(
         "recipe",
         "last",
@@ -251,6 +251,7 @@ class TrainConfig:
         "entropy (ce), by accuracy, or by the minimised loss, which has the metric term",
         choices=("last", "ce", "accuracy", "loss"),
     )
+    ema: float = _option(
         "recipe",
         0.0,
         "decay per step of averaged weights, which are then validated and kept; 0: none",
@@ -288,6 +289,9 @@ class TrainConfig:
             )
         if self.data != DIGITS and not self.data.startswith(MEDMNIST):
             object.__setattr__(self, "data", str(Path(self.data).expanduser().absolute()))
+        kinds = self.augment.split("+")
+        if len(set(kinds)) < len(kinds):
+            raise UserError(f"--augment: {self.augment} is not allowed; give each kind once")
         if self.warmup_epochs >= self.epochs:
             raise UserError(
                 f"--warmup-epochs: {self.warmup_epochs} is not allowed; it must be less than "
@@ -311,14 +315,48 @@ class TrainConfig:
             if name not in known:
                 raise unknown_name(f"{source}: configuration field", name, known)
         if missing := [name for name in known if name not in values]:
-        kinds = self.augment.split("+")
-        if len(set(kinds)) < len(kinds):
-            raise UserError(f"--augment: {self.augment} is not allowed; give each kind once")
             raise UserError(
                 f"{source} has no field {missing[0]}: it is damaged, or another version of "
                 "bstriplet wrote it; restore it, or begin anew in another folder"
             )
         return cls(**values)
+
+
+PAPER, STRONG = "paper", "strong"
+_STRONG: Mapping[str, Any] = MappingProxyType(
+    {
+        "augment": "flips+shifts+rotations+scales+brightness",
+        "epochs": 40,
+        "optimiser": "adamw",
+        "weight_decay": 0.05,
+        "lr": 4e-3,
+        "schedule": "cosine",
+        "warmup_epochs": 5,
+        "stop_patience": 0,
+        "select": "last",
+    }
+)
+_WARM_UP_SHARE = 8
+RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        PAPER: MappingProxyType({name: getattr(TrainConfig, name) for name in _STRONG}),
+        STRONG: _STRONG,
+    }
+)
+"""Fields that are set together, by name: section 3.1 of the paper, or what trains CE well."""
+
+
+def with_recipe(recipe: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a recipe and those ``given``, which come first.
+
+    The strong recipe's rate rises in the first eighth of the epochs, however many are given.
+    """
+    if recipe not in RECIPES:
+        raise unknown_name("--recipe", recipe, RECIPES)
+    fields_of_it = dict(RECIPES[recipe])
+    if recipe == STRONG and isinstance(given.get("epochs"), int):
+        fields_of_it["warmup_epochs"] = given["epochs"] // _WARM_UP_SHARE
+    return fields_of_it | dict(given)
 
 
 class Scheme(Mapping[str, Any]):
@@ -473,7 +511,7 @@ def add_options(
         if item.metadata["choices"] and not item.metadata["or_like"]:
             text += f": {', '.join(item.metadata['choices'])}"
         if "default:" not in text:
-            text += f" (default: {item.default})"
+            text += f" ({_defaults(item.name)})"
         group.add_argument(
             flag(item.name),
             type=types[item.name],
@@ -481,6 +519,15 @@ def add_options(
             default=argparse.SUPPRESS,
             help=text,
         )
+
+
+def _defaults(name: str) -> str:
+    """Return a field's default, or one for each recipe, for the help."""
+    default = getattr(TrainConfig, name)
+    of_recipes = {recipe: values.get(name, default) for recipe, values in RECIPES.items()}
+    if len(set(of_recipes.values())) == 1:
+        return f"default: {default}"
+    return "default: " + ", ".join(f"{value} ({recipe})" for recipe, value in of_recipes.items())
 
 
 def given_options(namespace: argparse.Namespace) -> dict[str, Any]:

@@ -301,7 +301,7 @@ def test_bad_options(
         (["--schemes", "ce+bts:mined"], ["ce+bts:mined", "did you mean 'ce+bst'"]),
         (["--schemes", "ce"], ["scheme 'ce'", "LOSS:BATCHES"]),
         (["--schemes", "ce:mined", "ce:mined"], ["--schemes", "twice"]),
-        (["--schemes", "ce:mined", "ce:mined:lr=0.001"], ["--schemes", "the same run", "twice"]),
+        (["--schemes", "ce:mined", "ce:mined:lr=0.002"], ["--schemes", "the same run", "twice"]),
         (
             ["--schemes", "ce:mined:ema=0.5:lr=1", "ce:mined:lr=1:ema=0.5"],
             ["--schemes", "the same run", "twice"],
@@ -348,7 +348,7 @@ def unfinished(run: Path) -> Path:
 @pytest.mark.parametrize("spoil", ["cut", "noise", "empty", "other", "pickle"])
 def test_a_corrupted_checkpoint(run_copy: Path, bstriplet: Command, spoil: str) -> None:
     unfinished(run_copy)
-    for name in ("last.pt", "best.pt"):
+    for name in ("last.pt", "model.pt"):
         whole = (run_copy / name).read_bytes()
         spoiled = {
             "cut": whole[: len(whole) // 2],
@@ -364,20 +364,20 @@ def test_a_corrupted_checkpoint(run_copy: Path, bstriplet: Command, spoil: str) 
     before = snapshot(run_copy)
     resumed = bstriplet("train", "--out", run_copy, "--resume")
     one_clear_line(resumed, run_copy / "last.pt")
-    one_clear_line(bstriplet("evaluate", "--run", run_copy), run_copy / "best.pt")
+    one_clear_line(bstriplet("evaluate", "--run", run_copy), run_copy / "model.pt")
     assert snapshot(run_copy) == before
 
 
 def test_a_checkpoint_from_another_configuration(run_copy: Path, bstriplet: Command) -> None:
     unfinished(run_copy)
-    for name in ("last.pt", "best.pt"):
+    for name in ("last.pt", "model.pt"):
         checkpoint = load_checkpoint(run_copy / name)
         checkpoint["config"]["margin"] = 0.5
         save_checkpoint(run_copy / name, checkpoint)
     before = snapshot(run_copy)
     words = ("another configuration", "margin (0.9 here, 0.5 there)")
     one_clear_line(bstriplet("train", "--out", run_copy, "--resume"), run_copy / "last.pt", *words)
-    one_clear_line(bstriplet("evaluate", "--run", run_copy), run_copy / "best.pt", *words)
+    one_clear_line(bstriplet("evaluate", "--run", run_copy), run_copy / "model.pt", *words)
     assert snapshot(run_copy) == before
 
 
@@ -451,8 +451,8 @@ def test_a_run_on_a_gpu_is_evaluated_without_one(
     on_cpu = bstriplet("evaluate", "--run", run_copy)
     config = json.loads((run_copy / "config.json").read_text()) | {"device": "cuda"}
     (run_copy / "config.json").write_text(json.dumps(config))
-    checkpoint = torch.load(run_copy / "best.pt", weights_only=True)
-    torch.save(checkpoint | {"config": config}, run_copy / "best.pt")
+    checkpoint = torch.load(run_copy / "model.pt", weights_only=True)
+    torch.save(checkpoint | {"config": config}, run_copy / "model.pt")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bstriplet("evaluate", "--run", run_copy) == on_cpu
     assert on_cpu.status == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bstriplet.config import Scheme, TrainConfig
+from bstriplet.config import PAPER, STRONG, Scheme, TrainConfig, with_recipe
 from bstriplet.data.dataset import ImageSet, Task
 from bstriplet.report import page
 from bstriplet.study import compare as compare_module
@@ -71,7 +71,7 @@ def test_resume_trains_only_what_is_missing(
     times = {path: path.stat().st_mtime_ns for path in out.rglob("seed-0/*.*")}
     compare(experiment, out, said.append)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("seed-0/*.*")} == times
-    for name in ("predictions.csv", "metrics.json", "embeddings.npz", "best.pt"):
+    for name in ("predictions.csv", "metrics.json", "embeddings.npz", "model.pt"):
         for path in (tmp_path / "whole").rglob(name):
             assert path.read_bytes() == (out / path.relative_to(tmp_path / "whole")).read_bytes()
 
@@ -182,3 +182,38 @@ def test_the_demo_names_the_mean_accuracy_of_a_linear_model_over_seeds(
     line = linear_model(Experiment(tiny, SCHEMES, (0, 1)), tmp_path)
     assert line.endswith("test accuracy 87.50%")
     assert (tmp_path / "linear.csv").read_text() == "seed,accuracy\n0,1.0\n1,0.75\n"
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("command", "recipe"),
+    [
+        (["train"], STRONG),
+        (["compare", "--schemes", "ce:random", "--seeds", "0"], STRONG),
+        (["sweep", "--metric-weights", "1", "--seeds", "0"], STRONG),
+        (["reproduce", "figure6", "--seeds", "1"], PAPER),
+    ],
+)
+def test_a_command_starts_from_its_recipe_or_the_one_that_is_typed(
+    tmp_path: Path, bstriplet: Command, command: list[str], recipe: str
+) -> None:
+    typed, other = tiny_flags(epochs=1), PAPER if recipe == STRONG else STRONG
+    for out, words, expected in (("own", [], recipe), ("other", ["--recipe", other], other)):
+        assert bstriplet(*command, *typed, *words, "--out", tmp_path / out).status == 0
+        (config, *_) = (json.loads(p.read_text()) for p in (tmp_path / out).rglob("config.json"))
+        fields = with_recipe(expected, {"epochs": 1})
+        assert {name: config[name] for name in fields} == fields
+
+
+def test_another_recipe_is_not_mixed_in(tmp_path: Path, bstriplet: Command) -> None:
+    out = tmp_path / "run"
+    assert bstriplet("train", *tiny_flags(epochs=1), "--out", out).status == 0
+    again = bstriplet("train", "--recipe", "paper", "--out", out, "--resume")
+    assert again.status == 2
+    assert "optimiser ('adam' here, 'adamw' there)" in again.err
+    assert bstriplet("train", "--out", out, "--resume").status == 0
+    same = bstriplet("train", "--recipe", "strong", "--epochs", 1, "--out", out, "--resume")
+    assert same.status == 0
+    unknown = bstriplet("train", "--recipe", "papers", "--out", tmp_path / "new")
+    assert (unknown.status, "did you mean 'paper'" in unknown.err) == (2, True)
+    assert not (tmp_path / "new").exists()

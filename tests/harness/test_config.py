@@ -4,7 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +12,15 @@ from bstriplet import loss_registry
 from bstriplet.config import (
     AUGMENT_KINDS,
     BATCHES,
+    PAPER,
+    RECIPES,
+    STRONG,
     Scheme,
     TrainConfig,
     add_options,
     describe_difference,
     given_options,
+    with_recipe,
 )
 from bstriplet.errors import UserError
 from bstriplet.loss_registry import BUILT_IN
@@ -87,8 +91,35 @@ def test_defaults_are_section_3_1_of_the_paper() -> None:
     assert config.validation == "train"
     assert (config.optimiser, config.schedule, config.weight_decay) == ("adam", "plateau", 0)
     assert (config.augment, config.amp, config.ema) == ("none", False, 0)
+    assert (config.select, config.similarity, config.eq3) == ("last", "square", "corrected")
     assert (config.class_weights, config.label_smoothing) == ("none", 0)
     assert config == parsed(["--data", "folder"])
+
+
+def test_recipes_set_the_same_fields_and_what_is_given_comes_first() -> None:
+    assert set(RECIPES) == {PAPER, STRONG}
+    assert RECIPES[PAPER].keys() == RECIPES[STRONG].keys()
+    assert TrainConfig(**with_recipe(PAPER, {})) == TrainConfig()
+    assert with_recipe(PAPER, {"epochs": 3}) == {**RECIPES[PAPER], "epochs": 3}
+    strong = TrainConfig(**with_recipe(STRONG, {"lr": 0.5, "batch_size": 6}))
+    assert strong == replace(TrainConfig(), **{**RECIPES[STRONG], "lr": 0.5, "batch_size": 6})
+    with pytest.raises(UserError, match=r"--recipe: .*'stong'; did you mean 'strong'\?"):
+        with_recipe("stong", {})
+
+
+@pytest.mark.parametrize(("epochs", "warm_up"), [(1, 0), (7, 0), (8, 1), (40, 5), (200, 25)])
+def test_the_strong_recipe_warms_up_for_an_eighth_of_the_epochs(epochs: int, warm_up: int) -> None:
+    config = TrainConfig(**with_recipe(STRONG, {"epochs": epochs}))
+    assert (config.epochs, config.warmup_epochs) == (epochs, warm_up)
+    assert with_recipe(STRONG, {"epochs": epochs, "warmup_epochs": 0})["warmup_epochs"] == 0
+
+
+def test_help_names_the_default_of_each_recipe() -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    text = " ".join(parser.format_help().split())
+    assert "initial learning rate (default: 0.001 (paper)" in text
+    assert "lowest learning rate (default: 1e-08)" in text
 
 
 def test_every_field_has_help_and_a_flag() -> None:
@@ -130,6 +161,13 @@ def test_only_typed_options_are_given() -> None:
         ("optimiser", "adm"),
         ("schedule", "cosin"),
         ("augment", "copy"),
+        ("augment", "flips+"),
+        ("augment", "flips+copies"),
+        ("augment", "flips+shifts+flips"),
+        ("select", "best"),
+        ("stop_patience", -1),
+        ("similarity", "cosine"),
+        ("eq3", "plus"),
         ("warmup_epochs", 400),
         ("weight_decay", -0.1),
         ("label_smoothing", 1.0),
@@ -161,13 +199,6 @@ def test_an_unknown_field_of_a_file_is_an_error() -> None:
 @given(st.sampled_from(list(BUILT_IN)), st.sampled_from(BATCHES))
 @settings(derandomize=True)
 def test_schemes_read_as_they_are_written(loss: str, batches: str) -> None:
-        ("augment", "flips+"),
-        ("augment", "flips+copies"),
-        ("augment", "flips+shifts+flips"),
-        ("select", "best"),
-        ("stop_patience", -1),
-        ("similarity", "cosine"),
-        ("eq3", "plus"),
     scheme = Scheme(loss, batches)
     assert Scheme.parse(str(scheme)) == scheme
 

@@ -60,13 +60,13 @@ def contents(folder: Path) -> dict[str, Any]:
     for name in (
         run_folder.LOG_FILE,
         run_folder.LAST_FILE,
-        run_folder.BEST_FILE,
+        run_folder.MODEL_FILE,
         run_folder.LOCK_FILE,
     ):
         files.pop(name, None)
     log = read_log(RunFolder(folder))
     last, best = (
-        load_checkpoint(folder / name) for name in (run_folder.LAST_FILE, run_folder.BEST_FILE)
+        load_checkpoint(folder / name) for name in (run_folder.LAST_FILE, run_folder.MODEL_FILE)
     )
     last["history"] = untimed(last["history"])
     return {"files": files, "log": untimed(log), "last": flat(last), "best": flat(best)}
@@ -283,7 +283,8 @@ def test_a_stopped_run_says_how_to_continue_and_continues(
     tmp_path: Path, bstriplet: Command, stop: signal.Signals
 ) -> None:
     out = tmp_path / "run"
-    command = ["train", *tiny_flags(epochs=400), "--stop-patience", "400", "--out", str(out)]
+    command = ["train", "--recipe", "paper", *tiny_flags(epochs=400), "--out", str(out)]
+    command += ["--stop-patience", "0"]
     process = forked(command_line, command, tmp_path / "error")
     process.start()
     try:
@@ -364,7 +365,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_continues(
         [
             *("unshare", "--user", "--map-root-user", "--mount", sys.executable),
             *(full_disk.__file__, tmp_path / "disk", tmp_path / "cut"),
-            *(str(round(1.5 * checkpoint)), *tiny_flags(epochs=3), "--loss", "ce+bst"),
+            *(str(round(1.5 * checkpoint)), "--recipe", "paper", *tiny_flags(epochs=3)),
+            *("--loss", "ce+bst"),
             *("--batches", "mined"),
         ],
         capture_output=True,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from bstriplet.config import DIGITS, Scheme, TrainConfig
+from bstriplet.config import DIGITS, STRONG, Scheme, TrainConfig, with_recipe
 from bstriplet.data.dataset import ImageSet
 from bstriplet.storage import write_text
 from bstriplet.study.compare import Experiment, Tasks
@@ -34,19 +34,14 @@ def demo_experiment(data: str) -> Experiment:
     special: dict[str, Any] = {"image_size": 64, "epochs": 120}
     if data == DIGITS:
         special = {"image_size": 32, "epochs": 60, "lr": 3e-3, "ema": 0.95}
-    config = TrainConfig(
-        data=data,
-        train_per_class=20,
-        test_fraction=0.5,
-        backbone="test_resnet",
-        augment="shifts",
-        optimiser="adamw",
-        weight_decay=0.05,
-        schedule="cosine",
-        warmup_epochs=5,
-        stop_patience=special["epochs"],
-        **special,
-    )
+    settings = {
+        "data": data,
+        "train_per_class": 20,
+        "test_fraction": 0.5,
+        "backbone": "test_resnet",
+        "augment": "shifts",
+    }
+    config = TrainConfig(**with_recipe(STRONG, settings | special))
     return Experiment(config, SCHEMES, SEEDS)
 
 
