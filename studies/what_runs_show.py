@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 from bstriplet.storage import write_text
-from bstriplet.study.read_runs import Embeddings, Run, read_comparison
+from bstriplet.study.read_runs import Run, read_comparison
 from bstriplet.study.statistics import p_value, paired_test, to_csv
+from numpy.typing import NDArray
 
 BASELINE = "ce:random"
 TESTED = ("accuracy", "auc", "specificity", "validation_accuracy")
@@ -36,12 +37,12 @@ def row_of(run: Run) -> dict[str, Any]:
         "validation_accuracy": kept["validation_accuracy"],
         "first_metric": run.log[0]["train_metric"],
         "last_metric": run.log[-1]["train_metric"],
-        **_cosines(run.embeddings),
+        **cosine_measures(run.embeddings.vectors, run.embeddings.labels),
     }
 
 
-def _cosines(embeddings: Embeddings) -> dict[str, float]:
-    vectors, labels = embeddings.vectors, embeddings.labels
+def cosine_measures(vectors: NDArray[np.float32], labels: NDArray[np.int64]) -> dict[str, float]:
+    """Share of negative cosines and mean square, of all pairs within classes and between them."""
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     cosines = unit @ unit.T
     same = labels[:, None] == labels[None, :]

@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from itertools import islice
 
@@ -33,6 +33,8 @@ from bstriplet.training.seeds import reproducible, seed_everything
 from bstriplet.training.step import make_step
 from bstriplet.training.tally import Tally
 
+Observe = Callable[[Learner, int], Row]
+
 
 def check_models(config: TrainConfig) -> None:
     """Raise if the backbone, its embedding layer or the loss does not exist."""
@@ -42,7 +44,7 @@ def check_models(config: TrainConfig) -> None:
     check_loss(config.loss)
 
 
-def train(config: TrainConfig, task: Task, run: RunFolder) -> Row:
+def train(config: TrainConfig, task: Task, run: RunFolder, observe: Observe | None = None) -> Row:
     """Train a run to its end and return its metrics; a run with a checkpoint continues from it.
 
     A finished run is not trained again. A folder that another process writes to is an error.
@@ -50,6 +52,14 @@ def train(config: TrainConfig, task: Task, run: RunFolder) -> Row:
     Every random number is a function of ``config.seed`` and the epoch. On a CPU with
     the same number of threads, an interrupted and continued run therefore equals an uninterrupted
     one bit for bit.
+
+    Args:
+        config: the configuration.
+        task: its images.
+        run: the folder of the run.
+        observe: called with the learner and the number of the epoch after each epoch, before the
+            learning rate changes; what it returns joins the epoch's line of the log. It must leave
+            the learner as it is.
     """
     with locked_folder(run.path):
         run.check_config(config)
@@ -102,18 +112,20 @@ def _train(
                 "train_metric": training.metric,
                 "train_accuracy": training.accuracy,
                 "validation_loss": validation.loss,
+                "validation_ce": validation.ce,
+                "validation_metric": validation.metric,
                 "validation_accuracy": validation.accuracy,
                 "lr": learner.optimiser.param_groups[0]["lr"],
                 "seconds": time.perf_counter() - started,
                 "images_per_second": training.n_images / train_seconds,
             }
+            if observe:
+                row |= observe(learner, epoch)
             learner.schedule(training.loss)
             progress.add(row, learner.evaluated)
             run.append_log(row)
             checkpoints.save(progress)
             bar.set_postfix(validation_loss=validation.loss, accuracy=validation.accuracy)
-                "validation_ce": validation.ce,
-                "validation_metric": validation.metric,
             bar.update()
 
     checkpoints.save_model(progress)
