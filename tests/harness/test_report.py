@@ -14,7 +14,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from bstriplet import cli
-from bstriplet.config import Scheme, given_options
+from bstriplet.config import STRONG, Scheme, TrainConfig, given_options, with_recipe
 from bstriplet.errors import UserError
 from bstriplet.report import figures
 from bstriplet.report import page as report
@@ -415,7 +415,8 @@ def test_the_report_stands_alone_and_holds_every_part(compare_folder):
         "seed 0, 1, 2",
         "python 3.11",
         "packages torch: 2.14, timm: 1.0",
-        "bstriplet compare --schemes ce:random ce+bst:mined --seeds 0 1 2 --backbone mlp",
+        "bstriplet compare --schemes ce:random ce+bst:mined --seeds 0 1 2 --recipe paper --backbone "
+        "mlp",
         "Images 0 1 2 Total train 8 8 8 24 validation",
         "data.notes none",
     ):
@@ -432,7 +433,10 @@ def test_a_single_run_has_a_report(finished, tmp_path):
     assert "CE+BST (DM), seed 1" in text
     assert f"{100 * json.loads((run / 'metrics.json').read_text())['accuracy']:.2f}" in text
     assert len(page.alternatives) == 4 + 2 + 2
-    assert "bstriplet train --backbone mlp --loss ce+bst --batches mined --seed 1" in text
+    assert (
+        "bstriplet train --recipe paper --backbone mlp --loss ce+bst --batches mined --seed 1"
+        in text
+    )
     assert "against CE (RS)" not in text
 
 
@@ -442,6 +446,29 @@ def test_the_command_of_a_report_has_options_that_are_switched_on_and_off(tmp_pa
     assert command.endswith("--amp --no-channels-last")
     options = cli._parser().parse_args([*shlex.split(command)[1:], "--out", "again"])
     assert given_options(options) == {"backbone": "mlp", "amp": True, "channels_last": False}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "--recipe paper --backbone mlp"),
+        (with_recipe(STRONG, {}), "--recipe strong --backbone mlp"),
+        (with_recipe(STRONG, {"epochs": 80}), "--recipe strong --backbone mlp --epochs 80"),
+        (
+            with_recipe(STRONG, {"warmup_epochs": 3}),
+            "--recipe strong --backbone mlp --warmup-epochs 3",
+        ),
+        ({"augment": "copies"}, "--recipe paper --backbone mlp --augment copies"),
+    ],
+)
+def test_the_command_of_a_report_makes_the_same_configuration(tmp_path, settings, words):
+    write_run(tmp_path / "run", Scheme("ce", "random", **settings), 0)
+    comparison = read_runs.read_comparison(tmp_path / "run")
+    command = report._command(comparison)
+    assert command == f"bstriplet train {words}"
+    options = cli._parser().parse_args([*shlex.split(command)[1:], "--out", "again"])
+    made = TrainConfig(**with_recipe(options.recipe, given_options(options)))
+    assert made.to_dict() == comparison.runs[0].config
 
 
 def test_a_report_is_replaced_whole_and_leaves_no_other_file(tmp_path, monkeypatch):

@@ -73,6 +73,8 @@ def write_run(
                 "train_metric": None,
                 "train_accuracy": network.score(images[train], labels[train]),
                 "validation_loss": losses["validation"],
+                "validation_ce": losses["validation"],
+                "validation_metric": None,
                 "validation_accuracy": network.score(images[validation], labels[validation]),
                 "lr": step,
                 "seconds": 0.01,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, Template
 
-from bstriplet.config import TrainConfig, flag
+from bstriplet.config import RECIPES, TrainConfig, flag, with_recipe
 from bstriplet.report.figures import DARK, Picture, looks, pictures
 from bstriplet.report.reproduce import FEW_SEEDS, Reproduction
 from bstriplet.storage import cannot_write, write_text
@@ -283,8 +283,9 @@ def _notes(comparison: Comparison, summaries: Sequence[SchemeSummary]) -> list[s
         )
     if any(run.config["validation"] == "test" for run in comparison.runs):
         notes.append(
-            "Validation images were part of the test set, as in the paper. The epoch was thus "
-            "chosen with their help, and the test numbers are too good by an unknown amount."
+            "Validation images were part of the test set, as in the paper. Where they decided when "
+            "training stopped, or which epoch was tested, the test numbers are too good by an "
+            "unknown amount."
         )
     absent = _absent_classes(comparison.finished)
     if absent:
@@ -309,16 +310,25 @@ def _absent_classes(runs: Iterable[Run]) -> list[str]:
 
 
 def _command(comparison: Comparison) -> str:
-    """The command that makes these runs, with every option that differs from its default."""
+    """The command that makes these runs: the recipe nearest to theirs, and what differs from it."""
     if not comparison.runs:
         return ""
     config = comparison.runs[0].config
-    defaults = TrainConfig(data=config["data"]).to_dict() | {"data": TrainConfig.data}
     varied = {"seed", *(name for scheme in comparison.schemes for name in scheme)}
     words = ["bstriplet", "compare", "--schemes", *map(str, comparison.schemes)]
     words += ["--seeds", *map(str, comparison.seeds)]
     if len(comparison.schemes) == len(comparison.seeds) == 1:
         words, varied = ["bstriplet", "train"], set()
+    written = [_options(recipe, config, varied) for recipe in RECIPES]
+    return shlex.join([*words, *min(written, key=len)])
+
+
+def _options(recipe: str, config: dict[str, Any], varied: set[str]) -> list[str]:
+    """The options that give ``config``, except its ``varied`` fields, from a recipe."""
+    given = {name: config[name] for name in ("data", "epochs")}
+    defaults = TrainConfig(**with_recipe(recipe, given)).to_dict()
+    defaults |= {"data": TrainConfig.data, "epochs": RECIPES[recipe]["epochs"]}
+    words = ["--recipe", recipe]
     for name, default in defaults.items():
         value = config[name]
         if value == default or name in varied:
@@ -327,7 +337,7 @@ def _command(comparison: Comparison) -> str:
             words.append(flag(name) if value else flag(name).replace("--", "--no-", 1))
         else:
             words += [flag(name), str(value)]
-    return shlex.join(words)
+    return words
 
 
 def _images(comparison: Comparison) -> dict[str, Any]:

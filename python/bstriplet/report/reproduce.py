@@ -376,7 +376,7 @@ def _has(run: Run, wanted: Mapping[str, Any]) -> bool:
 
 def _notes(target: Target, comparison: Comparison) -> list[str]:
     """Reservations that a reader who compares these runs with the paper should know."""
-    notes = [*comparison.gaps()] if comparison.seeds else ["No run has been made for it yet."]
+    notes = [*comparison.gaps()] if comparison.seeds else [_no_run(target)]
     if not comparison.finished:
         return notes
     notes += data_notes(target.data_set, comparison)
@@ -401,6 +401,16 @@ def _notes(target: Target, comparison: Comparison) -> list[str]:
             if sentence.startswith(f"Table {target.table}:")
         ]
     return notes
+
+
+def _no_run(target: Target) -> str:
+    """A sentence for a target of which no run is there."""
+    wanted = _wanted(target.schemes[0], None)
+    settings = " ".join(f"{flag(name)} {value}" for name, value in wanted.items())
+    return (
+        f"No run has been made for it yet: none that is there has {settings}. The recipe of the "
+        "paper is bstriplet compare --recipe paper."
+    )
 
 
 def data_notes(name: str, comparison: Comparison) -> list[str]:
