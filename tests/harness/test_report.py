@@ -415,8 +415,8 @@ def test_the_report_stands_alone_and_holds_every_part(compare_folder):
         "seed 0, 1, 2",
         "python 3.11",
         "packages torch: 2.14, timm: 1.0",
-        "bstriplet compare --schemes ce:random ce+bst:mined --seeds 0 1 2 --recipe paper --backbone "
-        "mlp",
+        "bstriplet compare --schemes ce:random ce+bst:mined --seeds 0 1 2 --recipe paper",
+        "--recipe paper --backbone mlp",
         "Images 0 1 2 Total train 8 8 8 24 validation",
         "data.notes none",
     ):
