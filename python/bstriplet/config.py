@@ -349,13 +349,17 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 def with_recipe(recipe: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a recipe and those ``given``, which come first.
 
-    The strong recipe's rate rises in the first eighth of the epochs, however many are given.
+    Two fields of the strong recipe depend on what is given. The learning rate rises in the first
+    eighth of the epochs, however many these are; and digits are not flipped, which would make
+    others of them.
     """
     if recipe not in RECIPES:
         raise unknown_name("--recipe", recipe, RECIPES)
     fields_of_it = dict(RECIPES[recipe])
     if recipe == STRONG and isinstance(given.get("epochs"), int):
         fields_of_it["warmup_epochs"] = given["epochs"] // _WARM_UP_SHARE
+    if recipe == STRONG and given.get("data", DIGITS) == DIGITS:
+        fields_of_it["augment"] = fields_of_it["augment"].replace("flips+", "")
     return fields_of_it | dict(given)
 
 

@@ -4,7 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -101,10 +101,19 @@ def test_recipes_set_the_same_fields_and_what_is_given_comes_first() -> None:
     assert RECIPES[PAPER].keys() == RECIPES[STRONG].keys()
     assert TrainConfig(**with_recipe(PAPER, {})) == TrainConfig()
     assert with_recipe(PAPER, {"epochs": 3}) == {**RECIPES[PAPER], "epochs": 3}
-    strong = TrainConfig(**with_recipe(STRONG, {"lr": 0.5, "batch_size": 6}))
-    assert strong == replace(TrainConfig(), **{**RECIPES[STRONG], "lr": 0.5, "batch_size": 6})
+    typed = {"data": "folder", "lr": 0.5, "batch_size": 6}
+    strong = TrainConfig(**with_recipe(STRONG, typed))
+    assert strong == TrainConfig(**{**RECIPES[STRONG], **typed})
     with pytest.raises(UserError, match=r"--recipe: .*'stong'; did you mean 'strong'\?"):
         with_recipe("stong", {})
+
+
+def test_digits_are_not_flipped() -> None:
+    for typed in ({}, {"data": "digits"}):
+        assert with_recipe(STRONG, typed)["augment"] == "shifts+rotations+scales+brightness"
+    assert with_recipe(STRONG, {"augment": "flips"})["augment"] == "flips"
+    assert with_recipe(STRONG, {"data": "cells"})["augment"].startswith("flips+shifts")
+    assert with_recipe(PAPER, {})["augment"] == "none"
 
 
 @pytest.mark.parametrize(("epochs", "warm_up"), [(1, 0), (7, 0), (8, 1), (40, 5), (200, 25)])

@@ -146,7 +146,7 @@ def test_each_part_is_an_experiment_under_the_strong_recipe(tmp_path):
     for name, part in run.PARTS.items():
         experiment = part.experiment(tmp_path)
         assert len(run.jobs_of(name, tmp_path, tmp_path)) == len(experiment.runs())
-        fields = with_recipe(STRONG, {**part.settings})
+        fields = with_recipe(STRONG, {"data": str(tmp_path), **part.settings})
         assert fields.items() <= experiment.config.to_dict().items()
     assert {str(scheme) for scheme in run.PARTS["primary"].schemes} == {
         "ce:random", "ce+bst:random", "ce+bst:mined",
