@@ -5,6 +5,7 @@ import json
 import math
 import re
 import tracemalloc
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,12 @@ from bstriplet.errors import UserError
 from bstriplet.loss_registry import BUILT_IN
 from bstriplet.models.classifier import Classifier, Output
 from bstriplet.training import loop
-from bstriplet.training.batches import Feed, RandomBatchSampler, make_sampler
+from bstriplet.training.batches import (
+    Feed,
+    RandomBatchSampler,
+    make_sampler,
+    make_validation_batches,
+)
 from bstriplet.training.evaluation import embed, load_trained
 from bstriplet.training.learner import Learner, grey_level_statistics
 from bstriplet.training.loop import check_models, train
@@ -76,19 +82,28 @@ def test_stalled_epochs_are_counted_as_keras_does(losses: list[float], delta: fl
 
 @given(n=st.integers(2, 200), batch_size=st.integers(2, 50), seed=st.integers(0, 99))
 @settings(derandomize=True)
-def test_random_batches_are_an_epoch_without_a_batch_of_one(
-    n: int, batch_size: int, seed: int
-) -> None:
+def test_random_batches_are_full_and_hold_every_image(n: int, batch_size: int, seed: int) -> None:
     sampler = RandomBatchSampler(n, batch_size, seed)
     sampler.set_epoch(3)
     batches = list(sampler)
-    assert sorted(index for batch in batches for index in batch) == list(range(n))
-    assert len(batches) == len(sampler)
-    assert all(2 <= len(batch) <= batch_size + 1 for batch in batches)
-    assert all(len(batch) >= batch_size for batch in batches[:-1])
+    assert {len(batch) for batch in batches} == {min(n, batch_size)}
+    assert all(len(set(batch)) == len(batch) for batch in batches)
+    times = Counter(index for batch in batches for index in batch)
+    assert sorted(times) == list(range(n))
+    assert max(times.values()) <= 2
+    assert len(batches) == len(sampler) == math.ceil(n / batch_size)
     assert list(sampler) == batches
     sampler.set_epoch(4)
     assert n < 10 or list(sampler) != batches
+
+
+@given(n=st.integers(1, 200), batch_size=st.integers(2, 50), seed=st.integers(0, 99))
+@settings(derandomize=True)
+def test_validation_batches_hold_every_image_once(n: int, batch_size: int, seed: int) -> None:
+    batches = make_validation_batches(TrainConfig(batch_size=batch_size, seed=seed), n)
+    assert sorted(index for batch in batches for index in batch) == list(range(n))
+    assert all(min(n, 2) <= len(batch) <= batch_size + 1 for batch in batches)
+    assert all(len(batch) >= batch_size for batch in batches[:-1])
 
 
 def test_mined_batches_hold_every_class(tiny: TrainConfig) -> None:

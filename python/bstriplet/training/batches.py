@@ -17,15 +17,17 @@ from bstriplet.training.augmentation import Augmentation, n_copies
 
 
 class RandomBatchSampler(Sampler[list[int]]):
-    """Batches of ``batch_size`` positions in a random order; every position once an epoch.
+    """Batches of ``batch_size`` positions in a random order; every position at least once an epoch.
 
-    A single left-over position joins the last batch: batch normalisation and losses over pairs need
-    two images. The order depends on the seed and the epoch alone.
+    The last batch is filled with positions of other batches, drawn at random, as the group sampler
+    fills its own. Left short, it would be a step as long as the others on a few images: 4 of 256 in
+    batches of 36. A set of fewer than ``batch_size`` positions is one batch of them all. The order
+    depends on the seed and the epoch alone.
     """
 
     def __init__(self, n_images: int, batch_size: int, seed: int) -> None:
         self.n_images = n_images
-        self.batch_size = batch_size
+        self.batch_size = min(batch_size, n_images)
         self.seed = seed
         self.epoch = 0
 
@@ -34,23 +36,26 @@ class RandomBatchSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        full, rest = divmod(self.n_images, self.batch_size)
-        return full + (rest > 1 or full == 0)
+        return -(-self.n_images // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n_images).tolist()
-        starts = [number * self.batch_size for number in range(len(self))]
-        for start, end in zip(starts, [*starts[1:], self.n_images], strict=True):
-            yield order[start:end]
+        filled = order + order[: len(self) * self.batch_size - self.n_images]
+        for start in range(0, len(filled), self.batch_size):
+            yield filled[start : start + self.batch_size]
 
 
 def make_validation_batches(config: TrainConfig, n_images: int) -> list[list[int]]:
-    """Return batches of all validation images, the same in every epoch.
+    """Return batches of all validation images, each once, the same in every epoch.
 
     They have the size of the training batches and are drawn at random, because some metric losses
-    grow with the batch: only then can training and validation losses be compared.
+    grow with the batch: only then can training and validation losses be compared. A single
+    left-over image joins the last batch: losses over pairs need two.
     """
-    return list(RandomBatchSampler(n_images, config.batch_size, config.seed))
+    order = np.random.default_rng([config.seed, 0]).permutation(n_images).tolist()
+    full, rest = divmod(n_images, config.batch_size)
+    starts = [number * config.batch_size for number in range(full + (rest > 1 or full == 0))]
+    return [order[a:b] for a, b in zip(starts, [*starts[1:], n_images], strict=True)]
 
 
 def make_sampler(config: TrainConfig, images: ImageSet) -> RandomBatchSampler | GroupBatchSampler:

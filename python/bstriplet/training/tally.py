@@ -20,7 +20,7 @@ class Tally:
         self._batches = torch.zeros((), dtype=torch.int64, device=device)
         self._first_bad = torch.full_like(self._batches, -1)
         self._has_metric = config.loss != "ce"
-        # RandomBatchSampler may add one image to a batch.
+        # A batch of validation images may have one more.
         self.bad_logits = torch.zeros(config.batch_size + 1, len(task.classes), device=device)
 
     def reset(self) -> None:
