@@ -14,6 +14,9 @@ import argparse
 import copy
 import csv
 import multiprocessing
+import os
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -279,7 +282,9 @@ def predicted_classes(run: RunFolder, task: Task) -> str:
 def train_missing(jobs: Sequence[Job], tables: Tables, workers: int, threads: int) -> None:
     """Train runs, ``workers`` at a time, and add each to the tables when it is finished."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_end_with, initargs=(os.getpid(),)
+    ) as pool:
         running = {pool.submit(finish, job, threads): job for job in jobs}
         try:
             for number, future in enumerate(as_completed(running), start=1):
@@ -293,6 +298,17 @@ def train_missing(jobs: Sequence[Job], tables: Tables, workers: int, threads: in
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _end_with(parent: int) -> None:
+    """End this worker once its parent has ended, however it did: its folder is then free."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def main(arguments: list[str] | None = None) -> None:

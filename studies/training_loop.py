@@ -1,11 +1,11 @@
 """Images a second of the harness's training loop and of a plain loop in the style of timm's.
 
-    python -m studies.training_loop [--backbone NAME ...] [--steps 20] [--rounds 5]
+    python -m studies.training_loop [--backbone NAME ...] [--image-size 64 128] [--rounds 5]
 
-Both train the same network with CE + BST and Adam on batches of 36 images of 128 x 128. The plain
-loop takes decoded tensors from a DataLoader, converts them to float and reads the loss in every
-step. The loops take turns in one process, an epoch of `steps` batches each; the first turn is a
-warm-up.
+Both train the same network with CE + BST and Adam on batches of 36 images. The harness computes the
+same bits each time, as `bstriplet train` does. The plain loop takes decoded tensors from a
+DataLoader, converts them to float and reads the loss in every step. The loops take turns in one
+process, an epoch of `steps` batches each; the first turn is a warm-up.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from statistics import quantiles
 
@@ -28,7 +29,8 @@ from bstriplet.training import cuda_graph
 from bstriplet.training.batches import Feed
 from bstriplet.training.evaluation import choose_device
 from bstriplet.training.learner import Learner
-from bstriplet.training.seeds import seed_everything
+from bstriplet.training.loop import train_epoch
+from bstriplet.training.seeds import reproducible, seed_everything
 from bstriplet.training.step import TrainingStep, uses_cuda_graph
 from bstriplet.training.tally import Tally
 from torch.utils.data import DataLoader, TensorDataset
@@ -54,13 +56,10 @@ def harness(config: TrainConfig, task: Task, device: torch.device) -> Epoch:
         step = cuda_graph.GraphedStep(step, learner.optimiser, config.batch_size)
 
     def epoch() -> None:
-        learner.model.train()
-        tally.reset()
-        for batch in feed.epoch(0):
-            step(batch.images, batch.labels)
-            if device.type == "cpu" and tally.first_bad is not None:
+        with reproducible(device):
+            train_epoch(feed.epoch(0), step, learner, tally)
+            if tally.first_bad is not None:
                 raise SystemExit("the loss is not finite: nothing was timed")
-        assert np.isfinite(tally.loss)
 
     return epoch
 
@@ -147,7 +146,10 @@ def rows_of(
     for name, found in rates.items():
         p20, _, _, p80 = quantiles(found, n=5, method="inclusive")
         middle = float(np.median(found))
-        print(f"{config.backbone} {name:<24} {middle:7.1f} images/s ({p20:.1f} to {p80:.1f})")
+        size = config.image_size
+        print(
+            f"{config.backbone} {size} {name:<24} {middle:7.1f} images/s ({p20:.1f} to {p80:.1f})"
+        )
         rates_of = {"p20_images_s": p20, "p50_images_s": middle, "p80_images_s": p80}
         numbers = {key: f"{rate:.1f}" for key, rate in rates_of.items()}
         rows.append({"loop": name, "rounds": len(found), **shared, **numbers})
@@ -158,6 +160,7 @@ def main() -> None:
     """Measure each backbone; write the file anew after each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backbone", nargs="+", default=["mobilenetv3_small_100"])
+    parser.add_argument("--image-size", nargs="+", type=int, default=[128])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV")
@@ -165,8 +168,8 @@ def main() -> None:
     device, rows = choose_device("auto"), list[dict[str, object]]()
     path = options.results / f"{device_slug(device.type)}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    for backbone in options.backbone:
-        config = TrainConfig(backbone=backbone, image_size=128, loss="ce+bst")
+    for backbone, size in product(options.backbone, options.image_size):
+        config = TrainConfig(backbone=backbone, image_size=size, loss="ce+bst")
         rates = images_per_second(config, device, options.steps, options.rounds)
         rows += rows_of(config, device, rates, options.steps * config.batch_size)
         table = to_csv(FIELDS, [[row[name] for name in FIELDS] for row in rows])

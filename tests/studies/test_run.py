@@ -2,7 +2,12 @@
 
 import copy
 import csv
+import os
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,7 +34,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two parts on digits; runs in a thread of this process."""
     parts = {"one": Part(run.BLOOD, (CE, BST), 2, QUICK), "two": Part(run.CHEST, (CE,), 1, QUICK)}
     monkeypatch.setattr(run, "PARTS", parts)
-    monkeypatch.setattr(run, "ProcessPoolExecutor", lambda _, mp_context: ThreadPoolExecutor(1))
+    monkeypatch.setattr(run, "ProcessPoolExecutor", lambda _, **options: ThreadPoolExecutor(1))
     monkeypatch.setenv("BENCH_COMMIT", "abc")
 
 
@@ -114,6 +119,34 @@ def test_a_stop_costs_no_finished_run_and_changes_no_result(tmp_path, tree, monk
             for folder in (tmp_path / "whole", tmp_path / "cut")
         ]
         assert untimed[0] == untimed[1]
+
+
+def test_a_worker_ends_with_its_parent(tmp_path):
+    """A killed study leaves no process that holds its folders."""
+    code = (
+        "import multiprocessing, os, time\n"
+        "from studies import run\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    pool = run.ProcessPoolExecutor(1, mp_context=context, initializer=run._end_with,\n"
+        "                                   initargs=(os.getpid(),))\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    time.sleep(100)\n"
+    )
+    (tmp_path / "parent.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(Path(run.__file__).parents[1])}
+    command = [sys.executable, str(tmp_path / "parent.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        assert parent.stdout
+        worker = int(parent.stdout.readline())
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{worker}/stat").exists() and time.monotonic() < deadline:
+        if Path(f"/proc/{worker}/stat").read_text().split()[2] == "Z":
+            break
+        time.sleep(0.1)
+    else:
+        assert not Path(f"/proc/{worker}").exists()
 
 
 @pytest.mark.usefixtures("quick")
