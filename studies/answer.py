@@ -23,7 +23,18 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from studies.bootstrap import Interval, paired_interval
-from studies.run import BLOOD, BST, BST_MINED, CE, LINEAR, PARTS, PRINTED, RESULTS, read_rows
+from studies.run import (
+    BLOOD,
+    BST,
+    BST_MINED,
+    CE,
+    CE_MINED,
+    LINEAR,
+    PARTS,
+    PRINTED,
+    RESULTS,
+    read_rows,
+)
 
 # The two comparisons of the primary share an error of 5 %.
 PRIMARY_CONFIDENCE = 1 - 0.05 / 2
@@ -33,7 +44,7 @@ CURVE_SEEDS = range(5)
 
 @dataclass(frozen=True)
 class Compared:
-    """A scheme beside cross entropy, over the repetitions that both have."""
+    """A scheme beside its baseline, over the repetitions that both have."""
 
     scheme: Scheme
     seeds: tuple[int, ...]
@@ -79,18 +90,19 @@ class Study:
         part: str,
         scheme: Scheme,
         *,
+        baseline: Scheme = CE,
         baseline_part: str = "",
         among: Iterable[int] | None = None,
         confidence: float = 0.95,
     ) -> Compared | None:
-        """A scheme of a part beside CE of the same or another part; None below two repetitions."""
+        """A scheme beside a baseline, by default CE of its part; None below two repetitions."""
         baseline_part = baseline_part or part
-        seeds = set(self.seeds(part, scheme)) & set(self.seeds(baseline_part, CE))
+        seeds = set(self.seeds(part, scheme)) & set(self.seeds(baseline_part, baseline))
         chosen = tuple(sorted(seeds if among is None else seeds & set(among)))
         if len(chosen) < 2:
             return None
         ours = np.stack([self.right[part, str(scheme), seed] for seed in chosen])
-        theirs = np.stack([self.right[baseline_part, str(CE), seed] for seed in chosen])
+        theirs = np.stack([self.right[baseline_part, str(baseline), seed] for seed in chosen])
         labels = self.labels[PARTS[part].images]
         return Compared(
             scheme=scheme,
@@ -143,7 +155,7 @@ def row_of(name: str, found: Compared) -> list[str]:
     ]
 
 
-HEADER = ("comparison", "pairs", "CE", "with the loss", "difference", "interval", "p of t")
+HEADER = ("comparison", "pairs", "baseline", "compared", "difference", "interval", "p of t")
 
 
 def primary(study: Study, part: str = "primary") -> str:
@@ -165,8 +177,14 @@ def primary(study: Study, part: str = "primary") -> str:
 
 
 def beside(study: Study) -> str:
-    """The table of the other arms, the other set and the learning curve."""
+    """The table of the sampler, the other arms, the other set and the learning curve."""
     rows = []
+    for name, scheme, baseline in (
+        ("mined batches, CE alone", CE_MINED, CE),
+        ("the loss, both on mined batches", BST_MINED, CE_MINED),
+    ):
+        if found := study.compare("primary", scheme, baseline=baseline):
+            rows.append(row_of(name, found))
     for name, part, scheme in (
         ("similarity s", "variants", LINEAR),
         ("sign as printed", "variants", PRINTED),
@@ -202,7 +220,7 @@ WHY: Mapping[str, Callable[[Study, Scheme], float]] = {
 
 def why(study: Study) -> str:
     """Means over the primary's runs of what may explain its outcome, and gains by class."""
-    schemes = (CE, BST, BST_MINED)
+    schemes = (CE, CE_MINED, BST, BST_MINED)
     if not study.seeds("primary", *schemes):
         return "No repetition of the primary is complete.\n"
     rows = [[name, *(f"{of(study, scheme):.3f}" for scheme in schemes)] for name, of in WHY.items()]

@@ -210,6 +210,12 @@ class TrainConfig:
         "decay of weights, not of biases and normalisations; decoupled in adamw, else L2",
         minimum=0,
     )
+    clip_grad: float = _option(
+        "recipe",
+        0.0,
+        "largest norm of a step's gradient, which is scaled down to it; 0: any",
+        minimum=0,
+    )
     lr: float = _option("recipe", 1e-3, "initial learning rate", minimum=1e-12)
     schedule: str = _option(
         "recipe",
@@ -329,6 +335,7 @@ _STRONG: Mapping[str, Any] = MappingProxyType(
         "epochs": 40,
         "optimiser": "adamw",
         "weight_decay": 0.05,
+        "clip_grad": 1.0,
         "lr": 4e-3,
         "schedule": "cosine",
         "warmup_epochs": 5,

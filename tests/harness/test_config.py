@@ -93,6 +93,7 @@ def test_defaults_are_section_3_1_of_the_paper() -> None:
     assert (config.augment, config.amp, config.ema) == ("none", False, 0)
     assert (config.select, config.similarity, config.eq3) == ("last", "square", "corrected")
     assert (config.class_weights, config.label_smoothing) == ("none", 0)
+    assert config.clip_grad == 0
     assert config == parsed(["--data", "folder"])
 
 
@@ -175,6 +176,7 @@ def test_only_typed_options_are_given() -> None:
         ("augment", "flips+shifts+flips"),
         ("select", "best"),
         ("stop_patience", -1),
+        ("clip_grad", -1.0),
         ("similarity", "cosine"),
         ("eq3", "plus"),
         ("warmup_epochs", 400),

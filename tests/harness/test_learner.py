@@ -57,6 +57,25 @@ def test_the_cosine_schedule_rises_and_falls(tiny: TrainConfig) -> None:
     assert seen == pytest.approx(rates[:13])
 
 
+def test_a_long_gradient_is_scaled_down_and_a_short_one_is_not(tiny: TrainConfig) -> None:
+    """One step of SGD is the gradient times the rate; weights of the loss count, too."""
+    steps = {}
+    for limit in (0.0, 0.01, 1e9):
+        torch.manual_seed(0)
+        config = replace(tiny, optimiser="sgd", lr=0.5, clip_grad=limit, loss="ce+ArcFaceLoss")
+        task = make_task(config)
+        learner = Learner(config, task, CPU)
+        before = [p.detach().clone() for p in learner.parameters]
+        TrainingStep(learner, Tally(config, task, CPU))(*task.train.batch(range(24)))
+        change = [old - p.detach() for old, p in zip(before, learner.parameters, strict=True)]
+        steps[limit] = torch.cat([part.flatten() for part in change]) / config.lr
+    assert steps[0].norm() > 0.1
+    assert steps[0.01].norm().item() == pytest.approx(0.01, rel=1e-3)
+    cosine = torch.cosine_similarity(steps[0], steps[0.01], dim=0)
+    assert cosine.item() == pytest.approx(1, abs=1e-4)
+    assert torch.equal(steps[1e9], steps[0])
+
+
 def test_averaged_weights_are_validated_and_kept(tiny: TrainConfig, tmp_path: Path) -> None:
     config = replace(tiny, ema=0.5, epochs=2)
     task, run = make_task(config), RunFolder(tmp_path / "run")

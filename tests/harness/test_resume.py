@@ -38,7 +38,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "section 3.1": MINED,
     "ema, cosine, amp": MINED | {
         "ema": 0.9, "schedule": "cosine", "warmup_epochs": 1, "amp": True, "optimiser": "adamw",
-        "weight_decay": 0.01, "augment": "online",
+        "weight_decay": 0.01, "augment": "online", "clip_grad": 0.5,
     },
     "loss with parameters, sgd, copies": {
         "loss": "ce+ProxyAnchorLoss", "optimiser": "sgd", "augment": "copies", "train_per_class": 3,

@@ -105,7 +105,7 @@ def test_the_page_names_what_is_missing_and_draws_what_is_there(folder, capsys):
     answer.main(["--results", str(folder)])
     text = (folder / "answer.md").read_text()
     assert text.strip() == capsys.readouterr().out.strip()
-    assert "80 runs. Missing: 10 of curve-20, 10 of curve-80, 10 of curve-all, 45 of" in text
+    assert "95 runs. Missing: 10 of curve-20, 10 of curve-80, 10 of curve-all, 60 of" in text
     assert "| 10 images a class | 5 |" in text
     assert "20 images a class" not in text
     assert (folder / "answer.png").read_bytes().startswith(b"\x89PNG")

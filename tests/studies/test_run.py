@@ -182,7 +182,7 @@ def test_each_part_is_an_experiment_under_the_strong_recipe(tmp_path):
         fields = with_recipe(STRONG, {"data": str(tmp_path), **part.settings})
         assert fields.items() <= experiment.config.to_dict().items()
     assert {str(scheme) for scheme in run.PARTS["primary"].schemes} == {
-        "ce:random", "ce+bst:random", "ce+bst:mined",
+        "ce:random", "ce+bst:random", "ce+bst:mined", "ce:mined",
     }  # fmt: skip
 
 

@@ -49,6 +49,11 @@ class Learner:
         """The model that is validated and kept; with ``ema``, the one of averaged weights."""
         return self.ema.module if self.ema else self.model
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All that the optimiser updates."""
+        return [p for group in self.optimiser.param_groups for p in group["params"]]
+
     def schedule(self, training_loss: float) -> None:
         """Set the learning rate of the next epoch."""
         if isinstance(self.scheduler, ReduceLROnPlateau):

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 from bstriplet.errors import UserError
 from bstriplet.loss_registry import BUILT_IN
@@ -28,6 +29,9 @@ class TrainingStep:
         loss = learner.criterion(output, labels)
         learner.optimiser.zero_grad()
         learner.scaler.scale(loss.total).backward()
+        if learner.config.clip_grad:
+            learner.scaler.unscale_(learner.optimiser)
+            clip_grad_norm_(learner.parameters, learner.config.clip_grad)
         learner.scaler.step(learner.optimiser)
         learner.scaler.update()
         if learner.ema:
