@@ -5,9 +5,14 @@ set of I test images. Each resample draws R repetitions and, within each class, 
 with replacement, and is the mean difference over the drawn repetitions and images: the interval
 counts both uncertainties. Resampling both ways counts noise that is neither the repetition's nor
 the image's three times (Owen, The pigeonhole bootstrap, Annals of Applied Statistics 1, 2007), so
-it errs to the wide side; few repetitions make percentiles too narrow, which the quantiles of
-Hesterberg (What teachers should know about the bootstrap, The American Statistician 69, 2015)
-mend. `tests/studies/test_bootstrap.py` measures the coverage.
+it errs to the wide side. Few repetitions make percentiles too narrow. The quantiles of Hesterberg
+(What teachers should know about the bootstrap, The American Statistician 69, 2015) mend that from
+about ten repetitions on; with five, where repetitions alone vary, they leave 91 % of 95. So the
+interval also reaches as far as that of the paired t test over repetitions.
+`tests/studies/test_bootstrap.py` measures the coverage.
+
+The repetitions must be samples of what is asked about: draws from one pool of images say nothing
+of another pool, and images of one patient are no independent images.
 """
 
 from __future__ import annotations
@@ -40,7 +45,7 @@ def paired_interval(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Return the mean difference in accuracy and its bootstrap interval.
+    """Return the mean difference in accuracy and its interval, by bootstrap and t test.
 
     Args:
         ours: bool [R, I], whether a scheme classified image i right in repetition r; R >= 2.
@@ -74,4 +79,7 @@ def paired_interval(
     tail = (1 - confidence) / 2
     widened = norm.cdf(math.sqrt(n_runs / (n_runs - 1)) * t.ppf(tail, n_runs - 1))
     low, high = np.quantile(means, [widened, 1 - widened])
-    return Interval(float(difference.mean()), float(low), float(high))
+    gains = difference.mean(axis=1)
+    half = -t.ppf(tail, n_runs - 1) * gains.std(ddof=1) / math.sqrt(n_runs)
+    mean = float(gains.mean())
+    return Interval(mean, min(float(low), mean - half), max(float(high), mean + half))

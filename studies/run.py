@@ -4,8 +4,8 @@
 
 Without ``--missing`` it counts the runs that each part has and lacks. A finished run is a row in
 ``runs.csv`` and one in ``predictions.csv``, so that another machine goes on where one stopped; a
-run that was interrupted goes on from its checkpoint below ``--work``. Each worker is a process of
-its own with a thread of its own; on a GPU give ``--workers 1``.
+run that was interrupted goes on from its checkpoint below ``--work``. A row of another
+configuration is refused. Each worker is a process of its own; on a GPU eight of them share it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import json
 import multiprocessing
 import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,6 +92,7 @@ PARTS: Mapping[str, Part] = {
 
 TABLES = ("runs", "predictions", "epochs", "labels")
 RUN_KEY = ("part", "scheme", "seed")
+MOST_CLASSES = 10  # a digit each
 MEASURES = ("accuracy", "sensitivity", "specificity", "auc", "ece")
 OBSERVED = ("train_ce", "train_metric", "validation_ce", "ce_norm", "metric_norm", "cosine")
 
@@ -102,6 +105,15 @@ class Job(NamedTuple):
     scheme: Scheme
     config: TrainConfig
     folder: Path
+    commit: str
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the options that decide the result, images apart, where not the default."""
+        usual, values = TrainConfig(data=self.config.data).to_dict(), self.config.to_dict()
+        apart = ("data", "device")
+        decisive = {name: v for name, v in values.items() if v != usual[name] and name not in apart}
+        return blake2b(json.dumps(decisive).encode(), digest_size=4).hexdigest()
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -124,16 +136,17 @@ class Tables:
     - ``runs.csv``: a row a run, with its measures, its machine, its commit and versions.
     - ``predictions.csv``: the predicted class of each test image, by number, a digit each.
     - ``epochs.csv``: ten epochs a run, with the norms of both gradients.
-    - ``labels.csv``: the classes of each set of images, and those of its test images.
+    - ``labels.csv``: the classes of each set of images, as JSON, and those of its test images.
 
     A run is finished once it is in ``runs.csv``, which is written last.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
         self.rows = {name: read_rows(folder / f"{name}.csv") for name in TABLES}
-        self.finished = {tuple(row[name] for name in RUN_KEY) for row in self.rows["runs"]}
+        self.finished = {
+            tuple(row[name] for name in RUN_KEY): row["configuration"] for row in self.rows["runs"]
+        }
 
     def add(self, found: Finished) -> None:
         """Add the rows of a run; those that a stopped attempt left are replaced."""
@@ -148,7 +161,7 @@ class Tables:
         self._replace("epochs", RUN_KEY, key, found.epochs)
         self._replace("labels", ("images",), (found.labels["images"],), [found.labels])
         self._replace("runs", RUN_KEY, key, [found.run])
-        self.finished.add(key)
+        self.finished[key] = found.run["configuration"]
 
     def _replace(
         self, name: str, columns: Sequence[str], key: tuple[str, ...], rows: Sequence[Row]
@@ -175,10 +188,11 @@ def _cell(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def jobs_of(name: str, data: Path, work: Path) -> list[Job]:
-    """The runs of a part."""
+def jobs_of(name: str, data: Path, work: Path, code: str = "") -> list[Job]:
+    """The runs of a part; ``code`` is the commit at which they are trained."""
+    images = PARTS[name].images
     return [
-        Job(name, PARTS[name].images, scheme, config, run_folder(work / name, scheme, config.seed))
+        Job(name, images, scheme, config, run_folder(work / name, scheme, config.seed), code)
         for scheme, config in PARTS[name].experiment(data).runs()
     ]
 
@@ -187,8 +201,8 @@ class GradientShare:
     """The norms of the gradients of both loss terms, at ten epochs from the first to the last.
 
     The gradient is that of the mean over the first four batches of the training images, as they
-    are, in training mode, with respect to all weights that both terms reach. The metric term has
-    its weight (lambda).
+    are, in training mode, with respect to all weights that both terms reach; for CE alone, to all
+    weights. The metric term has its weight (lambda).
     """
 
     def __init__(self, images: ImageSet, config: TrainConfig) -> None:
@@ -232,11 +246,14 @@ def finish(job: Job, threads: int) -> Finished:
     torch.set_num_threads(threads)
     config, run = job.config, RunFolder(job.folder)
     task = Tasks().of(config)
+    if len(task.classes) > MOST_CLASSES:
+        raise UserError(f"{config.data} has {len(task.classes)} classes; at most {MOST_CLASSES}")
     metrics = train(config, task, run, GradientShare(task.train, config))
     log = read_comparison(job.folder).runs[0].log
     key = dict(zip(RUN_KEY, job.key, strict=True))
     row = {
         **key,
+        "configuration": job.fingerprint,
         "image_size": config.image_size,
         "train_images": len(task.train),
         "epochs": metrics["epochs"],
@@ -245,7 +262,7 @@ def finish(job: Job, threads: int) -> Finished:
         "seconds": sum(line["seconds"] for line in log),
         "threads": threads,
         "device": device_name("cuda" if torch.cuda.is_available() else "cpu"),
-        "commit": commit(),
+        "commit": job.commit,
         "versions": versions(),
     }
     observed = [line for line in log if "ce_norm" in line]
@@ -255,7 +272,7 @@ def finish(job: Job, threads: int) -> Finished:
         [key | {name: line[name] for name in ("epoch", *OBSERVED)} for line in observed],
         {
             "images": job.images,
-            "classes": " ".join(task.classes),
+            "classes": json.dumps(task.classes),
             "labels": "".join(map(str, task.test.labels)),
         },
     )
@@ -282,24 +299,34 @@ def predicted_classes(run: RunFolder, task: Task) -> str:
 
 
 def train_missing(jobs: Sequence[Job], tables: Tables, workers: int, threads: int) -> None:
-    """Train runs, ``workers`` at a time, and add each to the tables when it is finished."""
-    context = multiprocessing.get_context("spawn")
+    """Train runs, ``workers`` at a time, and add each to the tables when it is finished.
+
+    After an error no further run begins; those that have begun go on to their end.
+    """
+    context, failed = multiprocessing.get_context("spawn"), None
     with ProcessPoolExecutor(
         workers, mp_context=context, initializer=_end_with, initargs=(os.getpid(),)
     ) as pool:
         running = {pool.submit(finish, job, threads): job for job in jobs}
-        try:
-            for number, future in enumerate(as_completed(running), start=1):
-                found = future.result()
-                tables.add(found)
+        pending = set(running)
+        while pending:
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for future in sorted(done, key=lambda one: one.exception() is not None):
+                try:
+                    found = future.result()
+                    tables.add(found)
+                except Exception as error:  # the runs that have begun are not lost
+                    failed = failed or error
+                    pending = {other for other in pending if not other.cancel()}
+                    continue
                 print(
-                    f"[{number}/{len(jobs)}] {' '.join(running[future].key)}: test accuracy "
-                    f"{found.run['accuracy']:.2%}, {found.run['seconds']:.0f} s",
+                    f"{' '.join(running[future].key)}: test accuracy "
+                    f"{found.run['accuracy']:.2%}, {found.run['seconds']:.0f} s; "
+                    f"{len(pending)} to go",
                     flush=True,
                 )
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    if failed:
+        raise failed
 
 
 def _end_with(parent: int) -> None:
@@ -328,23 +355,41 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"no part {sorted(unknown)[0]!r}; parts are {', '.join(PARTS)}")
     folders = {BLOOD: options.blood, CHEST: options.chest}
+    code = commit()  # as this process read it: later commits do not change it
     jobs = [
         job
         for name in options.parts or PARTS
-        for job in jobs_of(name, folders[PARTS[name].images] or Path(), options.work)
+        for job in jobs_of(name, folders[PARTS[name].images] or Path(), options.work, code)
     ]
-    with locked_folder(options.work):
-        tables = Tables(options.results)
-        missing = [job for job in jobs if job.key not in tables.finished]
-        for name in options.parts or PARTS:
-            wanted, lacking = (sum(job.part == name for job in some) for some in (jobs, missing))
-            print(f"{name}: {wanted - lacking} of {wanted} runs are there", flush=True)
+    try:
         if not options.missing:
+            count(jobs, Tables(options.results))
             return
-        for images in {job.images for job in missing}:
-            if folders[images] is None:
-                parser.error(f"--{images} FOLDER: the missing runs need its images")
-        train_missing(missing, tables, options.workers, options.threads)
+        with locked_folder(options.work), locked_folder(options.results):
+            tables = Tables(options.results)
+            missing = count(jobs, tables)
+            for images in {job.images for job in missing}:
+                if folders[images] is None:
+                    parser.error(f"--{images} FOLDER: the missing runs need its images")
+            train_missing(missing, tables, options.workers, options.threads)
+    except UserError as error:
+        parser.exit(2, f"{error}\n")
+
+
+def count(jobs: Sequence[Job], tables: Tables) -> list[Job]:
+    """Print how many runs of each part are there; return those that are missing."""
+    for job in jobs:
+        found = tables.finished.get(job.key, job.fingerprint)
+        if found != job.fingerprint:
+            raise UserError(
+                f"{' '.join(job.key)} in {tables.folder} was trained in another configuration "
+                f"({found}; now {job.fingerprint}): move its rows away, or undo the change"
+            )
+    missing = [job for job in jobs if job.key not in tables.finished]
+    for name in dict.fromkeys(job.part for job in jobs):
+        wanted, lacking = (sum(job.part == name for job in some) for some in (jobs, missing))
+        print(f"{name}: {wanted - lacking} of {wanted} runs are there", flush=True)
+    return missing
 
 
 if __name__ == "__main__":

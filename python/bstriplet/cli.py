@@ -354,10 +354,20 @@ def _add_recipe(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
-def _typed(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the fields that were typed, those of a typed recipe among them."""
-    given = given_options(options)
-    return given if options.recipe is None else with_recipe(options.recipe, given)
+def _config(given: dict[str, Any], recipe: str | None) -> TrainConfig:
+    """Return the configuration of something new: the strong recipe, unless another is typed."""
+    return TrainConfig(**with_recipe(recipe or STRONG, given))
+
+
+def _continued(stored: TrainConfig, given: dict[str, Any], recipe: str | None) -> TrainConfig:
+    """Return the stored configuration with what is typed; the caller refuses a difference.
+
+    A typed recipe stands for all its fields: those that the first command line gave otherwise must
+    be typed again, too.
+    """
+    if recipe is None:
+        return replace(stored, **given)
+    return replace(stored, **with_recipe(recipe, {"data": stored.data, **given}))
 
 
 def _add_run(parser: argparse.ArgumentParser, which: str) -> None:
@@ -376,8 +386,8 @@ def _add_run(parser: argparse.ArgumentParser, which: str) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    given = _typed(options)
-    config = TrainConfig(**with_recipe(STRONG, given))
+    given = given_options(options)
+    config = None if options.resume else _config(given, options.recipe)
 
     from bstriplet.data.dataset import load_for, split_dataset
     from bstriplet.report import page
@@ -387,10 +397,11 @@ def _train(options: argparse.Namespace) -> None:
     run = RunFolder(options.out)
     if options.resume and run.started:
         check_free(options.out)
-        config = replace(run.config(), **given)
+        config = _continued(run.config(), given, options.recipe)
         run.check_config(config)
     else:
         check_new(options.out, resume=options.resume)
+        config = config or _config(given, options.recipe)
     check_models(config)
     task = split_dataset(load_for(config), config)
     for note in task.notes:
@@ -409,13 +420,14 @@ def _train(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> None:
     schemes = tuple(Scheme.parse(text) for text in options.schemes or ())
     default = tuple(Scheme.parse(text) for text in DEFAULT_SCHEMES)
-    _print(*_run_experiment(_experiment(options, _typed(options), schemes, default), options.out))
+    experiment = _experiment(options, given_options(options), schemes, default)
+    _print(*_run_experiment(experiment, options.out))
 
 
 def _sweep(options: argparse.Namespace) -> None:
     from bstriplet.study.sweep import sweep_schemes, write_tables
 
-    given = _typed(options)
+    given = given_options(options)
     typed = options.metric_weights or options.margins or {"loss", "batches"} & given.keys()
     default = sweep_schemes(
         given.pop("loss", SWEPT_LOSS),
@@ -438,7 +450,7 @@ def _experiment(
 
     ``schemes`` are the typed schemes; a new experiment without them has the ``default`` ones.
     """
-    config = TrainConfig(**with_recipe(STRONG, given))
+    config = None if options.resume else _config(given, options.recipe)
     seeds = tuple(options.seeds or ())
 
     from bstriplet.study.compare import Experiment, read_experiment, started
@@ -447,7 +459,8 @@ def _experiment(
     if options.resume and started(options.out):
         check_free(options.out)
         experiment = read_experiment(options.out)
-        difference = describe_difference(replace(experiment.config, **given), experiment.config)
+        now = _continued(experiment.config, given, options.recipe)
+        difference = describe_difference(now, experiment.config)
         if (schemes or experiment.schemes) != experiment.schemes:
             difference = f"schemes ({' '.join(map(str, experiment.schemes))} there)"
         if (seeds or experiment.seeds) != experiment.seeds:
@@ -459,6 +472,7 @@ def _experiment(
             )
         return experiment
     check_new(options.out, resume=options.resume)
+    config = config or _config(given, options.recipe)
     return Experiment(config, schemes or default, seeds or DEFAULT_SEEDS)
 
 
@@ -480,7 +494,7 @@ def _demo(options: argparse.Namespace) -> None:
         )
     _say(
         f"{config.train_per_class} images a class for training and validation, "
-        f"{len(experiment.seeds)} seeds, at most {config.epochs} epochs, {config.image_size} x "
+        f"{len(experiment.seeds)} seeds, {config.epochs} epochs, {config.image_size} x "
         f"{config.image_size} pixels, {config.backbone}"
     )
     table, report = _run_experiment(experiment, folder)
@@ -499,18 +513,18 @@ def _run_experiment(experiment: Any, folder: Path) -> list[str]:
 
 
 def _reproduce(options: argparse.Namespace) -> None:
-    given = _typed(options)
+    given = given_options(options)
 
     from bstriplet.report import page
     from bstriplet.report.reproduce import draw_targets, targets_named, train_targets
 
     targets = targets_named(options.targets, given)
     if options.folders:
-        if given or options.seeds:
+        if given or options.seeds or options.recipe:
             raise UserError("--from takes runs as they are; leave --seeds and training options out")
         drawn = draw_targets(targets, None, options.folders, options.out)
     else:
-        config = TrainConfig(**given)
+        config = _config(given, options.recipe or PAPER)
         n_seeds = REPRODUCE_SEEDS if options.seeds is None else options.seeds
         if n_seeds < 1:
             raise UserError(f"--seeds: {n_seeds} is not allowed; give 1 or more")

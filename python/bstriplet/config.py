@@ -196,7 +196,8 @@ class TrainConfig:
         f"none; {COPIES}: each training image also rotated, flipped and moved by 5 pixels, the "
         "seven copies of section 3.5; or changed at random, anew in each epoch, by kinds joined by "
         "+: symmetries (right angles and flips), flips (left to right), shifts (to 5 pixels), "
-        "rotations (to 10 degrees), scales (to 1.1), brightness (to 1.2); online: " + ONLINE,
+        "rotations (to 10 degrees), scales (to 1.1), brightness (to 1.2); online: "
+        f"{ONLINE}; the strong recipe does not flip digits",
         choices=("none", COPIES, "online"),
         or_like=_KINDS,
     )
@@ -225,7 +226,10 @@ class TrainConfig:
         choices=("plateau", "cosine"),
     )
     warmup_epochs: int = _option(
-        "recipe", 0, "first epochs in which the learning rate rises (cosine)", minimum=0
+        "recipe",
+        0,
+        "first epochs in which the learning rate rises (cosine); -1: an eighth of the epochs",
+        minimum=-1,
     )
     lr_factor: float = _option(
         "recipe",
@@ -304,6 +308,11 @@ class TrainConfig:
                 f"--epochs, {self.epochs}"
             )
 
+    @property
+    def warm_up(self) -> int:
+        """Number of epochs in which the learning rate rises."""
+        return self.epochs // 8 if self.warmup_epochs < 0 else self.warmup_epochs
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict that JSON can hold."""
         return asdict(self)
@@ -329,21 +338,21 @@ class TrainConfig:
 
 
 PAPER, STRONG = "paper", "strong"
+_STRONG_KINDS = ("flips", "shifts", "rotations", "scales", "brightness")
 _STRONG: Mapping[str, Any] = MappingProxyType(
     {
-        "augment": "flips+shifts+rotations+scales+brightness",
+        "augment": "+".join(_STRONG_KINDS),
         "epochs": 40,
         "optimiser": "adamw",
         "weight_decay": 0.05,
         "clip_grad": 1.0,
         "lr": 4e-3,
         "schedule": "cosine",
-        "warmup_epochs": 5,
+        "warmup_epochs": -1,
         "stop_patience": 0,
         "select": "last",
     }
 )
-_WARM_UP_SHARE = 8
 RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         PAPER: MappingProxyType({name: getattr(TrainConfig, name) for name in _STRONG}),
@@ -356,18 +365,14 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 def with_recipe(recipe: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a recipe and those ``given``, which come first.
 
-    Two fields of the strong recipe depend on what is given. The learning rate rises in the first
-    eighth of the epochs, however many these are; and digits are not flipped, which would make
-    others of them.
+    Under the strong recipe digits are not flipped, which would make others of them.
     """
     if recipe not in RECIPES:
         raise unknown_name("--recipe", recipe, RECIPES)
-    fields_of_it = dict(RECIPES[recipe])
-    if recipe == STRONG and isinstance(given.get("epochs"), int):
-        fields_of_it["warmup_epochs"] = given["epochs"] // _WARM_UP_SHARE
+    values = dict(RECIPES[recipe])
     if recipe == STRONG and given.get("data", DIGITS) == DIGITS:
-        fields_of_it["augment"] = fields_of_it["augment"].replace("flips+", "")
-    return fields_of_it | dict(given)
+        values["augment"] = "+".join(kind for kind in _STRONG_KINDS if kind != "flips")
+    return values | dict(given)
 
 
 class Scheme(Mapping[str, Any]):

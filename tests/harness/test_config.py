@@ -4,7 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -120,8 +120,10 @@ def test_digits_are_not_flipped() -> None:
 @pytest.mark.parametrize(("epochs", "warm_up"), [(1, 0), (7, 0), (8, 1), (40, 5), (200, 25)])
 def test_the_strong_recipe_warms_up_for_an_eighth_of_the_epochs(epochs: int, warm_up: int) -> None:
     config = TrainConfig(**with_recipe(STRONG, {"epochs": epochs}))
-    assert (config.epochs, config.warmup_epochs) == (epochs, warm_up)
-    assert with_recipe(STRONG, {"epochs": epochs, "warmup_epochs": 0})["warmup_epochs"] == 0
+    assert (config.epochs, config.warm_up) == (epochs, warm_up)
+    assert replace(config, epochs=16).warm_up == 2
+    assert replace(config, warmup_epochs=0).warm_up == 0
+    assert TrainConfig().warm_up == 0
 
 
 def test_help_names_the_default_of_each_recipe() -> None:
@@ -180,6 +182,7 @@ def test_only_typed_options_are_given() -> None:
         ("similarity", "cosine"),
         ("eq3", "plus"),
         ("warmup_epochs", 400),
+        ("warmup_epochs", -2),
         ("weight_decay", -0.1),
         ("label_smoothing", 1.0),
         ("class_weights", "balance"),

@@ -65,9 +65,9 @@ def test_a_long_gradient_is_scaled_down_and_a_short_one_is_not(tiny: TrainConfig
         config = replace(tiny, optimiser="sgd", lr=0.5, clip_grad=limit, loss="ce+ArcFaceLoss")
         task = make_task(config)
         learner = Learner(config, task, CPU)
-        before = [p.detach().clone() for p in learner.parameters]
+        before = [p.detach().clone() for p in learner.trained]
         TrainingStep(learner, Tally(config, task, CPU))(*task.train.batch(range(24)))
-        change = [old - p.detach() for old, p in zip(before, learner.parameters, strict=True)]
+        change = [old - p.detach() for old, p in zip(before, learner.trained, strict=True)]
         steps[limit] = torch.cat([part.flatten() for part in change]) / config.lr
     assert steps[0].norm() > 0.1
     assert steps[0.01].norm().item() == pytest.approx(0.01, rel=1e-3)

@@ -1,6 +1,7 @@
 """What is said of the study's runs is what their files hold."""
 
 import csv
+import json
 import re
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from studies import answer
 from studies.answer import Study
+from studies.bootstrap import Interval
 from studies.run import BLOOD, BST, BST_MINED, CE, CHEST, LINEAR, PARTS, RUN_KEY
 
 N_IMAGES = 160
@@ -21,7 +23,11 @@ def folder(tmp_path_factory):
     tables = {"runs": [], "predictions": [], "epochs": [], "labels": []}
     labels = {images: draw.integers(4, size=N_IMAGES) for images in (BLOOD, CHEST)}
     for images, of_images in labels.items():
-        row = {"images": images, "classes": "a b c d", "labels": "".join(map(str, of_images))}
+        row = {
+            "images": images,
+            "classes": json.dumps(["a", "b c", "c", "d"]),
+            "labels": "".join(map(str, of_images)),
+        }
         tables["labels"].append(row)
     for name in PARTIAL:
         part = PARTS[name]
@@ -30,7 +36,8 @@ def folder(tmp_path_factory):
                 right = draw.random(N_IMAGES) < (0.7 if scheme == CE else 0.8)
                 predicted = np.where(right, labels[part.images], (labels[part.images] + 1) % 4)
                 key = dict(zip(RUN_KEY, (name, str(scheme), seed), strict=True))
-                measures = {"accuracy": right.mean(), "ece": 0.1}
+                measures = {"accuracy": right.mean(), "ece": 0.1, "device": "cpu"}
+                measures |= {"commit": "a" if seed else "b", "versions": "python 3.12; torch 2.14"}
                 for of in ("train", "validation", "test"):
                     measures[f"{of}_ce"] = draw.random()
                     for what in ("mean_square", "negative"):
@@ -89,13 +96,28 @@ def test_the_primary_shares_its_error_between_two_comparisons(study):
     assert answer.bounds(study.compare("primary", BST).interval) not in text
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (0.001, 0.02, "helps"),
+        (-0.02, -0.001, "hurts"),
+        (-0.009, 0.009, "does not matter"),
+        (0.0, 0.009, "does not matter"),
+        (-0.009, 0.011, "not told apart"),
+        (-0.01, 0.005, "not told apart"),
+    ],
+)
+def test_the_plan_s_words(low, high, words):
+    assert answer.verdict(Interval((low + high) / 2, low, high)) == words
+
+
 def test_shares_and_gains_are_means_over_runs(study):
     shares = answer.gradient_shares(study)
     assert shares[BST, 100] == pytest.approx(1 / 4)
     assert shares[BST_MINED, 200] == pytest.approx(2 / 5)
     rows = answer.gains(study)
-    assert [row[0] for row in rows] == ["a", "b", "c", "d"]
-    counts = np.bincount(np.array(list(map(int, study.labels[BLOOD]))))
+    assert [row[0] for row in rows] == ["a", "b c", "c", "d"]
+    counts = np.bincount(study.labels[BLOOD])
     gain = sum(n * float(row[2]) for n, row in zip(counts, rows, strict=True)) / counts.sum()
     found = study.compare("primary", BST).interval.mean
     assert gain == pytest.approx(100 * found, abs=0.01)
@@ -108,5 +130,8 @@ def test_the_page_names_what_is_missing_and_draws_what_is_there(folder, capsys):
     assert "95 runs. Missing: 10 of curve-20, 10 of curve-80, 10 of curve-all, 60 of" in text
     assert "| 10 images a class | 5 |" in text
     assert "20 images a class" not in text
+    assert re.search(r"- \d+ runs: cpu, commit a, torch 2.14\n", text)
+    assert "- 0 repetitions have runs of more than one of these" in text
+    assert text.count("**helps**") == 2
     assert (folder / "answer.png").read_bytes().startswith(b"\x89PNG")
     assert not re.search(r"\bnan\b", text)

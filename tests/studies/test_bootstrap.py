@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy.stats import norm, t
+from scipy.stats import binom, norm, t
 
 from studies.bootstrap import paired_interval
 
@@ -46,20 +46,30 @@ def test_the_same_seed_gives_the_same_interval_and_more_confidence_a_wider_one()
     assert wider.low < found.low < found.mean < found.high < wider.high
 
 
-def test_it_covers_the_truth():
-    """95 % or somewhat more, with effects of repetitions, of images and of neither."""
-    draw = np.random.default_rng(1)
-    labels, hits = np.zeros(600, dtype=np.int64), 0
-    for number in range(200):
-        ability, favour = draw.normal(1, 1, 600), draw.normal(0, 0.3, 600)
+@pytest.mark.parametrize(
+    ("repetitions", "confidence", "of_runs", "of_images"),
+    [(5, 0.95, 0.3, 0.0), (5, 0.95, 0.1, 0.4), (15, 0.975, 0.3, 0.0), (15, 0.975, 0.1, 0.4)],
+)
+def test_it_covers_the_truth(repetitions, confidence, of_runs, of_images):
+    """As often as it says, or somewhat more: repetitions vary, and in two cases images do."""
+    draw, trials, images = np.random.default_rng(1), 300, 300
+    labels, hits = np.arange(images) % 3, 0
+    for number in range(trials):
+        ability, favour = draw.normal(1, 1, images), draw.normal(0, of_images, images)
         ours, theirs = (
-            ability + sign * favour + draw.normal(0, 0.15, (6, 1)) + draw.normal(0, 0.3, (6, 600))
+            ability
+            + sign * favour
+            + draw.normal(0, of_runs, (repetitions, 1))
+            + draw.normal(0, 0.3, (repetitions, images))
             > 0
             for sign in (1, -1)
         )
-        found = paired_interval(ours, theirs, labels, resamples=300, seed=number)
+        found = paired_interval(
+            ours, theirs, labels, confidence=confidence, resamples=200, seed=number
+        )
         hits += found.low <= 0 <= found.high
-    assert 184 <= hits <= 200  # below 184 with a probability of 0.5 % where coverage is 95 %
+    low, high = binom.ppf([0.005, 0.995], trials, [confidence, min(1, confidence + 0.03)])
+    assert low <= hits <= high
 
 
 def test_what_is_not_paired_is_refused():

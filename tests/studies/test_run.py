@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import math
 import os
 import subprocess
 import sys
@@ -14,10 +15,12 @@ import pytest
 import torch
 from bstriplet.config import STRONG, Scheme, TrainConfig, with_recipe
 from bstriplet.data.dataset import load_for, split_dataset
-from bstriplet.errors import UserError
+from bstriplet.study.compare import Tasks
+from bstriplet.training.batches import Feed
 from bstriplet.training.learner import Learner
 from bstriplet.training.loop import train
 from bstriplet.training.run_folder import LAST_FILE, RunFolder, load_checkpoint, locked_folder
+from bstriplet.training.seeds import seed_everything
 from PIL import Image
 
 from studies import run
@@ -77,7 +80,7 @@ def test_missing_runs_are_trained_once_and_described(tmp_path, tree, capsys):
     keys = [(row["part"], row["scheme"], row["seed"]) for row in runs]
     assert keys == [("one", s, n) for n in "01" for s in ("ce:random", "ce+bst:random")]
     assert [(row["part"], row["scheme"], row["seed"]) for row in predictions] == keys
-    assert (labels["images"], labels["classes"]) == ("blood", "class_0 class_1 class_2")
+    assert (labels["images"], labels["classes"]) == ("blood", '["class_0", "class_1", "class_2"]')
     for row, predicted in zip(runs, predictions, strict=True):
         right = np.mean(
             [a == b for a, b in zip(predicted["predicted"], labels["labels"], strict=True)]
@@ -141,12 +144,17 @@ def test_a_worker_ends_with_its_parent(tmp_path):
         worker = int(parent.stdout.readline())
         parent.kill()
     deadline = time.monotonic() + 20
-    while Path(f"/proc/{worker}/stat").exists() and time.monotonic() < deadline:
-        if Path(f"/proc/{worker}/stat").read_text().split()[2] == "Z":
-            break
+    while alive(worker) and time.monotonic() < deadline:
         time.sleep(0.1)
-    else:
-        assert not Path(f"/proc/{worker}").exists()
+    assert not alive(worker)
+
+
+def alive(process):
+    """Whether a process runs; one that has ended may still be in the table, as Z."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.usefixtures("quick")
@@ -158,26 +166,86 @@ def test_bad_requests_are_named(tmp_path, tree, capsys):
         with pytest.raises(SystemExit):
             study(tmp_path, *words)
         assert said in capsys.readouterr().err
-    with locked_folder(tmp_path / "work"), pytest.raises(UserError, match="another process"):
-        study(tmp_path, *missing(tree))
+    for held in ("work", "results"):
+        with locked_folder(tmp_path / held), pytest.raises(SystemExit):
+            study(tmp_path, *missing(tree))
+        assert f"another process is writing to {tmp_path / held}" in capsys.readouterr().err
+    with locked_folder(tmp_path / "results"):
+        study(tmp_path)  # counting needs no lock
 
 
 @pytest.mark.usefixtures("quick")
-def test_other_test_images_are_refused(tmp_path, tree):
+def test_other_test_images_are_refused(tmp_path, tree, capsys):
     study(tmp_path, *missing(tree))
     with (tmp_path / "results" / "runs.csv").open() as stream:
         lines = stream.readlines()
     (tmp_path / "results" / "runs.csv").write_text("".join(lines[:-1]))
     (tree / "test" / "class_0" / "0.png").unlink()
-    with pytest.raises(UserError, match=r"blood .*other test images"):
+    with pytest.raises(SystemExit):
         run.main([*missing(tree), "--work", str(tmp_path / "new"),
                   "--results", str(tmp_path / "results")])  # fmt: skip
+    assert "blood has other test images" in capsys.readouterr().err
     assert len(rows(tmp_path, "runs")) == 3
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_row_of_another_configuration_is_refused(tmp_path, tree, monkeypatch, capsys):
+    study(tmp_path, *missing(tree))
+    changed = Part(run.BLOOD, (CE, BST), 2, QUICK | {"lr": 0.5})
+    monkeypatch.setattr(run, "PARTS", {"one": changed})
+    with pytest.raises(SystemExit):
+        study(tmp_path, *missing(tree))
+    assert "one ce:random 0 in" in (said := capsys.readouterr().err)
+    assert "another configuration" in said
+    elsewhere = run.jobs_of("one", tmp_path / "copy", tmp_path)[0]
+    assert elsewhere.fingerprint == run.jobs_of("one", tree, tmp_path)[0].fingerprint
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_error_ends_the_study_but_loses_no_run(tmp_path, tree, monkeypatch):
+    finish = run.finish
+
+    def failing(job, threads):
+        if job.key == ("one", "ce+bst:random", "0"):
+            raise ValueError("broken")
+        return finish(job, threads)
+
+    monkeypatch.setattr(run, "finish", failing)
+    with pytest.raises(ValueError, match="broken"):
+        study(tmp_path, *missing(tree))
+    assert rows(tmp_path, "runs")[0]["scheme"] == "ce:random"
+    monkeypatch.setattr(run, "finish", finish)
+    study(tmp_path, *missing(tree))
+    assert len(rows(tmp_path, "runs")) == 4
+
+
+def test_the_schemes_of_a_repetition_share_images_weights_and_batches(tree):
+    part = Part(run.BLOOD, (CE, BST), 2, QUICK)
+    first = {}
+    for scheme, config in part.experiment(tree).runs():
+        task = Tasks().of(config)
+        seed_everything(config.seed, 0)
+        learner = Learner(config, task, torch.device("cpu"))
+        batch = next(iter(Feed(config, task.train, torch.device("cpu")).epoch(1)))
+        weights = [value.tolist() for value in learner.model.state_dict().values()]
+        shared = (task.fingerprint, batch.positions, batch.images.tolist(), weights)
+        if scheme == CE:
+            first[config.seed] = shared
+            continue
+        assert shared == first[config.seed]
+    assert first[0][0] != first[1][0]
+
+
 def test_each_part_is_an_experiment_under_the_strong_recipe(tmp_path):
+    sizes = {"curve-10": 64, "curve-20": 128, "curve-80": 512, "curve-all": 896}
     for name, part in run.PARTS.items():
         experiment = part.experiment(tmp_path)
+        config = experiment.config
+        assert (config.metric_weight, config.margin, config.batch_size) == (1.0, 0.9, 36)
+        assert config.image_size == (128 if name == "primary-128" else 64)
+        assert experiment.seeds == tuple(range(15 if name.startswith("primary") else 5))
+        steps = math.ceil(sizes.get(name, 256) / 36) * config.epochs
+        assert steps == {"curve-80": 795, "curve-all": 1000}.get(name, 800)
         assert len(run.jobs_of(name, tmp_path, tmp_path)) == len(experiment.runs())
         fields = with_recipe(STRONG, {"data": str(tmp_path), **part.settings})
         assert fields.items() <= experiment.config.to_dict().items()

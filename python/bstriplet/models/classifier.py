@@ -169,6 +169,13 @@ class Classifier(nn.Module):
         return features.mean(dim=(2, 3))
 
 
+def placed(model: Classifier, device: torch.device) -> Classifier:
+    """Return the model on a device, with its convolutions as that device computes them best."""
+    if device.type == "cpu":
+        pad_depthwise(model)
+    return model.to(device)
+
+
 # Depthwise filters of at least this side are those that `pad_depthwise` is for.
 _WIDE = 5
 
@@ -187,6 +194,7 @@ def pad_depthwise(model: nn.Module) -> None:
             and min(module.kernel_size) >= _WIDE
             and module.padding_mode == "zeros"
             and not isinstance(module.padding, str)
+            and any(module.padding)
         ):
             down, right = module.padding
             module.padding = (0, 0)

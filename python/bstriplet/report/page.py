@@ -313,8 +313,9 @@ def _command(comparison: Comparison) -> str:
     """The command that makes these runs: the recipe nearest to theirs, and what differs from it."""
     if not comparison.runs:
         return ""
-    config = comparison.runs[0].config
-    varied = {"seed", *(name for scheme in comparison.schemes for name in scheme)}
+    # A field that only some schemes set is that of the experiment in the others.
+    config = {**comparison.runs[0].config, **comparison.shared}
+    varied = {"seed", *set.intersection(*map(set, comparison.schemes))}
     words = ["bstriplet", "compare", "--schemes", *map(str, comparison.schemes)]
     words += ["--seeds", *map(str, comparison.seeds)]
     if len(comparison.schemes) == len(comparison.seeds) == 1:

@@ -408,8 +408,8 @@ def _no_run(target: Target) -> str:
     wanted = _wanted(target.schemes[0], None)
     settings = " ".join(f"{flag(name)} {value}" for name, value in wanted.items())
     return (
-        f"No run has been made for it yet: none that is there has {settings}. The recipe of the "
-        "paper is bstriplet compare --recipe paper."
+        f"No run has been made for it yet: none has, for its first scheme, {settings} "
+        "(the recipe of the paper: bstriplet compare --recipe paper)."
     )
 
 

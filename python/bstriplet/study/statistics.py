@@ -326,15 +326,16 @@ def paired_test(ours: Mapping[Pair, float], theirs: Mapping[Pair, float]) -> Pai
     )
 
 
-def detectable_difference(sd: float, n: int, power: float = POWER) -> float:
-    """The least true mean difference that a paired t test at 5 % finds with this power.
+def detectable_difference(sd: float, n: int, power: float = POWER, level: float = LEVEL) -> float:
+    """The least true mean difference that a paired t test at this level finds with this power.
 
     Args:
         sd: standard deviation of the differences, > 0.
         n: pairs, at least 2.
-        power: the share of experiments in which the test finds it, between 0.05 and 1.
+        power: the share of experiments in which the test finds it, between ``level`` and 1.
+        level: the test's error of the first kind, both tails together.
     """
-    critical = float(t.ppf(1 - LEVEL / 2, n - 1))
+    critical = float(t.ppf(1 - level / 2, n - 1))
 
     def shortfall(shift: float) -> float:
         # t² is a noncentral F: both tails at once, and without the gaps of scipy's noncentral t.

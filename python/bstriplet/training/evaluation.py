@@ -31,7 +31,7 @@ from bstriplet.data.images import Picture, read_all
 from bstriplet.data.notes import counted, first
 from bstriplet.data.pixels import Pixels, Unreadable
 from bstriplet.errors import NO_ARRAYS, UserError
-from bstriplet.models.classifier import Classifier, Output
+from bstriplet.models.classifier import Classifier, Output, placed
 from bstriplet.storage import write_atomic, write_json, write_text
 from bstriplet.text import utf8
 from bstriplet.training.metrics import classification_metrics
@@ -90,7 +90,7 @@ def load_trained(run: RunFolder) -> TrainedModel:
             channels_last=config.channels_last,
         )
     model.load_state_dict(checkpoint["model"])
-    return TrainedModel(model.to(device), classes, config, device)
+    return TrainedModel(placed(model, device), classes, config, device)
 
 
 @torch.no_grad()

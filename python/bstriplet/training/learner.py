@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from bstriplet.config import TrainConfig
 from bstriplet.data.dataset import ImageSet, Task
-from bstriplet.models.classifier import Classifier, pad_depthwise
+from bstriplet.models.classifier import Classifier, placed
 from bstriplet.training.losses import TrainingLoss
 
 MOMENTUM = 0.9
@@ -30,9 +30,8 @@ class Learner:
             task.channels,
             embedding=config.embedding,
             channels_last=config.channels_last,
-        ).to(device)
-        if device.type == "cpu":
-            pad_depthwise(self.model)
+        )
+        placed(self.model, device)
         self.model.standardise_with(*grey_level_statistics(task.train))
         class_counts = np.bincount(task.train.labels, minlength=len(task.classes)).tolist()
         criterion = TrainingLoss(config, class_counts, self.model.embedding_size)
@@ -50,8 +49,8 @@ class Learner:
         return self.ema.module if self.ema else self.model
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
-        """All that the optimiser updates."""
+    def trained(self) -> list[nn.Parameter]:
+        """All parameters that the optimiser updates."""
         return [p for group in self.optimiser.param_groups for p in group["params"]]
 
     def schedule(self, training_loss: float) -> None:
@@ -116,7 +115,7 @@ def cosine_factor(config: TrainConfig, epoch: int) -> float:
     The learning rate rises in equal steps in the warm-up epochs. It then falls along half a cosine
     from ``lr`` to ``lr_floor``; the epoch after the last one would have ``lr_floor``.
     """
-    warm_up, floor = config.warmup_epochs, config.lr_floor / config.lr
+    warm_up, floor = config.warm_up, config.lr_floor / config.lr
     if epoch < warm_up:
         return (epoch + 1) / (warm_up + 1)
     done = (epoch - warm_up) / (config.epochs - warm_up)

@@ -1,4 +1,4 @@
-"""The training loop, from seed to metrics; section 3.1 of the paper by default."""
+"""The training loop, from seed to metrics."""
 
 import platform
 import time

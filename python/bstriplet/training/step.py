@@ -31,7 +31,7 @@ class TrainingStep:
         learner.scaler.scale(loss.total).backward()
         if learner.config.clip_grad:
             learner.scaler.unscale_(learner.optimiser)
-            clip_grad_norm_(learner.parameters, learner.config.clip_grad)
+            clip_grad_norm_(learner.trained, learner.config.clip_grad)
         learner.scaler.step(learner.optimiser)
         learner.scaler.update()
         if learner.ema:
