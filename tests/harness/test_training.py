@@ -34,6 +34,7 @@ from bstriplet.training.losses import LossTerms
 from bstriplet.training.metrics import classification_metrics
 from bstriplet.training.progress import Checkpoints, Progress, epochs_without_improvement
 from bstriplet.training.run_folder import LAST_FILE, RunFolder, load_checkpoint
+from bstriplet.training.step import TrainingStep
 from bstriplet.training.tally import Tally
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -430,3 +431,21 @@ def test_a_cuda_graph_needs_a_gpu(tiny: TrainConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--cuda-graph on: there is no GPU"):
         train(replace(tiny, cuda_graph="on"), make_task(tiny), RunFolder(tmp_path / "run"))
     assert not RunFolder(tmp_path / "run").started
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_new_tensors_are_filled_only_where_an_operator_may_leave_them_unwritten(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amp: bool
+) -> None:
+    config, seen = replace(tiny, epochs=1, amp=amp), []
+    step = TrainingStep.__call__
+
+    def spied(self: TrainingStep, images: torch.Tensor, labels: torch.Tensor) -> None:
+        settings: Any = torch.utils.deterministic
+        seen.append(settings.fill_uninitialized_memory)
+        assert torch.are_deterministic_algorithms_enabled()
+        step(self, images, labels)
+
+    monkeypatch.setattr(TrainingStep, "__call__", spied)
+    train(config, make_task(config), RunFolder(tmp_path / "run"))
+    assert set(seen) == {amp}
