@@ -6,15 +6,26 @@ packages are imported only when a loss is built. Losses with weights of their ow
 pytorch-metric-learning, by name.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from bstriplet.config import TrainConfig
+
+class LossOptions(Protocol):
+    """What the metric losses take of a configuration."""
+
+    @property
+    def margin(self) -> float:
+        """m of Eq. 3."""
+
+    @property
+    def similarity(self) -> str:
+        """Similarity of a pair."""
+
+    @property
+    def eq3(self) -> str:
+        """Sign of the negatives' mean."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +33,7 @@ class BuiltInLoss:
     """Cross entropy, alone or with a metric loss beside it (Eq. 7).
 
     label: its name in tables and figures.
-    metric: configuration of the run -> the module of the metric loss, called with embeddings
+    metric: options of the run -> the module of the metric loss, called with embeddings
         [N, D] and labels [N]; None for cross entropy alone.
     takes_margin: whether the margin changes it.
     capturable: whether a CUDA graph can capture it, because it never waits for the device.
@@ -30,13 +41,13 @@ class BuiltInLoss:
     """
 
     label: str
-    metric: Callable[[TrainConfig], Any] | None
+    metric: Callable[[LossOptions], Any] | None
     takes_margin: bool = False
     capturable: bool = False
     in_paper: bool = False
 
 
-def _triplet(config: TrainConfig) -> Any:
+def _triplet(options: LossOptions) -> Any:
     """Eq. 1, max(0, 1 - s_ap + s_an) on cosine similarities: its mean over all triplets.
 
     The paper draws one triplet per anchor; the mean over all triplets has less noise.
@@ -48,7 +59,7 @@ def _triplet(config: TrainConfig) -> Any:
     )
 
 
-def _lifted_structure(config: TrainConfig) -> Any:
+def _lifted_structure(options: LossOptions) -> Any:
     """The lifted structure loss in its improved, generalised form.
 
     Mean over anchors of max(0, log sum exp d_ap + log sum exp (1 - d_an)), with Euclidean distances
@@ -60,11 +71,11 @@ def _lifted_structure(config: TrainConfig) -> Any:
     return losses.GeneralizedLiftedStructureLoss()
 
 
-def _bst(config: TrainConfig) -> Any:
-    """Eqs. 3 and 4 with the margin, the similarity and the sign of ``config``."""
+def _bst(options: LossOptions) -> Any:
+    """Eqs. 3 and 4 with the margin, the similarity and the sign that are given."""
     from bstriplet_kernels import BSTripletLoss
 
-    return BSTripletLoss(margin=config.margin, similarity=config.similarity, eq3=config.eq3)
+    return BSTripletLoss(margin=options.margin, similarity=options.similarity, eq3=options.eq3)
 
 
 BUILT_IN: Mapping[str, BuiltInLoss] = MappingProxyType(

@@ -301,7 +301,7 @@ def test_bad_options(
         (["--schemes", "ce+bts:mined"], ["ce+bts:mined", "did you mean 'ce+bst'"]),
         (["--schemes", "ce"], ["scheme 'ce'", "LOSS:BATCHES"]),
         (["--schemes", "ce:mined", "ce:mined"], ["--schemes", "twice"]),
-        (["--schemes", "ce:mined", "ce:mined:lr=0.002"], ["--schemes", "the same run", "twice"]),
+        (["--schemes", "ce:mined", "ce:mined:lr=0.004"], ["--schemes", "the same run", "twice"]),
         (
             ["--schemes", "ce:mined:ema=0.5:lr=1", "ce:mined:lr=1:ema=0.5"],
             ["--schemes", "the same run", "twice"],

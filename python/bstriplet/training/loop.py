@@ -207,6 +207,6 @@ def _require_finite(
     save_checkpoint(run.path / BAD_BATCH_FILE, saved)
     raise UserError(
         f"{part}_loss became {tally.loss} in epoch {epoch} of {run.path}; its batch is in "
-        f"{run.path / BAD_BATCH_FILE}: look at it, or train again into another folder, with a lower "
-        "--lr, or without --amp if that is on"
+        f"{run.path / BAD_BATCH_FILE}: look at it, or train again into another folder, with a "
+        "lower --lr, or without --amp if that is on"
     )
