@@ -28,8 +28,8 @@ def demo_experiment(data: str) -> Experiment:
     falls until the last epoch.
 
     A folder gets more epochs, because an epoch of two classes is one step. It gets no averaged
-    weights, which would lag behind in such epochs; on digits, with five steps, they steady the
-    validation loss.
+    weights, which would lag behind in such epochs; on digits, with five steps, they average
+    the noise of single ones.
     """
     special: dict[str, Any] = {"image_size": 64, "epochs": 120}
     if data == DIGITS:
