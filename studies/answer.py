@@ -206,7 +206,7 @@ def primary(study: Study, part: str = "primary") -> str:
     ]
     rows = [row_of(scheme_label(one.scheme), one) for one in found]
     power = [
-        f"{scheme_label(one.scheme)}: **{verdict(one.interval)}**. Ahead in "
+        f"{scheme_label(one.scheme)}: **{_verdict_of(one, part)}**. Ahead in "
         f"{(one.gains > 0).sum()} of {len(one.seeds)} pairs. Standard deviation of the differences "
         f"{100 * one.gains.std(ddof=1):.2f} points, of which a paired t test at 2.5 %, which the "
         f"test images' own noise does not enter, finds {100 * _detectable(one):.2f} points in 80 % "
@@ -214,6 +214,13 @@ def primary(study: Study, part: str = "primary") -> str:
         for one in found
     ]
     return table(header(PRIMARY_CONFIDENCE), rows) + "\n" + "\n".join(power)
+
+
+def _verdict_of(found: Compared, part: str) -> str:
+    """The verdict, once all repetitions that the plan asks for are there."""
+    planned = PARTS[part].repetitions
+    done = len(found.seeds)
+    return verdict(found.interval) if done == planned else f"no verdict before {planned} pairs"
 
 
 def _detectable(found: Compared) -> float:
