@@ -16,7 +16,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from bstriplet.config import Scheme
-from bstriplet.report.figures.style import GRID, INK, MUTED, STYLE, looks
+from bstriplet.report.figures.style import GRID, INK, MUTED, STYLE, Look, looks
 from bstriplet.storage import write_text
 from bstriplet.study.read_runs import scheme_label
 from bstriplet.study.statistics import detectable_difference, p_value, paired_test, points
@@ -332,16 +332,7 @@ def figure(study: Study, path: Path) -> None:
         look = looks((CE, BST, BST_MINED))
         for place, scheme in enumerate((BST, BST_MINED)):
             if found := study.compare("primary", scheme, confidence=PRIMARY_CONFIDENCE):
-                spread = np.linspace(-0.12, 0.12, len(found.gains))
-                left.plot(
-                    place + spread,
-                    100 * found.gains,
-                    "o",
-                    color=look[scheme].colour,
-                    ms=4,
-                    alpha=0.7,
-                )
-                _bar(left, place + 0.25, found.interval, look[scheme].strong)
+                _draw(left, place, found, look[scheme])
         left.set_xticks([0, 1], [scheme_label(BST), scheme_label(BST_MINED)])
         left.set_xlim(-0.5, 1.6)
         left.set_title("40 images a class; intervals of 97.5 %")
@@ -349,15 +340,7 @@ def figure(study: Study, path: Path) -> None:
         sizes = list(CURVE)
         for place, size in enumerate(sizes):
             if found := study.compare(CURVE[size], BST, among=CURVE_SEEDS):
-                right.plot(
-                    np.full(len(found.gains), place),
-                    100 * found.gains,
-                    "o",
-                    color=look[BST].colour,
-                    ms=4,
-                    alpha=0.7,
-                )
-                _bar(right, place + 0.2, found.interval, look[BST].strong)
+                _draw(right, place, found, look[BST])
                 right.annotate(
                     f"{100 * found.theirs.mean():.0f} %",
                     (place, 0.02),
@@ -376,10 +359,19 @@ def figure(study: Study, path: Path) -> None:
         plt.close(canvas)
 
 
-def _bar(axes: Axes, place: float, interval: Interval, colour: str) -> None:
-    mean, low, high = (100 * value for value in interval)
+def _draw(axes: Axes, place: float, found: Compared, look: Look) -> None:
+    """Draw the difference of each repetition as a dot, and their mean and interval beside them."""
+    places = place + np.linspace(-0.12, 0.12, len(found.gains))
+    axes.plot(places, 100 * found.gains, "o", color=look.colour, ms=4, alpha=0.7)
+    mean, low, high = (100 * value for value in found.interval)
     axes.errorbar(
-        place, mean, [[mean - low], [high - mean]], fmt="D", color=colour, ms=5, capsize=3
+        place + 0.25,
+        mean,
+        [[mean - low], [high - mean]],
+        fmt="D",
+        color=look.strong,
+        ms=5,
+        capsize=3,
     )
 
 

@@ -28,8 +28,7 @@ def reproducible(device: torch.device, *, fill: bool = False) -> Iterator[None]:
     Args:
         device: where the run computes.
         fill: whether new tensors are filled with NaN, as torch's deterministic mode does by
-            default: an operator that leaves part of its result unwritten then shows. It is a
-            thousand fills in a step of a light CNN.
+            default: an operator that leaves part of its result unwritten then shows.
     """
     modes = (
         torch.are_deterministic_algorithms_enabled(),
