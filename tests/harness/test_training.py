@@ -449,3 +449,18 @@ def test_new_tensors_are_filled_only_where_an_operator_may_leave_them_unwritten(
     monkeypatch.setattr(TrainingStep, "__call__", spied)
     train(config, make_task(config), RunFolder(tmp_path / "run"))
     assert set(seen) == {amp}
+
+
+@pytest.mark.parametrize(
+    ("select", "epoch"), [("last", 5), ("ce", 2), ("accuracy", 3), ("loss", 4)]
+)
+def test_each_selection_has_its_own_criterion(tiny: TrainConfig, select: str, epoch: int) -> None:
+    """Cross entropy, accuracy and loss are best in different epochs; the first of equals counts."""
+    rows = [(3.0, 0.5, 4.0), (1.0, 0.5, 3.0), (2.0, 0.9, 3.5), (2.0, 0.9, 1.0), (1.0, 0.6, 2.0)]
+    progress, model = Progress(replace(tiny, select=select)), torch.nn.Linear(1, 1)
+    for number, (ce, accuracy, loss) in enumerate(rows, start=1):
+        torch.nn.init.constant_(model.weight, number)
+        measured = {"validation_ce": ce, "validation_accuracy": accuracy, "validation_loss": loss}
+        progress.add({"epoch": number, **measured}, model)
+    assert progress.tested_epoch == epoch
+    assert progress.tested_weights["weight"].item() == epoch
